@@ -1,0 +1,29 @@
+"""Fine-tune reasoning models with segment trees: a `GRPOTrainer` whose completions share their prefixes."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+__all__ = ["SegmentTree", "TreePOConfig", "TreePOTrainer", "TreeSampler", "__version__"]
+
+_MODULES = {
+    "SegmentTree": "tree",
+    "TreePOConfig": "treepo_config",
+    "TreePOTrainer": "treepo_trainer",
+    "TreeSampler": "sampler",
+}
+
+if TYPE_CHECKING:
+    from .sampler import TreeSampler
+    from .tree import SegmentTree
+    from .treepo_config import TreePOConfig
+    from .treepo_trainer import TreePOTrainer
+
+
+def __getattr__(name: str) -> object:
+    # Names are loaded on first use: the trainer imports TRL and, where it is installed, vLLM.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

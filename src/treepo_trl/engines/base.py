@@ -1,0 +1,72 @@
+"""What the sampler asks of an engine: continue token sequences by at most one segment."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How a next token is drawn, in TRL's names and meanings."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Smallest total probability of the tokens considered; 1 considers all."""
+    top_k: int = 0
+    """Number of tokens considered; 0 considers all."""
+    min_p: float | None = None
+    """Smallest probability considered, as a fraction of the largest; `None` considers all."""
+    repetition_penalty: float = 1.0
+    """Penalty on tokens that occur in the prompt or the path; 1 is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRequest:
+    """One segment to sample."""
+
+    request_id: int
+    """Chosen by the caller, unique among the requests in flight."""
+    token_ids: list[int]
+    """Prompt and path so far: everything that the segment continues."""
+    max_tokens: int
+    """Longest segment to return, at least 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentResult:
+    """One sampled segment."""
+
+    request_id: int
+    """Id of the request that it answers."""
+    token_ids: list[int]
+    """Sampled tokens, the EOS token included if one was sampled; at least one."""
+    logprobs: list[float]
+    """Log-probability of each token under the distribution that it was sampled from."""
+    finish_reason: Literal["stop", "length"]
+    """`stop` if the last token is an EOS token, `length` if `max_tokens` was reached."""
+    entropies: list[float] | None = None
+    """Entropy in nats of each token's distribution, if the engine was asked for it."""
+
+
+class SegmentEngine(Protocol):
+    """
+    Samples segments. Requests may finish in any order, and prefixes that requests share are computed once.
+
+    Attributes:
+        context_length (`int` or `None`):
+            Longest sequence (prompt and completion tokens) that the engine can hold; `None` without a limit.
+    """
+
+    context_length: int | None
+
+    def submit(self, requests: list[SegmentRequest]) -> None:
+        """Queue requests. Returns at once."""
+        ...
+
+    def collect(self) -> list[SegmentResult]:
+        """Block until at least one queued request is done; return what is done, each result once."""
+        ...
+
+    def abort(self) -> None:
+        """Drop everything that is queued or running, so that the engine can be used again after an error."""
+        ...

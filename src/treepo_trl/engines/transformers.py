@@ -1,0 +1,459 @@
+"""
+Segments from an ordinary `transformers` model: no vLLM, any device.
+
+Keys and values are kept per segment in a tree of blocks and copied into a batch row when a path continues, so a shared
+prefix is computed once. Rows join and leave the running batch one by one; each keeps its own length, nothing is padded.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .base import SamplingOptions, SegmentRequest, SegmentResult
+
+
+_ATTENTION = "treepo_rows"
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """
+    Scaled dot product attention of (rows, heads, queries, head_dim) over grouped keys with a boolean mask.
+
+    With one query per row, the query heads that share a key head become its queries, so keys are not copied per head.
+    """
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"The transformers engine does not support attention with `{name}`. Set `use_vllm=True`.")
+    num_rows, num_heads, num_queries, head_dim = query.shape
+    num_groups = num_heads // key.size(1)
+    if num_queries == 1:
+        query = query.view(num_rows, key.size(1), num_groups, head_dim)
+    elif num_groups > 1:
+        key, value = key.repeat_interleave(num_groups, dim=1), value.repeat_interleave(num_groups, dim=1)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return output.reshape(num_rows, num_heads, num_queries, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_ATTENTION, _attend)
+
+
+def logits_processors(options: SamplingOptions) -> LogitsProcessorList:
+    """The transformers processors for sampling options, in the order of `generate`."""
+    processors = LogitsProcessorList()
+    if options.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+    if options.temperature not in (0.0, 1.0):
+        processors.append(TemperatureLogitsWarper(options.temperature))
+    if options.top_k:
+        processors.append(TopKLogitsWarper(options.top_k))
+    if options.top_p < 1.0:
+        processors.append(TopPLogitsWarper(options.top_p))
+    if options.min_p:
+        processors.append(MinPLogitsWarper(options.min_p))
+    return processors
+
+
+@dataclass(eq=False)
+class _Block:
+    """Keys and values of consecutive tokens, below those of the parent block."""
+
+    token_ids: list[int]
+    states: torch.Tensor | None
+    """(layers, 2, heads, tokens, head_dim); `None` for the empty root."""
+    parent: "_Block | None" = None
+    children: list["_Block"] = field(default_factory=list)
+    end: int = 0
+    """Tokens from the beginning of the sequence up to the end of this block."""
+
+    def chain(self) -> Iterator["_Block"]:
+        """This block and its ancestors that hold tokens, last first."""
+        block = self
+        while block.parent is not None:
+            yield block
+            block = block.parent
+
+    def find(self, token_ids: list[int], limit: int) -> "_Block":
+        """The last block whose tokens, from the beginning on, are those of `token_ids[:limit]`."""
+        block, position = self, 0
+        while True:
+            for child in block.children:
+                if child.end <= limit and token_ids[position : child.end] == child.token_ids:
+                    block, position = child, child.end
+                    break
+            else:
+                return block
+
+    def add_child(self, token_ids: list[int], states: torch.Tensor) -> tuple["_Block", bool]:
+        """The child with these tokens and whether it is new."""
+        for child in self.children:
+            if child.token_ids == token_ids:
+                return child, False
+        child = _Block(token_ids, states, self, end=self.end + len(token_ids))
+        self.children.append(child)
+        return child, True
+
+
+class _SlotLayer(CacheLayerMixin):
+    """One layer's keys and values: a window of rows of the engine's storage, written at each row's own positions."""
+
+    is_sliding = False
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, length: int) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values  # (rows, heads, capacity, head_dim)
+        self.positions, self.length = positions, length  # (rows, queries); tokens that any row can see
+        self.rows = torch.arange(positions.size(0), device=positions.device)[:, None]
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise NotImplementedError("The storage is allocated by the engine.")
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys[self.rows, :, self.positions] = key_states.transpose(1, 2).to(self.keys.dtype)
+        self.values[self.rows, :, self.positions] = value_states.transpose(1, 2).to(self.values.dtype)
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return self.keys.size(2)
+
+
+@dataclass(eq=False)
+class _Row:
+    """A segment that is being sampled."""
+
+    request: SegmentRequest
+    block: _Block
+    """Holds the states of every token of the request but the last."""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        """Position of the token that is fed next."""
+        return len(self.request.token_ids) + len(self.token_ids) - 1
+
+    @property
+    def next_input(self) -> int:
+        return self.token_ids[-1] if self.token_ids else self.request.token_ids[-1]
+
+
+class TransformersEngine:
+    """
+    [`SegmentEngine`] over a causal language model in this process.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model with full attention in every layer.
+        eos_token_ids (`list[int]`):
+            Tokens that end a segment.
+        options ([`SamplingOptions`], *optional*):
+            How tokens are drawn. They come from torch's global generator of the model's device.
+        max_batch_tokens (`int`, *optional*, defaults to `262144`):
+            Rows times longest row of the running batch; further requests wait. Bounds the memory of the batch.
+        max_cached_tokens (`int`, *optional*, defaults to `1048576`):
+            Tokens whose keys and values are kept for later requests. When it is exceeded everything kept is dropped,
+            and what is needed again is computed again.
+
+    Raises:
+        ValueError: if the model's layers cannot serve rows of their own length.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        eos_token_ids: list[int],
+        options: SamplingOptions | None = None,
+        max_batch_tokens: int = 2**18,
+        max_cached_tokens: int = 2**20,
+    ) -> None:
+        config = model.config.get_text_config()
+        _check_layers(config)
+        self.model = model
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.options = options or SamplingOptions()
+        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        self.max_batch_tokens = max_batch_tokens
+        self.max_cached_tokens = max_cached_tokens
+        self.num_prefilled_tokens = 0
+        """Prompt and path tokens computed so far, each shared one once."""
+        self._num_layers = config.num_hidden_layers
+        self._num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._processors = logits_processors(self.options)
+        self._pending: list[SegmentRequest] = []
+        self._rows: list[_Row] = []
+        self._storage: torch.Tensor | None = None
+        self._root, self._num_cached = _Block([], None), 0
+        self._weights_version = self._read_weights_version()
+
+    def submit(self, requests: list[SegmentRequest]) -> None:
+        """Queue requests. Returns at once."""
+        self._pending.extend(requests)
+
+    @torch.no_grad()
+    def collect(self) -> list[SegmentResult]:
+        """Decode until at least one queued segment is done; returns the finished ones."""
+        results: list[SegmentResult] = []
+        with self._row_attention():
+            if self._pending:
+                self._admit()
+            while self._rows and not results:
+                results = self._step()
+        return results
+
+    @contextmanager
+    def _row_attention(self) -> Iterator[None]:
+        """Drive the model with this engine's attention, whatever it trains with."""
+        config = self.model.config
+        trained_with = config._attn_implementation
+        config._attn_implementation = _ATTENTION
+        try:
+            yield
+        finally:
+            config._attn_implementation = trained_with
+
+    def abort(self) -> None:
+        """Drop all requests and everything kept."""
+        self._pending, self._rows = [], []
+        self.reset_prefix_cache()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all keys and values, and free their memory. Needed after a change of the weights."""
+        self._root, self._num_cached, self._storage = _Block([], None), 0, self._storage if self._rows else None
+
+    def _read_weights_version(self) -> int:
+        # In-place updates, such as an optimizer's, count up; a forgotten reset cannot leave stale states behind.
+        return sum(parameter._version for parameter in self.model.parameters())
+
+    # Admission
+
+    def _admit(self) -> None:
+        """Move waiting requests into the running batch, as far as the token budget allows."""
+        if self._weights_version != (version := self._read_weights_version()):
+            self._weights_version = version
+            self.reset_prefix_cache()
+        length = max((len(row.request.token_ids) + row.request.max_tokens for row in self._rows), default=0)
+        admitted = 0
+        for request in self._pending:
+            longest = max(length, len(request.token_ids) + request.max_tokens)
+            num_rows = len(self._rows) + admitted + 1
+            if num_rows > 1 and num_rows * longest > self.max_batch_tokens:
+                break
+            length, admitted = longest, admitted + 1
+        requests, self._pending = self._pending[:admitted], self._pending[admitted:]
+        if not requests:
+            return
+        blocks = self._prefill(requests, length)
+        first = len(self._rows)
+        storage = self._reserve(first + len(requests), length)
+        slots: dict[_Block, list[int]] = {}
+        for slot, (request, block) in enumerate(zip(requests, blocks, strict=True), start=first):
+            self._rows.append(_Row(request, block))
+            slots.setdefault(block, []).append(slot)
+        for block, rows in slots.items():
+            self._load(storage, block, rows)
+
+    def _prefill(self, requests: list[SegmentRequest], length: int) -> list[_Block]:
+        """For each request the block up to its last token; computes what is missing, once for requests that share it."""
+        missing: dict[tuple[int, ...], tuple[_Block, list[int]]] = {}
+        keys = []
+        for request in requests:
+            limit = len(request.token_ids) - 1
+            block = self._root.find(request.token_ids, limit)
+            key = tuple(request.token_ids[:-1])
+            keys.append((key, block))
+            if block.end < limit:
+                missing[key] = block, request.token_ids[block.end : limit]
+        done: dict[tuple[int, ...], _Block] = {}
+        batch: list[tuple[tuple[int, ...], _Block, list[int]]] = []
+        for key, (block, tokens) in sorted(missing.items(), key=lambda item: len(item[0])):
+            if batch and (len(batch) + 1) * len(key) > self.max_batch_tokens:
+                self._prefill_batch(batch, length, done)
+                batch = []
+            batch.append((key, block, tokens))
+        if batch:
+            self._prefill_batch(batch, length, done)
+        return [done.get(key, block) for key, block in keys]
+
+    def _prefill_batch(
+        self,
+        batch: list[tuple[tuple[int, ...], _Block, list[int]]],
+        length: int,
+        done: dict[tuple[int, ...], _Block],
+    ) -> None:
+        first = len(self._rows)
+        storage = self._reserve(first + len(batch), length)
+        device = self.model.device
+        num_queries = max(len(tokens) for _, _, tokens in batch)
+        input_ids = torch.zeros(len(batch), num_queries, dtype=torch.long)
+        positions = torch.zeros(len(batch), num_queries, dtype=torch.long)
+        for i, (_, block, tokens) in enumerate(batch):
+            self._load(storage, block, [first + i])
+            input_ids[i, : len(tokens)] = torch.tensor(tokens)
+            # Padding repeats the row's last slot after the real tokens, which nothing reads before it is overwritten.
+            positions[i] = torch.arange(block.end, block.end + num_queries).clamp(max=storage.size(4) - 1)
+        self._forward(slice(first, first + len(batch)), input_ids.to(device), positions.to(device), logits=False)
+        for i, (key, block, tokens) in enumerate(batch):
+            states = storage[:, :, first + i, :, block.end : block.end + len(tokens)].clone()
+            done[key] = self._keep(block, tokens, states)
+            self.num_prefilled_tokens += len(tokens)
+
+    def _keep(self, parent: _Block, token_ids: list[int], states: torch.Tensor) -> _Block:
+        block, is_new = parent.add_child(token_ids, states)
+        self._num_cached += len(token_ids) if is_new else 0
+        if self._num_cached > self.max_cached_tokens:
+            self._root, self._num_cached = _Block([], None), 0  # rows in flight keep the blocks that they need
+        return block
+
+    # Storage
+
+    def _reserve(self, num_rows: int, length: int) -> torch.Tensor:
+        """The storage (layers, 2, rows, heads, tokens, head_dim), grown to at least the given size."""
+        old = self._storage
+        if old is not None and old.size(2) >= num_rows and old.size(4) >= length:
+            return old
+        num_rows = max(num_rows, old.size(2) if old is not None else 0)
+        length = max(length, old.size(4) if old is not None else 0)
+        shape = (self._num_layers, 2, num_rows, self._num_heads, length, self._head_dim)
+        new = torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
+        if old is not None and self._rows:
+            new[:, :, : len(self._rows), :, : old.size(4)] = old[:, :, : len(self._rows)]
+        self._storage = new
+        return new
+
+    def _load(self, storage: torch.Tensor, block: _Block, slots: list[int]) -> None:
+        """Copy the states of a block and its ancestors into batch rows."""
+        index = torch.tensor(slots, device=storage.device)
+        for part in block.chain():
+            assert part.states is not None, "only the root is empty"
+            storage[:, :, index, :, part.end - len(part.token_ids) : part.end] = part.states[:, :, None]
+
+    # Decoding
+
+    def _forward(
+        self, rows: slice, input_ids: torch.Tensor, positions: torch.Tensor, logits: bool
+    ) -> torch.Tensor | None:
+        """Run the model on (rows, queries) tokens at their positions; last logits (rows, vocab) in float32."""
+        assert self._storage is not None, "reserved by the caller"
+        length = int(positions.max()) + 1
+        layers = [_SlotLayer(layer[0, rows], layer[1, rows], positions, length) for layer in self._storage]
+        mask = torch.arange(length, device=positions.device) <= positions[:, None, :, None]  # (rows, 1, queries, keys)
+        outputs = self.model(
+            input_ids=input_ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=Cache(layers=layers),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return outputs.logits[:, -1].float() if logits else None
+
+    def _step(self) -> list[SegmentResult]:
+        """One token for every running row; results of the rows that are done."""
+        device = self.model.device
+        input_ids = torch.tensor([[row.next_input] for row in self._rows], device=device)
+        positions = torch.tensor([[row.position] for row in self._rows], device=device)
+        logits = self._forward(slice(0, len(self._rows)), input_ids, positions, logits=True)
+        assert logits is not None, "asked for"
+        token_ids, logprobs = self._draw(logits)
+        results, finished = [], []
+        for slot, (row, token, logprob) in enumerate(zip(self._rows, token_ids, logprobs, strict=True)):
+            row.token_ids.append(token)
+            row.logprobs.append(logprob)
+            is_eos = token in self.eos_token_ids
+            if is_eos or len(row.token_ids) == row.request.max_tokens:
+                reason = "stop" if is_eos else "length"
+                results.append(SegmentResult(row.request.request_id, row.token_ids, row.logprobs, reason))
+                finished.append(slot)
+                if not is_eos:
+                    self._keep_row(slot)
+        for slot in reversed(finished):
+            self._free(slot)
+        return results
+
+    def _draw(self, logits: torch.Tensor) -> tuple[list[int], list[float]]:
+        if self._processors:
+            history = [row.request.token_ids + row.token_ids for row in self._rows]
+            longest = max(map(len, history))
+            # Only the repetition penalty reads the history; repeating a token of the row changes nothing for it.
+            padded = torch.tensor([ids + ids[-1:] * (longest - len(ids)) for ids in history], device=logits.device)
+            logits = self._processors(padded, logits)
+        logprobs = logits.log_softmax(-1)
+        if self.options.temperature == 0.0:
+            tokens = logprobs.argmax(-1, keepdim=True)
+        else:
+            tokens = _sample(logprobs.exp())
+        return tokens[:, 0].tolist(), logprobs.gather(1, tokens)[:, 0].tolist()
+
+    def _keep_row(self, slot: int) -> None:
+        """Store a finished segment's states for its children: everything but the last token, which was never fed."""
+        row = self._rows[slot]
+        assert self._storage is not None, "the row is running"
+        start, end = row.block.end, row.position
+        token_ids = (row.request.token_ids + row.token_ids)[start:end]
+        states = self._storage[:, :, slot, :, start:end].clone()
+        self._keep(row.block, token_ids, states)
+
+    def _free(self, slot: int) -> None:
+        """Remove a row; the last row takes its place."""
+        last = self._rows.pop()
+        if slot == len(self._rows):
+            return
+        assert self._storage is not None, "a row was running"
+        end = last.position
+        self._storage[:, :, slot, :, :end] = self._storage[:, :, len(self._rows), :, :end]
+        self._rows[slot] = last
+
+
+def _sample(probabilities: torch.Tensor) -> torch.Tensor:
+    """One index per row (rows, 1), drawn in proportion to (rows, vocab)."""
+    if probabilities.device.type != "cpu":
+        return torch.multinomial(probabilities, 1)
+    # On CPU `multinomial` draws one exponential per entry; inverting the distribution function is 10 times faster.
+    cumulative = probabilities.cumsum(-1)
+    threshold = torch.rand(len(cumulative), 1) * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, threshold, right=True)  # never an entry of probability 0
+    last_possible = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())  # where rounding overshoots
+    return drawn.minimum(last_possible)
+
+
+def _check_layers(config: PreTrainedConfig) -> None:
+    """Raise for models whose layers do more than full attention."""
+    layer_types = getattr(config, "layer_types", None) or []
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    other = sorted(set(layer_types) - {"full_attention"})
+    if other or (window is not None and not layer_types):
+        what = f"layers of type {', '.join(other)}" if other else f"a sliding window of {window} tokens"
+        raise ValueError(
+            f"The transformers engine needs full attention in every layer, the model has {what}. Set `use_vllm=True`."
+        )

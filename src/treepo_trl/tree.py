@@ -1,0 +1,192 @@
+"""
+The tree of one prompt's completions, stored once per token.
+
+Nodes live in a flat list and point to their parent by index; a node holds only the tokens that it adds. Invariant: the
+prompt followed by the tokens along a path is exactly what the engine was given and returned. Standard library only.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+FinishReason = Literal["stop", "pattern", "repetition", "length"]
+"""Why a path ended: an EOS token, the stop pattern, a repetition, or the length cap."""
+
+
+@dataclass(slots=True)
+class SegmentNode:
+    """One segment of a tree: the tokens between two branching points."""
+
+    parent: int | None
+    """Node id of the parent; `None` for a child of the root (the prompt)."""
+    token_ids: list[int]
+    """Tokens added by this node, never empty."""
+    logprobs: list[float] | None = None
+    """Log-probability of each token under the distribution that it was sampled from; `None` if the engine gave none."""
+    finish_reason: FinishReason | None = None
+    """Why the path ended here; `None` for an inner node."""
+    depth: int = 0
+    """Number of ancestors below the root: 0 for a child of the root."""
+    end: int = 0
+    """Completion tokens on the path up to and including this node."""
+    children: list[int] = field(default_factory=list)
+    """Node ids of the children, in order of creation."""
+
+
+class SegmentTree:
+    """
+    Completions of one prompt that share segments.
+
+    Args:
+        prompt_ids (`list[int]`):
+            Token ids of the prompt, the root of the tree.
+
+    Attributes:
+        leaves (`list[int]`):
+            Node ids of the finished paths, in order of completion.
+    """
+
+    def __init__(self, prompt_ids: list[int]) -> None:
+        self.prompt_ids = list(prompt_ids)
+        self.nodes: list[SegmentNode] = []
+        self.root_children: list[int] = []
+        self.leaves: list[int] = []
+
+    def add(
+        self,
+        parent: int | None,
+        token_ids: list[int],
+        logprobs: list[float] | None = None,
+        finish_reason: FinishReason | None = None,
+    ) -> int:
+        """
+        Append a segment below `parent` and return its node id. A segment with a `finish_reason` becomes a leaf.
+
+        Args:
+            parent (`int` or `None`):
+                Node id to grow from; `None` grows from the prompt.
+            token_ids (`list[int]`):
+                Tokens of the segment.
+            logprobs (`list[float]`, *optional*):
+                One log-probability per token.
+            finish_reason (`str`, *optional*):
+                Why the path ends with this segment, if it does.
+
+        Raises:
+            ValueError: if the segment is empty, the log-probabilities do not match the tokens, the parent does not
+                exist, or the parent is a leaf.
+        """
+        if not token_ids:
+            raise ValueError("A segment needs at least one token.")
+        if logprobs is not None and len(logprobs) != len(token_ids):
+            raise ValueError(f"Got {len(logprobs)} log-probabilities for {len(token_ids)} tokens.")
+        depth, start = 0, 0
+        siblings = self.root_children
+        if parent is not None:
+            if not 0 <= parent < len(self.nodes):
+                raise ValueError(f"Parent {parent} does not exist: the tree has {len(self.nodes)} nodes.")
+            parent_node = self.nodes[parent]
+            if parent_node.finish_reason is not None:
+                raise ValueError(f"Parent {parent} is a finished path ({parent_node.finish_reason}).")
+            depth, start, siblings = parent_node.depth + 1, parent_node.end, parent_node.children
+        node_id = len(self.nodes)
+        self.nodes.append(
+            SegmentNode(parent, list(token_ids), logprobs, finish_reason, depth=depth, end=start + len(token_ids))
+        )
+        siblings.append(node_id)
+        if finish_reason is not None:
+            self.leaves.append(node_id)
+        return node_id
+
+    def path(self, node: int | None) -> list[int]:
+        """Node ids from the root side down to and including `node`; empty for the root."""
+        ids = []
+        while node is not None:
+            ids.append(node)
+            node = self.nodes[node].parent
+        return ids[::-1]
+
+    def completion_ids(self, leaf: int | None) -> list[int]:
+        """Completion tokens along the path to `leaf`, without the prompt."""
+        return [token for node in self.path(leaf) for token in self.nodes[node].token_ids]
+
+    def logprobs(self, leaf: int) -> list[float]:
+        """
+        Sampling log-probability of each completion token on the path to `leaf`.
+
+        Raises:
+            ValueError: if a segment of the path was stored without log-probabilities.
+        """
+        values: list[float] = []
+        for node in self.path(leaf):
+            logprobs = self.nodes[node].logprobs
+            if logprobs is None:
+                raise ValueError(f"Segment {node} was stored without log-probabilities.")
+            values.extend(logprobs)
+        return values
+
+    def depth_first_leaves(self) -> list[int]:
+        """Leaves in depth-first order, so that leaves which share most of their tokens are neighbours."""
+        order, stack = [], self.root_children[::-1]
+        while stack:
+            node = stack.pop()
+            if self.nodes[node].finish_reason is not None:
+                order.append(node)
+            stack.extend(reversed(self.nodes[node].children))
+        return order
+
+    def leaf_weights(self) -> list[float]:
+        """
+        Weight of each leaf, in the order of `leaves`: the product over its path of 1 / (number of siblings).
+
+        Given its past a node's children are independent samples, so this undoes the tilt that branching puts on the
+        leaf distribution. It is exact for branching decided before the children are seen and approximate for
+        fallback, which adds children after outcomes are known. Sums to 1 once every path is finished.
+        """
+        shares = [0.0] * len(self.nodes)
+        for i, node in enumerate(self.nodes):  # parents come before children
+            siblings = self.root_children if node.parent is None else self.nodes[node.parent].children
+            shares[i] = (1.0 if node.parent is None else shares[node.parent]) / len(siblings)
+        return [shares[leaf] for leaf in self.leaves]
+
+    @property
+    def num_unique_tokens(self) -> int:
+        """Completion tokens of the tree, each node counted once."""
+        return sum(len(node.token_ids) for node in self.nodes)
+
+    @property
+    def num_leaf_tokens(self) -> int:
+        """Completion tokens of the leaves, each leaf counted in full."""
+        return sum(self.nodes[leaf].end for leaf in self.leaves)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tree as plain JSON types; `from_dict` reads it back."""
+        return {
+            "prompt_ids": self.prompt_ids,
+            "nodes": [
+                {
+                    "parent": node.parent,
+                    "token_ids": node.token_ids,
+                    "logprobs": node.logprobs,
+                    "finish_reason": node.finish_reason,
+                }
+                for node in self.nodes
+            ],
+            "leaves": self.leaves,
+        }
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> "SegmentTree":
+        """
+        Rebuild a tree from `to_dict`.
+
+        Raises:
+            ValueError: if the stored leaves are not the finished nodes.
+        """
+        tree = cls(d["prompt_ids"])
+        for node in d["nodes"]:
+            tree.add(node["parent"], node["token_ids"], node["logprobs"], node["finish_reason"])
+        if sorted(tree.leaves) != sorted(d["leaves"]):
+            raise ValueError(f"Stored leaves {d['leaves']} are not the finished nodes {tree.leaves}.")
+        tree.leaves = list(d["leaves"])
+        return tree

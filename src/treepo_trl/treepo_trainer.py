@@ -1,0 +1,458 @@
+"""
+`TreePOTrainer`: wiring between TRL's `GRPOTrainer` and the sampler, the advantages, the packed forward and the engines.
+
+The only file that overrides private methods of TRL (1.16): `_generate_single_turn`, `_calculate_rewards`,
+`_generate_and_score_completions`, `_get_per_token_logps_and_entropies` and `_prepare_inputs`.
+`tests/test_trl_seams.py` pins their signatures.
+"""
+
+import json
+import os
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from trl import GRPOTrainer
+from trl.extras.profiling import profiling_context, profiling_decorator
+from trl.models import unwrap_model_for_generation
+from trl.trainer import grpo_trainer
+from trl.trainer.grpo_trainer import RewardFunc
+from trl.trainer.utils import get_config_model_id
+
+from .advantages import ancestor_ids, expand_to_tokens, tree_advantages
+from .engines import SamplingOptions
+from .metrics import reduce_totals, tree_metrics, tree_totals
+from .packing import PackedRows, is_packable, is_worth_packing, model_inputs, pack_rows
+from .rewards import combine_rewards
+from .sampler import TreeSampler
+from .tree import SegmentTree
+from .treepo_config import TreePOConfig
+from .validation import check_arguments, check_datasets
+from .weight_sync import AdapterVLLMGeneration, awake, check_adapter, replaced
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
+
+
+logger = get_logger(__name__)
+
+_PACKING_TOLERANCE = {torch.float32: 1e-3}
+_HALF_PRECISION_PACKING_TOLERANCE = 0.1  # nats on average; bfloat16 rounding alone gives about 0.02
+
+
+class TreePOTrainer(GRPOTrainer):
+    """
+    Trainer for TreePO, from [TreePO: Bridging the Gap of Policy Optimization and Efficacy and Inference Efficiency with
+    Heuristic Tree-based Modeling](https://huggingface.co/papers/2508.17445).
+
+    [`~trl.GRPOTrainer`] with three changes: in training each prompt's completions grow as a tree of segments, the group
+    advantages become tree segment advantages, and rows that share prefixes are forwarded once per unique token.
+    Evaluation samples plain independent completions. Everything else, arguments included, is GRPOTrainer's.
+
+    Not supported yet, with an error at construction: tools, environments, `rollout_func`, image prompts, vLLM server
+    mode and tensor parallel vLLM.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from treepo_trl import TreePOConfig, TreePOTrainer
+    >>> from trl.rewards import accuracy_reward
+
+    >>> trainer = TreePOTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     reward_funcs=accuracy_reward,
+    ...     args=TreePOConfig(output_dir="Qwen2.5-0.5B-TreePO", num_generations=16, segment_length=128),
+    ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    ... )  # doctest: +SKIP
+    >>> trainer.train()  # doctest: +SKIP
+    ```
+    """
+
+    _tag_names = ["trl", "treepo"]
+    _name = "TreePO"
+    _paper = {
+        "title": "TreePO: Bridging the Gap of Policy Optimization and Efficacy and Inference Efficiency with Heuristic "
+        "Tree-based Modeling",
+        "id": "2508.17445",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{li2025treepo,
+                title        = {{TreePO: Bridging the Gap of Policy Optimization and Efficacy and Inference Efficiency with Heuristic Tree-based Modeling}},
+                author       = {Yizhi Li and others},
+                year         = 2025,
+                eprint       = {arXiv:2508.17445},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        args: TreePOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable[..., Any] | None = None,
+        environment_factory: Any | None = None,
+    ) -> None:
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = TreePOConfig(f"{model_name.split('/')[-1]}-TreePO")
+        check_arguments(args, tools, rollout_func, environment_factory)
+        check_datasets(train_dataset, eval_dataset)
+        uses_adapter_sync = (
+            args.use_vllm
+            and args.vllm_lora_sync == "adapter"
+            and (peft_config is not None or (not isinstance(model, str) and is_peft_model(model)))
+        )
+        if uses_adapter_sync:
+            check_adapter(peft_config if peft_config is not None else model.peft_config[model.active_adapter])
+        vllm_generation = AdapterVLLMGeneration if uses_adapter_sync else grpo_trainer.VLLMGeneration
+        with replaced(grpo_trainer, "VLLMGeneration", vllm_generation):
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
+        self.sampler = TreeSampler(self._build_engine(), args, self.eos_token_ids, self._decode)
+        self._trees: list[SegmentTree] = []
+        self._rewards_per_func: torch.Tensor | None = None
+        self._sampled_at = (-1, 0)  # global step of the last sampling and how many it has seen
+        self._packing_checked = False
+        self._packs = args.tree_packing != "off" and self._can_pack()
+
+    # Sampling
+
+    def _build_engine(self) -> Any:
+        if self.use_vllm:
+            from .engines.vllm import VLLMEngine
+
+            return VLLMEngine(
+                self.vllm_generation.llm, self.eos_token_ids, self._sampling_options(), self.args.generation_kwargs
+            )
+        from .engines.transformers import TransformersEngine
+
+        return TransformersEngine(
+            self.accelerator.unwrap_model(self.model), self.eos_token_ids, self._sampling_options()
+        )
+
+    def _sampling_options(self) -> SamplingOptions:
+        options = {field.name: getattr(self.args, field.name) for field in fields(SamplingOptions)}
+        if not self.use_vllm:
+            options.update(self.args.generation_kwargs or {})
+        return SamplingOptions(**options)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: Any,
+        multimodal_fields: dict[str, Any],
+        num_generations: int,
+        has_tool_images: bool = False,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        if not self.model.training:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images=has_tool_images
+            )
+        if images is not None:
+            raise ValueError("Image prompts are not supported yet by `TreePOTrainer`. Use text prompts.")
+        step, count = self._sampled_at
+        self._sampled_at = (self.state.global_step, count + 1 if step == self.state.global_step else 0)
+        seed = f"{self.args.seed}/{self.state.global_step}/{self._sampled_at[1]}/{self.accelerator.process_index}"
+        with self._engine_ready():
+            self._trees = self.sampler.sample(prompt_ids[::num_generations], seed)
+        self._log_tree_metrics()
+        leaves = [(tree, leaf) for tree in self._trees for leaf in tree.depth_first_leaves()]
+        completion_ids = [tree.completion_ids(leaf) for tree, leaf in leaves]
+        # Like GRPOTrainer's own sampling with transformers, which gives none: the policy itself has sampled.
+        logprobs = [tree.logprobs(leaf) for tree, leaf in leaves] if self.use_vllm else None
+        return completion_ids, logprobs
+
+    def _engine_ready(self) -> Any:
+        """Context in which the engine samples from the current policy."""
+        return self._vllm_ready() if self.use_vllm else self._transformers_ready()
+
+    @contextmanager
+    def _vllm_ready(self) -> Iterator[None]:
+        if self.state.global_step != self._last_loaded_step:
+            with profiling_context(self, "sync_weights"):
+                self.vllm_generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
+        with awake(self.vllm_generation), profiling_context(self, "vLLM.generate"):
+            if isinstance(self.vllm_generation, AdapterVLLMGeneration):
+                self.sampler.engine.lora_request = self.vllm_generation.llm.lora_request
+            yield
+
+    @contextmanager
+    def _transformers_ready(self) -> Iterator[None]:
+        with (
+            profiling_context(self, "transformers.generate"),
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            engine = self.sampler.engine
+            engine.model = model
+            model.eval()  # dropout off, as in vLLM
+            try:
+                yield
+            finally:
+                engine.reset_prefix_cache()
+                model.train()
+
+    # Rewards and advantages
+
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> torch.Tensor:
+        self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._rewards_per_func
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if not self.model.training:
+            return output
+        num_completions, num_tokens = output["completion_ids"].shape
+        local = slice(
+            self.accelerator.process_index * num_completions, (self.accelerator.process_index + 1) * num_completions
+        )
+        assert self._rewards_per_func is not None, "GRPOTrainer scores every completion"
+        rewards, divisors = combine_rewards(
+            self._rewards_per_func,
+            self.reward_weights.to(self.accelerator.device),
+            self.num_generations,
+            self.multi_objective_aggregation,
+            self.scale_rewards,
+        )
+        rewards = rewards[local]
+        if self.args.advantage_estimator != "grpo" or self.args.leaf_weighting != "uniform":
+            output["advantages"] = self._tree_advantages(rewards, divisors[local], num_tokens)
+            self._replace_logged_advantages(output)
+        if self.args.log_trees:
+            self._write_trees(rewards.tolist(), output)
+        return output
+
+    def _tree_advantages(self, rewards: torch.Tensor, divisors: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Advantages `(num_completions, num_tokens)` of this process's completions, scaled."""
+        rows = []
+        for tree, tree_rewards in zip(self._trees, rewards.split(self.num_generations), strict=True):
+            leaves = tree.depth_first_leaves()
+            weights = None
+            if self.args.leaf_weighting == "inverse_branching":
+                by_leaf = dict(zip(tree.leaves, tree.leaf_weights(), strict=True))
+                weights = torch.tensor([by_leaf[leaf] for leaf in leaves], device=rewards.device)
+            advantages = tree_advantages(
+                tree_rewards,
+                ancestor_ids(tree, leaves).to(rewards.device),
+                self.args.advantage_estimator,
+                subgroup_rejection=self.args.subgroup_rejection,
+                leaf_weights=weights,
+            )
+            if weights is not None:  # the loss averages over leaves, so a weight of 1/W is neutral
+                advantages = advantages * (weights * len(leaves))[:, None]
+            rows.append(expand_to_tokens(advantages, tree, leaves, num_tokens))
+        return torch.cat(rows) / torch.nan_to_num(divisors, nan=1.0)[:, None]
+
+    def _replace_logged_advantages(self, output: dict[str, Any]) -> None:
+        """Put each completion's mean advantage where GRPOTrainer has logged the group advantages."""
+        mask = output["completion_mask"]
+        means = (output["advantages"] * mask).sum(1) / mask.sum(1).clamp(min=1)
+        values = self.accelerator.gather(means).tolist()
+        logged = self._logs["advantages"]
+        for _ in range(min(len(values), len(logged))):
+            logged.pop()
+        logged.extend(values)
+
+    # Update
+
+    @profiling_decorator
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **multimodal_inputs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        plain = super()._get_per_token_logps_and_entropies
+        has_other_inputs = compute_aux_loss or any(value is not None for value in multimodal_inputs.values())
+        if not self._packs or has_other_inputs:
+            return plain(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                **multimodal_inputs,
+            )
+        all_logps, all_entropies = [], []
+        chunks = zip(
+            input_ids.split(batch_size or len(input_ids)),
+            attention_mask.split(batch_size or len(input_ids)),
+            strict=True,
+        )
+        for chunk_ids, chunk_mask in chunks:
+            started = time.perf_counter()
+            packed = pack_rows(chunk_ids, chunk_mask, logits_to_keep)
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["tree/packing_seconds"].append(time.perf_counter() - started)
+            self._metrics[mode]["tree/packing_ratio"].append(packed.ratio)
+            if self.args.tree_packing == "auto" and not is_worth_packing(packed):
+                logps, entropies, _ = plain(
+                    model, chunk_ids, chunk_mask, logits_to_keep, compute_entropy=compute_entropy
+                )
+            else:
+                if not self._packing_checked:
+                    self._check_packing(model, packed, plain, chunk_ids, chunk_mask, logits_to_keep)
+                logps, entropies = self._packed_forward(model, packed)
+            all_logps.append(logps)
+            all_entropies.append(entropies)
+        return torch.cat(all_logps), torch.cat(all_entropies) if compute_entropy else None, None
+
+    def _packed_forward(self, model: Any, packed: PackedRows) -> tuple[torch.Tensor, torch.Tensor | None]:
+        base = self.accelerator.unwrap_model(model)
+        inputs = model_inputs(packed, base.config._attn_implementation, base.dtype)
+        with self.accelerator.autocast():
+            outputs = model(**inputs, fused_lm_head=True)
+        entropies = None if outputs.entropy is None else packed.unpack(outputs.entropy)
+        return packed.unpack(outputs.log_probs), entropies
+
+    def _can_pack(self) -> bool:
+        reason = is_packable(self.model.config.get_text_config())
+        if reason is not None:
+            message = f"Shared prefixes are not packed for {type(self.model).__name__}: {reason}."
+            if self.args.tree_packing != "auto":
+                raise ValueError(f"`tree_packing` is {self.args.tree_packing!r}, but {message} Set it to 'off'.")
+            logger.warning(f"{message} Training forwards plain rows, as GRPOTrainer does.")
+        return reason is None
+
+    @torch.no_grad()
+    def _check_packing(
+        self,
+        model: Any,
+        packed: PackedRows,
+        plain: Callable[..., Any],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+    ) -> None:
+        """Once per run: the packed log-probabilities must be those of the plain rows, up to rounding."""
+        was_training = model.training
+        model.eval()  # dropout would make the two differ
+        logps, _ = self._packed_forward(model, packed)
+        expected, _, _ = plain(model, input_ids, attention_mask, logits_to_keep, batch_size=1)
+        model.train(was_training)
+        difference = (logps - expected).abs()[packed.is_scored].mean().nan_to_num(nan=0.0).item()
+        dtype = torch.float32 if self.accelerator.mixed_precision == "no" else torch.bfloat16
+        dtype = self.accelerator.unwrap_model(model).dtype if dtype == torch.float32 else dtype
+        tolerance = _PACKING_TOLERANCE.get(dtype, _HALF_PRECISION_PACKING_TOLERANCE)
+        if difference > tolerance:
+            raise RuntimeError(
+                f"The packed forward does not reproduce this model's plain rows: log-probabilities differ by "
+                f"{difference:.2g} nats on average, where rounding in {dtype} explains {tolerance:.2g}. Set "
+                "`tree_packing='off'`."
+            )
+        self._packing_checked = True
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        if not self._packs:
+            return super()._prepare_inputs(generation_batch)
+        # GRPOTrainer shuffles single rows before it cuts micro-batches, which would part rows that share prefixes.
+        with replaced(grpo_trainer, "shuffle_sequence_dict", self._shuffle_trees):
+            return super()._prepare_inputs(generation_batch)
+
+    def _shuffle_trees(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Shuffle whole trees; the rows of a tree stay together, in depth-first order."""
+        num_trees = len(batch["completion_ids"]) // self.num_generations
+        order = torch.randperm(num_trees)[:, None] * self.num_generations + torch.arange(self.num_generations)
+        rows = order.flatten()
+
+        def permute(value: Any) -> Any:
+            if value is None or (isinstance(value, torch.Tensor) and value.ndim == 0):
+                return value
+            return value[rows.to(value.device)] if isinstance(value, torch.Tensor) else [value[i] for i in rows]
+
+        return {key: permute(value) for key, value in batch.items()}
+
+    # Logs
+
+    def _log_tree_metrics(self) -> None:
+        totals = tree_totals(self._trees, self.sampler.stats)
+        totals = reduce_totals(totals, self.accelerator.gather, self.accelerator.device)
+        for name, value in tree_metrics(totals).items():
+            self._metrics["train"][name].append(value)
+
+    def _write_trees(self, rewards: list[float], output: dict[str, Any]) -> None:
+        """Append this generation's trees of all processes to `output_dir/trees/trees_<step>.jsonl`."""
+        advantages = output["advantages"]
+        if advantages.dim() == 1:
+            advantages = advantages[:, None] * output["completion_mask"]
+        records = []
+        for i, tree in enumerate(self._trees):
+            leaves = tree.depth_first_leaves()
+            rows = slice(i * self.num_generations, (i + 1) * self.num_generations)
+            last_tokens = [tree.nodes[leaf].end - 1 for leaf in leaves]
+            records.append(
+                {
+                    "step": self.state.global_step,
+                    "prompt": self._decode(tree.prompt_ids),
+                    "rows": leaves,
+                    "rewards": [None if reward != reward else reward for reward in rewards[rows]],
+                    "advantages": advantages[rows][range(len(leaves)), last_tokens].tolist(),
+                    "tree": tree.to_dict(),
+                }
+            )
+        records = gather_object(records)
+        if not self.accelerator.is_main_process:
+            return
+        folder = os.path.join(self.args.output_dir, "trees")
+        os.makedirs(folder, exist_ok=True)
+        mode = "w" if self._sampled_at[1] == 0 else "a"  # a resumed run writes its steps again
+        with open(os.path.join(folder, f"trees_{self.state.global_step:06d}.jsonl"), mode) as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)

@@ -1,0 +1,112 @@
+"""Checks of a trainer's arguments that would otherwise fail late, each with what was set and what to do."""
+
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from trl.import_utils import is_vllm_available
+
+from .treepo_config import TreePOConfig
+
+
+_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_RESERVED_VLLM_FIELDS = (
+    "n",
+    "max_tokens",
+    "min_tokens",
+    "logprobs",
+    "flat_logprobs",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "detokenize",
+    "output_kind",
+    "structured_outputs",
+)
+
+
+def check_arguments(args: TreePOConfig, tools: Any, rollout_func: Any, environment_factory: Any) -> None:
+    """
+    Raise for arguments that `TreePOTrainer` cannot serve.
+
+    Raises:
+        TypeError: if `args` is no `TreePOConfig`.
+        ValueError: for features that are not supported yet and for generation settings that segments cannot have.
+        ImportError: if vLLM is asked for and not installed.
+    """
+    if not isinstance(args, TreePOConfig):
+        raise TypeError(
+            f"`args` is a `{type(args).__name__}`. Pass a `TreePOConfig`, which takes all fields of `GRPOConfig`."
+        )
+    for name, value in (
+        ("tools", tools),
+        ("environment_factory", environment_factory),
+        ("rollout_func", rollout_func),
+    ):
+        if value:
+            raise ValueError(
+                f"`{name}` is not supported yet by `TreePOTrainer`: a tree's segments continue one model turn. "
+                "Leave it out, or use `GRPOTrainer`."
+            )
+    if args.fallback_policy == "none":
+        raise ValueError(
+            "`fallback_policy='none'` can leave a tree with fewer than `num_generations` completions, which training "
+            "cannot use. Choose 'random', 'low_prob' or 'root'; 'none' is for offline sampling."
+        )
+    generation_kwargs = set(args.generation_kwargs or {})
+    if not args.use_vllm:
+        unknown = sorted(generation_kwargs - set(_SAMPLING_FIELDS))
+        if unknown:
+            raise ValueError(
+                f"`generation_kwargs` has {', '.join(unknown)}, which the transformers engine does not know. It takes "
+                f"{', '.join(_SAMPLING_FIELDS)}. Remove the others, or set `use_vllm=True`."
+            )
+        return
+    if not is_vllm_available():
+        raise ImportError(
+            "`use_vllm=True`, but vLLM is not installed. Run `pip install treepo-trl[vllm]`, or leave `use_vllm` out "
+            "to sample with transformers."
+        )
+    reserved = sorted(generation_kwargs & set(_RESERVED_VLLM_FIELDS))
+    if reserved:
+        raise ValueError(
+            f"`generation_kwargs` has {', '.join(reserved)}, which the tree sampler sets itself for each segment. "
+            "Remove them; use `segment_length`, `max_completion_length` and `stop_pattern` instead."
+        )
+    if args.vllm_structured_outputs_regex is not None:
+        raise ValueError(
+            "`vllm_structured_outputs_regex` is not supported: it would have to match each segment by itself. Leave "
+            "it out."
+        )
+    if args.vllm_tensor_parallel_size != 1:
+        raise ValueError(
+            f"`vllm_tensor_parallel_size` is {args.vllm_tensor_parallel_size}; `TreePOTrainer` supports 1 so far. "
+            "Set it to 1: each process then has an engine of its own."
+        )
+
+
+def check_datasets(*datasets: Any) -> None:
+    """
+    Raise for datasets without prompts or with images.
+
+    Columns are checked where the dataset knows them; a streamed dataset may not.
+
+    Raises:
+        ValueError: naming the dataset's columns.
+    """
+    for dataset in datasets:
+        if isinstance(dataset, dict):
+            check_datasets(*dataset.values())
+        if not isinstance(dataset, Dataset | IterableDataset) or dataset.column_names is None:
+            continue
+        columns = dataset.column_names
+        if "prompt" not in columns:
+            raise ValueError(
+                f"The dataset has no column 'prompt', only {', '.join(columns) or 'none at all'}. Rename the column "
+                "that holds the prompts, as text or as a list of messages, to 'prompt'."
+            )
+        images = sorted({"image", "images"} & set(columns))
+        if images:
+            raise ValueError(
+                f"The dataset has the column '{images[0]}': image prompts are not supported yet by `TreePOTrainer`. "
+                "Remove the column, or use `GRPOTrainer`."
+            )

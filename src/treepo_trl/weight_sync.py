@@ -1,0 +1,160 @@
+"""
+From the policy to the vLLM engine: the adapter alone for LoRA and QLoRA, TRL's push of all weights otherwise.
+
+Stock TRL merges the adapter into the base model and pushes every weight before each generation. Merging into 4-bit
+weights is lossy and in bfloat16 the merge and unmerge cycle drifts. Here the base model is never touched: the engine
+is built with LoRA enabled on the same base, and the adapter's files travel through memory-backed storage.
+"""
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args
+
+from trl.generation import vllm_generation
+from trl.generation.vllm_generation import VLLMGeneration, empty_cache
+
+
+_ADAPTER_NAME = "policy"
+_ADAPTER_ID = 1
+
+
+@contextmanager
+def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """
+    Replace a name that TRL looks up in one of its modules while one of its methods runs.
+
+    Raises:
+        AttributeError: if the module does not have the name any more.
+    """
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def check_adapter(peft_config: Any) -> None:
+    """
+    Raise unless vLLM can serve an adapter with this [`~peft.PeftConfig`].
+
+    Raises:
+        ValueError: naming the setting and what to do.
+    """
+    advice = "Change the adapter, or set `vllm_lora_sync='merge'`."
+    if peft_config.peft_type != "LORA":
+        raise ValueError(
+            f"vLLM serves LoRA adapters, this one is {getattr(peft_config.peft_type, 'value', peft_config.peft_type)}. {advice}"
+        )
+    for name, allowed in (("use_dora", (False, None)), ("bias", ("none",)), ("modules_to_save", (None, []))):
+        value = getattr(peft_config, name)
+        if value not in allowed:
+            raise ValueError(f"vLLM serves no adapters with `{name}={value!r}`. {advice}")
+    for name in ("rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices"):
+        value = getattr(peft_config, name, None)
+        if value:
+            raise ValueError(f"vLLM serves no adapters with `{name}` ({value!r}). {advice}")
+
+
+def engine_lora_rank(rank: int) -> int:
+    """
+    Smallest `max_lora_rank` of vLLM that holds an adapter of this rank.
+
+    Raises:
+        ValueError: if the rank is above vLLM's largest.
+    """
+    from vllm.config.lora import MaxLoRARanks
+
+    ranks = sorted(get_args(MaxLoRARanks))
+    for allowed in ranks:
+        if rank <= allowed:
+            return allowed
+    raise ValueError(f"vLLM serves adapters up to rank {ranks[-1]}, this one has {rank}. Lower `r`.")
+
+
+class AdapterVLLMGeneration(VLLMGeneration):
+    """
+    [`~trl.generation.vllm_generation.VLLMGeneration`] that gives the engine the adapter instead of merged weights.
+
+    Only for `mode="colocate"` and a model with one LoRA adapter. The engine sleeps at level 1, since a LoRA engine's
+    wrapped weights cannot be pushed again after level 2. `llm.lora_request` is what every request must carry to be
+    answered by the policy; `generate` does so by itself.
+    """
+
+    def _init_vllm(self) -> None:
+        peft_config = self.model.peft_config[self.model.active_adapter]
+        self._adapter_dir = _memory_backed_directory()
+        weakref.finalize(self, shutil.rmtree, self._adapter_dir, ignore_errors=True)
+        with replaced(vllm_generation, "LLM", _lora_llm_class(engine_lora_rank(peft_config.r))):
+            super()._init_vllm()
+
+    def sync_weights(self) -> None:
+        """Load the policy's adapter into the engine and forget what its predecessor computed."""
+        from vllm.lora.request import LoRARequest
+
+        adapter = self.model.active_adapter
+        parameters = [p for name, p in self.model.named_parameters() if f".{adapter}." in name]
+        with self._dist.gather_params(parameters):
+            self.model.save_pretrained(self._adapter_dir, selected_adapters=[adapter], save_embedding_layers=False)
+        directory = self._adapter_dir if adapter == "default" else os.path.join(self._adapter_dir, adapter)
+        if self.enable_sleep_mode:
+            empty_cache()
+            self.llm.wake_up(tags=["weights"])
+            self._llm_weights_sleeping = False
+        # Without `load_inplace` the engine silently keeps the adapter that it has under this id.
+        self.llm.llm_engine.add_lora(LoRARequest(_ADAPTER_NAME, _ADAPTER_ID, directory, load_inplace=True))
+        self.llm.lora_request = LoRARequest(_ADAPTER_NAME, _ADAPTER_ID, directory)
+        # The prefix cache is keyed by the adapter's name: the old adapter's states would be reused.
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError(
+                "vLLM did not reset its prefix cache after an adapter was loaded: requests are running."
+            )
+
+
+def _lora_llm_class(max_lora_rank: int) -> type:
+    """`vllm.LLM` with LoRA enabled and sleep that keeps the weights, to stand in where TRL builds its engine."""
+    from vllm import LLM
+
+    class LoraLLM(LLM):
+        lora_request: Any = None  # the policy's adapter, from the first sync on
+
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(
+                **kwargs, enable_lora=True, max_lora_rank=max_lora_rank, max_loras=1, enable_prefix_caching=True
+            )
+
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            kwargs.setdefault("lora_request", self.lora_request)
+            return super().generate(*args, **kwargs)
+
+        def sleep(self, level: int = 1, **kwargs: Any) -> None:
+            super().sleep(level=min(level, 1), **kwargs)
+
+    return LoraLLM
+
+
+def _memory_backed_directory() -> str:
+    shared_memory = Path("/dev/shm")
+    parent = str(shared_memory) if shared_memory.is_dir() and os.access(shared_memory, os.W_OK) else None
+    return tempfile.mkdtemp(prefix="treepo-adapter-", dir=parent)
+
+
+@contextmanager
+def awake(generation: VLLMGeneration) -> Iterator[None]:
+    """Wake a sleeping engine for a block that drives it without `generate`, as `generate` itself does."""
+    if generation.enable_sleep_mode:
+        if generation._llm_weights_sleeping:
+            generation.sync_weights()
+        generation.llm.wake_up(tags=["kv_cache"])
+    try:
+        yield
+    finally:
+        if generation.enable_sleep_mode:
+            generation.llm.sleep(level=2)
+            generation._llm_weights_sleeping = True
