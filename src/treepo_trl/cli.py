@@ -1,0 +1,164 @@
+"""The command line: `treepo-trl train`."""
+
+import argparse
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl.scripts.grpo import GRPOScriptArguments
+
+
+_DATA_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+@dataclass
+class TreePOScriptArguments(GRPOScriptArguments):
+    """
+    Script arguments of the TreePO training script: those of TRL's GRPO script.
+
+    `--dataset_name` also takes a local file (json, jsonl, csv, parquet or txt) or a folder written by
+    `Dataset.save_to_disk`.
+    """
+
+
+def load_reward_funcs(script_args: TreePOScriptArguments) -> list[Any]:
+    """
+    Reward functions by TRL's names or by import path, after the reward model if there is one.
+
+    Raises:
+        ValueError: for a name that is neither, or when no reward is given at all.
+    """
+    from trl import rewards
+
+    registry = {
+        "accuracy_reward": rewards.accuracy_reward,
+        "reasoning_accuracy_reward": rewards.reasoning_accuracy_reward,
+        "think_format_reward": rewards.think_format_reward,
+        "get_soft_overlong_punishment": rewards.get_soft_overlong_punishment(
+            max_completion_len=1280, soft_punish_cache=256
+        ),
+    }
+    functions: list[Any] = []
+    if script_args.reward_model_name_or_path:
+        functions.append(script_args.reward_model_name_or_path)
+    for name in script_args.reward_funcs or []:
+        if name in registry:
+            functions.append(registry[name])
+            continue
+        module_name, _, attribute = name.rpartition(".")
+        if not module_name:
+            raise ValueError(
+                f"`--reward_funcs {name}` is no reward of TRL. Choose from {', '.join(registry)}, or give an import "
+                "path such as `my_package.rewards.my_reward`."
+            )
+        if os.getcwd() not in sys.path:  # as in TRL's script: a module beside the run is found
+            sys.path.insert(0, os.getcwd())
+        try:
+            functions.append(getattr(importlib.import_module(module_name), attribute))
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"`--reward_funcs {name}` could not be loaded: {error}. Check the path, and that {os.getcwd()} or the "
+                "installed packages hold it."
+            ) from error
+    if not functions:
+        raise ValueError(
+            "No reward: give `--reward_funcs` (TRL's names or import paths) or `--reward_model_name_or_path`."
+        )
+    return functions
+
+
+def load_train_and_test(script_args: TreePOScriptArguments, dataset_args: Any) -> Any:
+    """
+    The dataset splits from a mixture, a local file or folder, or the hub.
+
+    Raises:
+        ValueError: if no dataset is given, or the file's kind is unknown.
+    """
+    from datasets import DatasetDict, load_dataset, load_from_disk
+    from trl import get_dataset
+
+    name = script_args.dataset_name
+    if dataset_args.datasets:
+        return get_dataset(dataset_args)
+    if not name:
+        raise ValueError("No dataset: give `--dataset_name` (hub id, file or folder) or `datasets` in the config.")
+    path = Path(name)
+    if path.is_file():
+        builder = _DATA_BUILDERS.get(path.suffix)
+        if builder is None:
+            raise ValueError(f"`--dataset_name {name}` ends in {path.suffix!r}; known are {', '.join(_DATA_BUILDERS)}.")
+        split = script_args.dataset_train_split
+        return load_dataset(builder, data_files={split: name}, streaming=script_args.dataset_streaming)
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = load_from_disk(name)
+        return saved if isinstance(saved, DatasetDict) else DatasetDict({script_args.dataset_train_split: saved})
+    return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+
+
+def train(script_args: TreePOScriptArguments, training_args: Any, model_args: Any, dataset_args: Any) -> None:
+    """Train as `trl grpo` does, with [`TreePOTrainer`]; saves the model to `training_args.output_dir`."""
+    from trl import get_peft_config, get_quantization_config
+
+    from .treepo_trainer import TreePOTrainer
+
+    reward_funcs = load_reward_funcs(script_args)
+    dataset = load_train_and_test(script_args, dataset_args)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer = TreePOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=reward_funcs,
+        args=training_args,
+        train_dataset=_split(dataset, script_args.dataset_train_split, "--dataset_train_split"),
+        eval_dataset=_split(dataset, script_args.dataset_test_split, "--dataset_test_split")
+        if training_args.eval_strategy != "no"
+        else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+def _split(dataset: Any, name: str, flag: str) -> Any:
+    if name not in dataset:
+        raise ValueError(f"The dataset has no split {name!r}, only {', '.join(dataset)}. Set `{flag}`.")
+    return dataset[name]
+
+
+def make_parser(prog: str | None = None) -> Any:
+    """Parser for the script arguments, [`TreePOConfig`] and TRL's model and dataset arguments."""
+    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+
+    from .treepo_config import TreePOConfig
+
+    return TrlParser((TreePOScriptArguments, TreePOConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `treepo-trl`."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="treepo-trl", description="TreePO for TRL.", add_help=False)
+    parser.add_argument("command", nargs="?", choices=["train"])
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: treepo-trl train [--config FILE] [options]\n\n`treepo-trl train --help` lists the options.")
+        return
+    command = parser.parse_args(argv[:1]).command
+    assert command == "train", "the only choice"
+    arguments = make_parser(prog="treepo-trl train").parse_args_and_config(argv[1:], fail_with_unknown_args=True)
+    train(*arguments)
+
+
+if __name__ == "__main__":
+    main()

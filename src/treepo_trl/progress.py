@@ -1,0 +1,33 @@
+"""A progress bar with one readable line per logged step."""
+
+from typing import Any
+
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class TreeProgressCallback(ProgressCallback):
+    """Replaces the dictionaries that [`~transformers.ProgressCallback`] prints by one line of words."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print the line, where this process shows a bar at all."""
+        if state.is_world_process_zero and self.training_bar is not None and logs is not None and "reward" in logs:
+            self.training_bar.write(step_line(logs, state.global_step, state.max_steps))
+
+
+def step_line(logs: dict[str, Any], step: int, max_steps: int) -> str:
+    """One step's reward, tokens decoded, tokens that sharing saved, and seconds."""
+    line = f"step {step:>{len(str(max_steps))}}/{max_steps}  reward {logs['reward']:.3f}"
+    if "tree/decoded_tokens" in logs:
+        decoded, in_leaves = logs["tree/decoded_tokens"], logs["tree/leaf_tokens"]
+        saved = in_leaves - decoded
+        line += f"  decoded {decoded:.0f} tokens  saved by sharing {saved:.0f} ({saved / in_leaves:.0%})"
+    if "step_time" in logs:
+        line += f"  {logs['step_time']:.1f} s"
+    return line
