@@ -43,7 +43,7 @@ def main() -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--completions", type=int, default=64, help="completions per step, as in the recipe")
     parser.add_argument("--trainers", nargs="+", default=["treepo", "grpo"], choices=["treepo", "grpo"])
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/quickstart"))
@@ -55,7 +55,7 @@ def main() -> None:
             print(f"{trainer} seed {seed} done", file=sys.stderr)
     first = runs[args.trainers[0]][0]
     print(f"{first['device']}, {first['dtype']}, {first['engine']} engine, {args.steps} steps\n")
-    print("| trainer | accuracy before -> after, each seed | mean gain | tokens sampled per step | s per step | s total |")
+    print("| trainer | accuracy before -> after, each seed | mean gain | tokens per step | s per step | s total |")
     print("|---|---|---|---|---|---|")
     for trainer, results in runs.items():
         pairs = ", ".join(f"{r['accuracy_before']:.1%} -> {r['accuracy_after']:.1%}" for r in results)

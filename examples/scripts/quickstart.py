@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import ProgressCallback
 from trl import GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 from trl.import_utils import is_vllm_available
 
-from transformers import ProgressCallback
 from treepo_trl import TreePOConfig, TreePOTrainer
 from treepo_trl.embedded import addition_tasks, answer_reward, last_number, small_model
 from treepo_trl.evaluation import AnswerAccuracy, greedy_completions
@@ -94,7 +94,7 @@ if __name__ == "__main__":
     after = accuracy()
     trainer.save_model(training_args.output_dir)
     print(f"accuracy on {len(held_out)} held-out tasks after training: {after:.1%} (before: {before:.1%})")
-    print(f"trained {trainer.state.global_step} steps in {seconds:.0f} s; adapter, logs and trees: {training_args.output_dir}")
+    print(f"trained {trainer.state.global_step} steps in {seconds:.0f} s; results in {training_args.output_dir}")
 
     # Result
     logs = [log for log in trainer.state.log_history if "reward" in log]

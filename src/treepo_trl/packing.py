@@ -53,7 +53,7 @@ class PackedRows:
         return mask[None, None]
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
-        """Per-position values `(1, N)` as `(B, T)`, 0 where nothing is scored. Gradients flow back, shared ones add up."""
+        """Per-position values `(1, N)` as `(B, T)`, 0 where nothing is scored. Gradients of shared ones add up."""
         return values[0][self.index].masked_fill(~self.is_scored, 0)
 
 

@@ -56,13 +56,13 @@ class _GrowingTree:
     rng: random.Random
     max_length: int
     """Longest completion of this prompt in tokens."""
-    level: list[int | None] = field(default_factory=list)
+    level: list[int | None] = field(default_factory=list[int | None])
     """Parents of the segments in flight, in order of submission."""
-    results: dict[int, SegmentResult] = field(default_factory=dict)
+    results: dict[int, SegmentResult] = field(default_factory=dict[int, SegmentResult])
     """Results of the level by position in `level`."""
     fell_back: bool = False
     """Whether a fallback has begun: from then on every new leaf comes from one."""
-    texts: dict[int | None, str] = field(default_factory=dict)
+    texts: dict[int | None, str] = field(default_factory=dict[int | None, str])
     """Text of each parent in `level`; only kept where a text rule needs it."""
 
 
@@ -105,6 +105,8 @@ class TreeSampler:
         self.stats = SamplingStats()
         self._pattern = None if config.stop_pattern is None else re.compile(config.stop_pattern)
         self._needs_text = self._pattern is not None or config.stop_repetition
+        assert config.segment_length is not None, "set by the config"
+        self._segment_length = config.segment_length
 
     def sample(self, prompts: list[list[int]], seed: int | str) -> list[SegmentTree]:
         """
@@ -133,7 +135,7 @@ class TreeSampler:
         try:
             self._submit(growing, [(i, self._first_level(grown)) for i, grown in enumerate(growing)], in_flight)
             while in_flight:
-                complete = []
+                complete: list[int] = []
                 for result in self._collect():
                     index, position = in_flight.pop(result.request_id)
                     grown = growing[index]
@@ -150,7 +152,9 @@ class TreeSampler:
 
     def _max_length(self, prompt: list[int], index: int) -> int:
         context = self.engine.context_length
-        room = self.config.max_completion_length if context is None else context - len(prompt)
+        if context is None:
+            return self.config.max_completion_length
+        room = context - len(prompt)
         if room < 1:
             start = f", which starts with {self.decode(prompt[:32])!r}," if self.decode is not None else ""
             raise ValueError(
@@ -166,7 +170,7 @@ class TreeSampler:
         levels: list[tuple[int, list[int | None]]],
         in_flight: dict[int, tuple[int, int]],
     ) -> None:
-        requests = []
+        requests: list[SegmentRequest] = []
         for index, parents in levels:
             grown = growing[index]
             grown.level, grown.results = parents, {}
@@ -175,7 +179,7 @@ class TreeSampler:
                 request_id = self.stats.num_segments
                 self.stats.num_segments += 1
                 length = 0 if parent is None else grown.tree.nodes[parent].end
-                max_tokens = min(self.config.segment_length, grown.max_length - length)
+                max_tokens = min(self._segment_length, grown.max_length - length)
                 requests.append(SegmentRequest(request_id, prefixes[parent], max_tokens))
                 in_flight[request_id] = (index, position)
         if requests:
@@ -192,6 +196,7 @@ class TreeSampler:
 
     def _first_level(self, grown: _GrowingTree) -> list[int | None]:
         config = self.config
+        assert config.initial_branching_factor is not None, "set by the config"
         initial = draw_initial_branching(config.initial_branching_factor, config.num_generations, grown.rng)
         if self._needs_text:
             grown.texts[None] = ""
@@ -238,7 +243,7 @@ class TreeSampler:
         return stems
 
     def _store(self, grown: _GrowingTree, parent: int | None, result: SegmentResult) -> tuple[int, str]:
-        """Add a segment to the tree, cut where its path ends; returns the node and the path's text (if it is needed)."""
+        """Add a segment to the tree, cut where its path ends; returns the node and, if needed, the path's text."""
         token_ids, logprobs = result.token_ids, result.logprobs
         reason: FinishReason | None = None
         eos = find_eos(token_ids, self.eos_token_ids)
@@ -256,12 +261,13 @@ class TreeSampler:
     def _apply_text_rules(
         self, grown: _GrowingTree, parent: int | None, token_ids: list[int], reason: FinishReason | None
     ) -> tuple[list[int], FinishReason | None, str]:
-        assert self.decode is not None, "checked at construction"
+        decode = self.decode
+        assert decode is not None, "checked at construction"
         parent_text = grown.texts[parent]
         tail_ids = [] if parent is None else grown.tree.nodes[parent].token_ids[-_TAIL_LENGTH:]
 
         def text_after(ids: list[int]) -> str:
-            return extend_text(parent_text, tail_ids, ids, self.decode)
+            return extend_text(parent_text, tail_ids, ids, decode)
 
         text = text_after(token_ids)
         if self._pattern is not None and (match := self._pattern.search(text)) is not None:

@@ -24,7 +24,7 @@ def is_repetitive(text: str) -> bool:
     Whether the text ends in a loop: a tail of at least 256 characters that repeats one unit at least 4 times.
 
     Looks at the text of the whole path, so loops across segments and with long periods are seen (the released code
-    counts 32-character strings within one segment, which fires on 39 equal characters and misses a 260-character loop).
+    counts 32-character strings within one segment: 39 equal characters fire it, a 260-character loop does not).
 
     The unit's length is found through earlier occurrences of the last 32 characters, so ordinary text costs one
     substring search.

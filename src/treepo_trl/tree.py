@@ -22,14 +22,14 @@ class SegmentNode:
     token_ids: list[int]
     """Tokens added by this node, never empty."""
     logprobs: list[float] | None = None
-    """Log-probability of each token under the distribution that it was sampled from; `None` if the engine gave none."""
+    """Log-probability of each token under the distribution it was sampled from; `None` if the engine gave none."""
     finish_reason: FinishReason | None = None
     """Why the path ended here; `None` for an inner node."""
     depth: int = 0
     """Number of ancestors below the root: 0 for a child of the root."""
     end: int = 0
     """Completion tokens on the path up to and including this node."""
-    children: list[int] = field(default_factory=list)
+    children: list[int] = field(default_factory=list[int])
     """Node ids of the children, in order of creation."""
 
 
@@ -100,7 +100,7 @@ class SegmentTree:
 
     def path(self, node: int | None) -> list[int]:
         """Node ids from the root side down to and including `node`; empty for the root."""
-        ids = []
+        ids: list[int] = []
         while node is not None:
             ids.append(node)
             node = self.nodes[node].parent
@@ -127,7 +127,8 @@ class SegmentTree:
 
     def depth_first_leaves(self) -> list[int]:
         """Leaves in depth-first order, so that leaves which share most of their tokens are neighbours."""
-        order, stack = [], self.root_children[::-1]
+        order: list[int] = []
+        stack = self.root_children[::-1]
         while stack:
             node = stack.pop()
             if self.nodes[node].finish_reason is not None:

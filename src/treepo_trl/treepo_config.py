@@ -3,15 +3,16 @@
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from trl import GRPOConfig
+from trl.trainer.grpo_config import GRPOConfig
 
 from .advantages import AdvantageEstimator
 from .branching import BranchingPolicy, BranchSchedule, FallbackPolicy
 from .packing import TreePacking
 
 
+LeafWeighting = Literal["uniform", "inverse_branching"]
 LoraSync = Literal["adapter", "merge"]
 
 
@@ -41,8 +42,8 @@ class TreePOConfig(GRPOConfig):
             Children of the prompt; two numbers draw one for each prompt, uniformly (the paper's best setting is
             `[2, 8]`). Default: `branching_factor`, or `num_generations` when that is 1.
         branching_policy (`str`, *optional*, defaults to `"uniform"`):
-            Who gets the branches beyond one each: `"uniform"` splits evenly, `"low_prob"` and `"high_prob"` by the mean
-            log-probability of the last segment (section 4.4, where `"uniform"` was best).
+            Who gets the branches beyond one each: `"uniform"` splits evenly, `"low_prob"` and `"high_prob"` by the
+            mean log-probability of the last segment (section 4.4, where `"uniform"` was best).
         branching_temperature (`float`, *optional*, defaults to `2.0`):
             Softmax temperature of `"low_prob"` and `"high_prob"` (section 4.4).
         branch_schedule (`str`, *optional*, defaults to `"early"`):
@@ -79,6 +80,11 @@ class TreePOConfig(GRPOConfig):
             Whether to write every sampled tree to `output_dir/trees`, one JSON line per tree.
     """
 
+    if TYPE_CHECKING:  # optional in GRPOConfig, but always set after its own __post_init__
+        num_generations: int = 8
+        max_completion_length: int = 256
+        steps_per_generation: int = 1
+
     segment_length: int | None = field(
         default=None,
         metadata={"help": "Tokens per segment. Default: max_completion_length / 14, rounded up."},
@@ -94,29 +100,26 @@ class TreePOConfig(GRPOConfig):
             "branching_factor, or num_generations when that is 1."
         },
     )
-    branching_policy: str = field(
+    branching_policy: BranchingPolicy = field(
         default="uniform",
         metadata={
             "help": "Who gets the branches beyond one each: evenly, or by low or high probability.",
-            "choices": list(get_args(BranchingPolicy)),
         },
     )
     branching_temperature: float = field(
         default=2.0,
         metadata={"help": "Softmax temperature of the branching policies low_prob and high_prob."},
     )
-    branch_schedule: str = field(
+    branch_schedule: BranchSchedule = field(
         default="early",
         metadata={
             "help": "Branch as soon as possible, or spread the branches evenly over max_completion_length.",
-            "choices": list(get_args(BranchSchedule)),
         },
     )
-    fallback_policy: str = field(
+    fallback_policy: FallbackPolicy = field(
         default="random",
         metadata={
             "help": "Where a tree without live paths grows the leaves that are missing.",
-            "choices": list(get_args(FallbackPolicy)),
         },
     )
     stop_pattern: str | None = field(
@@ -127,36 +130,32 @@ class TreePOConfig(GRPOConfig):
         default=True,
         metadata={"help": "Whether a path that has run into a loop of text ends there."},
     )
-    advantage_estimator: str = field(
+    advantage_estimator: AdvantageEstimator = field(
         default="treepo",
         metadata={
             "help": "Advantage of each segment: treepo (Eq. 5), treepo_size_weighted (Eq. 6), or grpo.",
-            "choices": list(get_args(AdvantageEstimator)),
         },
     )
     subgroup_rejection: bool = field(
         default=False,
         metadata={"help": "Leave out subgroups whose rewards are all equal (Eq. 7)."},
     )
-    leaf_weighting: str = field(
+    leaf_weighting: LeafWeighting = field(
         default="uniform",
         metadata={
             "help": "Weight of each leaf in the group means and in the loss.",
-            "choices": ["uniform", "inverse_branching"],
         },
     )
-    tree_packing: str = field(
+    tree_packing: TreePacking = field(
         default="auto",
         metadata={
             "help": "Whether rows that share prefixes are forwarded once per unique token.",
-            "choices": list(get_args(TreePacking)),
         },
     )
-    vllm_lora_sync: str = field(
+    vllm_lora_sync: LoraSync = field(
         default="adapter",
         metadata={
             "help": "Load only the adapter into vLLM, or merge it and push every weight as TRL does.",
-            "choices": list(get_args(LoraSync)),
         },
     )
     log_trees: bool = field(
@@ -180,10 +179,7 @@ class TreePOConfig(GRPOConfig):
         _check_choice("advantage_estimator", self.advantage_estimator, AdvantageEstimator)
         _check_choice("tree_packing", self.tree_packing, TreePacking)
         _check_choice("vllm_lora_sync", self.vllm_lora_sync, LoraSync)
-        if self.leaf_weighting not in ("uniform", "inverse_branching"):
-            raise ValueError(
-                f"`leaf_weighting` is {self.leaf_weighting!r}. Choose one of 'uniform', 'inverse_branching'."
-            )
+        _check_choice("leaf_weighting", self.leaf_weighting, LeafWeighting)
         self._check_stop_pattern()
         self._check_supported()
 
@@ -210,18 +206,20 @@ class TreePOConfig(GRPOConfig):
         if local_batch_size % self.num_generations != 0:
             raise ValueError(
                 f"Each process generates `per_device_train_batch_size` ({self.per_device_train_batch_size}) x "
-                f"`steps_per_generation` ({self.steps_per_generation}) = {local_batch_size} completions, which "
-                f"`num_generations` ({self.num_generations}) does not divide, so a tree would be split over processes. "
-                "Change one of the three so that each process holds whole trees."
+                f"`steps_per_generation` ({self.steps_per_generation}) = {local_batch_size} completions. "
+                f"`num_generations` ({self.num_generations}) does not divide that: a tree would be split over "
+                "processes. Change one of the three so that each process holds whole trees."
             )
 
     def _check_initial_branching(self) -> None:
         if self.initial_branching_factor is None:
-            initial = self.num_generations if self.branching_factor == 1 else self.branching_factor
-            self.initial_branching_factor = [initial, initial]
-        value = self.initial_branching_factor
-        low, high = (value, value) if isinstance(value, int) else (value[0], value[-1]) if value else (0, 0)
-        if (not isinstance(value, int) and len(value) not in (1, 2)) or not 1 <= low <= high:
+            self.initial_branching_factor = [
+                self.num_generations if self.branching_factor == 1 else self.branching_factor
+            ]
+        value: Any = self.initial_branching_factor
+        bounds = [value] if isinstance(value, int) else list(value)
+        low, high = (bounds[0], bounds[-1]) if bounds else (0, 0)
+        if len(bounds) not in (1, 2) or not 1 <= low <= high:
             raise ValueError(
                 f"`initial_branching_factor` is {value}. Give one number of at least 1, or `[low, high]` with "
                 "1 <= low <= high."

@@ -1,5 +1,5 @@
 """
-`TreePOTrainer`: wiring between TRL's `GRPOTrainer` and the sampler, the advantages, the packed forward and the engines.
+`TreePOTrainer`: wiring between TRL's `GRPOTrainer`, the sampler, the advantages, the packed forward and the engines.
 
 The only file that overrides private methods of TRL (1.16): `_generate_single_turn`, `_calculate_rewards`,
 `_generate_and_score_completions`, `_get_per_token_logps_and_entropies` and `_prepare_inputs`.
@@ -13,18 +13,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context, profiling_decorator
-from trl.models import unwrap_model_for_generation
+from trl.models.utils import unwrap_model_for_generation
 from trl.trainer import grpo_trainer
-from trl.trainer.grpo_trainer import RewardFunc
+from trl.trainer.grpo_trainer import GRPOTrainer, RewardFunc
 from trl.trainer.utils import get_config_model_id
 
 from .advantages import ancestor_ids, expand_to_tokens, tree_advantages
@@ -52,11 +51,11 @@ _HALF_PRECISION_PACKING_TOLERANCE = 0.1  # nats on average; bfloat16 rounding al
 
 class TreePOTrainer(GRPOTrainer):
     """
-    Trainer for TreePO, from [TreePO: Bridging the Gap of Policy Optimization and Efficacy and Inference Efficiency with
-    Heuristic Tree-based Modeling](https://huggingface.co/papers/2508.17445).
+    Trainer for TreePO, from [TreePO: Bridging the Gap of Policy Optimization and Efficacy and Inference Efficiency
+    with Heuristic Tree-based Modeling](https://huggingface.co/papers/2508.17445).
 
-    [`~trl.GRPOTrainer`] with three changes: in training each prompt's completions grow as a tree of segments, the group
-    advantages become tree segment advantages, and rows that share prefixes are forwarded once per unique token.
+    [`~trl.GRPOTrainer`] with three changes: in training each prompt's completions grow as a tree of segments, the
+    group advantages become tree segment advantages, and shared prefixes are forwarded once per unique token.
     Evaluation samples plain independent completions. Everything else, arguments included, is GRPOTrainer's.
 
     Not supported yet, with an error at construction: tools, environments, `rollout_func`, image prompts, vLLM server
@@ -79,16 +78,24 @@ class TreePOTrainer(GRPOTrainer):
     ```
     """
 
-    _tag_names = ["trl", "treepo"]
+    # Set by the base classes; their annotations say less than is known here.
+    args: TreePOConfig
+    generation_kwargs: Any
+    model: Any
+    accelerator: Any
+    num_generations: int
+
+    _tag_names: ClassVar = ["trl", "treepo"]
     _name = "TreePO"
-    _paper = {
-        "title": "TreePO: Bridging the Gap of Policy Optimization and Efficacy and Inference Efficiency with Heuristic "
-        "Tree-based Modeling",
+    _paper: ClassVar = {
+        "title": "TreePO: Bridging the Gap of Policy Optimization and Efficacy and Inference Efficiency with "
+        "Heuristic Tree-based Modeling",
         "id": "2508.17445",
         # docstyle-ignore
         "citation": textwrap.dedent("""\
             @article{li2025treepo,
-                title        = {{TreePO: Bridging the Gap of Policy Optimization and Efficacy and Inference Efficiency with Heuristic Tree-based Modeling}},
+                title        = {{TreePO: Bridging the Gap of Policy Optimization and Efficacy and Inference Efficiency
+                                with Heuristic Tree-based Modeling}},
                 author       = {Yizhi Li and others},
                 year         = 2025,
                 eprint       = {arXiv:2508.17445},
@@ -128,7 +135,8 @@ class TreePOTrainer(GRPOTrainer):
             and (peft_config is not None or (not isinstance(model, str) and is_peft_model(model)))
         )
         if uses_adapter_sync:
-            check_adapter(peft_config if peft_config is not None else model.peft_config[model.active_adapter])
+            wrapped: Any = model
+            check_adapter(peft_config if peft_config is not None else wrapped.peft_config[wrapped.active_adapter])
         vllm_generation = AdapterVLLMGeneration if uses_adapter_sync else grpo_trainer.VLLMGeneration
         with replaced(grpo_trainer, "VLLMGeneration", vllm_generation):
             super().__init__(
@@ -147,7 +155,8 @@ class TreePOTrainer(GRPOTrainer):
                 rollout_func=rollout_func,
                 environment_factory=environment_factory,
             )
-        self.sampler = TreeSampler(self._build_engine(), args, self.eos_token_ids, self._decode)
+        self._engine = self._build_engine()
+        self.sampler = TreeSampler(self._engine, args, self.eos_token_ids, self._decode)
         self._trees: list[SegmentTree] = []
         self._rewards_per_func: torch.Tensor | None = None
         self._sampled_at = (-1, 0)  # global step of the last sampling and how many it has seen
@@ -161,7 +170,10 @@ class TreePOTrainer(GRPOTrainer):
             from .engines.vllm import VLLMEngine
 
             return VLLMEngine(
-                self.vllm_generation.llm, self.eos_token_ids, self._sampling_options(), self.args.generation_kwargs
+                self.vllm_generation.llm,
+                self.eos_token_ids,
+                self._sampling_options(),
+                self._generation_kwargs(),
             )
         from .engines.transformers import TransformersEngine
 
@@ -172,11 +184,15 @@ class TreePOTrainer(GRPOTrainer):
     def _sampling_options(self) -> SamplingOptions:
         options = {field.name: getattr(self.args, field.name) for field in fields(SamplingOptions)}
         if not self.use_vllm:
-            options.update(self.args.generation_kwargs or {})
+            options |= self._generation_kwargs()
         return SamplingOptions(**options)
 
+    def _generation_kwargs(self) -> dict[str, Any]:
+        kwargs: Any = self.args.generation_kwargs or {}  # a string only before the config has parsed it
+        return dict(kwargs)
+
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def _generate_single_turn(
         self,
@@ -216,7 +232,7 @@ class TreePOTrainer(GRPOTrainer):
             self._last_loaded_step = self.state.global_step
         with awake(self.vllm_generation), profiling_context(self, "vLLM.generate"):
             if isinstance(self.vllm_generation, AdapterVLLMGeneration):
-                self.sampler.engine.lora_request = self.vllm_generation.llm.lora_request
+                self._engine.lora_request = self.vllm_generation.llm.lora_request
             yield
 
     @contextmanager
@@ -228,17 +244,16 @@ class TreePOTrainer(GRPOTrainer):
                 self.accelerator,
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
                 generation_kwargs=self.generation_kwargs,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,  # pyright: ignore[reportArgumentType]
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            engine = self.sampler.engine
-            engine.model = model
+            self._engine.model = model
             model.eval()  # dropout off, as in vLLM
             try:
                 yield
             finally:
-                engine.reset_prefix_cache()
+                self._engine.reset_prefix_cache()
                 model.train()
 
     # Rewards and advantages
@@ -246,8 +261,9 @@ class TreePOTrainer(GRPOTrainer):
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> torch.Tensor:
-        self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        return self._rewards_per_func
+        rewards: Any = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._rewards_per_func = rewards
+        return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
@@ -451,7 +467,7 @@ class TreePOTrainer(GRPOTrainer):
         records = gather_object(records)
         if not self.accelerator.is_main_process:
             return
-        folder = os.path.join(self.args.output_dir, "trees")
+        folder = os.path.join(str(self.args.output_dir), "trees")
         os.makedirs(folder, exist_ok=True)
         mode = "w" if self._sampled_at[1] == 0 else "a"  # a resumed run writes its steps again
         with open(os.path.join(folder, f"trees_{self.state.global_step:06d}.jsonl"), mode) as file:

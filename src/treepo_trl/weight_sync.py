@@ -49,9 +49,7 @@ def check_adapter(peft_config: Any) -> None:
     """
     advice = "Change the adapter, or set `vllm_lora_sync='merge'`."
     if peft_config.peft_type != "LORA":
-        raise ValueError(
-            f"vLLM serves LoRA adapters, this one is {getattr(peft_config.peft_type, 'value', peft_config.peft_type)}. {advice}"
-        )
+        raise ValueError(f"vLLM serves LoRA adapters, this one is {peft_config.peft_type}. {advice}")
     for name, allowed in (("use_dora", (False, None)), ("bias", ("none",)), ("modules_to_save", (None, []))):
         value = getattr(peft_config, name)
         if value not in allowed:
@@ -86,6 +84,9 @@ class AdapterVLLMGeneration(VLLMGeneration):
     wrapped weights cannot be pushed again after level 2. `llm.lora_request` is what every request must carry to be
     answered by the policy; `generate` does so by itself.
     """
+
+    model: Any
+    llm: Any
 
     def _init_vllm(self) -> None:
         peft_config = self.model.peft_config[self.model.active_adapter]

@@ -2,7 +2,7 @@
 Segments from an ordinary `transformers` model: no vLLM, any device.
 
 Keys and values are kept per segment in a tree of blocks and copied into a batch row when a path continues, so a shared
-prefix is computed once. Rows join and leave the running batch one by one; each keeps its own length, nothing is padded.
+prefix is computed once. Rows join and leave the running batch one by one, each with its own length.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ _ATTENTION = "treepo_rows"
 
 
 def _attend(
-    module: nn.Module,
+    module: nn.Module,  # noqa: ARG001 - the interface's first argument
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -83,7 +83,7 @@ class _Block:
     states: torch.Tensor | None
     """(layers, 2, heads, tokens, head_dim); `None` for the empty root."""
     parent: "_Block | None" = None
-    children: list["_Block"] = field(default_factory=list)
+    children: list["_Block"] = field(default_factory=list["_Block"])
     end: int = 0
     """Tokens from the beginning of the sequence up to the end of this block."""
 
@@ -119,9 +119,11 @@ class _SlotLayer(CacheLayerMixin):
     """One layer's keys and values: a window of rows of the engine's storage, written at each row's own positions."""
 
     is_sliding = False
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, length: int) -> None:
-        super().__init__()
+        super().__init__()  # keys and values of the base class are empty until the first update
         self.keys, self.values = keys, values  # (rows, heads, capacity, head_dim)
         self.positions, self.length = positions, length  # (rows, queries); tokens that any row can see
         self.rows = torch.arange(positions.size(0), device=positions.device)[:, None]
@@ -284,7 +286,7 @@ class TransformersEngine:
             self._load(storage, block, rows)
 
     def _prefill(self, requests: list[SegmentRequest], length: int) -> list[_Block]:
-        """For each request the block up to its last token; computes what is missing, once for requests that share it."""
+        """For each request the block up to its last token; computes what is missing, each prefix once."""
         missing: dict[tuple[int, ...], tuple[_Block, list[int]]] = {}
         keys = []
         for request in requests:
@@ -303,7 +305,7 @@ class TransformersEngine:
             batch.append((key, block, tokens))
         if batch:
             self._prefill_batch(batch, length, done)
-        return [done.get(key, block) for key, block in keys]
+        return [done[key] if key in missing else block for key, block in keys]
 
     def _prefill_batch(
         self,
@@ -372,7 +374,7 @@ class TransformersEngine:
             input_ids=input_ids,
             position_ids=positions,
             attention_mask=mask,
-            past_key_values=Cache(layers=layers),
+            past_key_values=Cache(layers=[*layers]),
             use_cache=True,
             logits_to_keep=1,
         )
@@ -407,12 +409,10 @@ class TransformersEngine:
             longest = max(map(len, history))
             # Only the repetition penalty reads the history; repeating a token of the row changes nothing for it.
             padded = torch.tensor([ids + ids[-1:] * (longest - len(ids)) for ids in history], device=logits.device)
-            logits = self._processors(padded, logits)
+            logits = self._processors(padded, logits)  # pyright: ignore[reportArgumentType]
         logprobs = logits.log_softmax(-1)
-        if self.options.temperature == 0.0:
-            tokens = logprobs.argmax(-1, keepdim=True)
-        else:
-            tokens = _sample(logprobs.exp())
+        greedy = self.options.temperature == 0.0
+        tokens = logprobs.argmax(-1, keepdim=True) if greedy else _sample(logprobs.exp())
         return tokens[:, 0].tolist(), logprobs.gather(1, tokens)[:, 0].tolist()
 
     def _keep_row(self, slot: int) -> None:

