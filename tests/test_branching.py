@@ -59,7 +59,9 @@ def test_level_budget_is_the_papers_formula(live: int, finished: int, finished_n
     assert level_budget(live, finished, finished_now, num_generations=16, branching_factor=2) == budget
 
 
-@pytest.mark.parametrize(("factor", "width", "levels"), [(2, 16, [2, 4, 8, 16]), (4, 32, [4, 16, 32]), (3, 10, [3, 9, 10])])
+@pytest.mark.parametrize(
+    ("factor", "width", "levels"), [(2, 16, [2, 4, 8, 16]), (4, 32, [4, 16, 32]), (3, 10, [3, 9, 10])]
+)
 def test_without_finished_paths_depth_d_holds_n_to_the_d(factor: int, width: int, levels: list[int]) -> None:
     live = factor  # depth 1 holds N paths, depth d holds N ** d, at most W
     for expected in levels:
@@ -68,7 +70,9 @@ def test_without_finished_paths_depth_d_holds_n_to_the_d(factor: int, width: int
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.data())
-def test_level_budget_never_exceeds_the_width_and_never_kills_a_path(width: int, factor: int, data: st.DataObject) -> None:
+def test_level_budget_never_exceeds_the_width_and_never_kills_a_path(
+    width: int, factor: int, data: st.DataObject
+) -> None:
     finished = data.draw(st.integers(0, width - 1))
     live = data.draw(st.integers(1, width - finished))
     finished_now = data.draw(st.integers(0, finished))

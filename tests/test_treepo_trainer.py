@@ -35,7 +35,9 @@ def length_reward(completions: list[Any], **kwargs: Any) -> list[float]:
 
 def plain_prompts(count: int = 16) -> Dataset:
     """Prompts of different lengths, each a different text."""
-    return Dataset.from_dict({"prompt": [" ".join(f"w{(7 * i + j) % 60}" for j in range(1 + i % 5)) for i in range(count)]})
+    return Dataset.from_dict(
+        {"prompt": [" ".join(f"w{(7 * i + j) % 60}" for j in range(1 + i % 5)) for i in range(count)]}
+    )
 
 
 def chat_prompts(count: int = 16) -> Dataset:
@@ -165,7 +167,9 @@ def logs_of(trainer: Any, key: str) -> list[float]:
     return [log[key] for log in trainer.state.log_history if key in log]
 
 
-def assert_same_run(a: Any, b: Any, keys: tuple[str, ...] = ("loss", "grad_norm", "reward", "reward_std", "entropy")) -> None:
+def assert_same_run(
+    a: Any, b: Any, keys: tuple[str, ...] = ("loss", "grad_norm", "reward", "reward_std", "entropy")
+) -> None:
     for key in keys:
         assert logs_of(a, key) == pytest.approx(logs_of(b, key), abs=1e-4, rel=1e-4), key
     assert len(logs_of(a, "loss")) == a.state.max_steps
@@ -220,7 +224,9 @@ def test_without_branching_every_estimator_is_grpo(tmp_path: Path, tiny_model_di
     """A tree whose leaves share nothing but the prompt has one group."""
     advantages = {}
     for estimator in ("grpo", "treepo", "treepo_size_weighted"):
-        config = make_config(tmp_path, branching_factor=1, advantage_estimator=estimator, max_steps=1, learning_rate=0.0)
+        config = make_config(
+            tmp_path, branching_factor=1, advantage_estimator=estimator, max_steps=1, learning_rate=0.0
+        )
         trainer = build(SpyTrainer, tiny_model_dir, config)
         trainer.train()
         output = trainer.generations[0]["output"]
@@ -235,7 +241,11 @@ def test_without_branching_every_estimator_is_grpo(tmp_path: Path, tiny_model_di
 
 
 def run_packed_and_plain(
-    tmp_path: Path, model: Any, packing: str = "sdpa", trainer_changes: Callable[[], dict[str, Any]] = dict, **changes: Any
+    tmp_path: Path,
+    model: Any,
+    packing: str = "sdpa",
+    trainer_changes: Callable[[], dict[str, Any]] = dict,
+    **changes: Any,
 ) -> tuple[Any, Any, dict[str, torch.Tensor]]:
     plain = build(SpyTrainer, model, make_config(tmp_path / "off", tree_packing="off", **changes), **trainer_changes())
     before = parameters_of(plain)
@@ -324,7 +334,12 @@ def test_packing_keeps_trees_together_in_micro_batches(tmp_path: Path, tiny_mode
 
 def test_rows_stay_with_their_advantages_when_shuffled(tmp_path: Path, tiny_model_dir: str) -> None:
     config = make_config(
-        tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4, tree_packing="sdpa", max_steps=1, beta=0.1
+        tmp_path,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+        tree_packing="sdpa",
+        max_steps=1,
+        beta=0.1,
     )
     trainer = build(SpyTrainer, tiny_model_dir, config)
     seen = []
@@ -340,7 +355,11 @@ def test_rows_stay_with_their_advantages_when_shuffled(tmp_path: Path, tiny_mode
 
     def rows(batches: list[dict[str, torch.Tensor]]) -> list[tuple]:
         names = ("prompt_ids", "completion_ids", "completion_mask", "advantages", "ref_per_token_logps")
-        return sorted(tuple(tuple(batch[n][i].tolist()) for n in names) for batch in batches for i in range(len(batch["prompt_ids"])))
+        return sorted(
+            tuple(tuple(batch[n][i].tolist()) for n in names)
+            for batch in batches
+            for i in range(len(batch["prompt_ids"]))
+        )
 
     assert rows(seen) == rows([output])
 
@@ -535,7 +554,9 @@ def test_async_reward(tmp_path: Path, tiny_model_dir: str) -> None:
 def test_reward_model(tmp_path: Path, tiny_model_dir: str, dataset: Callable[[], Dataset]) -> None:
     policy = make_model()
     torch.manual_seed(1)
-    reward_model = Qwen2ForSequenceClassification(policy.config.__class__(**{**policy.config.to_dict(), "num_labels": 1}))
+    reward_model = Qwen2ForSequenceClassification(
+        policy.config.__class__(**{**policy.config.to_dict(), "num_labels": 1})
+    )
     reward_tokenizer = make_tokenizer()
     trainer = build(
         SpyTrainer,
@@ -626,11 +647,15 @@ def test_dataset_columns_reach_the_reward(tmp_path: Path, tiny_model_dir: str) -
 def test_conversational_prompts(tmp_path: Path, tiny_model_dir: str) -> None:
     seen = []
 
-    def reward(prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    def reward(
+        prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **kwargs: Any
+    ) -> list[float]:
         seen.extend(zip(prompts, completions, strict=True))
         return parity_reward(completion_ids)
 
-    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path), train_dataset=chat_prompts(), reward_funcs=reward)
+    trainer = build(
+        SpyTrainer, tiny_model_dir, make_config(tmp_path), train_dataset=chat_prompts(), reward_funcs=reward
+    )
     trainer.train()
     tokenizer = make_tokenizer()
     for prompt, completion in seen:
@@ -1021,7 +1046,9 @@ def test_default_precision(tmp_path: Path, tiny_model_dir: str, args: str, monke
 
 def test_args_may_be_left_out(tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)  # TRL's default is bf16
+    monkeypatch.setattr(
+        "transformers.training_args.is_torch_bf16_gpu_available", lambda: True
+    )  # TRL's default is bf16
     trainer = TreePOTrainer(model=tiny_model_dir, reward_funcs=parity_reward, train_dataset=plain_prompts())
     assert isinstance(trainer.args, TreePOConfig)
     assert trainer.args.output_dir.endswith("-TreePO")

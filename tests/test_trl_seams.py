@@ -127,7 +127,11 @@ def test_config_takes_every_field_of_trl() -> None:
 def called_names(function: Callable[..., Any]) -> set[str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    return {call.id if isinstance(call, ast.Name) else call.attr for call in calls if isinstance(call, ast.Name | ast.Attribute)}
+    return {
+        call.id if isinstance(call, ast.Name) else call.attr
+        for call in calls
+        if isinstance(call, ast.Name | ast.Attribute)
+    }
 
 
 @pytest.mark.parametrize(
@@ -207,15 +211,7 @@ def test_attributes_that_the_trainer_reads() -> None:
         ("sync_weights", {"self": EMPTY}),
         (
             "generate",
-            {
-                "self": EMPTY,
-                "prompts": EMPTY,
-                "images": EMPTY,
-                "num_generations": EMPTY,
-                "profiler": None,
-                "tools": None,
-                "chat_template": None,
-            },
+            {"self": EMPTY, "prompts": EMPTY, "images": EMPTY, "num_generations": EMPTY, "profiler": None},
         ),
     ],
 )
@@ -234,4 +230,12 @@ def test_adapter_generation_overrides_no_more() -> None:
 
 def test_parameters_of_the_vllm_generation_that_the_trainer_builds() -> None:
     names = set(parameters(VLLMGeneration.__init__))
-    assert {"model", "accelerator", "mode", "enable_sleep_mode", "max_model_length", "max_num_seqs", "logprobs"} <= names
+    assert {
+        "model",
+        "accelerator",
+        "mode",
+        "enable_sleep_mode",
+        "max_model_length",
+        "max_num_seqs",
+        "logprobs",
+    } <= names

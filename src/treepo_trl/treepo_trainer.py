@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-_PACKING_TOLERANCE = {torch.float32: 1e-3}
-_HALF_PRECISION_PACKING_TOLERANCE = 0.1  # nats on average; bfloat16 rounding alone gives about 0.02
+_PACKING_TOLERANCE = 1e-3  # nats, mean over a batch, in float32
+_HALF_PRECISION_PACKING_TOLERANCE = 0.1  # bfloat16 rounding alone gives about 0.02
 
 
 class TreePOTrainer(GRPOTrainer):
@@ -161,6 +161,7 @@ class TreePOTrainer(GRPOTrainer):
         self._rewards_per_func: torch.Tensor | None = None
         self._sampled_at = (-1, 0)  # global step of the last sampling and how many it has seen
         self._packing_checked = False
+        self._packing_announced = False
         self._packs = args.tree_packing != "off" and self._can_pack()
 
     # Sampling
@@ -208,11 +209,14 @@ class TreePOTrainer(GRPOTrainer):
             )
         if images is not None:
             raise ValueError("Image prompts are not supported yet by `TreePOTrainer`. Use text prompts.")
+        prompts = prompt_ids[::num_generations]
+        if any(ids != prompts[i // num_generations] for i, ids in enumerate(prompt_ids)):
+            raise RuntimeError("A group of `num_generations` rows holds different prompts: a tree has only one.")
         step, count = self._sampled_at
         self._sampled_at = (self.state.global_step, count + 1 if step == self.state.global_step else 0)
         seed = f"{self.args.seed}/{self.state.global_step}/{self._sampled_at[1]}/{self.accelerator.process_index}"
         with self._engine_ready():
-            self._trees = self.sampler.sample(prompt_ids[::num_generations], seed)
+            self._trees = self.sampler.sample(prompts, seed)
         self._log_tree_metrics()
         leaves = [(tree, leaf) for tree in self._trees for leaf in tree.depth_first_leaves()]
         completion_ids = [tree.completion_ids(leaf) for tree, leaf in leaves]
@@ -348,28 +352,38 @@ class TreePOTrainer(GRPOTrainer):
                 **multimodal_inputs,
             )
         all_logps, all_entropies = [], []
-        chunks = zip(
-            input_ids.split(batch_size or len(input_ids)),
-            attention_mask.split(batch_size or len(input_ids)),
-            strict=True,
-        )
-        for chunk_ids, chunk_mask in chunks:
+        size = batch_size or len(input_ids)
+        for chunk_ids, chunk_mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
             started = time.perf_counter()
             packed = pack_rows(chunk_ids, chunk_mask, logits_to_keep)
-            mode = "train" if self.model.training else "eval"
-            self._metrics[mode]["tree/packing_seconds"].append(time.perf_counter() - started)
-            self._metrics[mode]["tree/packing_ratio"].append(packed.ratio)
-            if self.args.tree_packing == "auto" and not is_worth_packing(packed):
+            seconds = time.perf_counter() - started
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            metrics["tree/packing_seconds"].append(seconds)
+            metrics["tree/packing_ratio"].append(packed.ratio)
+            if self._is_packed(packed):
+                self._check_packing_once(model, packed, plain, chunk_ids, chunk_mask, logits_to_keep)
+                logps, entropies = self._packed_forward(model, packed)
+            else:
                 logps, entropies, _ = plain(
                     model, chunk_ids, chunk_mask, logits_to_keep, compute_entropy=compute_entropy
                 )
-            else:
-                if not self._packing_checked:
-                    self._check_packing(model, packed, plain, chunk_ids, chunk_mask, logits_to_keep)
-                logps, entropies = self._packed_forward(model, packed)
             all_logps.append(logps)
             all_entropies.append(entropies)
         return torch.cat(all_logps), torch.cat(all_entropies) if compute_entropy else None, None
+
+    def _is_packed(self, packed: PackedRows) -> bool:
+        """Whether to forward the packed row; under `auto` says once what was chosen and why."""
+        if self.args.tree_packing != "auto":
+            return True
+        is_packed = is_worth_packing(packed)
+        if not self._packing_announced:
+            self._packing_announced = True
+            choice = "one packed row" if is_packed else "plain rows"
+            logger.info(
+                f"tree_packing='auto' forwards {choice}: {packed.num_row_tokens} tokens in rows, "
+                f"{packed.input_ids.size(1)} unique (ratio {packed.ratio:.2f}). Decided anew for each micro-batch."
+            )
+        return is_packed
 
     def _packed_forward(self, model: Any, packed: PackedRows) -> tuple[torch.Tensor, torch.Tensor | None]:
         base = self.accelerator.unwrap_model(model)
@@ -389,7 +403,7 @@ class TreePOTrainer(GRPOTrainer):
         return reason is None
 
     @torch.no_grad()
-    def _check_packing(
+    def _check_packing_once(
         self,
         model: Any,
         packed: PackedRows,
@@ -399,22 +413,23 @@ class TreePOTrainer(GRPOTrainer):
         logits_to_keep: int,
     ) -> None:
         """Once per run: the packed log-probabilities must be those of the plain rows, up to rounding."""
-        was_training = model.training
-        model.eval()  # dropout would make the two differ
-        logps, _ = self._packed_forward(model, packed)
-        expected, _, _ = plain(model, input_ids, attention_mask, logits_to_keep, batch_size=1)
-        model.train(was_training)
+        if self._packing_checked or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # where a forward is collective, processes must not run different numbers of them
+        self._packing_checked = True
+        module = self.accelerator.unwrap_model(model)
+        was_training = module.training
+        module.eval()  # dropout would make the two differ
+        logps, _ = self._packed_forward(module, packed)
+        expected, _, _ = plain(module, input_ids, attention_mask, logits_to_keep, batch_size=1)
+        module.train(was_training)
         difference = (logps - expected).abs()[packed.is_scored].mean().nan_to_num(nan=0.0).item()
-        dtype = torch.float32 if self.accelerator.mixed_precision == "no" else torch.bfloat16
-        dtype = self.accelerator.unwrap_model(model).dtype if dtype == torch.float32 else dtype
-        tolerance = _PACKING_TOLERANCE.get(dtype, _HALF_PRECISION_PACKING_TOLERANCE)
+        is_exact = self.accelerator.mixed_precision == "no" and module.dtype == torch.float32
+        tolerance = _PACKING_TOLERANCE if is_exact else _HALF_PRECISION_PACKING_TOLERANCE
         if difference > tolerance:
             raise RuntimeError(
-                f"The packed forward does not reproduce this model's plain rows: log-probabilities differ by "
-                f"{difference:.2g} nats on average, where rounding in {dtype} explains {tolerance:.2g}. Set "
-                "`tree_packing='off'`."
+                "The packed forward does not reproduce this model's plain rows: log-probabilities differ by "
+                f"{difference:.2g} nats on average, where rounding explains {tolerance:.2g}. Set `tree_packing='off'`."
             )
-        self._packing_checked = True
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if not self._packs:

@@ -1,0 +1,636 @@
+"""The sampler's laws over engines without a model: what may never happen, whatever the engine answers and when."""
+
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fakes import EOS, FakeEngine, RecordingEngine, ScriptedEngine, endless, memoryless
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treepo_trl.engines import SegmentRequest, SegmentResult
+from treepo_trl.sampler import TreeSampler
+from treepo_trl.tree import SegmentTree
+from treepo_trl.treepo_config import TreePOConfig
+
+
+def make_config(width: int = 4, **changes: Any) -> TreePOConfig:
+    """A config of the sampler's fields; GRPOConfig itself wants two generations, so a width of 1 is set afterwards."""
+    values = {
+        "output_dir": "unused",
+        "use_cpu": True,
+        "report_to": [],
+        "num_generations": max(width, 2),
+        "per_device_train_batch_size": max(width, 2),
+        "max_completion_length": 12,
+        "segment_length": 3,
+        "stop_repetition": False,
+        **changes,
+    }
+    config = TreePOConfig(**values)
+    config.num_generations = width
+    return config
+
+
+def prompts_of(count: int, length: int = 3) -> list[list[int]]:
+    """Distinct prompts of the same length, so that a request names its tree."""
+    return [[100 + i] * length for i in range(count)]
+
+
+def fingerprint(trees: list[SegmentTree]) -> str:
+    return json.dumps([tree.to_dict() for tree in trees])
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> TreePOConfig:
+    """Every shape that ends with all leaves: fallback `none` is left out."""
+    width = draw(st.integers(1, 16))
+    segment_length = draw(st.integers(1, 6))
+    low = draw(st.integers(1, width))
+    initial = draw(st.sampled_from([None, [low, low], [low, draw(st.integers(low, width))]]))
+    config = make_config(
+        width=width,
+        branching_factor=draw(st.integers(1, max(width, 1))),
+        segment_length=segment_length,
+        max_completion_length=draw(st.integers(segment_length, 30)),
+        initial_branching_factor=initial,
+        branching_policy=draw(st.sampled_from(["uniform", "low_prob", "high_prob"])),
+        branching_temperature=draw(st.sampled_from([0.01, 2.0, 50.0])),
+        branch_schedule=draw(st.sampled_from(["early", "spread"])),
+        fallback_policy=draw(st.sampled_from(["random", "low_prob", "root"])),
+    )
+    if initial is None and width == 1:
+        config.initial_branching_factor = [1, 1]  # the default followed from two generations
+    return config
+
+
+stop_probabilities = st.sampled_from([0.0, 0.02, 0.1, 0.3, 0.8, 1.0])
+arrivals = st.none() | st.integers(0, 99)
+
+
+def arrival(seed: int | None) -> random.Random | None:
+    return None if seed is None else random.Random(seed)
+
+
+# Laws
+
+
+@settings(deadline=None)
+@given(configs(), stop_probabilities, arrivals, st.integers(0, 9), st.integers(1, 4))
+def test_every_tree_is_complete_and_made_of_what_the_engine_returned(
+    config: TreePOConfig, stop: float, arrival_seed: int | None, seed: int, num_prompts: int
+) -> None:
+    engine = FakeEngine(memoryless(stop), seed=seed, arrival=arrival(arrival_seed))
+    prompts = prompts_of(num_prompts)
+    sampler = TreeSampler(engine, config, [EOS])
+    trees = sampler.sample(prompts, seed=seed)
+
+    # One tree per prompt, in order, with exactly W leaves, each a node of its own.
+    assert [tree.prompt_ids for tree in trees] == prompts
+    for tree in trees:
+        assert len(tree.leaves) == len(set(tree.leaves)) == config.num_generations
+        assert sum(tree.leaf_weights()) == pytest.approx(1.0)  # no path is left open
+        for leaf in tree.leaves:
+            completion = tree.completion_ids(leaf)
+            assert 1 <= len(completion) <= config.max_completion_length
+            reason = tree.nodes[leaf].finish_reason
+            assert (completion[-1] == EOS) == (reason == "stop")
+            assert EOS not in completion[:-1]
+            if reason == "length":
+                assert len(completion) == config.max_completion_length
+
+    # Nodes and results are the same multiset of (what the engine was given, what it returned): each decoded token is in
+    # exactly one node, and each request was the prompt followed by a path.
+    def as_key(given_ids: list[int], token_ids: list[int], logprobs: list[float] | None) -> tuple[Any, ...]:
+        assert logprobs is not None
+        return tuple(given_ids), tuple(token_ids), tuple(logprobs)
+
+    of_nodes = Counter(
+        as_key(tree.prompt_ids + tree.completion_ids(node.parent), node.token_ids, node.logprobs)
+        for tree in trees
+        for node in tree.nodes
+    )
+    requests = {request.request_id: request for request in engine.requests}
+    assert len(requests) == len(engine.requests), "request ids repeat"
+    of_results = Counter(
+        as_key(requests[result.request_id].token_ids, result.token_ids, result.logprobs) for result in engine.results
+    )
+    assert of_nodes == of_results
+    assert all(1 <= request.max_tokens <= config.segment_length for request in engine.requests)
+    assert sampler.stats.num_segments == len(engine.requests)
+    assert sampler.stats.num_decoded_tokens == sum(tree.num_unique_tokens for tree in trees)
+    assert engine.aborted == 0
+
+
+@settings(deadline=None)
+@given(configs(), stop_probabilities, arrivals, st.integers(1, 3))
+def test_finished_and_growing_paths_never_exceed_the_width_and_levels_wait_for_themselves(
+    config: TreePOConfig, stop: float, arrival_seed: int | None, num_prompts: int
+) -> None:
+    engine = RecordingEngine(memoryless(stop), arrival=arrival(arrival_seed))
+    prompts = prompts_of(num_prompts)
+    TreeSampler(engine, config, [EOS]).sample(prompts, seed=0)
+
+    lengths = {request.request_id: len(request.token_ids) - 3 for request in engine.requests}
+    owner = {request.request_id: request.token_ids[0] for request in engine.requests}
+    flying, finished = Counter[int](), Counter[int]()
+    for kind, items in engine.events:
+        if kind == "submit":
+            assert items, "an empty batch was submitted"
+            # A level is decided when the one before has arrived completely.
+            assert all(flying[owner[request.request_id]] == 0 for request in items)
+            flying.update(owner[request.request_id] for request in items)
+        else:
+            for result in items:
+                tree = owner[result.request_id]
+                flying[tree] -= 1
+                end = lengths[result.request_id] + len(result.token_ids)
+                finished[tree] += result.token_ids[-1] == EOS or end == config.max_completion_length
+        assert all(finished[prompt[0]] + flying[prompt[0]] <= config.num_generations for prompt in prompts)
+
+
+@settings(deadline=None, max_examples=60)
+@given(configs(), stop_probabilities, st.integers(0, 99), st.integers(0, 99), st.sampled_from([0, 7, "7/3/0"]))
+def test_same_seed_gives_the_same_trees_whatever_the_order_of_arrival(
+    config: TreePOConfig, stop: float, arrival_a: int, arrival_b: int, seed: int | str
+) -> None:
+    runs = [
+        TreeSampler(FakeEngine(memoryless(stop), arrival=arrival(order)), config, [EOS]).sample(prompts_of(3), seed)
+        for order in (None, arrival_a, arrival_b)
+    ]
+    assert fingerprint(runs[0]) == fingerprint(runs[1]) == fingerprint(runs[2])
+
+
+@settings(deadline=None, max_examples=60)
+@given(configs(), stop_probabilities, st.integers(1, 4))
+def test_without_fallback_a_tree_may_lack_leaves_but_ends(config: TreePOConfig, stop: float, num_prompts: int) -> None:
+    config.fallback_policy = "none"
+    sampler = TreeSampler(FakeEngine(memoryless(stop)), config, [EOS])
+    for tree in sampler.sample(prompts_of(num_prompts), seed=0):
+        assert 1 <= len(tree.leaves) <= config.num_generations
+        assert sum(tree.leaf_weights()) == pytest.approx(1.0)
+    assert sampler.stats.num_fallback_leaves == 0
+
+
+def test_a_sampler_can_be_used_again_and_forgets_nothing_but_the_counts() -> None:
+    config = make_config(8, initial_branching_factor=[1, 8])
+    sampler = TreeSampler(FakeEngine(memoryless(0.1)), config, [EOS])
+    first = sampler.sample(prompts_of(3), seed=1)
+    segments = sampler.stats.num_segments
+    sampler.engine = FakeEngine(memoryless(0.1))
+    assert fingerprint(sampler.sample(prompts_of(3), seed=1)) == fingerprint(first)
+    assert sampler.stats.num_segments == segments
+
+
+def test_the_seed_matters() -> None:
+    config = make_config(16, initial_branching_factor=[1, 16])
+    trees = [TreeSampler(FakeEngine(memoryless(0.05)), config, [EOS]).sample(prompts_of(4), seed) for seed in (0, 1)]
+    assert fingerprint(trees[0]) != fingerprint(trees[1])
+
+
+def test_a_prompts_tree_does_not_depend_on_the_prompts_behind_it() -> None:
+    config = make_config(8, initial_branching_factor=[1, 8])
+    alone = TreeSampler(FakeEngine(memoryless(0.1)), config, [EOS]).sample(prompts_of(1), seed=0)
+    together = TreeSampler(FakeEngine(memoryless(0.1)), config, [EOS]).sample(prompts_of(3), seed=0)
+    assert fingerprint(alone) == fingerprint(together[:1])
+
+
+def test_no_prompts_give_no_trees_and_ask_the_engine_for_nothing() -> None:
+    engine = RecordingEngine(endless)
+    assert TreeSampler(engine, make_config(), [EOS]).sample([], seed=0) == []
+    assert engine.events == []
+
+
+def test_equal_prompts_get_trees_of_their_own() -> None:
+    trees = TreeSampler(FakeEngine(memoryless(0.2)), make_config(4), [EOS]).sample([[5, 6]] * 3, seed=0)
+    assert [len(tree.leaves) for tree in trees] == [4, 4, 4]
+
+
+# Levels
+
+
+def test_trees_do_not_wait_for_one_another() -> None:
+    # Nothing of the first prompt arrives while anything else is pending.
+    config = make_config(8, branching_factor=2, segment_length=3, max_completion_length=12)
+    engine = RecordingEngine(endless, withhold=lambda request: request.token_ids[0] == 100)
+    TreeSampler(engine, config, [EOS]).sample(prompts_of(3), seed=0)
+    arrived = [
+        requests_of(engine, result).token_ids[0]
+        for kind, items in engine.events
+        if kind == "collect"
+        for result in items
+    ]
+    # Segments of a tree: 2 + 4 + 8 + 8 = 22. All 44 of the others come before the first of the slow one.
+    assert arrived == [owner for owner in arrived if owner != 100] + [100] * 22
+    assert len(arrived) == 66
+
+
+def requests_of(engine: FakeEngine, result: SegmentResult) -> SegmentRequest:
+    return next(request for request in engine.requests if request.request_id == result.request_id)
+
+
+def test_the_levels_of_endless_paths_double_until_the_width() -> None:
+    engine = RecordingEngine(endless)
+    config = make_config(16, segment_length=2, max_completion_length=12)
+    (tree,) = TreeSampler(engine, config, [EOS]).sample(prompts_of(1), seed=0)
+    levels = [len(items) for kind, items in engine.events if kind == "submit"]
+    assert levels == [2, 4, 8, 16, 16, 16]  # 6 levels of 2 tokens are 12
+    assert Counter(node.finish_reason for node in tree.nodes) == {None: 2 + 4 + 8 + 16 + 16, "length": 16}
+
+
+def test_spread_opens_the_branches_evenly() -> None:
+    engine = RecordingEngine(endless)
+    config = make_config(8, segment_length=2, max_completion_length=12, branch_schedule="spread")
+    TreeSampler(engine, config, [EOS]).sample(prompts_of(1), seed=0)
+    levels = [len(items) for kind, items in engine.events if kind == "submit"]
+    # 8 ** (d/6) rounded up for d = 1..6 is 2, 2, 3, 4, 6, 8 (see test_branching).
+    assert levels == [2, 2, 3, 4, 6, 8]
+
+
+def test_a_finished_paths_budget_moves_to_the_live_ones() -> None:
+    # W = 8, N = 2. Level 1 (2 segments): one ends. Level 2 then holds min(8 - 1, 2 * (1 + 1)) = 4, all of them children
+    # of the live path; all four end, so 3 leaves are missing and fall back.
+    engine = ScriptedEngine([[EOS], [1, 1], [EOS], [EOS], [EOS], [EOS], [EOS], [EOS], [EOS]])
+    config = make_config(8, segment_length=2, max_completion_length=6, fallback_policy="root")
+    sampler = TreeSampler(engine, config, [EOS])
+    (tree,) = sampler.sample([[7]], seed=0)
+    assert [node.parent for node in tree.nodes] == [None, None, 1, 1, 1, 1, None, None, None]
+    assert sampler.stats.num_fallback_leaves == 3
+    assert sampler.stats.num_decoded_tokens == 8 * 1 + 2
+    assert sampler.stats.num_segments == 9
+    assert engine.num_submits == 3  # one batch per level: 2, 4, 3
+    assert 0 <= sampler.stats.engine_seconds <= sampler.stats.seconds
+
+
+def test_fallback_leaves_that_branch_from_an_inner_node_count_once() -> None:
+    # W = 4, N = 2: two live paths, four children, all of them end: nothing is missing, nothing falls back.
+    engine = ScriptedEngine([[1, 1], [2, 2], [EOS], [EOS], [EOS], [EOS]])
+    sampler = TreeSampler(engine, make_config(4, segment_length=2, max_completion_length=6), [EOS])
+    sampler.sample([[7]], seed=0)
+    assert sampler.stats.num_fallback_leaves == 0
+
+    # W = 4: the first level of two ends at once; the fallback's two paths go on for a second segment.
+    engine = ScriptedEngine([[EOS], [EOS], [1, 1], [2, 2], [EOS], [3, EOS]])
+    (tree,) = sampler_of(engine, sampler).sample([[7]], seed=0)
+    assert sampler.stats.num_fallback_leaves == 2
+    assert [tree.nodes[leaf].depth for leaf in tree.leaves] == [0, 0, 1, 1]
+
+
+def sampler_of(engine: Any, sampler: TreeSampler) -> TreeSampler:
+    sampler.engine = engine
+    return sampler
+
+
+@pytest.mark.parametrize("schedule", ["early", "spread"])
+def test_branching_factor_one_asks_for_independent_completions(schedule: str) -> None:
+    engine = FakeEngine(memoryless(0.1))
+    config = make_config(6, branching_factor=1, branch_schedule=schedule)
+    sampler = TreeSampler(engine, config, [EOS])
+    trees = sampler.sample(prompts_of(2), seed=0)
+    for tree in trees:
+        assert len(tree.root_children) == 6
+        assert all(len(node.children) <= 1 for node in tree.nodes)
+        assert tree.num_unique_tokens == tree.num_leaf_tokens
+    assert [request.token_ids for request in engine.requests[:12]] == [[100] * 3] * 6 + [[101] * 3] * 6
+    assert sampler.stats.num_fallback_leaves == 0
+
+
+def test_branching_factor_one_equals_sampling_each_completion_alone() -> None:
+    config = make_config(6, branching_factor=1, segment_length=4, max_completion_length=18)
+    (tree,) = TreeSampler(FakeEngine(memoryless(0.05), seed=3), config, [EOS]).sample([[7, 8]], seed=0)
+    # The same engine again, one completion after the other: six first segments, then each path until it ends.
+    engine = FakeEngine(memoryless(0.05), seed=3)
+    engine.submit([SegmentRequest(i, [7, 8], 4) for i in range(6)])
+    alone = [list(result.token_ids) for result in engine.collect()]
+    for i, tokens in enumerate(alone):
+        while tokens[-1] != EOS and len(tokens) < 18:
+            engine.submit([SegmentRequest(6 + 10 * i + len(tokens), [7, 8, *tokens], min(4, 18 - len(tokens)))])
+            tokens.extend(engine.collect()[0].token_ids)
+    assert sorted(map(tree.completion_ids, tree.leaves)) == sorted(alone)
+
+
+def test_a_range_draws_different_numbers_for_different_prompts() -> None:
+    config = make_config(16, initial_branching_factor=[2, 8])
+    trees = TreeSampler(FakeEngine(endless), config, [EOS]).sample(prompts_of(40), seed=0)
+    first_levels = [len(tree.root_children) for tree in trees]  # endless paths: no fallback adds children to the root
+    assert set(first_levels) == set(range(2, 9))
+
+
+@pytest.mark.parametrize(("policy", "favoured"), [("low_prob", 1), ("high_prob", 0)])
+def test_the_branching_policy_reads_the_last_segment(policy: str, favoured: int) -> None:
+    # Log-probabilities of the script are -1, -2, ... per token, so a longer segment has a lower mean: path 0 has -1
+    # (one token), path 1 has -2 (three). W = 4 over 2 live paths at a low temperature: 3 and 1 children.
+    class OneTokenIsLive(ScriptedEngine):
+        pass
+
+    engine = OneTokenIsLive([[1], [2, 2, 2], *[[EOS]] * 4])
+    config = make_config(4, branching_policy=policy, branching_temperature=0.05, max_completion_length=9)
+    (tree,) = TreeSampler(engine, config, [EOS]).sample([[7]], seed=0)
+    assert len(tree.nodes[favoured].children) == 3
+    assert len(tree.nodes[1 - favoured].children) == 1
+
+
+# Ends
+
+
+def test_eos_as_the_first_token_finishes_a_path() -> None:
+    engine = FakeEngine(memoryless(1.0))
+    (tree,) = TreeSampler(engine, make_config(4), [EOS]).sample(prompts_of(1), seed=0)
+    assert [tree.completion_ids(leaf) for leaf in tree.leaves] == [[EOS]] * 4
+    assert all(EOS not in request.token_ids for request in engine.requests)
+
+
+def test_every_eos_of_a_list_ends_a_path_and_what_follows_is_cut() -> None:
+    engine = ScriptedEngine([[5, 9, 7], [5, EOS, 9], [5, 6, 9], [9]])
+    config = make_config(4, branching_factor=1)
+    (tree,) = TreeSampler(engine, config, [EOS, 9]).sample([[7]], seed=0)
+    assert [tree.completion_ids(leaf) for leaf in tree.leaves] == [[5, 9], [5, EOS], [5, 6, 9], [9]]
+    assert [tree.logprobs(leaf) for leaf in tree.leaves] == [[-1.0, -2.0], [-1.0, -2.0], [-1.0, -2.0, -3.0], [-1.0]]
+    assert {tree.nodes[leaf].finish_reason for leaf in tree.leaves} == {"stop"}
+
+
+def test_length_stops_a_path_exactly_at_the_cap() -> None:
+    engine = FakeEngine(endless)
+    config = make_config(2, segment_length=5, max_completion_length=12, initial_branching_factor=[2, 2])
+    (tree,) = TreeSampler(engine, config, [EOS]).sample(prompts_of(1), seed=0)
+    assert [len(tree.completion_ids(leaf)) for leaf in tree.leaves] == [12, 12]
+    assert sorted({request.max_tokens for request in engine.requests}) == [2, 5]  # 5 + 5 + 2
+    assert {tree.nodes[leaf].finish_reason for leaf in tree.leaves} == {"length"}
+
+
+def test_eos_exactly_at_the_cap_is_a_stop() -> None:
+    engine = ScriptedEngine([[1, 2], [1, 2], [3, EOS], [3, 4]])
+    config = make_config(2, branching_factor=1, segment_length=2, max_completion_length=4)
+    (tree,) = TreeSampler(engine, config, [EOS]).sample([[7]], seed=0)
+    assert [tree.nodes[leaf].finish_reason for leaf in tree.leaves] == ["stop", "length"]
+
+
+# Text rules; `decode_words` writes token 7 as <7>
+
+
+Decode = Callable[[list[int]], str]
+
+
+def pattern_config(**changes: Any) -> TreePOConfig:
+    return make_config(**{"width": 2, "branching_factor": 1, "stop_pattern": "<7><8>", **changes})
+
+
+def test_a_pattern_across_a_segment_boundary_ends_the_path_where_it_ended(decode_words: Decode) -> None:
+    engine = ScriptedEngine([[1, 2, 7], [1, 2, 3], [8, 4, 5], [4, 7, 8], [9, EOS], [9, EOS]])
+    sampler = TreeSampler(engine, pattern_config(), [EOS], decode_words)
+    (tree,) = sampler.sample([[7]], seed=0)
+    assert [tree.completion_ids(leaf) for leaf in tree.leaves] == [[1, 2, 7, 8], [1, 2, 3, 4, 7, 8]]
+    assert [tree.nodes[leaf].finish_reason for leaf in tree.leaves] == ["pattern", "pattern"]
+    assert tree.logprobs(tree.leaves[0]) == [-1.0, -2.0, -3.0, -1.0]
+    assert sampler.stats.num_decoded_tokens == 12  # the two tokens behind the first match were decoded too
+    assert tree.num_unique_tokens == 10
+
+
+def test_the_prompt_does_not_match(decode_words: Decode) -> None:
+    engine = ScriptedEngine([[8, 1, EOS], [1, EOS]])
+    (tree,) = TreeSampler(engine, pattern_config(), [EOS], decode_words).sample([[7, 8, 7]], seed=0)
+    assert [tree.nodes[leaf].finish_reason for leaf in tree.leaves] == ["stop", "stop"]
+
+
+def test_a_pattern_that_eos_follows_directly_is_an_ordinary_stop(decode_words: Decode) -> None:
+    # The second path goes on behind the match before its EOS: the rest is cut.
+    engine = ScriptedEngine([[7, 8, EOS], [7, 8, 1, EOS]])
+    config = pattern_config(segment_length=4)
+    (tree,) = TreeSampler(engine, config, [EOS], decode_words).sample([[1]], seed=0)
+    assert [tree.completion_ids(leaf) for leaf in tree.leaves] == [[7, 8, EOS], [7, 8]]
+    assert [tree.nodes[leaf].finish_reason for leaf in tree.leaves] == ["stop", "pattern"]
+
+
+def test_text_behind_eos_cannot_match(decode_words: Decode) -> None:
+    engine = ScriptedEngine([[1, EOS, 7, 8], [7, EOS, 8]])
+    config = pattern_config(segment_length=4)
+    (tree,) = TreeSampler(engine, config, [EOS], decode_words).sample([[1]], seed=0)
+    assert [tree.completion_ids(leaf) for leaf in tree.leaves] == [[1, EOS], [7, EOS]]
+
+
+def test_a_pattern_exactly_at_the_cap_is_a_pattern(decode_words: Decode) -> None:
+    engine = ScriptedEngine([[1, 7], [1, 7], [8, 8], [2, 3]])
+    config = pattern_config(segment_length=2, max_completion_length=4)
+    (tree,) = TreeSampler(engine, config, [EOS], decode_words).sample([[1]], seed=0)
+    assert [tree.completion_ids(leaf) for leaf in tree.leaves] == [[1, 7, 8], [1, 7, 2, 3]]
+    assert [tree.nodes[leaf].finish_reason for leaf in tree.leaves] == ["pattern", "length"]
+
+
+def test_a_pattern_that_spans_three_short_segments_is_found(decode_words: Decode) -> None:
+    engine = ScriptedEngine([[7], [7], [8], [1], [9], [8]])
+    config = pattern_config(segment_length=1, max_completion_length=3, stop_pattern="<7><8><9>")
+    (tree,) = TreeSampler(engine, config, [EOS], decode_words).sample([[1]], seed=0)
+    assert [tree.nodes[leaf].finish_reason for leaf in tree.leaves] == ["pattern", "length"]
+
+
+@pytest.mark.parametrize("fallback", ["random", "low_prob", "root"])
+@pytest.mark.parametrize("segment_length", [1, 2, 5, 9, 20])
+def test_text_rules_see_the_text_of_the_whole_path_after_branching_and_fallback(
+    fallback: str, segment_length: int, decode_words: Decode
+) -> None:
+    """Four tokens that may occur anywhere: a path ends with the first <1><2>, never later and never without."""
+    config = make_config(
+        12,
+        segment_length=segment_length,
+        max_completion_length=40,
+        stop_pattern="<1><2>",
+        fallback_policy=fallback,
+    )
+    sampler = TreeSampler(FakeEngine(memoryless(0.02, vocabulary=4)), config, [EOS], decode_words)
+    for tree in sampler.sample(prompts_of(4), seed=0):
+        assert len(tree.leaves) == 12
+        for leaf in tree.leaves:
+            completion, reason = tree.completion_ids(leaf), tree.nodes[leaf].finish_reason
+            matches = [i for i in range(1, len(completion)) if completion[i - 1 : i + 1] == [1, 2]]
+            if reason == "stop" and matches:  # an EOS directly behind the match
+                assert matches == [len(completion) - 2]
+            else:
+                assert matches == ([len(completion) - 1] if reason == "pattern" else [])
+
+
+def decode_bytes(ids: list[int]) -> str:
+    """Token t is the byte t; 0 is special and has no text."""
+    return bytes(i for i in ids if i != EOS).decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize("pattern", ["答案:7", "案:7。", "😀", "答.*。"])
+@pytest.mark.parametrize("segment_length", [1, 2, 3, 4, 7, 100])
+def test_multi_byte_text_matches_wherever_segments_are_cut(pattern: str, segment_length: int) -> None:
+    text = "x😀 the 答案:7。 and on" if pattern != "😀" else "答案 x😀 and on"
+    ids = list(text.encode())
+
+    def script(path: list[int], rng: random.Random) -> int:
+        return (ids + [EOS])[len(path) - 1]
+
+    config = make_config(
+        2, branching_factor=1, segment_length=segment_length, max_completion_length=100, stop_pattern=pattern
+    )
+    (tree,) = TreeSampler(FakeEngine(script), config, [EOS], decode_bytes).sample([[255]], seed=0)
+    expected = {
+        "答案:7": "x😀 the 答案:7",
+        "案:7。": "x😀 the 答案:7。",
+        "😀": "答案 x😀",
+        "答.*。": "x😀 the 答案:7。",
+    }[pattern]
+    for leaf in tree.leaves:
+        assert tree.nodes[leaf].finish_reason == "pattern"
+        assert bytes(tree.completion_ids(leaf)) == expected.encode()
+
+
+def test_a_loop_across_segments_ends_the_path(decode_words: Decode) -> None:
+    # Two tokens <1><2> are 6 characters; segments of 16 tokens are 48. 256 characters are reached with 86 tokens, so the
+    # sixth segment (96 tokens) ends the path.
+    config = make_config(2, branching_factor=1, segment_length=16, max_completion_length=400, stop_repetition=True)
+    engine = FakeEngine(lambda path, rng: 1 + len(path) % 2)
+    (tree,) = TreeSampler(engine, config, [EOS], decode_words).sample([[5]], seed=0)
+    assert [tree.nodes[leaf].finish_reason for leaf in tree.leaves] == ["repetition"] * 2
+    assert [tree.nodes[leaf].end for leaf in tree.leaves] == [96, 96]
+
+
+def test_a_loop_does_not_end_the_path_when_the_rule_is_off(decode_words: Decode) -> None:
+    config = make_config(2, branching_factor=1, segment_length=16, max_completion_length=200, stop_repetition=False)
+    engine = FakeEngine(lambda path, rng: 1 + len(path) % 2)
+    (tree,) = TreeSampler(engine, config, [EOS], decode_words).sample([[5]], seed=0)
+    assert [tree.nodes[leaf].finish_reason for leaf in tree.leaves] == ["length"] * 2
+
+
+def test_a_loop_that_ends_with_eos_is_a_stop(decode_words: Decode) -> None:
+    config = make_config(2, branching_factor=1, segment_length=200, max_completion_length=200, stop_repetition=True)
+    engine = FakeEngine(lambda path, rng: EOS if len(path) == 150 else 1 + len(path) % 2)
+    (tree,) = TreeSampler(engine, config, [EOS], decode_words).sample([[5]], seed=0)
+    assert [tree.nodes[leaf].finish_reason for leaf in tree.leaves] == ["stop"] * 2
+
+
+@pytest.mark.parametrize("rule", [{"stop_pattern": "x"}, {"stop_repetition": True}])
+def test_a_text_rule_without_decode_is_refused(rule: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="pass `decode`"):
+        TreeSampler(FakeEngine(endless), make_config(**rule), [EOS])
+
+
+# Engine limits and errors
+
+
+class BrokenEngine(FakeEngine):
+    """Fails in the third `collect`, or when asked to `submit` the second time."""
+
+    def __init__(self, error: BaseException, where: str) -> None:
+        super().__init__(endless)
+        self.error, self.where, self.calls = error, where, Counter[str]()
+
+    def _count(self, where: str, limit: int) -> None:
+        self.calls[where] += 1
+        if self.where == where and self.calls[where] == limit:
+            raise self.error
+
+    def submit(self, requests: list[SegmentRequest]) -> None:
+        super().submit(requests)
+        self._count("submit", 2)
+
+    def collect(self) -> list[SegmentResult]:
+        self._count("collect", 3)
+        return super().collect()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["submit", "collect"])
+def test_an_engine_error_aborts_what_is_running_and_is_not_hidden(error: BaseException, where: str) -> None:
+    engine = BrokenEngine(error, where)
+    sampler = TreeSampler(engine, make_config(8), [EOS])
+    with pytest.raises(type(error)) as caught:
+        sampler.sample(prompts_of(2), seed=0)
+    assert caught.value is error
+    assert engine.aborted == 1
+    engine.where = ""  # the engine works again: nothing of the broken call is left
+    trees = sampler.sample(prompts_of(2), seed=0)
+    assert [len(tree.leaves) for tree in trees] == [8, 8]
+
+
+def test_a_decode_error_aborts_too() -> None:
+    engine = FakeEngine(endless)
+    with pytest.raises(ZeroDivisionError):
+        TreeSampler(engine, make_config(stop_pattern="x"), [EOS], lambda ids: str(1 // 0)).sample([[1]], seed=0)
+    assert engine.aborted == 1
+
+
+@pytest.mark.parametrize("length", [10, 11, 50])
+def test_a_prompt_without_room_is_named(length: int, decode_words: Decode) -> None:
+    engine = FakeEngine(endless, context_length=10)
+    prompts = [[1, 2], [41] * length]
+    with pytest.raises(ValueError, match=f"Prompt 1 of this batch, .*<41>.* has {length} tokens .* context of 10"):
+        TreeSampler(engine, make_config(), [EOS], decode_words).sample(prompts, seed=0)
+    with pytest.raises(ValueError, match=f"Prompt 1 of this batch has {length} tokens"):
+        TreeSampler(engine, make_config(), [EOS]).sample(prompts, seed=0)
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize("schedule", ["early", "spread"])
+def test_the_context_caps_each_prompts_completions_on_their_own(schedule: str) -> None:
+    # Context 20, cap 12: room for 12 (18 left), 5 and 1.
+    engine = FakeEngine(endless, context_length=20)
+    config = make_config(4, max_completion_length=12, segment_length=3, branch_schedule=schedule)
+    trees = TreeSampler(engine, config, [EOS]).sample([[1, 2], [3] * 15, [4] * 19], seed=0)
+    for tree, length in zip(trees, [12, 5, 1], strict=True):
+        assert len(tree.leaves) == 4
+        assert {len(tree.completion_ids(leaf)) for leaf in tree.leaves} == {length}
+        assert {tree.nodes[leaf].finish_reason for leaf in tree.leaves} == {"length"}
+    assert all(len(request.token_ids) + request.max_tokens <= 20 for request in engine.requests)
+
+
+def test_the_prompts_and_requests_are_not_changed() -> None:
+    prompts = prompts_of(2)
+    engine = FakeEngine(memoryless(0.1))
+    TreeSampler(engine, make_config(8), [EOS]).sample(prompts, seed=0)
+    assert prompts == prompts_of(2)
+    assert all(request.token_ids[:3] in prompts for request in engine.requests)
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("schedule", ["early", "spread"])
+@pytest.mark.parametrize("policy", ["uniform", "low_prob"])
+def test_leaf_weights_undo_the_tilt_of_branching(schedule: str, policy: str) -> None:
+    """
+    Lengths of a memoryless model with EOS probability p and cap C: mean sum_{k<C} (1-p)**k = (1 - (1-p)**C) / p.
+
+    Without fallback the weighted mean over a tree's leaves is unbiased; the plain mean over-counts long paths.
+    """
+    stop, cap = 0.1, 40
+    config = make_config(
+        8,
+        segment_length=4,
+        max_completion_length=cap,
+        branch_schedule=schedule,
+        branching_policy=policy,
+        fallback_policy="none",
+    )
+    trees = TreeSampler(FakeEngine(memoryless(stop)), config, [EOS]).sample(prompts_of(1500), seed=0)
+    expected = (1 - (1 - stop) ** cap) / stop  # 9.85
+    weighted, plain = [], []
+    for tree in trees:
+        lengths = [tree.nodes[leaf].end for leaf in tree.leaves]
+        weighted.append(sum(w * n for w, n in zip(tree.leaf_weights(), lengths, strict=True)))
+        plain.append(sum(lengths) / len(lengths))
+    assert abs(mean(weighted) - expected) < 4 * standard_error(weighted)
+    assert mean(plain) - expected > 4 * standard_error(plain)
+
+
+def test_independent_completions_have_the_models_lengths() -> None:
+    stop, cap = 0.1, 40
+    config = make_config(8, branching_factor=1, segment_length=4, max_completion_length=cap)
+    trees = TreeSampler(FakeEngine(memoryless(stop)), config, [EOS]).sample(prompts_of(200), seed=0)
+    lengths = [float(tree.nodes[leaf].end) for tree in trees for leaf in tree.leaves]
+    assert abs(mean(lengths) - (1 - (1 - stop) ** cap) / stop) < 4 * standard_error(lengths)
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def standard_error(values: list[float]) -> float:
+    center = mean(values)
+    return math.sqrt(sum((value - center) ** 2 for value in values)) / len(values)
