@@ -457,28 +457,28 @@ def decode_bytes(ids: list[int]) -> str:
     return bytes(i for i in ids if i != EOS).decode("utf-8", errors="replace")
 
 
-@pytest.mark.parametrize("pattern", ["答案:7", "案:7。", "😀", "答.*。"])
-@pytest.mark.parametrize("segment_length", [1, 2, 3, 4, 7, 100])
-def test_multi_byte_text_matches_wherever_segments_are_cut(pattern: str, segment_length: int) -> None:
-    text = "x😀 the 答案:7。 and on" if pattern != "😀" else "答案 x😀 and on"
-    ids = list(text.encode())
-
-    def script(path: list[int], rng: random.Random) -> int:
-        return (ids + [EOS])[len(path) - 1]
-
+def sample_text(text: str, segment_length: int, pattern: str) -> list[tuple[str | None, bytes]]:
+    """Reason and bytes of two paths of an engine that writes `text`, one token per byte."""
+    ids = [*text.encode(), EOS]
     config = make_config(
         2, branching_factor=1, segment_length=segment_length, max_completion_length=100, stop_pattern=pattern
     )
-    (tree,) = TreeSampler(FakeEngine(script), config, [EOS], decode_bytes).sample([[255]], seed=0)
-    expected = {
-        "答案:7": "x😀 the 答案:7",
-        "案:7。": "x😀 the 答案:7。",
-        "😀": "答案 x😀",
-        "答.*。": "x😀 the 答案:7。",
-    }[pattern]
-    for leaf in tree.leaves:
-        assert tree.nodes[leaf].finish_reason == "pattern"
-        assert bytes(tree.completion_ids(leaf)) == expected.encode()
+    engine = FakeEngine(lambda path, rng: ids[len(path) - 1])
+    (tree,) = TreeSampler(engine, config, [EOS], decode_bytes).sample([[255]], seed=0)
+    return [(tree.nodes[leaf].finish_reason, bytes(tree.completion_ids(leaf))) for leaf in tree.leaves]
+
+
+@pytest.mark.parametrize("segment_length", [1, 2, 3, 4, 5, 7, 100])
+def test_multi_byte_text_matches_wherever_segments_are_cut(segment_length: int) -> None:
+    paths = sample_text("x😀 the 答案:7。 and on", segment_length, "😀 the 答案:7")
+    assert paths == [("pattern", "x😀 the 答案:7".encode())] * 2
+
+
+@pytest.mark.parametrize("segment_length", [4, 5, 7, 100])
+@pytest.mark.parametrize("pattern", ["7。", "答.*。"])
+def test_a_pattern_that_ends_with_a_multi_byte_character_keeps_all_of_it(pattern: str, segment_length: int) -> None:
+    paths = sample_text("x😀 the 答案:7。 and on", segment_length, pattern)
+    assert paths == [("pattern", "x😀 the 答案:7。".encode())] * 2
 
 
 def test_a_loop_across_segments_ends_the_path(decode_words: Decode) -> None:
@@ -608,7 +608,11 @@ def test_leaf_weights_undo_the_tilt_of_branching(schedule: str, policy: str) -> 
         branching_policy=policy,
         fallback_policy="none",
     )
-    trees = TreeSampler(FakeEngine(memoryless(stop)), config, [EOS]).sample(prompts_of(1500), seed=0)
+    trees = [
+        tree
+        for seed in range(60)  # FakeEngine takes quadratic time in its requests
+        for tree in TreeSampler(FakeEngine(memoryless(stop), seed), config, [EOS]).sample(prompts_of(20), seed)
+    ]
     expected = (1 - (1 - stop) ** cap) / stop  # 9.85
     weighted, plain = [], []
     for tree in trees:

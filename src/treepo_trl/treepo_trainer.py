@@ -394,9 +394,12 @@ class TreePOTrainer(GRPOTrainer):
         return packed.unpack(outputs.log_probs), entropies
 
     def _can_pack(self) -> bool:
-        reason = is_packable(self.model.config.get_text_config())
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        reason = is_packable(base.config.get_text_config())
+        if reason is None and not base._supports_attention_backend:
+            reason = "its attention does not go through transformers' common interface"
         if reason is not None:
-            message = f"Shared prefixes are not packed for {type(self.model).__name__}: {reason}."
+            message = f"Shared prefixes are not packed for {type(base).__name__}: {reason}."
             if self.args.tree_packing != "auto":
                 raise ValueError(f"`tree_packing` is {self.args.tree_packing!r}, but {message} Set it to 'off'.")
             logger.warning(f"{message} Training forwards plain rows, as GRPOTrainer does.")

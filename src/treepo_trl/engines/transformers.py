@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import AttentionInterface, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -187,7 +188,7 @@ class TransformersEngine:
             and what is needed again is computed again.
 
     Raises:
-        ValueError: if the model's layers cannot serve rows of their own length.
+        ValueError: if the model's attention cannot serve rows of their own length.
     """
 
     def __init__(
@@ -199,6 +200,7 @@ class TransformersEngine:
         max_cached_tokens: int = 2**20,
     ) -> None:
         config = model.config.get_text_config()
+        _check_attention(model)
         _check_layers(config)
         self.model = model
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -445,6 +447,16 @@ def _sample(probabilities: torch.Tensor) -> torch.Tensor:
     drawn = torch.searchsorted(cumulative, threshold, right=True)  # never an entry of probability 0
     last_possible = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())  # where rounding overshoots
     return drawn.minimum(last_possible)
+
+
+def _check_attention(model: Any) -> None:
+    """Raise for models whose attention would ignore this engine's function and read its mask as something else."""
+    base = model.get_base_model() if is_peft_model(model) else model
+    if not base._supports_attention_backend or getattr(base.config, "alibi", False):
+        raise ValueError(
+            f"The transformers engine cannot drive the attention of {type(base).__name__}: it does not go through "
+            "transformers' common attention interface, or adds ALiBi biases. Set `use_vllm=True`."
+        )
 
 
 def _check_layers(config: PreTrainedConfig) -> None:
