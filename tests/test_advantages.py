@@ -87,7 +87,9 @@ def leaf_sets(draw: st.DrawFn, with_nan: bool = False) -> tuple[torch.Tensor, to
     """Rewards `(W,)` float64 and ancestors `(W, D)` of a random tree, leaves in any order, node ids in any order."""
     rng = random.Random(draw(st.integers(0, 2**32)))
     num_leaves = draw(st.integers(1, 12))
-    rewards = [draw(st.sampled_from([-1.0, -0.5, 0.0, 1.0, 2.0, *([nan] if with_nan else [])])) for _ in range(num_leaves)]
+    rewards = [
+        draw(st.sampled_from([-1.0, -0.5, 0.0, 1.0, 2.0, *([nan] if with_nan else [])])) for _ in range(num_leaves)
+    ]
     paths: list[list[int]] = []
     counter = iter(range(10_000))
 
@@ -126,7 +128,11 @@ def slow_reference(
             continue
         groups = [list(range(len(rewards)))]
         if estimator != "grpo":
-            groups += [[k for k in range(len(rewards)) if ancestors[k, d] == node] for d, node in enumerate(ancestors[i]) if node >= 0]
+            groups += [
+                [k for k in range(len(rewards)) if ancestors[k, d] == node]
+                for d, node in enumerate(ancestors[i])
+                if node >= 0
+            ]
         total, denominator = 0.0, 0.0
         for j, group in enumerate(groups):
             group = [k for k in group if not rewards[k].isnan()]
@@ -211,9 +217,7 @@ def test_a_tree_of_depth_one_is_grpo(values: list[float], options: dict) -> None
 
 
 @given(leaf_sets(), options, st.sampled_from([-1.0, 0.0, 0.1, 7.0]))
-def test_equal_rewards_give_zeros(
-    leaves: tuple[torch.Tensor, torch.Tensor], options: dict, reward: float
-) -> None:
+def test_equal_rewards_give_zeros(leaves: tuple[torch.Tensor, torch.Tensor], options: dict, reward: float) -> None:
     rewards, ancestors = leaves
     result = tree_advantages(torch.full_like(rewards, reward), ancestors, **options)
     torch.testing.assert_close(result, torch.zeros_like(result))
@@ -233,7 +237,8 @@ def test_equal_weights_are_no_weights(leaves: tuple[torch.Tensor, torch.Tensor],
     rewards, ancestors = leaves
     equal = torch.full_like(rewards, 1 / len(rewards))
     torch.testing.assert_close(
-        tree_advantages(rewards, ancestors, **options, leaf_weights=equal), tree_advantages(rewards, ancestors, **options)
+        tree_advantages(rewards, ancestors, **options, leaf_weights=equal),
+        tree_advantages(rewards, ancestors, **options),
     )
 
 
@@ -253,8 +258,8 @@ def test_an_unscorable_leaf_is_as_if_it_were_not_there(
 
 
 def test_a_singleton_subgroup_adds_no_term() -> None:
-    # {0, 1} below node 0; leaf 2 alone below node 1 and again below node 4. Mean 1/3: leaf 2 has -1/3 and no other term,
-    # neither 0-valued ones that would halve it.
+    # {0, 1} below node 0; leaf 2 alone below node 1 and again below node 4. Mean 1/3: leaf 2 has -1/3 and no other
+    # term, no zeros either, which would halve it.
     rewards, ancestors = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([[0, 2, -1], [0, 3, -1], [1, 4, 5]])
     assert advantages_of(rewards, ancestors, "treepo")[2].item() == pytest.approx(-1 / 3)
     assert advantages_of(rewards, ancestors, "treepo_size_weighted")[2].item() == pytest.approx(-1 / 3)
@@ -335,7 +340,7 @@ def test_leaf_weights_of_another_shape_are_refused(shape: tuple[int, ...]) -> No
 
 
 def test_unknown_estimator_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match="`estimator` is 'gae'. Choose one of treepo, treepo_size_weighted, grpo"):
+    with pytest.raises(ValueError, match=r"`estimator` is 'gae'\. Choose one of treepo, treepo_size_weighted, grpo"):
         tree_advantages(torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64), "gae")
 
 

@@ -103,8 +103,8 @@ def test_every_tree_is_complete_and_made_of_what_the_engine_returned(
             if reason == "length":
                 assert len(completion) == config.max_completion_length
 
-    # Nodes and results are the same multiset of (what the engine was given, what it returned): each decoded token is in
-    # exactly one node, and each request was the prompt followed by a path.
+    # Nodes and results are the same multiset of (what the engine was given, what it returned): each decoded token is
+    # in exactly one node, and each request was the prompt followed by a path.
     def as_key(given_ids: list[int], token_ids: list[int], logprobs: list[float] | None) -> tuple[Any, ...]:
         assert logprobs is not None
         return tuple(given_ids), tuple(token_ids), tuple(logprobs)
@@ -252,8 +252,8 @@ def test_spread_opens_the_branches_evenly() -> None:
 
 
 def test_a_finished_paths_budget_moves_to_the_live_ones() -> None:
-    # W = 8, N = 2. Level 1 (2 segments): one ends. Level 2 then holds min(8 - 1, 2 * (1 + 1)) = 4, all of them children
-    # of the live path; all four end, so 3 leaves are missing and fall back.
+    # W = 8, N = 2. Level 1 (2 segments): one ends. Level 2 then holds min(8 - 1, 2 * (1 + 1)) = 4, all of them
+    # children of the live path; all four end, so 3 leaves are missing and fall back.
     engine = ScriptedEngine([[EOS], [1, 1], [EOS], [EOS], [EOS], [EOS], [EOS], [EOS], [EOS]])
     config = make_config(8, segment_length=2, max_completion_length=6, fallback_policy="root")
     sampler = TreeSampler(engine, config, [EOS])
@@ -324,10 +324,7 @@ def test_a_range_draws_different_numbers_for_different_prompts() -> None:
 def test_the_branching_policy_reads_the_last_segment(policy: str, favoured: int) -> None:
     # Log-probabilities of the script are -1, -2, ... per token, so a longer segment has a lower mean: path 0 has -1
     # (one token), path 1 has -2 (three). W = 4 over 2 live paths at a low temperature: 3 and 1 children.
-    class OneTokenIsLive(ScriptedEngine):
-        pass
-
-    engine = OneTokenIsLive([[1], [2, 2, 2], *[[EOS]] * 4])
+    engine = ScriptedEngine([[1], [2, 2, 2], *[[EOS]] * 4])
     config = make_config(4, branching_policy=policy, branching_temperature=0.05, max_completion_length=9)
     (tree,) = TreeSampler(engine, config, [EOS]).sample([[7]], seed=0)
     assert len(tree.nodes[favoured].children) == 3
@@ -482,8 +479,8 @@ def test_a_pattern_that_ends_with_a_multi_byte_character_keeps_all_of_it(pattern
 
 
 def test_a_loop_across_segments_ends_the_path(decode_words: Decode) -> None:
-    # Two tokens <1><2> are 6 characters; segments of 16 tokens are 48. 256 characters are reached with 86 tokens, so the
-    # sixth segment (96 tokens) ends the path.
+    # Two tokens <1><2> are 6 characters; segments of 16 tokens are 48. 256 characters are reached with 86 tokens, so
+    # the sixth segment (96 tokens) ends the path.
     config = make_config(2, branching_factor=1, segment_length=16, max_completion_length=400, stop_repetition=True)
     engine = FakeEngine(lambda path, rng: 1 + len(path) % 2)
     (tree,) = TreeSampler(engine, config, [EOS], decode_words).sample([[5]], seed=0)

@@ -77,8 +77,13 @@ def generated(model: PreTrainedModel, prompts: list[list[int]], num_tokens: int)
         ids = torch.tensor([prompt])
         with torch.no_grad():
             output = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, eos_token_id=EOS, pad_token_id=1
-            )  # fmt: skip
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=num_tokens,
+                do_sample=False,
+                eos_token_id=EOS,
+                pad_token_id=1,
+            )
         completions.append(output[0, len(prompt) :].tolist())
     return completions
 
@@ -184,7 +189,8 @@ def test_unusual_architectures_are_right_or_refused(name: str) -> None:
         engine = TransformersEngine(model, [EOS], SamplingOptions())
         completions, logprobs = complete(engine, PROMPTS[:4], 3, 9)
     except ValueError as error:
-        assert "use_vllm" in str(error) or "full attention" in str(error)
+        if "use_vllm" not in str(error):
+            raise
         return
     for prompt, completion, values in zip(PROMPTS, completions, logprobs, strict=False):
         expected = full_logits(model, prompt + completion)[len(prompt) - 1 : -1].log_softmax(-1)
@@ -248,8 +254,10 @@ def test_logprobs_are_those_of_the_processed_distribution(model: PreTrainedModel
 
 
 @pytest.mark.parametrize(
-    "options", [SamplingOptions(), SamplingOptions(temperature=0.5), SamplingOptions(top_k=3), SamplingOptions(top_p=0.7)], ids=str
-)  # fmt: skip
+    "options",
+    [SamplingOptions(), SamplingOptions(temperature=0.5), SamplingOptions(top_k=3), SamplingOptions(top_p=0.7)],
+    ids=str,
+)
 def test_frequencies_are_the_probabilities(options: SamplingOptions) -> None:
     """Chi-square of 4000 first tokens over a vocabulary of 8; below 29.9 with probability 0.9999 at 7 degrees."""
     model = make_model(vocab_size=8).eval()
@@ -310,7 +318,13 @@ def test_forks_reuse_the_prompt(model: PreTrainedModel) -> None:
     children = [SegmentRequest(2 * i + j, prompt + results[i].token_ids, 4) for i in range(6) for j in range(2)]
     grandchildren = drain(engine, children)
     assert engine.num_prefilled_tokens == 6
-    drain(engine, [SegmentRequest(r.request_id, children[r.request_id].token_ids + r.token_ids, 3) for r in grandchildren.values()])
+    drain(
+        engine,
+        [
+            SegmentRequest(r.request_id, children[r.request_id].token_ids + r.token_ids, 3)
+            for r in grandchildren.values()
+        ],
+    )
     assert engine.num_prefilled_tokens == 6
     # From the middle of a segment the tokens behind the last boundary are computed, and no more.
     drain(engine, [SegmentRequest(0, prompt + results[0].token_ids[:2], 1)])

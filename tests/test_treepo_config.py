@@ -71,7 +71,7 @@ def test_defaults(tmp_path: Path) -> None:
     for field in fields(GRPOConfig):
         if field.name not in ("logging_dir", "distributed_state", "deepspeed_plugin"):
             assert getattr(config, field.name) == getattr(stock, field.name), field.name
-    assert config.segment_length == math.ceil(256 / 14)
+    assert config.segment_length == math.ceil(config.max_completion_length / 14)
     assert config.max_tree_depth == 14
     assert config.branching_factor == 2
     assert config.initial_branching_factor == [2, 2]
@@ -102,7 +102,8 @@ def test_initial_branching_factor(tmp_path: Path, value: Any, factor: int, expec
 
 
 @pytest.mark.parametrize(
-    ("length", "segment", "depth"), [(7168, 512, 14), (256, None, 14), (10, 3, 4), (10, 10, 1), (1, None, 1), (13, None, 13)]
+    ("length", "segment", "depth"),
+    [(7168, 512, 14), (256, None, 14), (10, 3, 4), (10, 10, 1), (1, None, 1), (13, None, 13)],
 )
 def test_max_tree_depth(tmp_path: Path, length: int, segment: int | None, depth: int) -> None:
     config = make(tmp_path, max_completion_length=length, segment_length=segment)
@@ -113,11 +114,17 @@ def test_max_tree_depth(tmp_path: Path, length: int, segment: int | None, depth:
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"segment_length": 0}, ["`segment_length` is 0", "between 1 and", "256"]),
+        ({"segment_length": 0}, ["`segment_length` is 0", "between 1 and", "512"]),
         ({"segment_length": -3}, ["`segment_length` is -3"]),
-        ({"segment_length": 257}, ["`segment_length` is 257", "`max_completion_length` (256)", "Leave it out"]),
+        (
+            {"segment_length": 257, "max_completion_length": 256},
+            ["`segment_length` is 257", "`max_completion_length` (256)", "Leave it out"],
+        ),
         ({"branching_factor": 0}, ["`branching_factor` is 0", "between 1"]),
-        ({"branching_factor": 9}, ["`branching_factor` is 9", "`num_generations` (8)", "Lower the one or raise the other"]),
+        (
+            {"branching_factor": 9},
+            ["`branching_factor` is 9", "`num_generations` (8)", "Lower the one or raise the other"],
+        ),
         ({"num_generations": 2, "branching_factor": 3}, ["`branching_factor` is 3", "`num_generations` (2)"]),
         ({"branching_temperature": 0.0}, ["`branching_temperature` is 0.0", "positive"]),
         ({"branching_temperature": -1.0}, ["`branching_temperature` is -1.0", "positive"]),
@@ -127,7 +134,10 @@ def test_max_tree_depth(tmp_path: Path, length: int, segment: int | None, depth:
         ({"initial_branching_factor": 0}, ["`initial_branching_factor` is 0", "at least 1"]),
         ({"initial_branching_factor": [1, 2, 3]}, ["`initial_branching_factor` is [1, 2, 3]", "[low, high]"]),
         ({"initial_branching_factor": [2, 9]}, ["`initial_branching_factor` is [2, 9]", "`num_generations` (8)"]),
-        ({"branching_policy": "entropy"}, ["`branching_policy` is 'entropy'", "'uniform'", "'low_prob'", "'high_prob'"]),
+        (
+            {"branching_policy": "entropy"},
+            ["`branching_policy` is 'entropy'", "'uniform'", "'low_prob'", "'high_prob'"],
+        ),
         ({"branch_schedule": "late"}, ["`branch_schedule` is 'late'", "'early'", "'spread'"]),
         ({"fallback_policy": "leaf"}, ["`fallback_policy` is 'leaf'", "'random'", "'root'"]),
         ({"advantage_estimator": "gae"}, ["`advantage_estimator` is 'gae'", "'treepo'", "'grpo'"]),
@@ -198,7 +208,9 @@ def test_command_line_takes_one_initial_branching_factor(tmp_path: Path) -> None
     assert config.initial_branching_factor == [3, 3]
 
 
-@pytest.mark.parametrize("flag", ["--branching_policy", "--fallback_policy", "--advantage_estimator", "--tree_packing"])
+@pytest.mark.parametrize(
+    "flag", ["--branching_policy", "--fallback_policy", "--advantage_estimator", "--tree_packing"]
+)
 def test_command_line_refuses_unknown_choices(tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         TrlParser(TreePOConfig).parse_args_and_config(["--output_dir", str(tmp_path), flag, "nonsense"])

@@ -1,9 +1,10 @@
-"""TreePOTrainer against stock GRPOTrainer, against hand arithmetic, and with TRL's features. All on a tiny CPU model."""
+"""TreePOTrainer against stock GRPOTrainer, against hand arithmetic, and with TRL's features; a tiny model on CPU."""
 
 import asyncio
 import json
 import statistics
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -367,7 +368,7 @@ def test_rows_stay_with_their_advantages_when_shuffled(tmp_path: Path, tiny_mode
 def test_packing_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     model = make_model()
     model.config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(ValueError, match="full attention|sliding"):
+    with pytest.raises(ValueError, match=r"full attention|sliding"):
         build(TreePOTrainer, model, make_config(tmp_path, tree_packing="sdpa"))
 
 
@@ -398,7 +399,7 @@ def slow_advantages(
 
 
 def expected_advantages(generation: dict[str, Any], scale: str, **options: Any) -> torch.Tensor:
-    """(B, T) by hand: tree advantages over the standard deviation that `scale_rewards` names, on each token of a leaf."""
+    """(B, T) by hand: tree advantages over the deviation that `scale_rewards` names, on each token of a leaf."""
     output, rewards = generation["output"], generation["rewards"].double()
     totals = [None if all(r != r for r in row) else sum(r for r in row if r == r) for row in rewards.tolist()]
     result = torch.zeros(output["completion_ids"].shape)
@@ -800,7 +801,7 @@ def test_logprobs_are_those_of_the_current_weights(tmp_path: Path, tiny_model_di
     trainer.train()
     assert len(firsts) == 4
     assert max(differences) < 1e-4
-    assert all((a - b).abs().max() > 1e-3 for a, b in zip(firsts, firsts[1:], strict=False)), "the policy moved"
+    assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(firsts)), "the policy moved"
 
 
 def test_dropout_is_off_in_sampling_and_on_in_training(tmp_path: Path) -> None:
@@ -948,6 +949,22 @@ def test_mask_truncated_completions(tmp_path: Path, tiny_model_dir: str) -> None
             num_kept, num_masked = num_kept + ended, num_masked + (not ended)
     assert num_masked
     assert num_kept
+
+
+def test_truncated_rows_are_logged_with_their_advantage(tmp_path: Path, tiny_model_dir: str) -> None:
+    """As GRPOTrainer does: the table and the tree log show what a completion was worth, masked or not."""
+    for estimator in ("grpo", "treepo"):
+        config = make_config(
+            tmp_path, mask_truncated_completions=True, log_trees=True, max_steps=1, advantage_estimator=estimator
+        )
+        trainer = build(SpyTrainer, tiny_model_dir, config)
+        trainer.train()
+        (generation,) = trainer.generations
+        assert (generation["output"]["completion_mask"].sum(1) == 0).any()
+        expected = expected_advantages(generation, "group", estimator=estimator)[:, 0].tolist()
+        assert generation["logged"] == pytest.approx(expected, abs=1e-4), estimator
+        records = [json.loads(line) for line in (tmp_path / "trees/trees_000000.jsonl").read_text().splitlines()]
+        assert [a for record in records for a in record["advantages"]] == pytest.approx(expected, abs=1e-4), estimator
 
 
 def test_all_completions_truncated_moves_nothing(tmp_path: Path, tiny_model_dir: str) -> None:

@@ -81,11 +81,14 @@ def test_fallback_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "named"), [({"num_beams": 4}, "num_beams"), ({"top_k": 3, "seed": 1, "eta_cutoff": 0.1}, "eta_cutoff, seed")]
+    ("kwargs", "named"),
+    [({"num_beams": 4}, "num_beams"), ({"top_k": 3, "seed": 1, "eta_cutoff": 0.1}, "eta_cutoff, seed")],
 )
 def test_unknown_generation_kwargs(tmp_path: Path, kwargs: dict[str, Any], named: str) -> None:
     config = make_config(tmp_path, generation_kwargs=kwargs)
-    with pytest.raises(ValueError, match=rf"`generation_kwargs` has {named}, which .*Remove the others, or set `use_vllm"):
+    with pytest.raises(
+        ValueError, match=rf"`generation_kwargs` has {named}, which .*Remove the others, or set `use_vllm"
+    ):
         make_trainer(tmp_path, config)
 
 
@@ -100,11 +103,15 @@ def test_known_generation_kwargs_are_used(tmp_path: Path) -> None:
 
 def test_vllm_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validation, "is_vllm_available", lambda: False)
-    with pytest.raises(ImportError, match=r"`use_vllm=True`, but vLLM is not installed.*pip install treepo-trl\[vllm\]"):
+    with pytest.raises(
+        ImportError, match=r"`use_vllm=True`, but vLLM is not installed.*pip install treepo-trl\[vllm\]"
+    ):
         make_trainer(tmp_path, make_config(tmp_path, use_vllm=True))
 
 
-@pytest.mark.parametrize("name", ["n", "max_tokens", "logprobs", "stop", "detokenize", "ignore_eos", "structured_outputs"])
+@pytest.mark.parametrize(
+    "name", ["n", "max_tokens", "logprobs", "stop", "detokenize", "ignore_eos", "structured_outputs"]
+)
 def test_reserved_vllm_generation_kwargs(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validation, "is_vllm_available", lambda: True)
     with pytest.raises(ValueError, match=rf"`generation_kwargs` has {name}, which the tree sampler sets itself"):
@@ -125,7 +132,9 @@ def test_vllm_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("column", ["image", "images"])
 def test_image_columns(tmp_path: Path, column: str) -> None:
     dataset = PROMPTS.add_column(column, [None] * 8)
-    with pytest.raises(ValueError, match=rf"column '{column}': image prompts are not supported yet.*Remove the column"):
+    with pytest.raises(
+        ValueError, match=rf"column '{column}': image prompts are not supported yet.*Remove the column"
+    ):
         make_trainer(tmp_path, train_dataset=dataset)
 
 
@@ -160,7 +169,16 @@ def test_no_train_dataset_is_trls_error(tmp_path: Path) -> None:
 def test_prompt_longer_than_the_context(tmp_path: Path) -> None:
     long = Dataset.from_dict({"prompt": ["w1 " * 600] * 8})
     trainer = make_trainer(tmp_path, make_config(tmp_path, max_steps=1), train_dataset=long)
-    with pytest.raises(ValueError, match=r"(?s)starts with 'w1 w1.*has 600 tokens.*no room.*512 tokens.*Drop or shorten"):
+    with pytest.raises(
+        ValueError, match=r"(?s)starts with 'w1 w1.*has 600 tokens.*no room.*512 tokens.*Drop or shorten"
+    ):
+        trainer.train()
+
+
+def test_empty_prompt(tmp_path: Path) -> None:
+    empty = Dataset.from_dict({"prompt": ["w1", ""] * 4})
+    trainer = make_trainer(tmp_path, make_config(tmp_path, max_steps=2), train_dataset=empty)
+    with pytest.raises(ValueError, match=r"[Pp]rompt"):
         trainer.train()
 
 
@@ -183,7 +201,7 @@ def test_plain_lora_is_served() -> None:
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"target_parameters": ["q_proj.weight"]}, "target_parameters"),
-        # These change the base weights, or add what the engine does not compute: the engine would sample from another policy.
+        # These change the base weights or add a bias: the engine would sample from another policy.
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
@@ -197,9 +215,13 @@ def test_lora_that_vllm_does_not_serve(changes: dict[str, Any], part: str) -> No
     assert "set `vllm_lora_sync='merge'`" in str(error.value)
 
 
-@pytest.mark.parametrize("config", [IA3Config(), PromptTuningConfig(num_virtual_tokens=2)], ids=["ia3", "prompt tuning"])
+@pytest.mark.parametrize(
+    "config", [IA3Config(), PromptTuningConfig(num_virtual_tokens=2)], ids=["ia3", "prompt tuning"]
+)
 def test_other_adapters(config: Any) -> None:
-    with pytest.raises(ValueError, match=r"vLLM serves LoRA adapters, this one is (IA3|PROMPT_TUNING)\..*'merge'"):
+    with pytest.raises(
+        ValueError, match=r"vLLM serves LoRA adapters, this one is (PeftType\.)?(IA3|PROMPT_TUNING)\..*'merge'"
+    ):
         check_adapter(config)
 
 

@@ -82,7 +82,7 @@ class TreePOConfig(GRPOConfig):
 
     if TYPE_CHECKING:  # optional in GRPOConfig, but always set after its own __post_init__
         num_generations: int = 8
-        max_completion_length: int = 256
+        max_completion_length: int = 512
         steps_per_generation: int = 1
 
     segment_length: int | None = field(

@@ -22,6 +22,7 @@ from trl.generation.vllm_generation import VLLMGeneration, empty_cache
 
 _ADAPTER_NAME = "policy"
 _ADAPTER_ID = 1
+_INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @contextmanager
@@ -49,11 +50,19 @@ def check_adapter(peft_config: Any) -> None:
     """
     advice = "Change the adapter, or set `vllm_lora_sync='merge'`."
     if peft_config.peft_type != "LORA":
-        raise ValueError(f"vLLM serves LoRA adapters, this one is {peft_config.peft_type}. {advice}")
+        kind = getattr(peft_config.peft_type, "value", peft_config.peft_type)
+        raise ValueError(f"vLLM serves LoRA adapters, this one is {kind}. {advice}")
     for name, allowed in (("use_dora", (False, None)), ("bias", ("none",)), ("modules_to_save", (None, []))):
         value = getattr(peft_config, name)
         if value not in allowed:
             raise ValueError(f"vLLM serves no adapters with `{name}={value!r}`. {advice}")
+    if getattr(peft_config, "lora_bias", False):
+        raise ValueError(f"vLLM serves no adapters with `lora_bias=True`. {advice}")
+    if peft_config.init_lora_weights not in _INITS_THAT_KEEP_THE_BASE:
+        raise ValueError(
+            f"`init_lora_weights={peft_config.init_lora_weights!r}` changes the base weights, which the engine loads "
+            f"unchanged. {advice}"
+        )
     for name in ("rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices"):
         value = getattr(peft_config, name, None)
         if value:
