@@ -107,7 +107,8 @@ def test_large_token_counts_are_summed_to_six_digits() -> None:
 
 
 def test_step_line_says_what_sharing_saved() -> None:
-    logs = {"reward": 0.25, "tree/decoded_tokens": 600.0, "tree/leaf_tokens": 1000.0, "step_time": 12.34}
+    logs = {"reward": 0.25, "tree/decoded_tokens": 600.0, "tree/leaf_tokens": 1000.0, "tree/unique_tokens": 600.0}
+    logs["step_time"] = 12.34
     assert step_line(logs, 7, 100) == (
         "step   7/100  reward 0.250  decoded 600 tokens  saved by sharing 400 (40%)  12.3 s"
     )
@@ -118,6 +119,6 @@ def test_step_line_without_trees_or_time() -> None:
 
 
 def test_step_line_when_more_was_decoded_than_is_in_leaves() -> None:
-    # What a stop pattern cut off was decoded too.
-    logs = {"reward": 0.0, "tree/decoded_tokens": 110.0, "tree/leaf_tokens": 100.0}
-    assert step_line(logs, 1, 1) == "step 1/1  reward 0.000  decoded 110 tokens  saved by sharing -10 (-10%)"
+    # What a stop pattern cut off was decoded too; sharing still saved 100 - 80.
+    logs = {"reward": 0.0, "tree/decoded_tokens": 110.0, "tree/leaf_tokens": 100.0, "tree/unique_tokens": 80.0}
+    assert step_line(logs, 1, 1) == "step 1/1  reward 0.000  decoded 110 tokens  saved by sharing 20 (20%)"

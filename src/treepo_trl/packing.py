@@ -20,6 +20,17 @@ _MAX_SDPA_LENGTH = 8192
 _MIN_RATIO = 1.15
 """Row tokens per packed token below which `auto` keeps plain rows: the mask costs more than it saves."""
 
+_ALIBI = "it has ALiBi biases, which count packed positions instead of depths"
+_RECURRENT = "it is recurrent"
+_WINDOW = "it has attention windows that count packed positions instead of depths"
+_ABSOLUTE = "its absolute positions make plain rows depend on their padding, which a packed row has not"
+_UNPACKABLE_MODELS = {
+    **dict.fromkeys(("bloom", "mpt"), _ALIBI),
+    **dict.fromkeys(("mamba", "mamba2", "rwkv", "jamba", "falcon_mamba", "recurrent_gemma", "xlstm"), _RECURRENT),
+    **dict.fromkeys(("gpt_neo", "doge"), _WINDOW),
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "biogpt", "xglm", "ctrl"), _ABSOLUTE),
+}
+
 
 @dataclass(frozen=True)
 class PackedRows:
@@ -152,20 +163,15 @@ def is_packable(model_config: Any) -> str | None:
     attention = model_config._attn_implementation
     if attention not in ("sdpa", "eager"):
         return f"its attention is {attention!r} (load it with `attn_implementation='sdpa'`)"
-    other = sorted(set(config.get("layer_types") or []) - {"full_attention"})
+    layer_types = getattr(model_config, "layer_types", None)  # of some models a property, so not in the dictionary
+    other = sorted(set(layer_types or []) - {"full_attention"})
     if other:
         return f"it has layers of type {', '.join(other)}"
-    if (
-        config.get("sliding_window") is not None
-        and config.get("use_sliding_window", True)
-        and not config.get("layer_types")
-    ):
+    if config.get("sliding_window") is not None and config.get("use_sliding_window", True) and not layer_types:
         return f"it has a sliding window of {config['sliding_window']} tokens"
-    if config.get("alibi") or model_config.model_type in ("bloom", "mpt"):
-        return "it has ALiBi positions, which count packed positions instead of depths"
-    if model_config.model_type in ("mamba", "mamba2", "rwkv", "jamba", "falcon_mamba", "recurrent_gemma", "xlstm"):
-        return "it is recurrent"
-    return None
+    if config.get("alibi"):
+        return _ALIBI
+    return _UNPACKABLE_MODELS.get(model_config.model_type)
 
 
 def is_worth_packing(packed: PackedRows) -> bool:

@@ -26,7 +26,7 @@ def step_line(logs: dict[str, Any], step: int, max_steps: int) -> str:
     line = f"step {step:>{len(str(max_steps))}}/{max_steps}  reward {logs['reward']:.3f}"
     if "tree/decoded_tokens" in logs:
         decoded, in_leaves = logs["tree/decoded_tokens"], logs["tree/leaf_tokens"]
-        saved = in_leaves - decoded
+        saved = in_leaves - logs["tree/unique_tokens"]
         line += f"  decoded {decoded:.0f} tokens  saved by sharing {saved:.0f} ({saved / in_leaves:.0%})"
     if "step_time" in logs:
         line += f"  {logs['step_time']:.1f} s"

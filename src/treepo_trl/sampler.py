@@ -60,8 +60,6 @@ class _GrowingTree:
     """Parents of the segments in flight, in order of submission."""
     results: dict[int, SegmentResult] = field(default_factory=dict[int, SegmentResult])
     """Results of the level by position in `level`."""
-    fell_back: bool = False
-    """Whether a fallback has begun: from then on every new leaf comes from one."""
     texts: dict[int | None, str] = field(default_factory=dict[int | None, str])
     """Text of each parent in `level`; only kept where a text rule needs it."""
 
@@ -123,7 +121,7 @@ class TreeSampler:
             `list[SegmentTree]`: one tree per prompt, in the order of the prompts.
 
         Raises:
-            ValueError: if a prompt leaves no room for a completion in the engine's context.
+            ValueError: if a prompt is empty or leaves no room for a completion in the engine's context.
         """
         self.stats = SamplingStats()
         started = time.perf_counter()
@@ -151,6 +149,11 @@ class TreeSampler:
         return [grown.tree for grown in growing]
 
     def _max_length(self, prompt: list[int], index: int) -> int:
+        if not prompt:
+            raise ValueError(
+                f"Prompt {index} of this batch is empty: it has no token to continue. Drop empty prompts, or check "
+                "how they are tokenized."
+            )
         context = self.engine.context_length
         if context is None:
             return self.config.max_completion_length
@@ -234,9 +237,7 @@ class TreeSampler:
         if num_missing == 0:
             return []
         stems = fallback_stems(grown.tree, num_missing, config.branching_factor, config.fallback_policy, grown.rng)
-        if not grown.fell_back:
-            grown.fell_back = True
-            self.stats.num_fallback_leaves += num_missing if stems else 0
+        self.stats.num_fallback_leaves += len(stems)  # nothing branches any more: one leaf each
         if self._needs_text:
             assert self.decode is not None, "checked at construction"
             grown.texts = {stem: self.decode(grown.tree.completion_ids(stem)) for stem in set(stems)}
@@ -264,7 +265,7 @@ class TreeSampler:
         decode = self.decode
         assert decode is not None, "checked at construction"
         parent_text = grown.texts[parent]
-        tail_ids = [] if parent is None else grown.tree.nodes[parent].token_ids[-_TAIL_LENGTH:]
+        tail_ids = grown.tree.tail_ids(parent, _TAIL_LENGTH)
 
         def text_after(ids: list[int]) -> str:
             return extend_text(parent_text, tail_ids, ids, decode)

@@ -66,15 +66,17 @@ def extend_text(text: str, tail_ids: list[int], token_ids: list[int], decode: Ca
 
 def tokens_until(match_end: int, token_ids: list[int], text_after: Callable[[list[int]], str]) -> int:
     """
-    Smallest number of a segment's tokens with which the path's text reaches `match_end` characters.
+    Smallest number of a segment's tokens with which the path's first `match_end` characters are those of the segment.
 
     This is where a path ends that the stop pattern stopped: the token that completes the match is kept, what was
-    sampled after it is dropped. `text_after` gives the path's text for a prefix of the segment.
+    sampled after it is dropped. `text_after` gives the path's text for a prefix of the segment. Characters are
+    compared, not counted: a character whose last bytes are missing already counts as one.
     """
+    matched = text_after(token_ids)[:match_end]
     low, high = 1, len(token_ids)
     while low < high:
         middle = (low + high) // 2
-        if len(text_after(token_ids[:middle])) >= match_end:
+        if text_after(token_ids[:middle])[:match_end] == matched:
             high = middle
         else:
             low = middle + 1

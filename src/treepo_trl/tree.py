@@ -91,7 +91,14 @@ class SegmentTree:
             depth, start, siblings = parent_node.depth + 1, parent_node.end, parent_node.children
         node_id = len(self.nodes)
         self.nodes.append(
-            SegmentNode(parent, list(token_ids), logprobs, finish_reason, depth=depth, end=start + len(token_ids))
+            SegmentNode(
+                parent,
+                list(token_ids),
+                None if logprobs is None else list(logprobs),
+                finish_reason,
+                depth=depth,
+                end=start + len(token_ids),
+            )
         )
         siblings.append(node_id)
         if finish_reason is not None:
@@ -105,6 +112,14 @@ class SegmentTree:
             ids.append(node)
             node = self.nodes[node].parent
         return ids[::-1]
+
+    def tail_ids(self, node: int | None, length: int) -> list[int]:
+        """The last `length` completion tokens on the path to `node`, fewer where the path is shorter."""
+        tail: list[int] = []
+        while node is not None and len(tail) < length:
+            tail = self.nodes[node].token_ids[len(tail) - length :] + tail
+            node = self.nodes[node].parent
+        return tail
 
     def completion_ids(self, leaf: int | None) -> list[int]:
         """Completion tokens along the path to `leaf`, without the prompt."""

@@ -202,6 +202,11 @@ class TreePOConfig(GRPOConfig):
                 f"`branching_temperature` is {self.branching_temperature}; it must be positive. A large value splits "
                 "the branches evenly."
             )
+        if self.temperature <= 0:
+            raise ValueError(
+                f"`temperature` is {self.temperature}; training samples and must be above 0. For evaluation of the "
+                "most likely completion, sample it outside the trainer."
+            )
         local_batch_size = self.per_device_train_batch_size * self.steps_per_generation
         if local_batch_size % self.num_generations != 0:
             raise ValueError(

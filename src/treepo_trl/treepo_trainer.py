@@ -315,9 +315,10 @@ class TreePOTrainer(GRPOTrainer):
         return torch.cat(rows) / torch.nan_to_num(divisors, nan=1.0)[:, None]
 
     def _replace_logged_advantages(self, output: dict[str, Any]) -> None:
-        """Put each completion's mean advantage where GRPOTrainer has logged the group advantages."""
-        mask = output["completion_mask"]
-        means = (output["advantages"] * mask).sum(1) / mask.sum(1).clamp(min=1)
+        """Put each completion's mean advantage over its tokens where GRPOTrainer has logged the group advantages."""
+        # Not the completion mask: TRL clears it for truncated completions, whose advantage is logged all the same.
+        ends = [tree.nodes[leaf].end for tree in self._trees for leaf in tree.depth_first_leaves()]
+        means = output["advantages"].sum(1) / torch.tensor(ends, device=output["advantages"].device)
         values = self.accelerator.gather(means).tolist()
         logged = self._logs["advantages"]
         for _ in range(min(len(values), len(logged))):
@@ -466,7 +467,7 @@ class TreePOTrainer(GRPOTrainer):
         """Append this generation's trees of all processes to `output_dir/trees/trees_<step>.jsonl`."""
         advantages = output["advantages"]
         if advantages.dim() == 1:
-            advantages = advantages[:, None] * output["completion_mask"]
+            advantages = advantages[:, None].expand_as(output["completion_mask"])
         records = []
         for i, tree in enumerate(self._trees):
             leaves = tree.depth_first_leaves()

@@ -209,7 +209,7 @@ class TransformersEngine:
         self.max_batch_tokens = max_batch_tokens
         self.max_cached_tokens = max_cached_tokens
         self.num_prefilled_tokens = 0
-        """Prompt and path tokens computed so far, each shared one once."""
+        """Prompt and path tokens computed so far; requests with the same prefix count once."""
         self._num_layers = config.num_hidden_layers
         self._num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -413,6 +413,11 @@ class TransformersEngine:
             padded = torch.tensor([ids + ids[-1:] * (longest - len(ids)) for ids in history], device=logits.device)
             logits = self._processors(padded, logits)  # pyright: ignore[reportArgumentType]
         logprobs = logits.log_softmax(-1)
+        if not torch.isfinite(logprobs.amax(-1)).all():
+            raise RuntimeError(
+                "The model's logits are not finite: its weights or a sampling option are broken. Look for a reward or "
+                "a learning rate that made the loss infinite."
+            )
         greedy = self.options.temperature == 0.0
         tokens = logprobs.argmax(-1, keepdim=True) if greedy else _sample(logprobs.exp())
         return tokens[:, 0].tolist(), logprobs.gather(1, tokens)[:, 0].tolist()
