@@ -29,12 +29,13 @@ ALLOWED = {
     "engines.vllm": {"engines.base", "tree"},
     "sampler": {"branching", "stopping", "tree", "engines.base"},
     "metrics": {"sampler", "tree"},
+    "packed_forward": {"packing"},
     "evaluation": {"engines", "engines.transformers"},
     "treepo_config": {"advantages", "branching", "packing"},  # the choices of their fields
     "validation": {"treepo_config"},
     "treepo_trainer": {
-        *("treepo_config", "validation", "sampler", "tree", "advantages", "rewards", "packing", "metrics"),
-        *("weight_sync", "engines", "engines.transformers", "engines.vllm"),
+        *("treepo_config", "validation", "sampler", "tree", "advantages", "rewards", "packing"),
+        *("metrics", "packed_forward", "weight_sync", "engines", "engines.transformers", "engines.vllm"),
     },
     "cli": {"treepo_config", "treepo_trainer", "evaluation", "progress"},
     "": {"sampler", "tree", "treepo_config", "treepo_trainer"},
@@ -51,6 +52,7 @@ HEAVY_ALLOWED = {
     "engines": set(),
     "advantages": {"torch"},
     "packing": {"torch", "numpy"},
+    "packed_forward": {"torch", "accelerate"},
     "metrics": {"torch"},
     "engines.vllm": {"vllm", "torch"},
     "engines.transformers": {"torch", "transformers", "accelerate"},

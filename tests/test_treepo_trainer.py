@@ -297,7 +297,7 @@ def test_packing_auto_decides_by_sharing(tmp_path: Path, tiny_model_dir: str) ->
     plain, packed, _ = run_packed_and_plain(tmp_path, tiny_model_dir, packing="auto")
     assert_same_run(plain, packed)
     assert logs_of(packed, "tree/packing_ratio")[0] > 1.15
-    assert packed._packing_checked
+    assert packed._packed_forward.is_checked
 
 
 def test_packing_with_lora(tmp_path: Path, tiny_model_dir: str) -> None:
@@ -1058,7 +1058,7 @@ def test_default_precision(tmp_path: Path, tiny_model_dir: str, args: str, monke
     trainer.train()
     assert trainer.state.global_step == 2
     assert all(torch.isfinite(torch.tensor(logs_of(trainer, "loss"))))
-    assert trainer._packing_checked
+    assert trainer._packed_forward.is_checked
 
 
 def test_args_may_be_left_out(tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:

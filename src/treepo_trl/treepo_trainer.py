@@ -9,7 +9,6 @@ The only file that overrides private methods of TRL (1.16): `_generate_single_tu
 import json
 import os
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -29,7 +28,8 @@ from trl.trainer.utils import get_config_model_id
 from .advantages import ancestor_ids, expand_to_tokens, tree_advantages
 from .engines import SamplingOptions
 from .metrics import reduce_totals, tree_metrics, tree_totals
-from .packing import PackedRows, is_packable, is_worth_packing, model_inputs, pack_rows
+from .packed_forward import PackedForward
+from .packing import is_packable
 from .rewards import combine_rewards
 from .sampler import TreeSampler
 from .tree import SegmentTree
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
-
-_PACKING_TOLERANCE = 1e-3  # nats, mean over a batch, in float32
-_HALF_PRECISION_PACKING_TOLERANCE = 0.1  # bfloat16 rounding alone gives about 0.02
 
 
 class TreePOTrainer(GRPOTrainer):
@@ -160,9 +157,7 @@ class TreePOTrainer(GRPOTrainer):
         self._trees: list[SegmentTree] = []
         self._rewards_per_func: torch.Tensor | None = None
         self._sampled_at = (-1, 0)  # global step of the last sampling and how many it has seen
-        self._packing_checked = False
-        self._packing_announced = False
-        self._packs = args.tree_packing != "off" and self._can_pack()
+        self._packed_forward = self._build_packed_forward()
 
     # Sampling
 
@@ -341,7 +336,7 @@ class TreePOTrainer(GRPOTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         plain = super()._get_per_token_logps_and_entropies
         has_other_inputs = compute_aux_loss or any(value is not None for value in multimodal_inputs.values())
-        if not self._packs or has_other_inputs:
+        if self._packed_forward is None or has_other_inputs:
             return plain(
                 model,
                 input_ids,
@@ -352,91 +347,31 @@ class TreePOTrainer(GRPOTrainer):
                 compute_aux_loss,
                 **multimodal_inputs,
             )
-        all_logps, all_entropies = [], []
-        size = batch_size or len(input_ids)
-        for chunk_ids, chunk_mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-            started = time.perf_counter()
-            packed = pack_rows(chunk_ids, chunk_mask, logits_to_keep)
-            seconds = time.perf_counter() - started
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            metrics["tree/packing_seconds"].append(seconds)
-            metrics["tree/packing_ratio"].append(packed.ratio)
-            if self._is_packed(packed):
-                self._check_packing_once(model, packed, plain, chunk_ids, chunk_mask, logits_to_keep)
-                logps, entropies = self._packed_forward(model, packed)
-            else:
-                logps, entropies, _ = plain(
-                    model, chunk_ids, chunk_mask, logits_to_keep, compute_entropy=compute_entropy
-                )
-            all_logps.append(logps)
-            all_entropies.append(entropies)
-        return torch.cat(all_logps), torch.cat(all_entropies) if compute_entropy else None, None
+        logps, entropies, log = self._packed_forward(
+            model, input_ids, attention_mask, logits_to_keep, batch_size or len(input_ids), compute_entropy, plain
+        )
+        for name, values in log.items():
+            self._metrics["train" if self.model.training else "eval"][name].extend(values)
+        return logps, entropies, None
 
-    def _is_packed(self, packed: PackedRows) -> bool:
-        """Whether to forward the packed row; under `auto` says once what was chosen and why."""
-        if self.args.tree_packing != "auto":
-            return True
-        is_packed = is_worth_packing(packed)
-        if not self._packing_announced:
-            self._packing_announced = True
-            choice = "one packed row" if is_packed else "plain rows"
-            logger.info(
-                f"tree_packing='auto' forwards {choice}: {packed.num_row_tokens} tokens in rows, "
-                f"{packed.input_ids.size(1)} unique (ratio {packed.ratio:.2f}). Decided anew for each micro-batch."
-            )
-        return is_packed
-
-    def _packed_forward(self, model: Any, packed: PackedRows) -> tuple[torch.Tensor, torch.Tensor | None]:
-        base = self.accelerator.unwrap_model(model)
-        inputs = model_inputs(packed, base.config._attn_implementation, base.dtype)
-        with self.accelerator.autocast():
-            outputs = model(**inputs, fused_lm_head=True)
-        entropies = None if outputs.entropy is None else packed.unpack(outputs.entropy)
-        return packed.unpack(outputs.log_probs), entropies
-
-    def _can_pack(self) -> bool:
+    def _build_packed_forward(self) -> PackedForward | None:
+        if self.args.tree_packing == "off":
+            return None
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         reason = is_packable(base.config.get_text_config())
         if reason is None and not base._supports_attention_backend:
             reason = "its attention does not go through transformers' common interface"
-        if reason is not None:
-            message = f"Shared prefixes are not packed for {type(base).__name__}: {reason}."
-            if self.args.tree_packing != "auto":
-                raise ValueError(f"`tree_packing` is {self.args.tree_packing!r}, but {message} Set it to 'off'.")
-            logger.warning(f"{message} Training forwards plain rows, as GRPOTrainer does.")
-        return reason is None
-
-    @torch.no_grad()
-    def _check_packing_once(
-        self,
-        model: Any,
-        packed: PackedRows,
-        plain: Callable[..., Any],
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        logits_to_keep: int,
-    ) -> None:
-        """Once per run: the packed log-probabilities must be those of the plain rows, up to rounding."""
-        if self._packing_checked or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return  # where a forward is collective, processes must not run different numbers of them
-        self._packing_checked = True
-        module = self.accelerator.unwrap_model(model)
-        was_training = module.training
-        module.eval()  # dropout would make the two differ
-        logps, _ = self._packed_forward(module, packed)
-        expected, _, _ = plain(module, input_ids, attention_mask, logits_to_keep, batch_size=1)
-        module.train(was_training)
-        difference = (logps - expected).abs()[packed.is_scored].mean().nan_to_num(nan=0.0).item()
-        is_exact = self.accelerator.mixed_precision == "no" and module.dtype == torch.float32
-        tolerance = _PACKING_TOLERANCE if is_exact else _HALF_PRECISION_PACKING_TOLERANCE
-        if difference > tolerance:
-            raise RuntimeError(
-                "The packed forward does not reproduce this model's plain rows: log-probabilities differ by "
-                f"{difference:.2g} nats on average, where rounding explains {tolerance:.2g}. Set `tree_packing='off'`."
-            )
+        if reason is None:
+            is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            return PackedForward(self.args.tree_packing, self.accelerator, is_sharded)
+        message = f"Shared prefixes are not packed for {type(base).__name__}: {reason}."
+        if self.args.tree_packing != "auto":
+            raise ValueError(f"`tree_packing` is {self.args.tree_packing!r}, but {message} Set it to 'off'.")
+        logger.warning(f"{message} Training forwards plain rows, as GRPOTrainer does.")
+        return None
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        if not self._packs:
+        if self._packed_forward is None:
             return super()._prepare_inputs(generation_batch)
         # GRPOTrainer shuffles single rows before it cuts micro-batches, which would part rows that share prefixes.
         with replaced(grpo_trainer, "shuffle_sequence_dict", self._shuffle_trees):
