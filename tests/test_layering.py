@@ -37,7 +37,7 @@ ALLOWED = {
         *("treepo_config", "validation", "sampler", "tree", "advantages", "rewards", "packing"),
         *("metrics", "packed_forward", "weight_sync", "engines", "engines.transformers", "engines.vllm"),
     },
-    "cli": {"treepo_config", "treepo_trainer", "evaluation", "progress"},
+    "cli": {"", "treepo_config", "treepo_trainer", "evaluation", "progress"},  # the version is in __init__
     "": {"sampler", "tree", "treepo_config", "treepo_trainer"},
 }
 

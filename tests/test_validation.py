@@ -110,12 +110,17 @@ def test_vllm_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    "name", ["n", "max_tokens", "logprobs", "stop", "detokenize", "ignore_eos", "structured_outputs"]
+    "name",
+    [
+        *("n", "max_tokens", "logprobs", "stop", "detokenize", "ignore_eos", "structured_outputs"),
+        # One seed for every request would make all siblings equal; penalties would forget the path.
+        *("seed", "presence_penalty", "bad_words", "truncate_prompt_tokens"),
+    ],
 )
 def test_reserved_vllm_generation_kwargs(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validation, "is_vllm_available", lambda: True)
     with pytest.raises(ValueError, match=rf"`generation_kwargs` has {name}, which the tree sampler sets itself"):
-        make_trainer(tmp_path, make_config(tmp_path, use_vllm=True, generation_kwargs={name: 1, "seed": 3}))
+        make_trainer(tmp_path, make_config(tmp_path, use_vllm=True, generation_kwargs={name: 1, "best_of": 3}))
 
 
 def test_vllm_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

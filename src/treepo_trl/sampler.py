@@ -21,7 +21,7 @@ from .branching import (
     spread_width,
 )
 from .engines.base import SegmentEngine, SegmentRequest, SegmentResult
-from .stopping import extend_text, find_eos, is_repetitive, tokens_until
+from .stopping import extend_text, find_eos, find_match_end, is_repetitive, tokens_until
 from .tree import FinishReason, SegmentTree
 
 
@@ -271,8 +271,9 @@ class TreeSampler:
             return extend_text(parent_text, tail_ids, ids, decode)
 
         text = text_after(token_ids)
-        if self._pattern is not None and (match := self._pattern.search(text)) is not None:
-            kept = tokens_until(match.end(), token_ids, text_after)
+        match_end = None if self._pattern is None else find_match_end(self._pattern, text)
+        if match_end is not None:
+            kept = tokens_until(match_end, token_ids, text_after)
             # A match that the EOS token follows directly is an ordinary end.
             if reason is None or kept < len(token_ids) - 1:
                 return token_ids[:kept], "pattern", text

@@ -4,6 +4,7 @@ When a path is finished: EOS, stop pattern, repetition, length. Pure functions o
 Standard library only.
 """
 
+import re
 from collections.abc import Callable, Collection
 
 
@@ -62,6 +63,11 @@ def extend_text(text: str, tail_ids: list[int], token_ids: list[int], decode: Ca
     num_incomplete = len(tail) - len(tail.rstrip("\ufffd"))  # a character whose last bytes are in the segment
     joined = decode(tail_ids + token_ids)
     return text[: len(text) - num_incomplete] + joined[len(tail) - num_incomplete :]
+
+
+def find_match_end(pattern: re.Pattern[str], text: str) -> int | None:
+    """End of the first match that is not empty; `None` without one. Empty matches, as of `\\b`, say nothing."""
+    return next((match.end() for match in pattern.finditer(text) if match.group()), None)
 
 
 def tokens_until(match_end: int, token_ids: list[int], text_after: Callable[[list[int]], str]) -> int:

@@ -21,6 +21,11 @@ def _check_choice(name: str, value: str, choices: Any) -> None:
         raise ValueError(f"`{name}` is {value!r}. Choose one of {', '.join(map(repr, get_args(choices)))}.")
 
 
+def _check_int(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{name}` is {value!r} ({type(value).__name__}); it must be a whole number.")
+
+
 @dataclass
 class TreePOConfig(GRPOConfig):
     # docstyle-ignore
@@ -66,7 +71,8 @@ class TreePOConfig(GRPOConfig):
             Leave out subgroups whose rewards are all equal (Eq. 7).
         leaf_weighting (`str`, *optional*, defaults to `"uniform"`):
             `"inverse_branching"` weights each leaf by the product of 1/children along its path, in the group means and
-            in the loss, which undoes the tilt that branching puts on the leaf distribution.
+            in its advantages, which undoes the tilt that branching puts on the leaf distribution. Not with a KL term
+            (`beta`), which would stay unweighted.
         tree_packing (`str`, *optional*, defaults to `"auto"`):
             Whether rows that share prefixes are forwarded once per unique token: `"sdpa"` always, `"off"` never,
             `"auto"` where it pays.
@@ -143,7 +149,7 @@ class TreePOConfig(GRPOConfig):
     leaf_weighting: LeafWeighting = field(
         default="uniform",
         metadata={
-            "help": "Weight of each leaf in the group means and in the loss.",
+            "help": "Weight of each leaf in the group means and in its advantages.",
         },
     )
     tree_packing: TreePacking = field(
@@ -180,12 +186,22 @@ class TreePOConfig(GRPOConfig):
         _check_choice("tree_packing", self.tree_packing, TreePacking)
         _check_choice("vllm_lora_sync", self.vllm_lora_sync, LoraSync)
         _check_choice("leaf_weighting", self.leaf_weighting, LeafWeighting)
+        if self.leaf_weighting == "inverse_branching" and self.beta != 0.0:
+            raise ValueError(
+                f"`leaf_weighting='inverse_branching'` weights the advantages, but not the KL term of "
+                f"`beta={self.beta}`. Set `beta=0`, or `leaf_weighting='uniform'`."
+            )
         self._check_stop_pattern()
         self._check_supported()
 
     def _check_tree_shape(self) -> None:
+        _check_int("max_completion_length", self.max_completion_length)
+        _check_int("branching_factor", self.branching_factor)
+        if self.max_completion_length < 1:
+            raise ValueError(f"`max_completion_length` is {self.max_completion_length}; it must be at least 1 token.")
         if self.segment_length is None:
             self.segment_length = math.ceil(self.max_completion_length / 14)
+        _check_int("segment_length", self.segment_length)
         if not 1 <= self.segment_length <= self.max_completion_length:
             raise ValueError(
                 f"`segment_length` is {self.segment_length}; it must be between 1 and `max_completion_length` "
@@ -197,12 +213,12 @@ class TreePOConfig(GRPOConfig):
                 f"`num_generations` ({self.num_generations}), the number of completions of a tree. Lower the one or "
                 "raise the other."
             )
-        if self.branching_temperature <= 0:
+        if not self.branching_temperature > 0:
             raise ValueError(
                 f"`branching_temperature` is {self.branching_temperature}; it must be positive. A large value splits "
                 "the branches evenly."
             )
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise ValueError(
                 f"`temperature` is {self.temperature}; training samples and must be above 0. For evaluation of the "
                 "most likely completion, sample it outside the trainer."
@@ -222,7 +238,9 @@ class TreePOConfig(GRPOConfig):
                 self.num_generations if self.branching_factor == 1 else self.branching_factor
             ]
         value: Any = self.initial_branching_factor
-        bounds = [value] if isinstance(value, int) else list(value)
+        bounds = list(value) if isinstance(value, list | tuple) else [value]
+        for bound in bounds:
+            _check_int("initial_branching_factor", bound)
         low, high = (bounds[0], bounds[-1]) if bounds else (0, 0)
         if len(bounds) not in (1, 2) or not 1 <= low <= high:
             raise ValueError(
@@ -239,6 +257,8 @@ class TreePOConfig(GRPOConfig):
     def _check_stop_pattern(self) -> None:
         if self.stop_pattern is None:
             return
+        if not isinstance(self.stop_pattern, str):
+            raise TypeError(f"`stop_pattern` is {self.stop_pattern!r}; give a regular expression as text.")
         try:
             re.compile(self.stop_pattern)
         except re.error as error:

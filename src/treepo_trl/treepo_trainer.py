@@ -68,7 +68,7 @@ class TreePOTrainer(GRPOTrainer):
     >>> trainer = TreePOTrainer(
     ...     model="Qwen/Qwen2.5-0.5B-Instruct",
     ...     reward_funcs=accuracy_reward,
-    ...     args=TreePOConfig(output_dir="Qwen2.5-0.5B-TreePO", num_generations=16, segment_length=128),
+    ...     args=TreePOConfig(output_dir="Qwen2.5-0.5B-TreePO"),
     ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
     ... )  # doctest: +SKIP
     >>> trainer.train()  # doctest: +SKIP
@@ -274,7 +274,7 @@ class TreePOTrainer(GRPOTrainer):
         )
         assert self._rewards_per_func is not None, "GRPOTrainer scores every completion"
         rewards, divisors = combine_rewards(
-            self._rewards_per_func,
+            self._rewards_per_func.masked_fill(self._rewards_per_func.isinf(), torch.nan),  # unscorable, not infinite
             self.reward_weights.to(self.accelerator.device),
             self.num_generations,
             self.multi_objective_aggregation,

@@ -21,6 +21,13 @@ _RESERVED_VLLM_FIELDS = (
     "detokenize",
     "output_kind",
     "structured_outputs",
+    # These would act on each segment by itself: equal siblings, cut prefixes, penalties that forget the path.
+    "seed",
+    "truncate_prompt_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "bad_words",
+    "logits_processors",
 )
 
 
@@ -52,7 +59,11 @@ def check_arguments(args: TreePOConfig, tools: Any, rollout_func: Any, environme
             "`fallback_policy='none'` can leave a tree with fewer than `num_generations` completions, which training "
             "cannot use. Choose 'random', 'low_prob' or 'root'; 'none' is for offline sampling."
         )
-    generation_kwargs = set(args.generation_kwargs or {})
+    sampling: Any = args.generation_kwargs or {}
+    generation_kwargs = set(sampling)
+    temperature = sampling.get("temperature", args.temperature)
+    if not temperature > 0:
+        raise ValueError(f"`generation_kwargs` has temperature {temperature}; training samples and needs one above 0.")
     if not args.use_vllm:
         unknown = sorted(generation_kwargs - set(_SAMPLING_FIELDS))
         if unknown:
@@ -69,8 +80,9 @@ def check_arguments(args: TreePOConfig, tools: Any, rollout_func: Any, environme
     reserved = sorted(generation_kwargs & set(_RESERVED_VLLM_FIELDS))
     if reserved:
         raise ValueError(
-            f"`generation_kwargs` has {', '.join(reserved)}, which the tree sampler sets itself for each segment. "
-            "Remove them; use `segment_length`, `max_completion_length` and `stop_pattern` instead."
+            f"`generation_kwargs` has {', '.join(reserved)}, which the tree sampler sets itself "
+            "or that would act on each segment by itself. Remove them; `segment_length`, `max_completion_length`, "
+            "`stop_pattern` and `repetition_penalty` act on paths."
         )
     if args.vllm_structured_outputs_regex is not None:
         raise ValueError(

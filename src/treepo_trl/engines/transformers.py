@@ -67,7 +67,7 @@ def logits_processors(options: SamplingOptions) -> LogitsProcessorList:
         processors.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
     if options.temperature not in (0.0, 1.0):
         processors.append(TemperatureLogitsWarper(options.temperature))
-    if options.top_k:
+    if options.top_k > 0:  # vLLM writes -1 for all
         processors.append(TopKLogitsWarper(options.top_k))
     if options.top_p < 1.0:
         processors.append(TopPLogitsWarper(options.top_p))
@@ -181,11 +181,12 @@ class TransformersEngine:
             Tokens that end a segment.
         options ([`SamplingOptions`], *optional*):
             How tokens are drawn. They come from torch's global generator of the model's device.
-        max_batch_tokens (`int`, *optional*, defaults to `262144`):
+        max_batch_tokens (`int`, *optional*):
             Rows times longest row of the running batch; further requests wait. Bounds the memory of the batch.
-        max_cached_tokens (`int`, *optional*, defaults to `1048576`):
-            Tokens whose keys and values are kept for later requests. When it is exceeded everything kept is dropped,
-            and what is needed again is computed again.
+            Default: what fits into a fifth of the CUDA card's memory, or into 4 GiB elsewhere.
+        max_cached_tokens (`int`, *optional*):
+            Tokens whose keys and values are kept for later requests; the same default. When it is exceeded everything
+            kept is dropped, and what is needed again is computed again.
 
     Raises:
         ValueError: if the model's attention cannot serve rows of their own length.
@@ -196,8 +197,8 @@ class TransformersEngine:
         model: PreTrainedModel,
         eos_token_ids: list[int],
         options: SamplingOptions | None = None,
-        max_batch_tokens: int = 2**18,
-        max_cached_tokens: int = 2**20,
+        max_batch_tokens: int | None = None,
+        max_cached_tokens: int | None = None,
     ) -> None:
         config = model.config.get_text_config()
         _check_attention(model)
@@ -206,19 +207,26 @@ class TransformersEngine:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.options = options or SamplingOptions()
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
-        self.max_batch_tokens = max_batch_tokens
-        self.max_cached_tokens = max_cached_tokens
         self.num_prefilled_tokens = 0
         """Prompt and path tokens computed so far; requests with the same prefix count once."""
         self._num_layers = config.num_hidden_layers
         self._num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        affordable = self._affordable_tokens()
+        self.max_batch_tokens = affordable if max_batch_tokens is None else max_batch_tokens
+        self.max_cached_tokens = affordable if max_cached_tokens is None else max_cached_tokens
         self._processors = logits_processors(self.options)
         self._pending: list[SegmentRequest] = []
         self._rows: list[_Row] = []
         self._storage: torch.Tensor | None = None
         self._root, self._num_cached = _Block([], None), 0
         self._weights_version = self._read_weights_version()
+
+    def _affordable_tokens(self) -> int:
+        bytes_per_token = 2 * self._num_layers * self._num_heads * self._head_dim * self.model.dtype.itemsize
+        device = self.model.device
+        memory = torch.cuda.get_device_properties(device).total_memory // 5 if device.type == "cuda" else 2**32
+        return memory // bytes_per_token
 
     def submit(self, requests: list[SegmentRequest]) -> None:
         """Queue requests. Returns at once."""
