@@ -258,3 +258,33 @@ def test_shipped_recipes_parse(monkeypatch: pytest.MonkeyPatch) -> None:
         ours |= {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None, "report_to": []}
         monkeypatch.setenv("WORLD_SIZE", "1")
         TreePOConfig(**ours)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("segment_length", 2.5),
+        ("segment_length", "8"),
+        ("branching_factor", "2"),
+        ("branching_factor", True),
+        ("initial_branching_factor", 2.0),
+        ("initial_branching_factor", [2, 2.5]),
+        ("max_completion_length", None),
+        ("stop_pattern", 5),
+    ],
+)
+def test_a_wrong_type_is_named(tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"`{name}` is "):
+        make(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["temperature", "branching_temperature"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_temperatures_are_positive(tmp_path: Path, name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` is {value}"):
+        make(tmp_path, **{name: value})
+
+
+def test_inverse_branching_refuses_an_unweighted_kl_term(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`beta=0\.1`. Set `beta=0`"):
+        make(tmp_path, leaf_weighting="inverse_branching", beta=0.1)

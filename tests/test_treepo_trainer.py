@@ -1154,3 +1154,32 @@ def test_tree_log_holds_every_generation_of_a_step(tmp_path: Path, tiny_model_di
 def test_no_tree_log_by_default(tmp_path: Path, tiny_model_dir: str) -> None:
     build(TreePOTrainer, tiny_model_dir, make_config(tmp_path, max_steps=1)).train()
     assert not (tmp_path / "trees").exists()
+
+
+def test_an_infinite_reward_is_left_out(tmp_path: Path, tiny_model_dir: str) -> None:
+    def reward(completions: list[Any], **_: Any) -> list[float]:
+        return [float("inf"), *(float(len(c.split()) % 3) for c in completions[1:])]
+
+    trainer = TreePOTrainer(
+        model=tiny_model_dir,
+        reward_funcs=reward,
+        args=make_config(tmp_path, max_steps=1),
+        train_dataset=plain_prompts(),
+    )
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())  # the others count
+
+
+def test_packing_check_stops_at_numbers_that_are_none(tmp_path: Path, tiny_model_dir: str) -> None:
+    trainer = TreePOTrainer(
+        model=tiny_model_dir,
+        reward_funcs=lambda completions, **_: [float(len(c)) for c in completions],
+        args=make_config(tmp_path, tree_packing="sdpa"),
+        train_dataset=plain_prompts(),
+    )
+    forward = trainer._packed_forward._forward
+    trainer._packed_forward._forward = lambda *args: (forward(*args)[0] * float("nan"), None)
+    with pytest.raises(RuntimeError, match=r"differ by nan nats on average.*Set `tree_packing='off'`"):
+        trainer.train()
