@@ -25,7 +25,8 @@ ALLOWED = {
     "branching": {"tree"},
     "advantages": {"tree"},
     "engines": {"engines.base"},
-    "engines.transformers": {"engines.base", "tree"},
+    "engines.row_states": set(),
+    "engines.transformers": {"engines.base", "engines.row_states", "tree"},
     "engines.vllm": {"engines.base", "tree"},
     "sampler": {"branching", "stopping", "tree", "engines.base"},
     "metrics": {"sampler", "tree"},
@@ -55,6 +56,7 @@ HEAVY_ALLOWED = {
     "packed_forward": {"torch", "accelerate"},
     "metrics": {"torch"},
     "engines.vllm": {"vllm", "torch"},
+    "engines.row_states": {"torch", "transformers"},
     "engines.transformers": {"torch", "transformers", "accelerate"},
 }
 

@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import is_peft_model
-from torch import nn
-from transformers import AttentionInterface, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import LogitsProcessorList, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -25,39 +23,7 @@ from transformers.generation.logits_process import (
 )
 
 from .base import SamplingOptions, SegmentRequest, SegmentResult
-
-
-_ATTENTION = "treepo_rows"
-
-
-def _attend(
-    module: nn.Module,  # noqa: ARG001 - the interface's first argument
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """
-    Scaled dot product attention of (rows, heads, queries, head_dim) over grouped keys with a boolean mask.
-
-    With one query per row, the query heads that share a key head become its queries, so keys are not copied per head.
-    """
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"The transformers engine does not support attention with `{name}`. Set `use_vllm=True`.")
-    num_rows, num_heads, num_queries, head_dim = query.shape
-    num_groups = num_heads // key.size(1)
-    if num_queries == 1:
-        query = query.view(num_rows, key.size(1), num_groups, head_dim)
-    elif num_groups > 1:
-        key, value = key.repeat_interleave(num_groups, dim=1), value.repeat_interleave(num_groups, dim=1)
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return output.reshape(num_rows, num_heads, num_queries, -1).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(_ATTENTION, _attend)
+from .row_states import ROW_ATTENTION, Block, SlotLayer
 
 
 def logits_processors(options: SamplingOptions) -> LogitsProcessorList:
@@ -77,85 +43,11 @@ def logits_processors(options: SamplingOptions) -> LogitsProcessorList:
 
 
 @dataclass(eq=False)
-class _Block:
-    """Keys and values of consecutive tokens, below those of the parent block."""
-
-    token_ids: list[int]
-    states: torch.Tensor | None
-    """(layers, 2, heads, tokens, head_dim); `None` for the empty root."""
-    parent: "_Block | None" = None
-    children: list["_Block"] = field(default_factory=list["_Block"])
-    end: int = 0
-    """Tokens from the beginning of the sequence up to the end of this block."""
-
-    def chain(self) -> Iterator["_Block"]:
-        """This block and its ancestors that hold tokens, last first."""
-        block = self
-        while block.parent is not None:
-            yield block
-            block = block.parent
-
-    def find(self, token_ids: list[int], limit: int) -> "_Block":
-        """The last block whose tokens, from the beginning on, are those of `token_ids[:limit]`."""
-        block, position = self, 0
-        while True:
-            for child in block.children:
-                if child.end <= limit and token_ids[position : child.end] == child.token_ids:
-                    block, position = child, child.end
-                    break
-            else:
-                return block
-
-    def add_child(self, token_ids: list[int], states: torch.Tensor) -> tuple["_Block", bool]:
-        """The child with these tokens and whether it is new."""
-        for child in self.children:
-            if child.token_ids == token_ids:
-                return child, False
-        child = _Block(token_ids, states, self, end=self.end + len(token_ids))
-        self.children.append(child)
-        return child, True
-
-
-class _SlotLayer(CacheLayerMixin):
-    """One layer's keys and values: a window of rows of the engine's storage, written at each row's own positions."""
-
-    is_sliding = False
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, length: int) -> None:
-        super().__init__()  # keys and values of the base class are empty until the first update
-        self.keys, self.values = keys, values  # (rows, heads, capacity, head_dim)
-        self.positions, self.length = positions, length  # (rows, queries); tokens that any row can see
-        self.rows = torch.arange(positions.size(0), device=positions.device)[:, None]
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise NotImplementedError("The storage is allocated by the engine.")
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys[self.rows, :, self.positions] = key_states.transpose(1, 2).to(self.keys.dtype)
-        self.values[self.rows, :, self.positions] = value_states.transpose(1, 2).to(self.values.dtype)
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return self.keys.size(2)
-
-
-@dataclass(eq=False)
 class _Row:
     """A segment that is being sampled."""
 
     request: SegmentRequest
-    block: _Block
+    block: Block
     """Holds the states of every token of the request but the last."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -219,7 +111,7 @@ class TransformersEngine:
         self._pending: list[SegmentRequest] = []
         self._rows: list[_Row] = []
         self._storage: torch.Tensor | None = None
-        self._root, self._num_cached = _Block([], None), 0
+        self._root, self._num_cached = Block([], None), 0
         self._weights_version = self._read_weights_version()
 
     def _affordable_tokens(self) -> int:
@@ -248,7 +140,7 @@ class TransformersEngine:
         """Drive the model with this engine's attention, whatever it trains with."""
         config = self.model.config
         trained_with = config._attn_implementation
-        config._attn_implementation = _ATTENTION
+        config._attn_implementation = ROW_ATTENTION
         try:
             yield
         finally:
@@ -261,7 +153,7 @@ class TransformersEngine:
 
     def reset_prefix_cache(self) -> None:
         """Forget all keys and values, and free their memory. Needed after a change of the weights."""
-        self._root, self._num_cached, self._storage = _Block([], None), 0, self._storage if self._rows else None
+        self._root, self._num_cached, self._storage = Block([], None), 0, self._storage if self._rows else None
 
     def _read_weights_version(self) -> int:
         # In-place updates, such as an optimizer's, count up; a forgotten reset cannot leave stale states behind.
@@ -288,16 +180,16 @@ class TransformersEngine:
         blocks = self._prefill(requests, length)
         first = len(self._rows)
         storage = self._reserve(first + len(requests), length)
-        slots: dict[_Block, list[int]] = {}
+        slots: dict[Block, list[int]] = {}
         for slot, (request, block) in enumerate(zip(requests, blocks, strict=True), start=first):
             self._rows.append(_Row(request, block))
             slots.setdefault(block, []).append(slot)
         for block, rows in slots.items():
             self._load(storage, block, rows)
 
-    def _prefill(self, requests: list[SegmentRequest], length: int) -> list[_Block]:
+    def _prefill(self, requests: list[SegmentRequest], length: int) -> list[Block]:
         """For each request the block up to its last token; computes what is missing, each prefix once."""
-        missing: dict[tuple[int, ...], tuple[_Block, list[int]]] = {}
+        missing: dict[tuple[int, ...], tuple[Block, list[int]]] = {}
         keys = []
         for request in requests:
             limit = len(request.token_ids) - 1
@@ -306,8 +198,8 @@ class TransformersEngine:
             keys.append((key, block))
             if block.end < limit:
                 missing[key] = block, request.token_ids[block.end : limit]
-        done: dict[tuple[int, ...], _Block] = {}
-        batch: list[tuple[tuple[int, ...], _Block, list[int]]] = []
+        done: dict[tuple[int, ...], Block] = {}
+        batch: list[tuple[tuple[int, ...], Block, list[int]]] = []
         for key, (block, tokens) in sorted(missing.items(), key=lambda item: len(item[0])):
             if batch and (len(batch) + 1) * len(key) > self.max_batch_tokens:
                 self._prefill_batch(batch, length, done)
@@ -319,9 +211,9 @@ class TransformersEngine:
 
     def _prefill_batch(
         self,
-        batch: list[tuple[tuple[int, ...], _Block, list[int]]],
+        batch: list[tuple[tuple[int, ...], Block, list[int]]],
         length: int,
-        done: dict[tuple[int, ...], _Block],
+        done: dict[tuple[int, ...], Block],
     ) -> None:
         first = len(self._rows)
         storage = self._reserve(first + len(batch), length)
@@ -340,11 +232,11 @@ class TransformersEngine:
             done[key] = self._keep(block, tokens, states)
             self.num_prefilled_tokens += len(tokens)
 
-    def _keep(self, parent: _Block, token_ids: list[int], states: torch.Tensor) -> _Block:
+    def _keep(self, parent: Block, token_ids: list[int], states: torch.Tensor) -> Block:
         block, is_new = parent.add_child(token_ids, states)
         self._num_cached += len(token_ids) if is_new else 0
         if self._num_cached > self.max_cached_tokens:
-            self._root, self._num_cached = _Block([], None), 0  # rows in flight keep the blocks that they need
+            self._root, self._num_cached = Block([], None), 0  # rows in flight keep the blocks that they need
         return block
 
     # Storage
@@ -363,7 +255,7 @@ class TransformersEngine:
         self._storage = new
         return new
 
-    def _load(self, storage: torch.Tensor, block: _Block, slots: list[int]) -> None:
+    def _load(self, storage: torch.Tensor, block: Block, slots: list[int]) -> None:
         """Copy the states of a block and its ancestors into batch rows."""
         index = torch.tensor(slots, device=storage.device)
         for part in block.chain():
@@ -378,7 +270,7 @@ class TransformersEngine:
         """Run the model on (rows, queries) tokens at their positions; last logits (rows, vocab) in float32."""
         assert self._storage is not None, "reserved by the caller"
         length = int(positions.max()) + 1
-        layers = [_SlotLayer(layer[0, rows], layer[1, rows], positions, length) for layer in self._storage]
+        layers = [SlotLayer(layer[0, rows], layer[1, rows], positions, length) for layer in self._storage]
         mask = torch.arange(length, device=positions.device) <= positions[:, None, :, None]  # (rows, 1, queries, keys)
         outputs = self.model(
             input_ids=input_ids,
