@@ -46,7 +46,7 @@ import torch
 from torch import distributed
 
 import test_distributed as here
-from treepo_trl import TreePOTrainer, treepo_trainer
+from treepo_trl import TreePOTrainer, packed_forward
 
 model, folder, changes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 lora = changes.pop("lora", False)
@@ -65,8 +65,8 @@ def recording_sample(prompts, seed):
 
 
 worth = []
-is_worth_packing = treepo_trainer.is_worth_packing
-treepo_trainer.is_worth_packing = lambda packed: (worth.append(is_worth_packing(packed)), worth[-1])[1]
+is_worth_packing = packed_forward.is_worth_packing
+packed_forward.is_worth_packing = lambda packed: (worth.append(is_worth_packing(packed)), worth[-1])[1]
 trainer.sampler.sample = recording_sample
 trainer.train()
 result = {
