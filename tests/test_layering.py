@@ -33,7 +33,7 @@ ALLOWED = {
     "packed_forward": {"packing"},
     "evaluation": {"engines", "engines.transformers"},
     "treepo_config": {"advantages", "branching", "packing"},  # the choices of their fields
-    "validation": {"treepo_config"},
+    "validation": {"engines", "treepo_config"},
     "treepo_trainer": {
         *("treepo_config", "validation", "sampler", "tree", "advantages", "rewards", "packing"),
         *("metrics", "packed_forward", "weight_sync", "engines", "engines.transformers", "engines.vllm"),

@@ -93,7 +93,7 @@ def pack_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_scored:
     # Sorting the rows puts a row next to the one that it shares most with, in depth-first order.
     order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">u8").tobytes())
 
-    new_tokens, new_depths, new_labels, first_nodes = [], [], [], []
+    new_tokens, new_depths, new_labels = [], [], []
     paths: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(rows)
     last = np.zeros(sum(map(len, rows)), dtype=np.int64)
     num_nodes = 0
@@ -108,7 +108,6 @@ def pack_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_scored:
         new_tokens.append(row[num_shared:])
         new_depths.append(np.arange(num_shared, len(row)))
         new_labels.append(np.append(row[num_shared + 1 :], -100)[:num_new])
-        first_nodes.append(num_nodes)
         paths[i], previous = path, row
         num_nodes += num_new
     last[path] = num_nodes - 1

@@ -1,14 +1,16 @@
 """Checks of a trainer's arguments that would otherwise fail late, each with what was set and what to do."""
 
+from dataclasses import fields
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from trl.import_utils import is_vllm_available
 
+from .engines import SamplingOptions
 from .treepo_config import TreePOConfig
 
 
-_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingOptions))
 _RESERVED_VLLM_FIELDS = (
     "n",
     "max_tokens",
