@@ -10,10 +10,9 @@ seconds outside the engine, and the process's peak memory beyond what it held be
 import argparse
 import gc
 import random
-import tempfile
 import tracemalloc
 
-from treepo_trl import TreePOConfig, TreeSampler
+from treepo_trl import TreeSampler, TreeSamplingConfig
 from treepo_trl.engines import SegmentRequest, SegmentResult
 
 
@@ -24,12 +23,19 @@ class InstantEngine:
     """Segments of random length from precomputed tokens; its own time does not count."""
 
     context_length = None
+    num_cache_tokens = None
+    reports_entropies = False
+    num_prompt_tokens = 0
+    num_cached_tokens = 0
 
     def __init__(self, mean_length: int, seed: int = 0) -> None:
         self.rng = random.Random(seed)
         self.stop_probability = 1 / mean_length
         self.tokens = [self.rng.randrange(1, 50_000) for _ in range(2**16)]
         self.pending: list[SegmentRequest] = []
+
+    def num_slots(self, length: int) -> int | None:
+        return None
 
     def submit(self, requests: list[SegmentRequest]) -> None:
         self.pending.extend(requests)
@@ -55,17 +61,12 @@ class InstantEngine:
 def measure(num_prompts: int, width: int, mean_length: int, with_text: bool) -> tuple[float, int, float]:
     """Seconds outside the engine, unique tokens, and bytes held by the result per unique token."""
     cap = 2 * mean_length
-    with tempfile.TemporaryDirectory() as folder:
-        config = TreePOConfig(
-            output_dir=folder,
-            use_cpu=True,
-            bf16=False,
-            per_device_train_batch_size=width,
-            num_generations=width,
-            max_completion_length=cap,
-            stop_repetition=with_text,
-            stop_pattern=r"\\boxed\{[^}]*\}" if with_text else None,
-        )
+    config = TreeSamplingConfig(
+        num_generations=width,
+        max_completion_length=cap,
+        stop_repetition=with_text,
+        stop_pattern=r"\\boxed\{[^}]*\}" if with_text else None,
+    )
 
     def decode(ids: list[int]) -> str:
         return " ".join(map(str, ids))

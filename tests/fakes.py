@@ -23,8 +23,10 @@ class FakeEngine:
             Seed of the tokens.
         arrival (`random.Random`, *optional*):
             Source of the order and the number of results per `collect`; `None` returns all at once, in order.
-        context_length (`int`, *optional*):
+        context_length (`int`, *optional*), num_cache_tokens (`int`, *optional*), slots (`int`, *optional*):
             As in `SegmentEngine`.
+        reports_entropies (`bool`):
+            Whether results carry entropies, which are random numbers.
     """
 
     def __init__(
@@ -33,7 +35,14 @@ class FakeEngine:
         seed: int = 0,
         arrival: random.Random | None = None,
         context_length: int | None = None,
+        num_cache_tokens: int | None = None,
+        slots: int | None = None,
+        reports_entropies: bool = False,
     ) -> None:
+        self.num_cache_tokens = num_cache_tokens
+        self.slots = slots
+        self.reports_entropies = reports_entropies
+        self.num_prompt_tokens, self.num_cached_tokens = 0, 0
         self.draw = draw
         self.seed = seed
         self.arrival = arrival
@@ -43,9 +52,13 @@ class FakeEngine:
         self.aborted = 0
         self._pending: list[SegmentRequest] = []
 
+    def num_slots(self, length: int) -> int | None:
+        return self.slots
+
     def submit(self, requests: list[SegmentRequest]) -> None:
         self.requests.extend(requests)
         self._pending.extend(requests)
+        self.num_prompt_tokens += sum(len(request.token_ids) for request in requests)
 
     def collect(self) -> list[SegmentResult]:
         assert self._pending, "collect() without a request in flight would block for ever"
@@ -72,7 +85,8 @@ class FakeEngine:
         while len(tokens) < request.max_tokens and (not tokens or tokens[-1] != EOS):
             tokens.append(self.draw(request.token_ids + tokens, rng))
         logprobs = [-rng.random() for _ in tokens]
-        return SegmentResult(request.request_id, tokens, logprobs, "stop" if tokens[-1] == EOS else "length")
+        entropies = [3 * rng.random() for _ in tokens] if self.reports_entropies else None
+        return SegmentResult(request.request_id, tokens, logprobs, "stop" if tokens[-1] == EOS else "length", entropies)
 
 
 def memoryless(stop_probability: float, vocabulary: int = 50) -> Callable[[list[int], random.Random], int]:
@@ -116,6 +130,14 @@ class RecordingEngine(FakeEngine):
 
 class ScriptedEngine:
     """Answers requests with given tokens, in the order of submission; log-probabilities are -1, -2, ... per token."""
+
+    num_cache_tokens = None
+    reports_entropies = False
+    num_prompt_tokens = 0
+    num_cached_tokens = 0
+
+    def num_slots(self, length: int) -> int | None:
+        return None
 
     def __init__(self, answers: list[list[int]], context_length: int | None = None) -> None:
         self.answers = list(answers)

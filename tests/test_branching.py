@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treepo_trl.branching import (
+    annealed,
     branching_scores,
     draw_initial_branching,
     fallback_stems,
@@ -15,7 +16,7 @@ from treepo_trl.branching import (
     split_budget,
     spread_width,
 )
-from treepo_trl.tree import SegmentTree
+from treepo_trl.tree import SegmentNode, SegmentTree
 
 
 # Initial branching
@@ -185,22 +186,51 @@ def test_seeded_splits_repeat(scores: int | list[float]) -> None:
 # Scores
 
 
+def segments(logprobs: list[list[float]], entropies: list[float | None] | None = None) -> list[SegmentNode]:
+    return [
+        SegmentNode(None, [1] * len(values), values, entropy=entropy)
+        for values, entropy in zip(logprobs, entropies or [None] * len(logprobs), strict=True)
+    ]
+
+
 def test_uniform_asks_for_an_even_split() -> None:
-    assert branching_scores("uniform", [[-1.0], [], [-3.0]]) == 3
+    assert branching_scores("uniform", segments([[-1.0], [], [-3.0]])) == 3
 
 
 def test_scores_are_mean_log_probabilities_of_the_last_segment() -> None:
-    segments = [[-1.0, -3.0], [-0.5]]  # means -2 and -0.5
-    assert branching_scores("high_prob", segments) == pytest.approx([-2.0, -0.5])
-    assert branching_scores("low_prob", segments) == pytest.approx([2.0, 0.5])
+    nodes = segments([[-1.0, -3.0], [-0.5]])  # means -2 and -0.5
+    assert branching_scores("high_prob", nodes) == pytest.approx([-2.0, -0.5])
+    assert branching_scores("low_prob", nodes) == pytest.approx([2.0, 0.5])
+
+
+def test_entropy_scores_by_the_distributions_not_by_the_drawn_tokens() -> None:
+    # The first path drew unlikely tokens from narrow distributions.
+    nodes = segments([[-9.0, -9.0], [-0.1, -0.1]], [0.2, 2.5])
+    assert branching_scores("entropy", nodes) == [0.2, 2.5]
+
+
+def test_entropy_without_entropies_says_what_is_missing() -> None:
+    with pytest.raises(ValueError, match="branching_policy='entropy' needs entropies"):
+        branching_scores("entropy", segments([[-1.0], [-1.0]], [0.2, None]))
 
 
 @pytest.mark.parametrize(("policy", "favoured"), [("low_prob", 0), ("high_prob", 1)])
 def test_the_policy_names_who_gets_more(policy: str, favoured: int, rng: random.Random) -> None:
-    counts = split_budget(10, branching_scores(policy, [[-4.0, -4.0], [-0.1, -0.1]]), rng, 2.0)
+    counts = split_budget(10, branching_scores(policy, segments([[-4.0, -4.0], [-0.1, -0.1]])), rng, 2.0)
     # the difference is 3.9 / 2 = 1.95 nats: 8 spare are split 8/(1+e**1.95) = 1.0 to 7.0
     assert counts[favoured] == 8
     assert counts[1 - favoured] == 2
+
+
+def test_the_temperature_goes_from_start_to_end_along_half_a_cosine() -> None:
+    # Section 4.4: 5 to 1. Half way it is the middle; a quarter in, 3 + 2 cos(45 degrees).
+    assert annealed(5.0, 1.0, 0.0) == 5.0
+    assert annealed(5.0, 1.0, 0.25) == pytest.approx(3.0 + 2.0 * 0.5**0.5)
+    assert annealed(5.0, 1.0, 0.5) == pytest.approx(3.0)
+    assert annealed(5.0, 1.0, 1.0) == pytest.approx(1.0)
+    assert annealed(5.0, 1.0, 1.5) == pytest.approx(1.0)  # a run that goes on past its plan
+    assert annealed(1.0, 5.0, 0.5) == pytest.approx(3.0)  # ascending works too
+    assert annealed(2.0, None, 0.7) == 2.0
 
 
 # Fallback
@@ -252,13 +282,16 @@ def test_low_prob_cuts_in_front_of_the_least_likely_segment(
 def test_low_prob_without_log_probabilities_says_what_is_missing(rng: random.Random) -> None:
     tree = SegmentTree([1])
     tree.add(None, [1], None, "stop")
-    with pytest.raises(ValueError, match="fallback_policy='low_prob' needs log-probabilities"):
+    with pytest.raises(ValueError, match="'low_prob' and 'high_prob' policies need log-probabilities"):
         fallback_stems(tree, 1, 2, "low_prob", rng)
 
 
 @pytest.mark.parametrize("reason", ["stop", "pattern"])
 @pytest.mark.parametrize("policy", ["random", "low_prob"])
-def test_ended_paths_come_before_repetitions_and_long_ones(reason: str, policy: str, rng: random.Random) -> None:
+@pytest.mark.parametrize("candidates", ["finished", "finished_first"])
+def test_ended_paths_come_before_repetitions_and_long_ones(
+    reason: str, policy: str, candidates: str, rng: random.Random
+) -> None:
     tree = SegmentTree([1])
     for _ in range(4):
         bad = tree.add(None, [1], [-1.0])
@@ -266,12 +299,24 @@ def test_ended_paths_come_before_repetitions_and_long_ones(reason: str, policy: 
     good = tree.add(None, [1], [-1.0])
     tree.add(good, [2], [-5.0], reason)
     for _ in range(20):
-        assert set(fallback_stems(tree, 3, 1, policy, rng)) <= {None, good}
+        assert set(fallback_stems(tree, 3, 1, policy, rng, candidates)) <= {None, good}
 
 
 @pytest.mark.parametrize("reason", ["repetition", "length"])
-def test_other_paths_serve_when_no_path_ended(reason: str, rng: random.Random) -> None:
-    assert fallback_stems(chain([reason]), 2, 2, "low_prob", rng) == [1, 1]
+def test_when_no_path_ended_the_papers_rule_starts_from_the_prompt(reason: str, rng: random.Random) -> None:
+    assert fallback_stems(chain([reason]), 2, 2, "low_prob", rng) == [None, None]
+    assert fallback_stems(chain([reason]), 2, 2, "low_prob", rng, "finished_first") == [1, 1]
+
+
+@pytest.mark.parametrize("reason", ["stop", "repetition", "length"])
+def test_all_paths_may_be_cut_alike(reason: str, rng: random.Random) -> None:
+    # Of four paths one ended; all four serve, each with one child.
+    tree = SegmentTree([1])
+    inner = []
+    for each in ("stop", reason, "length", "repetition"):
+        inner.append(tree.add(None, [1], [-1.0]))
+        tree.add(inner[-1], [2], [-5.0], each)
+    assert sorted(fallback_stems(tree, 4, 1, "low_prob", rng, "all")) == inner
 
 
 def test_a_stem_gets_branching_factor_children_before_the_next_path_serves(rng: random.Random) -> None:
@@ -292,15 +337,16 @@ def test_a_stem_gets_branching_factor_children_before_the_next_path_serves(rng: 
     st.sampled_from(["random", "low_prob", "root"]),
     st.lists(st.sampled_from(["stop", "pattern", "repetition", "length"]), min_size=1, max_size=5),
     st.integers(0, 99),
+    st.sampled_from(["finished", "finished_first", "all"]),
 )
 def test_stems_are_as_many_as_missing_are_inner_nodes_and_repeat(
-    missing: int, factor: int, policy: str, reasons: list[str], seed: int
+    missing: int, factor: int, policy: str, reasons: list[str], seed: int, candidates: str
 ) -> None:
     tree = chain(reasons)
-    stems = fallback_stems(tree, missing, factor, policy, random.Random(seed))
+    stems = fallback_stems(tree, missing, factor, policy, random.Random(seed), candidates)
     assert len(stems) == missing
     assert all(stem is None or tree.nodes[stem].finish_reason is None for stem in stems)
-    assert stems == fallback_stems(tree, missing, factor, policy, random.Random(seed))
+    assert stems == fallback_stems(tree, missing, factor, policy, random.Random(seed), candidates)
 
 
 def test_the_tree_is_not_changed_by_drawing_stems(rng: random.Random) -> None:

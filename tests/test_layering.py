@@ -28,18 +28,20 @@ ALLOWED = {
     "engines.row_states": set(),
     "engines.transformers": {"engines.base", "engines.row_states", "tree"},
     "engines.vllm": {"engines.base", "tree"},
-    "sampler": {"branching", "stopping", "tree", "engines.base"},
+    "sampling_config": {"branching"},  # the choices of its fields
+    "growing_tree": {"branching", "sampling_config", "stopping", "tree", "engines.base"},
+    "sampler": {"growing_tree", "sampling_config", "tree", "engines.base"},
     "metrics": {"sampler", "tree"},
     "packed_forward": {"packing"},
     "evaluation": {"engines", "engines.transformers"},
-    "treepo_config": {"advantages", "branching", "packing"},  # the choices of their fields
+    "treepo_config": {"sampling_config", "advantages", "packing"},  # the choices of their fields
     "validation": {"engines", "treepo_config"},
     "treepo_trainer": {
         *("treepo_config", "validation", "sampler", "tree", "advantages", "rewards", "packing"),
         *("metrics", "packed_forward", "weight_sync", "engines", "engines.transformers", "engines.vllm"),
     },
     "cli": {"", "treepo_config", "treepo_trainer", "evaluation", "progress"},  # the version is in __init__
-    "": {"sampler", "tree", "treepo_config", "treepo_trainer"},
+    "": {"sampler", "sampling_config", "tree", "treepo_config", "treepo_trainer"},
 }
 
 HEAVY = {"torch", "transformers", "trl", "vllm", "accelerate", "peft", "datasets", "numpy"}
@@ -48,6 +50,8 @@ HEAVY_ALLOWED = {
     "tree": set(),
     "stopping": set(),
     "branching": set(),
+    "sampling_config": set(),
+    "growing_tree": set(),
     "sampler": set(),
     "engines.base": set(),
     "engines": set(),
@@ -126,7 +130,7 @@ def test_rooms_without_a_model_name_no_heavy_package(module: str) -> None:
     assert packages & HEAVY <= HEAVY_ALLOWED[module]
 
 
-@pytest.mark.parametrize("module", ["tree", "branching", "stopping", "sampler", "engines", "engines.base"])
+@pytest.mark.parametrize("module", ["tree", "branching", "stopping", "sampling_config", "growing_tree", "sampler", "engines", "engines.base"])
 def test_rooms_without_a_model_use_the_standard_library_alone(module: str) -> None:
     packages = {base.split(".")[0] for base, _ in imports_of(module, for_type_checkers=False)}
     assert packages <= set(sys.stdlib_module_names) | {"treepo_trl"}
@@ -139,6 +143,7 @@ def test_rooms_without_a_model_use_the_standard_library_alone(module: str) -> No
         ("treepo_trl.tree", set()),
         ("treepo_trl.branching", set()),
         ("treepo_trl.stopping", set()),
+        ("treepo_trl.sampling_config", set()),
         ("treepo_trl.sampler", set()),
         ("treepo_trl.engines", set()),
         ("treepo_trl.advantages", {"torch"}),
@@ -158,7 +163,7 @@ def test_public_names_are_found_without_loading_the_trainer() -> None:
         "print('trl' in sys.modules, 'torch' in sys.modules, sorted(treepo_trl.__all__))"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    names = ["SegmentTree", "TreePOConfig", "TreePOTrainer", "TreeSampler", "__version__"]
+    names = ["SegmentTree", "TreePOConfig", "TreePOTrainer", "TreeSampler", "TreeSamplingConfig", "__version__"]
     assert printed.strip() == f"False False {names}"
 
 

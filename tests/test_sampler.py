@@ -12,28 +12,22 @@ from fakes import EOS, FakeEngine, RecordingEngine, ScriptedEngine, endless, mem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treepo_trl.engines import SegmentRequest, SegmentResult
+from treepo_trl.engines import SegmentEngineError, SegmentRequest, SegmentResult
 from treepo_trl.sampler import TreeSampler
+from treepo_trl.sampling_config import TreeSamplingConfig
 from treepo_trl.tree import SegmentTree
-from treepo_trl.treepo_config import TreePOConfig
 
 
-def make_config(width: int = 4, **changes: Any) -> TreePOConfig:
-    """A config of the sampler's fields; GRPOConfig itself wants two generations, so a width of 1 is set afterwards."""
+def make_config(width: int = 4, **changes: Any) -> TreeSamplingConfig:
     values = {
-        "output_dir": "unused",
-        "use_cpu": True,
-        "report_to": [],
-        "num_generations": max(width, 2),
-        "per_device_train_batch_size": max(width, 2),
+        "num_generations": width,
+        "branching_factor": min(width, 2),
         "max_completion_length": 12,
         "segment_length": 3,
         "stop_repetition": False,
         **changes,
     }
-    config = TreePOConfig(**values)
-    config.num_generations = width
-    return config
+    return TreeSamplingConfig(**values)
 
 
 def prompts_of(count: int, length: int = 3) -> list[list[int]]:
@@ -46,26 +40,35 @@ def fingerprint(trees: list[SegmentTree]) -> str:
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> TreePOConfig:
+def configs(draw: st.DrawFn) -> TreeSamplingConfig:
     """Every shape that ends with all leaves: fallback `none` is left out."""
     width = draw(st.integers(1, 16))
     segment_length = draw(st.integers(1, 6))
     low = draw(st.integers(1, width))
     initial = draw(st.sampled_from([None, [low, low], [low, draw(st.integers(low, width))]]))
-    config = make_config(
+    return make_config(
         width=width,
-        branching_factor=draw(st.integers(1, max(width, 1))),
+        branching_factor=draw(st.integers(1, width)),
         segment_length=segment_length,
         max_completion_length=draw(st.integers(segment_length, 30)),
         initial_branching_factor=initial,
-        branching_policy=draw(st.sampled_from(["uniform", "low_prob", "high_prob"])),
+        branching_policy=draw(st.sampled_from(["uniform", "low_prob", "high_prob", "entropy"])),
         branching_temperature=draw(st.sampled_from([0.01, 2.0, 50.0])),
+        branching_temperature_end=draw(st.sampled_from([None, 0.5])),
         branch_schedule=draw(st.sampled_from(["early", "spread"])),
         fallback_policy=draw(st.sampled_from(["random", "low_prob", "root"])),
+        fallback_candidates=draw(st.sampled_from(["finished", "finished_first", "all"])),
     )
-    if initial is None and width == 1:
-        config.initial_branching_factor = [1, 1]  # the default followed from two generations
-    return config
+
+
+@st.composite
+def limits(draw: st.DrawFn) -> dict[str, Any]:
+    """Slots and cache of an engine, small ones included."""
+    return {
+        "slots": draw(st.sampled_from([None, 1, 2, 7, 40])),
+        "num_cache_tokens": draw(st.sampled_from([None, 1, 50, 400])),
+        "reports_entropies": True,
+    }
 
 
 stop_probabilities = st.sampled_from([0.0, 0.02, 0.1, 0.3, 0.8, 1.0])
@@ -80,11 +83,16 @@ def arrival(seed: int | None) -> random.Random | None:
 
 
 @settings(deadline=None)
-@given(configs(), stop_probabilities, arrivals, st.integers(0, 9), st.integers(1, 4))
+@given(configs(), stop_probabilities, arrivals, st.integers(0, 9), st.integers(1, 4), limits())
 def test_every_tree_is_complete_and_made_of_what_the_engine_returned(
-    config: TreePOConfig, stop: float, arrival_seed: int | None, seed: int, num_prompts: int
+    config: TreeSamplingConfig,
+    stop: float,
+    arrival_seed: int | None,
+    seed: int,
+    num_prompts: int,
+    limits: dict[str, Any],
 ) -> None:
-    engine = FakeEngine(memoryless(stop), seed=seed, arrival=arrival(arrival_seed))
+    engine = FakeEngine(memoryless(stop), seed=seed, arrival=arrival(arrival_seed), **limits)
     prompts = prompts_of(num_prompts)
     sampler = TreeSampler(engine, config, [EOS])
     trees = sampler.sample(prompts, seed=seed)
@@ -127,11 +135,11 @@ def test_every_tree_is_complete_and_made_of_what_the_engine_returned(
 
 
 @settings(deadline=None)
-@given(configs(), stop_probabilities, arrivals, st.integers(1, 3))
+@given(configs(), stop_probabilities, arrivals, st.integers(1, 3), limits())
 def test_finished_and_growing_paths_never_exceed_the_width_and_levels_wait_for_themselves(
-    config: TreePOConfig, stop: float, arrival_seed: int | None, num_prompts: int
+    config: TreeSamplingConfig, stop: float, arrival_seed: int | None, num_prompts: int, limits: dict[str, Any]
 ) -> None:
-    engine = RecordingEngine(memoryless(stop), arrival=arrival(arrival_seed))
+    engine = RecordingEngine(memoryless(stop), arrival=arrival(arrival_seed), **limits)
     prompts = prompts_of(num_prompts)
     TreeSampler(engine, config, [EOS]).sample(prompts, seed=0)
 
@@ -141,8 +149,11 @@ def test_finished_and_growing_paths_never_exceed_the_width_and_levels_wait_for_t
     for kind, items in engine.events:
         if kind == "submit":
             assert items, "an empty batch was submitted"
-            # A level is decided when the one before has arrived completely.
-            assert all(flying[owner[request.request_id]] == 0 for request in items)
+            if limits["slots"] is None:  # otherwise a level may be submitted in parts
+                # A level is decided when the one before has arrived completely.
+                assert all(flying[owner[request.request_id]] == 0 for request in items)
+            else:
+                assert sum(flying.values()) + len(items) <= limits["slots"]
             flying.update(owner[request.request_id] for request in items)
         else:
             for result in items:
@@ -154,22 +165,25 @@ def test_finished_and_growing_paths_never_exceed_the_width_and_levels_wait_for_t
 
 
 @settings(deadline=None, max_examples=60)
-@given(configs(), stop_probabilities, st.integers(0, 99), st.integers(0, 99), st.sampled_from([0, 7, "7/3/0"]))
-def test_same_seed_gives_the_same_trees_whatever_the_order_of_arrival(
-    config: TreePOConfig, stop: float, arrival_a: int, arrival_b: int, seed: int | str
+@given(configs(), stop_probabilities, st.integers(0, 99), limits(), st.sampled_from([0, 7, "7/3/0"]))
+def test_same_seed_gives_the_same_trees_whatever_the_order_of_arrival_and_the_number_of_slots(
+    config: TreeSamplingConfig, stop: float, arrival_seed: int, limits: dict[str, Any], seed: int | str
 ) -> None:
+    free = {"reports_entropies": True}
     runs = [
-        TreeSampler(FakeEngine(memoryless(stop), arrival=arrival(order)), config, [EOS]).sample(prompts_of(3), seed)
-        for order in (None, arrival_a, arrival_b)
+        TreeSampler(FakeEngine(memoryless(stop), arrival=arrival(order), **kwargs), config, [EOS]).sample(
+            prompts_of(3), seed
+        )
+        for order, kwargs in ((None, free), (arrival_seed, free), (arrival_seed + 1, limits))
     ]
     assert fingerprint(runs[0]) == fingerprint(runs[1]) == fingerprint(runs[2])
 
 
 @settings(deadline=None, max_examples=60)
 @given(configs(), stop_probabilities, st.integers(1, 4))
-def test_without_fallback_a_tree_may_lack_leaves_but_ends(config: TreePOConfig, stop: float, num_prompts: int) -> None:
+def test_without_fallback_a_tree_may_lack_leaves_but_ends(config: TreeSamplingConfig, stop: float, num_prompts: int) -> None:
     config.fallback_policy = "none"
-    sampler = TreeSampler(FakeEngine(memoryless(stop)), config, [EOS])
+    sampler = TreeSampler(FakeEngine(memoryless(stop), reports_entropies=True), config, [EOS])
     for tree in sampler.sample(prompts_of(num_prompts), seed=0):
         assert 1 <= len(tree.leaves) <= config.num_generations
         assert sum(tree.leaf_weights()) == pytest.approx(1.0)
@@ -372,7 +386,7 @@ def test_eos_exactly_at_the_cap_is_a_stop() -> None:
 Decode = Callable[[list[int]], str]
 
 
-def pattern_config(**changes: Any) -> TreePOConfig:
+def pattern_config(**changes: Any) -> TreeSamplingConfig:
     return make_config(**{"width": 2, "branching_factor": 1, "stop_pattern": "<7><8>", **changes})
 
 
@@ -479,13 +493,13 @@ def test_a_pattern_that_ends_with_a_multi_byte_character_keeps_all_of_it(pattern
 
 
 def test_a_loop_across_segments_ends_the_path(decode_words: Decode) -> None:
-    # Two tokens <1><2> are 6 characters; segments of 16 tokens are 48. 256 characters are reached with 86 tokens, so
-    # the sixth segment (96 tokens) ends the path.
+    # Two tokens <1><2> are 6 characters. 1024 characters are reached with 342 tokens, so the 22nd segment of 16 tokens
+    # (352) ends the path.
     config = make_config(2, branching_factor=1, segment_length=16, max_completion_length=400, stop_repetition=True)
     engine = FakeEngine(lambda path, rng: 1 + len(path) % 2)
     (tree,) = TreeSampler(engine, config, [EOS], decode_words).sample([[5]], seed=0)
     assert [tree.nodes[leaf].finish_reason for leaf in tree.leaves] == ["repetition"] * 2
-    assert [tree.nodes[leaf].end for leaf in tree.leaves] == [96, 96]
+    assert [tree.nodes[leaf].end for leaf in tree.leaves] == [352, 352]
 
 
 def test_a_loop_does_not_end_the_path_when_the_rule_is_off(decode_words: Decode) -> None:

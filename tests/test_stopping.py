@@ -1,15 +1,13 @@
-"""When a path ends: EOS, repetition, and the text of a path that grows segment by segment."""
+"""When a path ends: EOS, the stop pattern, and the text of a path that grows segment by segment."""
 
-import random
 import re
-import string
 from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treepo_trl.stopping import extend_text, find_eos, find_match_end, is_repetitive, tokens_until
+from treepo_trl.stopping import find_eos, find_match_end, is_repetitive, join_text, text_change, tokens_until
 
 
 # EOS
@@ -22,127 +20,14 @@ from treepo_trl.stopping import extend_text, find_eos, find_match_end, is_repeti
         ([0, 5, 6], [0], 0),  # the very first token (the released code never looks at it)
         ([0], [0], 0),
         ([5, 2, 0], [0, 2], 1),  # several EOS tokens, as in instruct models: the first that occurs
-        ([5, 0, 2], {2, 0}, 1),
-        ([5, 0, 0], (0,), 1),
+        ([5, 0, 0], [0], 1),
         ([5, 6], [0], None),
         ([], [0], None),
         ([5, 0], [], None),
     ],
 )
 def test_first_eos(token_ids: list[int], eos_token_ids: list[int], position: int | None) -> None:
-    assert find_eos(token_ids, eos_token_ids) == position
-
-
-# Repetition
-
-
-def words(num_characters: int, seed: int = 0) -> str:
-    """Text without loops."""
-    rng = random.Random(seed)
-    return "".join(rng.choice(string.ascii_lowercase + "   ") for _ in range(num_characters))
-
-
-def test_a_260_character_loop_repeated_seven_times_is_found() -> None:
-    # The released detector (32 characters, 8 occurrences) misses it.
-    assert is_repetitive(words(500) + words(260, seed=1) * 7)
-
-
-@pytest.mark.parametrize("period", [1, 2, 31, 32, 33, 63, 64, 65, 100, 260, 1000])
-def test_four_repeats_of_at_least_256_characters_are_a_loop_whatever_the_period(period: int) -> None:
-    unit = words(period, seed=2)
-    repeats = max(4, -(-256 // period))
-    assert is_repetitive(words(300, seed=3) + unit * repeats)
-    assert is_repetitive(unit * repeats)  # nothing in front of it
-
-
-@pytest.mark.parametrize("period", [64, 65, 100, 260, 1000])
-def test_three_repeats_are_no_loop(period: int) -> None:
-    assert not is_repetitive(words(300, seed=3) + "#" + words(period, seed=2) * 3)
-
-
-@pytest.mark.parametrize("cut", [1, 17, 31, 32, 33, 100, 259])
-def test_a_loop_that_stops_in_the_middle_of_its_unit_is_found(cut: int) -> None:
-    unit = words(260, seed=4)
-    assert is_repetitive(words(500) + unit * 4 + unit[:cut])
-
-
-def test_a_loop_inside_a_unit_that_repeats_is_found() -> None:
-    # The last 32 characters occur with a short distance too, which is not the period.
-    assert is_repetitive(words(200) + ("-" * 40 + words(100, seed=5) + "-" * 40) * 5)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "a" * 255,
-        words(4000),
-        # 40 equal characters in a table, which the released detector takes for a loop
-        "| name | value |\n|" + "-" * 40 + "|" + "-" * 40 + "|\n| x | 3 |\n",
-        words(300) + "\n" + "-" * 40,
-        words(300) + "\n" + "=" * 80,
-        words(300) + " \\underline{" + "\\hspace{1cm}" * 8 + "}",
-        words(300) + "\\\\ \\hline" * 4,
-        words(300) + r"\begin{array}{c|c}" + r"\hline 1 & 2 \\ " * 12,
-        # digits: 1/7 to 60 places, 1/3 to 100, a million written out, powers of two
-        words(300) + "0." + "142857" * 10,
-        words(300) + "0." + "3" * 100,
-        words(300) + "1" + ",000" * 12,
-        words(300) + " ".join(str(2**i) for i in range(40)),
-        # counting: every line differs
-        words(300) + "".join(f"Step {i}: add {i} and {i + 1} to get {2 * i + 1}.\n" for i in range(60)),
-    ],
-)
-def test_ordinary_text_is_no_loop(text: str) -> None:
-    assert not is_repetitive(text)
-
-
-def test_only_the_end_of_the_text_counts() -> None:
-    assert not is_repetitive(words(260, seed=1) * 7 + words(200, seed=6))
-
-
-def test_a_loop_in_front_of_ordinary_text_does_not_hide_one_at_the_end() -> None:
-    assert is_repetitive("ab" * 300 + words(100, seed=6) + "cd" * 300)
-
-
-@given(st.integers(1, 400), st.integers(0, 300), st.integers(0, 99), st.integers(0, 500))
-def test_every_long_enough_tail_loop_is_found(period: int, prefix: int, seed: int, extra: int) -> None:
-    unit = words(period, seed)
-    length = max(256, 4 * period) + extra
-    assert is_repetitive(words(prefix, seed + 1) + (unit * (length // period + 1))[:length])
-
-
-def reference(text: str) -> bool:
-    """The definition, tried for every period."""
-    tails = ((max(256, 4 * period), period) for period in range(1, len(text) // 4 + 1))
-    return any(
-        tail <= len(text) and all(text[-i] == text[-i - period] for i in range(1, tail - period + 1))
-        for tail, period in tails
-    )
-
-
-@given(st.lists(st.tuples(st.text(alphabet="ab", min_size=1, max_size=70), st.integers(1, 12)), max_size=4))
-def test_found_is_what_the_definition_says(pieces: list[tuple[str, int]]) -> None:
-    text = "".join(unit * repeats for unit, repeats in pieces)
-    assert is_repetitive(text) == reference(text)
-
-
-@pytest.mark.parametrize("length", [254, 255, 256, 257])
-def test_the_shortest_loop_has_256_characters(length: int) -> None:
-    assert is_repetitive("#" + "ab" * 200)
-    assert is_repetitive("#" + ("ab" * 200)[-length:]) == (length >= 256)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a" * 40_000 + "b" + "a" * 200,  # the last 32 characters occur everywhere, no period fits
-        "".join("-" * 40 + f"{i}\n" for i in range(1000)) + "-" * 40,
-        "".join("ab" * 50 + str(i) for i in range(400)) + "ab" * 50,
-    ],
-)
-def test_texts_that_nearly_repeat_cost_little(text: str) -> None:
-    assert not is_repetitive(text)
+    assert find_eos(token_ids, frozenset(eos_token_ids)) == position
 
 
 # Text of a path
@@ -162,14 +47,19 @@ def decode_byte_fallback(ids: list[int]) -> str:
         return good + "\ufffd" * (len(ids) - error.start)
 
 
+def extend_text(text: str, tail_ids: list[int], token_ids: list[int], decode: Callable[[list[int]], str]) -> str:
+    """Text of a path after a segment, given that before it."""
+    return join_text([(0, text), text_change(tail_ids, token_ids, decode)])
+
+
 def grow(text: str, cuts: list[int], decode: Callable[[list[int]], str], tail_length: int) -> str:
     """Text after feeding the bytes of `text` in segments, with the last tokens of the *path* as tail."""
     ids = list(text.encode())
-    grown, start = "", 0
+    changes, start = [], 0
     for end in [*cuts, len(ids)]:
-        grown = extend_text(grown, ids[max(0, start - tail_length) : start], ids[start:end], decode)
+        changes.append(text_change(ids[max(0, start - tail_length) : start], ids[start:end], decode))
         start = end
-    return grown
+    return join_text(changes)
 
 
 def test_extended_text_of_the_first_segment_is_its_text() -> None:
@@ -193,6 +83,13 @@ def test_text_grown_in_segments_is_the_text_of_the_whole(text: str, data: st.Dat
     cuts = sorted(data.draw(st.lists(st.integers(1, length), unique=True, max_size=6)))
     cuts = [cut for cut in cuts if cut < length]
     assert grow(text, cuts, decode_bytes, tail_length=8) == text
+
+
+def test_a_character_over_many_segments_drops_what_several_of_them_added() -> None:
+    assert join_text([(0, "ab"), (0, "?"), (1, "??"), (2, "c")]) == "abc"
+    assert join_text([(0, "ab"), (0, "?"), (0, "?"), (2, "c")]) == "abc"
+    assert join_text([(5, "ab")]) == "ab"
+    assert join_text([]) == ""
 
 
 def test_a_replacement_character_that_the_model_wrote_stays() -> None:

@@ -160,7 +160,7 @@ def test_a_rebuilt_tree_can_be_grown_without_changing_the_original() -> None:
     before = json.dumps(tree.to_dict())
     back = SegmentTree.from_dict(tree.to_dict())
     back.add(3, [5], [-2.0], "stop")
-    back.nodes[0].token_ids.append(99)
+    back.finish(back.add(None, [6]), "length")
     assert json.dumps(tree.to_dict()) == before
 
 
@@ -217,3 +217,35 @@ def test_stored_leaves_that_are_not_the_finished_nodes_are_refused(leaves: list[
     d = {**hand_tree().to_dict(), "leaves": leaves}
     with pytest.raises(ValueError, match="are not the finished nodes"):
         SegmentTree.from_dict(d)
+
+
+def test_an_inner_node_without_children_can_become_a_leaf_and_no_other() -> None:
+    tree = SegmentTree([7])
+    inner = tree.add(None, [1, 2], [-1.0, -1.0])
+    leaf = tree.add(inner, [3], [-1.0], "stop")
+    late = tree.add(None, [4], [-1.0])
+    tree.finish(late, "length")
+    assert tree.leaves == [leaf, late]
+    assert tree.nodes[late].finish_reason == "length"
+    for node in (inner, leaf, late):
+        with pytest.raises(ValueError, match=f"Segment {node} is finished already or has children"):
+            tree.finish(node, "length")
+    with pytest.raises(ValueError, match="finished path"):
+        tree.add(late, [5])
+
+
+def test_entropies_survive_the_way_to_json_and_back() -> None:
+    tree = SegmentTree([7])
+    tree.add(None, [1], [-1.0], None, 0.25)
+    tree.add(0, [2], [-1.0], "stop")
+    d = json.loads(json.dumps(tree.to_dict()))
+    assert [node.get("entropy") for node in d["nodes"]] == [0.25, None]
+    assert [node.entropy for node in SegmentTree.from_dict(d).nodes] == [0.25, None]
+
+
+def test_a_sequence_is_the_prompt_and_the_path() -> None:
+    tree = SegmentTree([7, 8])
+    tree.add(None, [1, 2])
+    tree.add(0, [3])
+    assert tree.sequence_ids(1) == [7, 8, 1, 2, 3]
+    assert tree.sequence_ids(None) == tree.prompt_ids == [7, 8]

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from trl import GRPOConfig, TrlParser
 
-from treepo_trl import TreePOConfig
+from treepo_trl import TreePOConfig, TreeSamplingConfig
 
 
 NEW_FIELDS = {
@@ -19,8 +19,12 @@ NEW_FIELDS = {
     "initial_branching_factor",
     "branching_policy",
     "branching_temperature",
+    "branching_temperature_end",
     "branch_schedule",
+    "expected_completion_length",
     "fallback_policy",
+    "fallback_candidates",
+    "max_tree_tokens",
     "stop_pattern",
     "stop_repetition",
     "advantage_estimator",
@@ -37,8 +41,11 @@ OTHER: dict[str, Any] = {
     "initial_branching_factor": [2, 8],
     "branching_policy": "low_prob",
     "branching_temperature": 0.5,
+    "branching_temperature_end": 0.1,
     "branch_schedule": "spread",
+    "expected_completion_length": 100,
     "fallback_policy": "low_prob",
+    "fallback_candidates": "all",
     "stop_pattern": r"\\boxed\{[^}]*\}",
     "stop_repetition": False,
     "advantage_estimator": "treepo_size_weighted",
@@ -55,14 +62,15 @@ def make(folder: Path, **changes: Any) -> TreePOConfig:
 
 
 def test_new_fields_are_all_covered_here() -> None:
-    assert {f.name for f in fields(TreePOConfig)} - {f.name for f in fields(GRPOConfig)} == NEW_FIELDS == set(OTHER)
+    new = {f.name for f in fields(TreePOConfig)} - {f.name for f in fields(GRPOConfig)}
+    assert new == NEW_FIELDS == {*OTHER, "max_tree_tokens"}  # which training refuses
 
 
 def test_every_new_field_has_help() -> None:
     for field in fields(TreePOConfig):
         if field.name in NEW_FIELDS:
             assert len(field.metadata["help"]) > 20
-            assert f"        {field.name} (" in str(TreePOConfig.__doc__)
+            assert f"        {field.name} (" in str(TreePOConfig.__doc__) + str(TreeSamplingConfig.__doc__)
 
 
 def test_defaults(tmp_path: Path) -> None:
@@ -135,9 +143,19 @@ def test_max_tree_depth(tmp_path: Path, length: int, segment: int | None, depth:
         ({"initial_branching_factor": [1, 2, 3]}, ["`initial_branching_factor` is [1, 2, 3]", "[low, high]"]),
         ({"initial_branching_factor": [2, 9]}, ["`initial_branching_factor` is [2, 9]", "`num_generations` (8)"]),
         (
-            {"branching_policy": "entropy"},
-            ["`branching_policy` is 'entropy'", "'uniform'", "'low_prob'", "'high_prob'"],
+            {"branching_policy": "random"},
+            ["`branching_policy` is 'random'", "'uniform'", "'low_prob'", "'high_prob'", "'entropy'"],
         ),
+        ({"branching_temperature_end": 0.0}, ["`branching_temperature_end` is 0.0", "positive"]),
+        (
+            {"expected_completion_length": 513},
+            ["`expected_completion_length` is 513", "`max_completion_length` (512)", "Leave it out"],
+        ),
+        ({"expected_completion_length": 0}, ["`expected_completion_length` is 0", "between 1"]),
+        ({"fallback_candidates": "some"}, ["`fallback_candidates` is 'some'", "'finished'", "'all'"]),
+        ({"fallback_policy": "none"}, ["`fallback_policy='none'`", "fewer than `num_generations`", "offline"]),
+        ({"max_tree_tokens": 5000}, ["`max_tree_tokens=5000`", "fewer than `num_generations`", "offline"]),
+        ({"max_tree_tokens": 511}, ["`max_tree_tokens` is 511", "`max_completion_length` (512)", "Raise the one"]),
         ({"branch_schedule": "late"}, ["`branch_schedule` is 'late'", "'early'", "'spread'"]),
         ({"fallback_policy": "leaf"}, ["`fallback_policy` is 'leaf'", "'random'", "'root'"]),
         ({"advantage_estimator": "gae"}, ["`advantage_estimator` is 'gae'", "'treepo'", "'grpo'"]),

@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = ["SegmentTree", "TreePOConfig", "TreePOTrainer", "TreeSampler", "__version__"]
+__all__ = ["SegmentTree", "TreePOConfig", "TreePOTrainer", "TreeSampler", "TreeSamplingConfig", "__version__"]
 
 _MODULES = {
     "SegmentTree": "tree",
     "TreePOConfig": "treepo_config",
     "TreePOTrainer": "treepo_trainer",
     "TreeSampler": "sampler",
+    "TreeSamplingConfig": "sampling_config",
 }
 
 if TYPE_CHECKING:
     from .sampler import TreeSampler
+    from .sampling_config import TreeSamplingConfig
     from .tree import SegmentTree
     from .treepo_config import TreePOConfig
     from .treepo_trainer import TreePOTrainer

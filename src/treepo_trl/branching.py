@@ -10,12 +10,13 @@ import random
 from collections.abc import Sequence
 from typing import Literal
 
-from .tree import SegmentTree
+from .tree import SegmentNode, SegmentTree
 
 
-BranchingPolicy = Literal["uniform", "low_prob", "high_prob"]
+BranchingPolicy = Literal["uniform", "low_prob", "high_prob", "entropy"]
 BranchSchedule = Literal["early", "spread"]
 FallbackPolicy = Literal["random", "low_prob", "root", "none"]
+FallbackCandidates = Literal["finished", "finished_first", "all"]
 
 
 def draw_initial_branching(
@@ -56,14 +57,14 @@ def level_budget(
     return max(min(num_generations - num_finished, branching_factor * (num_finished_now + num_live)), num_live)
 
 
-def spread_width(depth: int, max_tree_depth: int, num_generations: int) -> int:
+def spread_width(depth: int, expected_depth: int, num_generations: int) -> int:
     """
     Paths that a tree should have opened by the segments of `depth` under the `spread` schedule: `W ** ((d+1)/D)`.
 
-    The width grows by a constant factor per level, so the branching points lie evenly over the length and it reaches
-    `num_generations` with the last segment.
+    The width grows by a constant factor per level, so the branching points lie evenly over the expected length and it
+    reaches `num_generations` with the last of `expected_depth` segments.
     """
-    fraction = min((depth + 1) / max_tree_depth, 1.0)
+    fraction = min((depth + 1) / expected_depth, 1.0)
     return math.ceil(num_generations**fraction - 1e-9)
 
 
@@ -105,27 +106,52 @@ def split_budget(total: int, scores: Sequence[float] | int, rng: random.Random, 
     return counts
 
 
-def branching_scores(policy: BranchingPolicy, segment_logprobs: Sequence[Sequence[float]]) -> Sequence[float] | int:
+def branching_scores(policy: BranchingPolicy, segments: Sequence[SegmentNode]) -> Sequence[float] | int:
     """
     Argument for `split_budget`: the paths' count for `uniform`, else a score from each path's last segment.
 
-    The score is the mean log-probability of the last segment's tokens (section 4.4), negated for `low_prob`.
+    `low_prob` and `high_prob` score by the mean log-probability of the segment's tokens (section 4.4), the first
+    negated. `entropy` scores by the mean entropy of the distributions that the tokens were drawn from: the "local
+    uncertainty" that the abstract names, where the log-probability of one drawn token is only a sample of it.
+
+    Raises:
+        ValueError: if a segment lacks what the policy reads.
     """
     if policy == "uniform":
-        return len(segment_logprobs)
+        return len(segments)
+    if policy == "entropy":
+        entropies = [node.entropy for node in segments if node.entropy is not None]
+        if len(entropies) < len(segments):
+            raise ValueError("branching_policy='entropy' needs entropies from the engine: build it to report them.")
+        return entropies
     sign = 1.0 if policy == "high_prob" else -1.0
-    return [sign * sum(logprobs) / len(logprobs) for logprobs in segment_logprobs]
+    return [sign * _mean_logprob(node) for node in segments]
+
+
+def annealed(start: float, end: float | None, progress: float) -> float:
+    """
+    Value between `start` and `end` along half a cosine, as `progress` goes from 0 to 1; `start` without an `end`.
+
+    Section 4.4's schedule of the branching temperature: slow at both ends.
+    """
+    if end is None:
+        return start
+    return end + (start - end) * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2.0
 
 
 def fallback_stems(
-    tree: SegmentTree, num_missing: int, branching_factor: int, policy: FallbackPolicy, rng: random.Random
+    tree: SegmentTree,
+    num_missing: int,
+    branching_factor: int,
+    policy: FallbackPolicy,
+    rng: random.Random,
+    candidates: FallbackCandidates = "finished",
 ) -> list[int | None]:
     """
     Node ids to grow again from when no path of a tree is live and leaves are missing.
 
     Section 2.2: finished paths are drawn in random order, each is cut at a segment boundary of the tree and gets up to
-    `branching_factor` new children until `num_missing` are placed. Paths that ended by EOS or by the stop pattern come
-    first; the others (repetition, length) only serve when there is none of those.
+    `branching_factor` new children until `num_missing` are placed.
 
     Args:
         tree (`SegmentTree`):
@@ -139,6 +165,9 @@ def fallback_stems(
             lowest mean log-probability; `root` starts again from the prompt; `none` gives no stems.
         rng (`random.Random`):
             Source of every draw.
+        candidates (`str`):
+            Paths that may be cut. `finished`: those that ended by EOS or by the stop pattern, and the prompt when
+            there is none, which is the paper's rule; `finished_first`: all others when there is none; `all`.
 
     Returns:
         `list[int | None]`: one parent per new segment, `None` for the prompt; `num_missing` of them, or none under
@@ -146,25 +175,27 @@ def fallback_stems(
     """
     if policy == "none":
         return []
-    if policy == "root":
+    paths = list(tree.leaves)
+    if candidates != "all":
+        finished = [leaf for leaf in paths if tree.nodes[leaf].finish_reason in ("stop", "pattern")]
+        paths = finished if finished or candidates == "finished" else paths
+    if policy == "root" or not paths:
         return [None] * num_missing
-    candidates = [leaf for leaf in tree.leaves if tree.nodes[leaf].finish_reason in ("stop", "pattern")]
-    candidates = candidates or list(tree.leaves)
     stems: list[int | None] = []
     while len(stems) < num_missing:
-        rng.shuffle(candidates)
-        for leaf in candidates:
+        rng.shuffle(paths)
+        for leaf in paths:
             path = tree.path(leaf)
             if policy == "random":
                 cut = rng.randrange(len(path))
             else:
-                cut = min(range(len(path)), key=lambda i: _mean(tree.nodes[path[i]].logprobs))
+                cut = min(range(len(path)), key=lambda i: _mean_logprob(tree.nodes[path[i]]))
             stem = path[cut - 1] if cut > 0 else None
             stems.extend([stem] * min(branching_factor, num_missing - len(stems)))
     return stems
 
 
-def _mean(values: list[float] | None) -> float:
-    if not values:
-        raise ValueError("fallback_policy='low_prob' needs log-probabilities from the engine.")
-    return sum(values) / len(values)
+def _mean_logprob(node: SegmentNode) -> float:
+    if not node.logprobs:
+        raise ValueError("The 'low_prob' and 'high_prob' policies need log-probabilities from the engine.")
+    return sum(node.logprobs) / len(node.logprobs)

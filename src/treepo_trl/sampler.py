@@ -1,35 +1,22 @@
 """
 Grow the trees of many prompts over one engine: Algorithm 1 of [TreePO](https://huggingface.co/papers/2508.17445).
 
-The levels of one tree wait for each other, trees never do: a tree's next level is submitted as soon as its own last
-segment has arrived. Knows no model and no trainer.
+The levels of one tree wait for each other, trees never do: a tree's next level is ready as soon as its own last segment
+has arrived. The engine's slots are filled with the oldest trees first, so that trees finish and free their part of its
+cache. Knows no model and no trainer.
 """
 
+import heapq
 import random
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from .branching import (
-    branching_scores,
-    draw_initial_branching,
-    fallback_stems,
-    level_budget,
-    split_budget,
-    spread_width,
-)
-from .engines.base import SegmentEngine, SegmentRequest, SegmentResult
-from .stopping import extend_text, find_eos, find_match_end, is_repetitive, tokens_until
-from .tree import FinishReason, SegmentTree
-
-
-if TYPE_CHECKING:  # only names the fields; importing it would load the trainer
-    from .treepo_config import TreePOConfig
-
-
-_TAIL_LENGTH = 8  # tokens decoded again in front of a segment: more than any character or merge spans
+from .engines.base import SegmentEngine, SegmentEngineError, SegmentRequest
+from .growing_tree import GrowingTree, TreeRules
+from .sampling_config import TreeSamplingConfig
+from .tree import SegmentTree
 
 
 @dataclass
@@ -42,6 +29,10 @@ class SamplingStats:
     """Requests sent to the engine."""
     num_fallback_leaves: int = 0
     """Leaves that a fallback added."""
+    num_prompt_tokens: int = 0
+    """Tokens of all requests together: prompts, and paths that were continued."""
+    num_cached_tokens: int = 0
+    """Part of `num_prompt_tokens` that the engine did not have to compute again."""
     seconds: float = 0.0
     """Wall time of the call."""
     engine_seconds: float = 0.0
@@ -49,31 +40,34 @@ class SamplingStats:
 
 
 @dataclass
-class _GrowingTree:
-    """A tree under construction: the level in flight and what the next one needs."""
+class _Run:
+    """State of one call of `TreeSampler.sample`."""
 
-    tree: SegmentTree
-    rng: random.Random
-    max_length: int
-    """Longest completion of this prompt in tokens."""
-    level: list[int | None] = field(default_factory=list[int | None])
-    """Parents of the segments in flight, in order of submission."""
-    results: dict[int, SegmentResult] = field(default_factory=dict[int, SegmentResult])
-    """Results of the level by position in `level`."""
-    texts: dict[int | None, str] = field(default_factory=dict[int | None, str])
-    """Text of each parent in `level`; only kept where a text rule needs it."""
+    trees: list[GrowingTree]
+    num_started: int = 0
+    unfinished: set[int] = field(default_factory=set[int])
+    """Trees that were started and are not done."""
+    ready: list[int] = field(default_factory=list[int])
+    """Heap of the trees with segments that no slot was free for."""
+    in_flight: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
+    """Request id -> (tree, position in its level)."""
+    longest: int = 0
+    """Tokens of the longest sequence that was asked for."""
+    current: int | None = None
+    """Tree that is being looked at outside the engine."""
 
 
 class TreeSampler:
     """
     Samples one [`SegmentTree`] per prompt with exactly `config.num_generations` leaves each.
 
+    Fewer leaves are possible only with `fallback_policy="none"` and with `max_tree_tokens`.
+
     Args:
         engine ([`~treepo_trl.engines.SegmentEngine`]):
             Engine that continues token sequences.
-        config ([`TreePOConfig`]):
-            Tree shape: `num_generations`, `segment_length`, `max_completion_length`, branching, fallback and stopping
-            fields.
+        config ([`TreeSamplingConfig`] or [`TreePOConfig`]):
+            Tree shape: segments, branching, fallback and early stop.
         eos_token_ids (`list[int]`):
             Every token that ends a completion.
         decode (`Callable[[list[int]], str]`, *optional*):
@@ -84,29 +78,56 @@ class TreeSampler:
             Counts and times of the last call of `sample`.
 
     Raises:
-        ValueError: if a text rule is configured and `decode` is missing.
+        ValueError: if a text rule is configured and `decode` is missing, or `branching_policy="entropy"` and the
+            engine reports no entropies.
+
+    Example:
+
+    ```python
+    >>> from treepo_trl import TreeSampler, TreeSamplingConfig
+    >>> from treepo_trl.engines.transformers import TransformersEngine
+
+    >>> engine = TransformersEngine(model, [tokenizer.eos_token_id])  # doctest: +SKIP
+    >>> config = TreeSamplingConfig(num_generations=16, max_completion_length=1024, branch_schedule="spread")
+    >>> sampler = TreeSampler(engine, config, [tokenizer.eos_token_id], tokenizer.decode)  # doctest: +SKIP
+    >>> (tree,) = sampler.sample([tokenizer("1 + 1 =")["input_ids"]], seed=0)  # doctest: +SKIP
+    ```
     """
 
     def __init__(
         self,
         engine: SegmentEngine,
-        config: "TreePOConfig",
+        config: TreeSamplingConfig,
         eos_token_ids: list[int],
         decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         if decode is None and (config.stop_pattern is not None or config.stop_repetition):
-            raise ValueError("`stop_pattern` and `stop_repetition` look at text: pass `decode` to the `TreeSampler`.")
+            raise ValueError(
+                "`stop_pattern` and `stop_repetition` look at text: pass `decode` to the `TreeSampler`, or unset "
+                "both (`stop_repetition` is on by default)."
+            )
+        if config.branching_policy == "entropy" and not engine.reports_entropies:
+            raise ValueError(
+                "`branching_policy='entropy'` needs an engine that reports entropies: build it with "
+                "`with_entropies=True`."
+            )
         self.engine = engine
         self.config = config
-        self.eos_token_ids = frozenset(eos_token_ids)
         self.decode = decode
         self.stats = SamplingStats()
-        self._pattern = None if config.stop_pattern is None else re.compile(config.stop_pattern)
-        self._needs_text = self._pattern is not None or config.stop_repetition
-        assert config.segment_length is not None, "set by the config"
-        self._segment_length = config.segment_length
+        pattern = None if config.stop_pattern is None else re.compile(config.stop_pattern)
+        self._rules = TreeRules(config, frozenset(eos_token_ids), decode, pattern)
 
-    def sample(self, prompts: list[list[int]], seed: int | str) -> list[SegmentTree]:
+    def sample(
+        self,
+        prompts: list[list[int]],
+        seed: int | str,
+        *,
+        progress: float = 0.0,
+        expected_length: int | None = None,
+        on_leaves: Callable[[int], None] | None = None,
+        on_tree: Callable[[int, SegmentTree], None] | None = None,
+    ) -> list[SegmentTree]:
         """
         Sample a tree for each prompt.
 
@@ -116,39 +137,61 @@ class TreeSampler:
             seed (`int` or `str`):
                 Seed of every branching and fallback draw. The engine's own sampling is not seeded here; the same seed
                 and the same segments give the same trees, whatever the order in which segments arrive.
+            progress (`float`):
+                Fraction of the training that is done, for `branching_temperature_end`.
+            expected_length (`int`, *optional*):
+                Expected tokens of a completion, for the schedule `spread`; `expected_completion_length` of the config
+                goes first.
+            on_leaves (`Callable[[int], None]`, *optional*):
+                Called with the number of paths that have just ended.
+            on_tree (`Callable[[int, SegmentTree], None]`, *optional*):
+                Called with each tree that is done and the index of its prompt, in order of completion.
 
         Returns:
             `list[SegmentTree]`: one tree per prompt, in the order of the prompts.
 
         Raises:
-            ValueError: if a prompt is empty or leaves no room for a completion in the engine's context.
+            ValueError: if a prompt is empty or leaves no room for a completion in the engine's context. Whatever an
+                engine or a callback raises passes through, after everything in flight was aborted and with a note that
+                names the prompt.
         """
         self.stats = SamplingStats()
         started = time.perf_counter()
-        growing = [
-            _GrowingTree(SegmentTree(prompt), random.Random(f"{seed}/{index}"), self._max_length(prompt, index))
-            for index, prompt in enumerate(prompts)
-        ]
-        in_flight: dict[int, tuple[int, int]] = {}  # request id -> (tree, position in its level)
+        engine = self.engine
+        num_prompt_tokens, num_cached_tokens = engine.num_prompt_tokens, engine.num_cached_tokens
+        if self.config.expected_completion_length is not None:
+            expected_length = self.config.expected_completion_length
+        run = _Run(
+            [
+                GrowingTree(
+                    self._rules,
+                    SegmentTree(prompt),
+                    random.Random(f"{seed}/{index}"),
+                    self._max_length(prompt, index),
+                    expected_length,
+                    progress,
+                )
+                for index, prompt in enumerate(prompts)
+            ]
+        )
         try:
-            self._submit(growing, [(i, self._first_level(grown)) for i, grown in enumerate(growing)], in_flight)
-            while in_flight:
-                complete: list[int] = []
-                for result in self._collect():
-                    index, position = in_flight.pop(result.request_id)
-                    grown = growing[index]
-                    grown.results[position] = result
-                    if len(grown.results) == len(grown.level):
-                        complete.append(index)
-                levels = [(index, self._next_level(growing[index])) for index in complete]
-                self._submit(growing, levels, in_flight)
-        except BaseException:
-            self.engine.abort()
+            self._fill(run)
+            while run.in_flight:
+                for index in self._collect(run):
+                    self._advance(run, index, on_leaves, on_tree)
+                self._fill(run)
+        except BaseException as error:
+            self._abort(run, error)
             raise
+        self.stats.num_decoded_tokens = sum(grown.num_decoded_tokens for grown in run.trees)
+        self.stats.num_fallback_leaves = sum(grown.num_fallback_leaves for grown in run.trees)
+        self.stats.num_prompt_tokens = engine.num_prompt_tokens - num_prompt_tokens
+        self.stats.num_cached_tokens = engine.num_cached_tokens - num_cached_tokens
         self.stats.seconds = time.perf_counter() - started
-        return [grown.tree for grown in growing]
+        return [grown.tree for grown in run.trees]
 
     def _max_length(self, prompt: list[int], index: int) -> int:
+        """Longest completion of a prompt, or an error if there is no room for one."""
         if not prompt:
             raise ValueError(
                 f"Prompt {index} of this batch is empty: it has no token to continue. Drop empty prompts, or check "
@@ -167,116 +210,108 @@ class TreeSampler:
             )
         return min(self.config.max_completion_length, room)
 
-    def _submit(
-        self,
-        growing: list[_GrowingTree],
-        levels: list[tuple[int, list[int | None]]],
-        in_flight: dict[int, tuple[int, int]],
-    ) -> None:
+    # Filling the engine
+
+    def _fill(self, run: _Run) -> None:
+        """Submit segments of the oldest trees first, and start trees while slots are free."""
         requests: list[SegmentRequest] = []
-        for index, parents in levels:
-            grown = growing[index]
-            grown.level, grown.results = parents, {}
-            prefixes = {parent: grown.tree.prompt_ids + grown.tree.completion_ids(parent) for parent in set(parents)}
-            for position, parent in enumerate(parents):
-                request_id = self.stats.num_segments
-                self.stats.num_segments += 1
-                length = 0 if parent is None else grown.tree.nodes[parent].end
-                max_tokens = min(self._segment_length, grown.max_length - length)
-                requests.append(SegmentRequest(request_id, prefixes[parent], max_tokens))
-                in_flight[request_id] = (index, position)
+        while (index := self._next_tree(run)) is not None:
+            grown = run.trees[index]
+            position, prefix, max_tokens = grown.take()
+            run.longest = max(run.longest, len(prefix) + max_tokens)
+            request_id = self.stats.num_segments
+            self.stats.num_segments += 1
+            requests.append(SegmentRequest(request_id, prefix, max_tokens))
+            run.in_flight[request_id] = index, position
+            if grown.num_taken == len(grown.level):
+                heapq.heappop(run.ready)
         if requests:
             started = time.perf_counter()
             self.engine.submit(requests)
             self.stats.engine_seconds += time.perf_counter() - started
 
-    def _collect(self) -> list[SegmentResult]:
+    def _next_tree(self, run: _Run) -> int | None:
+        """Oldest tree with a segment to submit, a newly started one if need be; `None` if there is none or no slot."""
+        num_slots = self.engine.num_slots(run.longest)
+        if run.in_flight and num_slots is not None and len(run.in_flight) >= num_slots:
+            return None
+        if not run.ready:
+            if run.num_started == len(run.trees) or not self._fits_cache(run):
+                return None
+            run.current = run.num_started
+            run.trees[run.num_started].start()
+            run.unfinished.add(run.num_started)
+            run.ready.append(run.num_started)
+            run.num_started += 1
+            run.current = None
+        return run.ready[0]
+
+    def _fits_cache(self, run: _Run) -> bool:
+        """Whether the next prompt and a first level for it fit into the engine's cache beside the unfinished trees."""
+        capacity = self.engine.num_cache_tokens
+        if capacity is None or not run.unfinished:
+            return True
+        segment_length = self.config.segment_length
+        assert segment_length is not None, "set by the config"
+        stored = sum(len(run.trees[i].tree.prompt_ids) + run.trees[i].num_decoded_tokens for i in run.unfinished)
+        prompt = run.trees[run.num_started].tree.prompt_ids
+        return stored + len(prompt) + (len(run.in_flight) + 1) * segment_length <= capacity
+
+    # What comes back
+
+    def _collect(self, run: _Run) -> list[int]:
+        """Wait for segments; returns the trees whose level is complete, in order of their last segment."""
         started = time.perf_counter()
         results = self.engine.collect()
         self.stats.engine_seconds += time.perf_counter() - started
-        self.stats.num_decoded_tokens += sum(len(result.token_ids) for result in results)
-        return results
+        complete: list[int] = []
+        for result in results:
+            index, position = run.in_flight.pop(result.request_id)
+            if run.trees[index].receive(position, result):
+                complete.append(index)
+        return complete
 
-    def _first_level(self, grown: _GrowingTree) -> list[int | None]:
-        config = self.config
-        assert config.initial_branching_factor is not None, "set by the config"
-        initial = draw_initial_branching(config.initial_branching_factor, config.num_generations, grown.rng)
-        if self._needs_text:
-            grown.texts[None] = ""
-        return [None] * initial
+    def _advance(
+        self,
+        run: _Run,
+        index: int,
+        on_leaves: Callable[[int], None] | None,
+        on_tree: Callable[[int, SegmentTree], None] | None,
+    ) -> None:
+        run.current = index
+        grown = run.trees[index]
+        num_new_leaves = grown.advance()
+        if on_leaves is not None and num_new_leaves:
+            on_leaves(num_new_leaves)
+        if grown.level:
+            heapq.heappush(run.ready, index)
+        else:
+            run.unfinished.remove(index)
+            if on_tree is not None:
+                on_tree(index, grown.tree)
+        run.current = None
 
-    def _next_level(self, grown: _GrowingTree) -> list[int | None]:
-        """Store the level that has arrived and decide the next one; an empty one when the tree is done."""
-        config, tree = self.config, grown.tree
-        live: list[int] = []
-        texts: dict[int | None, str] = {}
-        for position, parent in enumerate(grown.level):
-            node, text = self._store(grown, parent, grown.results[position])
-            if tree.nodes[node].finish_reason is None:
-                live.append(node)
-                texts[node] = text
-        num_finished = len(tree.leaves)
-        if not live:
-            return self._fall_back(grown)
-        grown.texts = texts
-        total = level_budget(
-            len(live), num_finished, len(grown.level) - len(live), config.num_generations, config.branching_factor
-        )
-        if config.branch_schedule == "spread":
-            depth = tree.nodes[live[0]].depth + 1
-            width = spread_width(depth, config.max_tree_depth, config.num_generations)
-            total = max(min(total, width - num_finished), len(live))
-        segment_logprobs = [tree.nodes[node].logprobs or [] for node in live]
-        scores = branching_scores(config.branching_policy, segment_logprobs)
-        counts = split_budget(total, scores, grown.rng, config.branching_temperature)
-        return [node for node, count in zip(live, counts, strict=True) for _ in range(count)]
+    # Errors
 
-    def _fall_back(self, grown: _GrowingTree) -> list[int | None]:
-        config = self.config
-        num_missing = config.num_generations - len(grown.tree.leaves)
-        if num_missing == 0:
-            return []
-        stems = fallback_stems(grown.tree, num_missing, config.branching_factor, config.fallback_policy, grown.rng)
-        self.stats.num_fallback_leaves += len(stems)  # nothing branches any more: one leaf each
-        if self._needs_text:
-            assert self.decode is not None, "checked at construction"
-            grown.texts = {stem: self.decode(grown.tree.completion_ids(stem)) for stem in set(stems)}
-        return stems
-
-    def _store(self, grown: _GrowingTree, parent: int | None, result: SegmentResult) -> tuple[int, str]:
-        """Add a segment to the tree, cut where its path ends; returns the node and, if needed, the path's text."""
-        token_ids, logprobs = result.token_ids, result.logprobs
-        reason: FinishReason | None = None
-        eos = find_eos(token_ids, self.eos_token_ids)
-        if eos is not None:
-            token_ids, logprobs, reason = token_ids[: eos + 1], logprobs[: eos + 1], "stop"
-        text = ""
-        if self._needs_text:
-            token_ids, text_reason, text = self._apply_text_rules(grown, parent, token_ids, reason)
-            logprobs, reason = logprobs[: len(token_ids)], text_reason or reason
-        end = len(token_ids) + (0 if parent is None else grown.tree.nodes[parent].end)
-        if reason is None and end >= grown.max_length:
-            reason = "length"
-        return grown.tree.add(parent, token_ids, logprobs, reason), text
-
-    def _apply_text_rules(
-        self, grown: _GrowingTree, parent: int | None, token_ids: list[int], reason: FinishReason | None
-    ) -> tuple[list[int], FinishReason | None, str]:
-        decode = self.decode
-        assert decode is not None, "checked at construction"
-        parent_text = grown.texts[parent]
-        tail_ids = grown.tree.tail_ids(parent, _TAIL_LENGTH)
-
-        def text_after(ids: list[int]) -> str:
-            return extend_text(parent_text, tail_ids, ids, decode)
-
-        text = text_after(token_ids)
-        match_end = None if self._pattern is None else find_match_end(self._pattern, text)
-        if match_end is not None:
-            kept = tokens_until(match_end, token_ids, text_after)
-            # A match that the EOS token follows directly is an ordinary end.
-            if reason is None or kept < len(token_ids) - 1:
-                return token_ids[:kept], "pattern", text
-        if reason is None and self.config.stop_repetition and is_repetitive(text):
-            return token_ids, "repetition", text
-        return token_ids, None, text
+    def _abort(self, run: _Run, error: BaseException) -> None:
+        """Free the engine and add to the error which prompts were being sampled."""
+        try:
+            self.engine.abort()
+        except Exception as abort_error:
+            error.add_note(f"Aborting what the engine was running failed too: {abort_error!r}")
+        if run.current is not None:
+            indices = [run.current]
+        elif isinstance(error, SegmentEngineError) and error.request_id in run.in_flight:
+            indices = [run.in_flight[error.request_id][0]]
+        else:
+            indices = sorted({index for index, _ in run.in_flight.values()})
+        if not indices:
+            return
+        names = ", ".join(map(str, indices[:8])) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
+        note = f"While sampling prompt{'s' * (len(indices) > 1)} {names} of {len(run.trees)} (the first is 0)"
+        prompt = run.trees[indices[0]].tree.prompt_ids
+        try:
+            text = None if self.decode is None else self.decode(prompt[-64:])
+        except Exception:  # the decoder may be what failed
+            text = None
+        error.add_note(f"{note}; prompt {indices[0]} has {len(prompt)} tokens" + (f" and ends in {text!r}" if text else ""))

@@ -5,52 +5,61 @@ Standard library only.
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable, Set
 
 
-MIN_REPEATED_CHARACTERS = 256
-"""Length of a periodic tail below which it is no repetition: tables, rules and digits are shorter."""
+MIN_REPEATED_CHARACTERS = 1024
+"""Length of a periodic tail below which it is no repetition: zero matrices, tables, boards and digits are shorter."""
 MIN_REPEATS = 4
-"""How often a tail must repeat to count."""
-_PROBE_CHARACTERS = 32
+"""How often a tail must repeat to count; at least 3, or the search in `is_repetitive` misses loops."""
 
 
-def find_eos(token_ids: list[int], eos_token_ids: Collection[int]) -> int | None:
+def find_eos(token_ids: list[int], eos_token_ids: Set[int]) -> int | None:
     """Index of the first EOS token of a segment, also when it is the very first token; `None` if there is none."""
-    return next((i for i, token in enumerate(token_ids) if token in eos_token_ids), None)
+    if eos_token_ids.isdisjoint(token_ids):  # the usual case, without a loop in Python
+        return None
+    return min(token_ids.index(token) for token in eos_token_ids if token in token_ids)
 
 
 def is_repetitive(text: str) -> bool:
     """
-    Whether the text ends in a loop: a tail of at least 256 characters that repeats one unit at least 4 times.
+    Whether the text ends in a loop: a tail of at least 1024 characters that repeats one unit at least 4 times.
 
     Looks at the text of the whole path, so loops across segments and with long periods are seen (the released code
-    counts 32-character strings within one segment: 39 equal characters fire it, a 260-character loop does not).
+    counts 32-character strings within one segment: a row of 40 equal characters fires it, a 260-character loop does
+    not). A unit must repeat exactly: a loop that counts ("Step 101", "Step 102") is none. A character at the end whose
+    last bytes are missing is left out.
 
-    The unit's length is found through earlier occurrences of the last 32 characters, so ordinary text costs one
-    substring search.
+    Exact and in linear time. Read from its end, a text with a loop of period `p` repeats its first `m` characters at a
+    distance of `p`. Let `q <= m` be the smallest such distance. If `p <= m`, the first `m + q` characters have both
+    periods, hence their greatest common divisor too (theorem of Fine and Wilf); that is `q`, which divides `p`, so the
+    loop has period `q`. One candidate per `m` is therefore enough. `m` doubles, each search starts where the last one
+    ended, and `str.find` is linear for long strings (`str.rfind` is not). Text without a long repeated tail costs one
+    search in a quarter of it.
     """
+    if text.endswith("\ufffd"):
+        text = text[:-3] + text[-3:].rstrip("\ufffd")  # of four bytes, three may be there
     if len(text) < MIN_REPEATED_CHARACTERS:
         return False
-    probe = text[-_PROBE_CHARACTERS:]
-    start = len(text) - _PROBE_CHARACTERS
-    while (start := text.rfind(probe, 0, start + _PROBE_CHARACTERS - 1)) >= 0:
-        period = len(text) - _PROBE_CHARACTERS - start
-        tail = max(MIN_REPEATED_CHARACTERS, MIN_REPEATS * period)
-        if tail > len(text):
-            return False  # earlier occurrences have longer periods still
-        if text[-tail + period :] == text[-tail:-period]:
-            return True
+    longest_period = len(text) // MIN_REPEATS
+    backwards = text[::-1]
+    probe_length = MIN_REPEATED_CHARACTERS // MIN_REPEATS
+    start = 1
+    while (period := backwards.find(backwards[:probe_length], start, longest_period + probe_length)) > 0:
+        if period <= probe_length:
+            tail = max(MIN_REPEATED_CHARACTERS, MIN_REPEATS * period)
+            if backwards[period:tail] == backwards[: tail - period]:
+                return True
+        start = max(period, probe_length + 1)  # no loop has a shorter period
+        probe_length *= 2
     return False
 
 
-def extend_text(text: str, tail_ids: list[int], token_ids: list[int], decode: Callable[[list[int]], str]) -> str:
+def text_change(tail_ids: list[int], token_ids: list[int], decode: Callable[[list[int]], str]) -> tuple[int, str]:
     """
-    Text of a path after a segment, without decoding the whole path again.
+    How a segment changes its path's text, without decoding the whole path again.
 
     Args:
-        text (`str`):
-            Text of the path before the segment.
         tail_ids (`list[int]`):
             Last tokens of the path before the segment. They are decoded together with the segment, so that characters
             and word boundaries that span both come out right.
@@ -58,11 +67,28 @@ def extend_text(text: str, tail_ids: list[int], token_ids: list[int], decode: Ca
             Tokens of the segment.
         decode (`Callable[[list[int]], str]`):
             Text of a list of tokens.
+
+    Returns:
+        `tuple[int, str]`: characters to drop from the end of the path's text, since their last bytes are in the
+        segment, and the characters to add.
     """
     tail = decode(tail_ids) if tail_ids else ""
-    num_incomplete = len(tail) - len(tail.rstrip("\ufffd"))  # a character whose last bytes are in the segment
-    joined = decode(tail_ids + token_ids)
-    return text[: len(text) - num_incomplete] + joined[len(tail) - num_incomplete :]
+    num_incomplete = len(tail) - len(tail.rstrip("\ufffd"))
+    return num_incomplete, decode(tail_ids + token_ids)[len(tail) - num_incomplete :]
+
+
+def join_text(changes: Iterable[tuple[int, str]]) -> str:
+    """Text of a path from what its segments dropped and added, root side first."""
+    pieces: list[str] = []
+    for num_dropped, added in changes:
+        while num_dropped and pieces:
+            last = pieces.pop()
+            kept = last[: max(len(last) - num_dropped, 0)]
+            num_dropped -= len(last) - len(kept)
+            if kept:
+                pieces.append(kept)
+        pieces.append(added)
+    return "".join(pieces)
 
 
 def find_match_end(pattern: re.Pattern[str], text: str) -> int | None:

@@ -5,6 +5,7 @@ Nodes live in a flat list and point to their parent by index; a node holds only 
 prompt followed by the tokens along a path is exactly what the engine was given and returned. Standard library only.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,12 +20,14 @@ class SegmentNode:
 
     parent: int | None
     """Node id of the parent; `None` for a child of the root (the prompt)."""
-    token_ids: list[int]
+    token_ids: tuple[int, ...]  # not a list: the garbage collector would visit every token again and again
     """Tokens added by this node, never empty."""
-    logprobs: list[float] | None = None
+    logprobs: tuple[float, ...] | None = None
     """Log-probability of each token under the distribution it was sampled from; `None` if the engine gave none."""
     finish_reason: FinishReason | None = None
     """Why the path ended here; `None` for an inner node."""
+    entropy: float | None = None
+    """Mean entropy in nats of the distributions that the tokens were drawn from; `None` if the engine gave none."""
     depth: int = 0
     """Number of ancestors below the root: 0 for a child of the root."""
     end: int = 0
@@ -55,9 +58,10 @@ class SegmentTree:
     def add(
         self,
         parent: int | None,
-        token_ids: list[int],
-        logprobs: list[float] | None = None,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float] | None = None,
         finish_reason: FinishReason | None = None,
+        entropy: float | None = None,
     ) -> int:
         """
         Append a segment below `parent` and return its node id. A segment with a `finish_reason` becomes a leaf.
@@ -65,12 +69,14 @@ class SegmentTree:
         Args:
             parent (`int` or `None`):
                 Node id to grow from; `None` grows from the prompt.
-            token_ids (`list[int]`):
+            token_ids (sequence of `int`):
                 Tokens of the segment.
-            logprobs (`list[float]`, *optional*):
+            logprobs (sequence of `float`, *optional*):
                 One log-probability per token.
             finish_reason (`str`, *optional*):
                 Why the path ends with this segment, if it does.
+            entropy (`float`, *optional*):
+                Mean entropy of the tokens' distributions, in nats.
 
         Raises:
             ValueError: if the segment is empty, the log-probabilities do not match the tokens, the parent does not
@@ -93,9 +99,10 @@ class SegmentTree:
         self.nodes.append(
             SegmentNode(
                 parent,
-                list(token_ids),
-                None if logprobs is None else list(logprobs),
+                tuple(token_ids),
+                None if logprobs is None else tuple(logprobs),
                 finish_reason,
+                entropy,
                 depth=depth,
                 end=start + len(token_ids),
             )
@@ -104,6 +111,18 @@ class SegmentTree:
         if finish_reason is not None:
             self.leaves.append(node_id)
         return node_id
+
+    def finish(self, node: int, finish_reason: FinishReason) -> None:
+        """
+        Make a node without children a leaf: its path ends here after all.
+
+        Raises:
+            ValueError: if the node is a leaf already or has children.
+        """
+        if self.nodes[node].finish_reason is not None or self.nodes[node].children:
+            raise ValueError(f"Segment {node} is finished already or has children: its path cannot end there.")
+        self.nodes[node].finish_reason = finish_reason
+        self.leaves.append(node)
 
     def path(self, node: int | None) -> list[int]:
         """Node ids from the root side down to and including `node`; empty for the root."""
@@ -117,13 +136,22 @@ class SegmentTree:
         """The last `length` completion tokens on the path to `node`, fewer where the path is shorter."""
         tail: list[int] = []
         while node is not None and len(tail) < length:
-            tail = self.nodes[node].token_ids[len(tail) - length :] + tail
+            tail[:0] = self.nodes[node].token_ids[len(tail) - length :]
             node = self.nodes[node].parent
         return tail
 
     def completion_ids(self, leaf: int | None) -> list[int]:
         """Completion tokens along the path to `leaf`, without the prompt."""
-        return [token for node in self.path(leaf) for token in self.nodes[node].token_ids]
+        return self._extended([], leaf)
+
+    def sequence_ids(self, node: int | None) -> list[int]:
+        """Prompt tokens followed by the completion tokens along the path to `node`: what an engine continues."""
+        return self._extended(list(self.prompt_ids), node)
+
+    def _extended(self, token_ids: list[int], node: int | None) -> list[int]:
+        for each in self.path(node):
+            token_ids.extend(self.nodes[each].token_ids)
+        return token_ids
 
     def logprobs(self, leaf: int) -> list[float]:
         """
@@ -182,9 +210,10 @@ class SegmentTree:
             "nodes": [
                 {
                     "parent": node.parent,
-                    "token_ids": node.token_ids,
-                    "logprobs": node.logprobs,
+                    "token_ids": list(node.token_ids),
+                    "logprobs": None if node.logprobs is None else list(node.logprobs),
                     "finish_reason": node.finish_reason,
+                    **({} if node.entropy is None else {"entropy": node.entropy}),
                 }
                 for node in self.nodes
             ],
@@ -201,7 +230,9 @@ class SegmentTree:
         """
         tree = cls(d["prompt_ids"])
         for node in d["nodes"]:
-            tree.add(node["parent"], node["token_ids"], node["logprobs"], node["finish_reason"])
+            tree.add(
+                node["parent"], node["token_ids"], node["logprobs"], node["finish_reason"], node.get("entropy")
+            )
         if sorted(tree.leaves) != sorted(d["leaves"]):
             raise ValueError(f"Stored leaves {d['leaves']} are not the finished nodes {tree.leaves}.")
         tree.leaves = list(d["leaves"])

@@ -56,11 +56,6 @@ def check_arguments(args: TreePOConfig, tools: Any, rollout_func: Any, environme
                 f"`{name}` is not supported yet by `TreePOTrainer`: a tree's segments continue one model turn. "
                 "Leave it out, or use `GRPOTrainer`."
             )
-    if args.fallback_policy == "none":
-        raise ValueError(
-            "`fallback_policy='none'` can leave a tree with fewer than `num_generations` completions, which training "
-            "cannot use. Choose 'random', 'low_prob' or 'root'; 'none' is for offline sampling."
-        )
     sampling: Any = args.generation_kwargs or {}
     generation_kwargs = set(sampling)
     temperature = sampling.get("temperature", args.temperature)

@@ -48,6 +48,22 @@ class SegmentResult:
     """Entropy in nats of each token's distribution, if the engine was asked for it."""
 
 
+class SegmentEngineError(RuntimeError):
+    """
+    A request that an engine could not serve.
+
+    Args:
+        request_id (`int`):
+            Id of the request.
+        message (`str`):
+            What is wrong with it.
+    """
+
+    def __init__(self, request_id: int, message: str) -> None:
+        super().__init__(message)
+        self.request_id = request_id
+
+
 class SegmentEngine(Protocol):
     """
     Samples segments. Requests may finish in any order, and prefixes that requests share are computed once.
@@ -55,9 +71,27 @@ class SegmentEngine(Protocol):
     Attributes:
         context_length (`int` or `None`):
             Longest sequence (prompt and completion tokens) that the engine can hold; `None` without a limit.
+        num_cache_tokens (`int` or `None`):
+            Tokens whose keys and values the engine can keep, running requests included; `None` if unknown.
+        reports_entropies (`bool`):
+            Whether results carry entropies.
+        num_prompt_tokens (`int`), num_cached_tokens (`int`):
+            Tokens of the requests served so far, and how many of them did not have to be computed again.
     """
 
     context_length: int | None
+    num_cache_tokens: int | None
+    reports_entropies: bool
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+
+    @property
+    def num_cached_tokens(self) -> int: ...
+
+    def num_slots(self, length: int) -> int | None:
+        """Requests that run at once when the longest of them has `length` tokens; `None` without a limit."""
+        ...
 
     def submit(self, requests: list[SegmentRequest]) -> None:
         """Queue requests. Returns at once."""

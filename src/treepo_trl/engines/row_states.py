@@ -1,10 +1,11 @@
 """
 Keys and values for rows of different length: where the transformers engine keeps them and how attention reads them.
 
-[`Block`] keeps the states of a segment below those of its parent, [`SlotLayer`] lets the model write into a window of
-the engine's storage, and the attention function registered as `ROW_ATTENTION` reads it with a boolean mask.
+[`Block`] keeps the states of a segment below those of its parent, [`BlockCache`] bounds how many are kept,
+[`SlotLayer`] lets the model write into a window of the engine's storage, and the attention function registered as `ROW_ATTENTION` reads it with a boolean mask.
 """
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,10 @@ class Block:
     children: list["Block"] = field(default_factory=list["Block"])
     end: int = 0
     """Tokens from the beginning of the sequence up to the end of this block."""
+    last_used: int = 0
+    """Count of the cache at which the block was last looked up or added."""
+    is_kept: bool = False
+    """Whether the block is found from the cache's root."""
 
     def chain(self) -> Iterator["Block"]:
         """This block and its ancestors that hold tokens, last first."""
@@ -68,25 +73,76 @@ class Block:
             yield block
             block = block.parent
 
-    def find(self, token_ids: list[int], limit: int) -> "Block":
+
+class BlockCache:
+    """
+    The tree of blocks, with the least recently used leaves dropped when it holds too many tokens.
+
+    A request in flight keeps the blocks that it needs alive, dropped or not.
+
+    Args:
+        max_tokens (`int` or `None`):
+            Tokens to keep; `None` keeps all.
+    """
+
+    def __init__(self, max_tokens: int | None) -> None:
+        self.max_tokens = max_tokens
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop every block."""
+        self.root, self.num_tokens, self._count = Block([], None), 0, 0
+
+    def find(self, token_ids: list[int], limit: int) -> Block:
         """The last block whose tokens, from the beginning on, are those of `token_ids[:limit]`."""
-        block, position = self, 0
+        self._count += 1
+        block, position = self.root, 0
         while True:
             for child in block.children:
                 if child.end <= limit and token_ids[position : child.end] == child.token_ids:
                     block, position = child, child.end
+                    block.last_used = self._count
                     break
             else:
                 return block
 
-    def add_child(self, token_ids: list[int], states: torch.Tensor) -> tuple["Block", bool]:
-        """The child with these tokens and whether it is new."""
-        for child in self.children:
+    def keep(self, parent: Block, token_ids: list[int], states: torch.Tensor) -> Block:
+        """The block with these tokens below `parent`, which is added unless it is there."""
+        self._count += 1
+        for child in parent.children:
             if child.token_ids == token_ids:
-                return child, False
-        child = Block(token_ids, states, self, end=self.end + len(token_ids))
-        self.children.append(child)
-        return child, True
+                child.last_used = self._count
+                return child
+        child = Block(token_ids, states, parent, end=parent.end + len(token_ids), last_used=self._count)
+        for block in child.chain():  # ancestors too, in case they were dropped while a request held them
+            assert block.parent is not None, "the root is not part of a chain"
+            if block.is_kept:
+                break
+            block.parent.children.append(block)
+            block.is_kept, block.last_used = True, self._count
+            self.num_tokens += len(block.token_ids)
+        if self.max_tokens is not None and self.num_tokens > self.max_tokens:
+            self._drop(self.max_tokens * 3 // 4)  # a quarter at once, so that it is seldom
+        return child
+
+    def _drop(self, num_tokens: int) -> None:
+        """Drop leaves, the least recently used first, until at most `num_tokens` are kept."""
+        stack, leaves = [self.root], list[tuple[int, int, Block]]()
+        while stack:
+            block = stack.pop()
+            stack.extend(block.children)
+            if not block.children and block.parent is not None:
+                leaves.append((block.last_used, id(block), block))
+        heapq.heapify(leaves)
+        while self.num_tokens > num_tokens and leaves:
+            _, _, block = heapq.heappop(leaves)
+            parent = block.parent
+            assert parent is not None, "the root is no leaf"
+            parent.children.remove(block)
+            block.is_kept = False
+            self.num_tokens -= len(block.token_ids)
+            if not parent.children and parent.parent is not None:
+                heapq.heappush(leaves, (parent.last_used, id(parent), parent))
 
 
 class SlotLayer(CacheLayerMixin):

@@ -22,8 +22,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from .base import SamplingOptions, SegmentRequest, SegmentResult
-from .row_states import ROW_ATTENTION, Block, SlotLayer
+from .base import SamplingOptions, SegmentEngineError, SegmentRequest, SegmentResult
+from .row_states import ROW_ATTENTION, Block, BlockCache, SlotLayer
 
 
 def logits_processors(options: SamplingOptions) -> LogitsProcessorList:
@@ -51,6 +51,7 @@ class _Row:
     """Holds the states of every token of the request but the last."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
 
     @property
     def position(self) -> int:
@@ -77,8 +78,14 @@ class TransformersEngine:
             Rows times longest row of the running batch; further requests wait. Bounds the memory of the batch.
             Default: what fits into a fifth of the CUDA card's memory, or into 4 GiB elsewhere.
         max_cached_tokens (`int`, *optional*):
-            Tokens whose keys and values are kept for later requests; the same default. When it is exceeded everything
-            kept is dropped, and what is needed again is computed again.
+            Tokens whose keys and values are kept for later requests; the same default. When it is exceeded, those that
+            were used longest ago are dropped; what is needed again is computed again.
+        with_entropies (`bool`, *optional*, defaults to `False`):
+            Whether results carry the entropy of each token's distribution.
+
+    Attributes:
+        num_prefilled_tokens (`int`):
+            Prompt and path tokens computed so far; requests with the same prefix count once.
 
     Raises:
         ValueError: if the model's attention cannot serve rows of their own length.
@@ -91,6 +98,7 @@ class TransformersEngine:
         options: SamplingOptions | None = None,
         max_batch_tokens: int | None = None,
         max_cached_tokens: int | None = None,
+        with_entropies: bool = False,
     ) -> None:
         config = model.config.get_text_config()
         _check_attention(model)
@@ -99,19 +107,21 @@ class TransformersEngine:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.options = options or SamplingOptions()
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        self.reports_entropies = with_entropies
+        self.num_prompt_tokens = 0
         self.num_prefilled_tokens = 0
-        """Prompt and path tokens computed so far; requests with the same prefix count once."""
+        self._vocab_size = config.vocab_size
         self._num_layers = config.num_hidden_layers
         self._num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         affordable = self._affordable_tokens()
         self.max_batch_tokens = affordable if max_batch_tokens is None else max_batch_tokens
-        self.max_cached_tokens = affordable if max_cached_tokens is None else max_cached_tokens
+        self.num_cache_tokens: int | None = affordable if max_cached_tokens is None else max_cached_tokens
         self._processors = logits_processors(self.options)
         self._pending: list[SegmentRequest] = []
         self._rows: list[_Row] = []
         self._storage: torch.Tensor | None = None
-        self._root, self._num_cached = Block([], None), 0
+        self._blocks = BlockCache(self.num_cache_tokens)
         self._weights_version = self._read_weights_version()
 
     def _affordable_tokens(self) -> int:
@@ -120,8 +130,29 @@ class TransformersEngine:
         memory = torch.cuda.get_device_properties(device).total_memory // 5 if device.type == "cuda" else 2**32
         return memory // bytes_per_token
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of requests that were not computed again."""
+        return self.num_prompt_tokens - self.num_prefilled_tokens
+
+    def num_slots(self, length: int) -> int | None:
+        """Rows of the batch that the token budget allows when the longest has `length` tokens."""
+        return max(self.max_batch_tokens // length, 1) if length else None
+
     def submit(self, requests: list[SegmentRequest]) -> None:
-        """Queue requests. Returns at once."""
+        """
+        Queue requests. Returns at once.
+
+        Raises:
+            SegmentEngineError: for a request with a token that the model does not have.
+        """
+        for request in requests:
+            if not 0 <= min(request.token_ids) <= max(request.token_ids) < self._vocab_size:
+                raise SegmentEngineError(
+                    request.request_id,
+                    f"A request holds token ids outside of the model's vocabulary of {self._vocab_size}: the "
+                    "tokenizer does not belong to the model.",
+                )
         self._pending.extend(requests)
 
     @torch.no_grad()
@@ -153,7 +184,8 @@ class TransformersEngine:
 
     def reset_prefix_cache(self) -> None:
         """Forget all keys and values, and free their memory. Needed after a change of the weights."""
-        self._root, self._num_cached, self._storage = Block([], None), 0, self._storage if self._rows else None
+        self._blocks.clear()
+        self._storage = self._storage if self._rows else None
 
     def _read_weights_version(self) -> int:
         # In-place updates, such as an optimizer's, count up; a forgotten reset cannot leave stale states behind.
@@ -177,6 +209,8 @@ class TransformersEngine:
         requests, self._pending = self._pending[:admitted], self._pending[admitted:]
         if not requests:
             return
+        # The last token of a request is fed while decoding, so it is never computed again.
+        self.num_prompt_tokens += sum(len(request.token_ids) - 1 for request in requests)
         blocks = self._prefill(requests, length)
         first = len(self._rows)
         storage = self._reserve(first + len(requests), length)
@@ -193,7 +227,7 @@ class TransformersEngine:
         keys = []
         for request in requests:
             limit = len(request.token_ids) - 1
-            block = self._root.find(request.token_ids, limit)
+            block = self._blocks.find(request.token_ids, limit)
             key = tuple(request.token_ids[:-1])
             keys.append((key, block))
             if block.end < limit:
@@ -229,15 +263,8 @@ class TransformersEngine:
         self._forward(slice(first, first + len(batch)), input_ids.to(device), positions.to(device), logits=False)
         for i, (key, block, tokens) in enumerate(batch):
             states = storage[:, :, first + i, :, block.end : block.end + len(tokens)].clone()
-            done[key] = self._keep(block, tokens, states)
+            done[key] = self._blocks.keep(block, tokens, states)
             self.num_prefilled_tokens += len(tokens)
-
-    def _keep(self, parent: Block, token_ids: list[int], states: torch.Tensor) -> Block:
-        block, is_new = parent.add_child(token_ids, states)
-        self._num_cached += len(token_ids) if is_new else 0
-        if self._num_cached > self.max_cached_tokens:
-            self._root, self._num_cached = Block([], None), 0  # rows in flight keep the blocks that they need
-        return block
 
     # Storage
 
@@ -289,15 +316,19 @@ class TransformersEngine:
         positions = torch.tensor([[row.position] for row in self._rows], device=device)
         logits = self._forward(slice(0, len(self._rows)), input_ids, positions, logits=True)
         assert logits is not None, "asked for"
-        token_ids, logprobs = self._draw(logits)
+        token_ids, logprobs, entropies = self._draw(logits)
         results, finished = [], []
         for slot, (row, token, logprob) in enumerate(zip(self._rows, token_ids, logprobs, strict=True)):
             row.token_ids.append(token)
             row.logprobs.append(logprob)
+            if entropies is not None:
+                row.entropies.append(entropies[slot])
             is_eos = token in self.eos_token_ids
             if is_eos or len(row.token_ids) == row.request.max_tokens:
                 reason = "stop" if is_eos else "length"
-                results.append(SegmentResult(row.request.request_id, row.token_ids, row.logprobs, reason))
+                results.append(
+                    SegmentResult(row.request.request_id, row.token_ids, row.logprobs, reason, row.entropies or None)
+                )
                 finished.append(slot)
                 if not is_eos:
                     self._keep_row(slot)
@@ -305,7 +336,8 @@ class TransformersEngine:
             self._free(slot)
         return results
 
-    def _draw(self, logits: torch.Tensor) -> tuple[list[int], list[float]]:
+    def _draw(self, logits: torch.Tensor) -> tuple[list[int], list[float], list[float] | None]:
+        """A token for each row of logits, its log-probability, and the entropy of its distribution if asked for."""
         if self._processors:
             history = [row.request.token_ids + row.token_ids for row in self._rows]
             longest = max(map(len, history))
@@ -320,7 +352,8 @@ class TransformersEngine:
             )
         greedy = self.options.temperature == 0.0
         tokens = logprobs.argmax(-1, keepdim=True) if greedy else _sample(logprobs.exp())
-        return tokens[:, 0].tolist(), logprobs.gather(1, tokens)[:, 0].tolist()
+        entropies = torch.special.entr(logprobs.exp()).sum(-1).tolist() if self.reports_entropies else None
+        return tokens[:, 0].tolist(), logprobs.gather(1, tokens)[:, 0].tolist(), entropies
 
     def _keep_row(self, slot: int) -> None:
         """Store a finished segment's states for its children: everything but the last token, which was never fed."""
@@ -329,7 +362,7 @@ class TransformersEngine:
         start, end = row.block.end, row.position
         token_ids = (row.request.token_ids + row.token_ids)[start:end]
         states = self._storage[:, :, slot, :, start:end].clone()
-        self._keep(row.block, token_ids, states)
+        self._blocks.keep(row.block, token_ids, states)
 
     def _free(self, slot: int) -> None:
         """Remove a row; the last row takes its place."""
