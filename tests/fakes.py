@@ -86,7 +86,9 @@ class FakeEngine:
             tokens.append(self.draw(request.token_ids + tokens, rng))
         logprobs = [-rng.random() for _ in tokens]
         entropies = [3 * rng.random() for _ in tokens] if self.reports_entropies else None
-        return SegmentResult(request.request_id, tokens, logprobs, "stop" if tokens[-1] == EOS else "length", entropies)
+        return SegmentResult(
+            request.request_id, tokens, logprobs, "stop" if tokens[-1] == EOS else "length", entropies
+        )
 
 
 def memoryless(stop_probability: float, vocabulary: int = 50) -> Callable[[list[int], random.Random], int]:

@@ -58,8 +58,8 @@ totals = []
 sample = trainer.sampler.sample
 
 
-def recording_sample(prompts, seed):
-    trees = sample(prompts, seed)
+def recording_sample(prompts, seed, **kwargs):
+    trees = sample(prompts, seed, **kwargs)
     totals.append([sum(t.num_leaf_tokens for t in trees), sum(t.num_unique_tokens for t in trees), len(trees), seed])
     return trees
 
@@ -107,7 +107,7 @@ class ReplayTrainer(TreePOTrainer):
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         if self.model.training:
             trees = self.recorded.pop(0)
-            self.sampler.sample = lambda prompts, seed: trees
+            self.sampler.sample = lambda prompts, seed, **_: trees
         return super()._generate_single_turn(*args, **kwargs)
 
 

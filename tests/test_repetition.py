@@ -258,8 +258,11 @@ MISSES = {
     "names change",
     "typos in a loop",
     "moods",
-    # Cut by the length cap when its loop had gone on for fewer than 1024 characters.
+    # Cut by the length cap before the loop had gone on for 1024 characters; digits and Chinese have few per token.
     "greedy: Find all integers n such that n^2 + 1 divides n^3 + 7.",
+    "greedy: Solve x^3 - 6x^2 + 11x - 6 = 0.",
+    "greedy: What is the largest number that you know?",
+    "greedy: 请解释勾股定理。",
 }
 
 
@@ -271,10 +274,10 @@ def test_there_are_enough_labelled_strings() -> None:
 
 
 def test_false_positives_are_the_known_ones() -> None:
-    # 1.6 % of the strings without a loop. Each is tried at all its beginnings.
+    # 3 of 190 strings without a loop, 1.6 %. Each is tried at all its beginnings.
     assert {row.name for row in LABELLED if not row.is_loop and fires_on_the_way(row.text)} <= FALSE_POSITIVES
 
 
 def test_misses_are_the_known_ones() -> None:
-    # 13.8 % of the loops.
+    # 16 of 106 loops, 15.1 %.
     assert {row.name for row in LABELLED if row.is_loop and not is_repetitive(row.text)} <= MISSES

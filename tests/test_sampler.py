@@ -12,7 +12,7 @@ from fakes import EOS, FakeEngine, RecordingEngine, ScriptedEngine, endless, mem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treepo_trl.engines import SegmentEngineError, SegmentRequest, SegmentResult
+from treepo_trl.engines import SegmentRequest, SegmentResult
 from treepo_trl.sampler import TreeSampler
 from treepo_trl.sampling_config import TreeSamplingConfig
 from treepo_trl.tree import SegmentTree
@@ -181,7 +181,9 @@ def test_same_seed_gives_the_same_trees_whatever_the_order_of_arrival_and_the_nu
 
 @settings(deadline=None, max_examples=60)
 @given(configs(), stop_probabilities, st.integers(1, 4))
-def test_without_fallback_a_tree_may_lack_leaves_but_ends(config: TreeSamplingConfig, stop: float, num_prompts: int) -> None:
+def test_without_fallback_a_tree_may_lack_leaves_but_ends(
+    config: TreeSamplingConfig, stop: float, num_prompts: int
+) -> None:
     config.fallback_policy = "none"
     sampler = TreeSampler(FakeEngine(memoryless(stop), reports_entropies=True), config, [EOS])
     for tree in sampler.sample(prompts_of(num_prompts), seed=0):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treepo_trl.stopping import find_eos, find_match_end, is_repetitive, join_text, text_change, tokens_until
+from treepo_trl.stopping import find_eos, find_match_end, join_text, text_change, tokens_until
 
 
 # EOS

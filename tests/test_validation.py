@@ -127,8 +127,6 @@ def test_vllm_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validation, "is_vllm_available", lambda: True)
     with pytest.raises(ValueError, match=r"`vllm_structured_outputs_regex` is not supported.*Leave it out"):
         make_trainer(tmp_path, make_config(tmp_path, use_vllm=True, vllm_structured_outputs_regex="a+"))
-    with pytest.raises(ValueError, match=r"`vllm_tensor_parallel_size` is 2; .*Set it to 1"):
-        make_trainer(tmp_path, make_config(tmp_path, use_vllm=True, vllm_tensor_parallel_size=2))
 
 
 # Datasets

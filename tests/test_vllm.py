@@ -148,7 +148,7 @@ def test_results_arrive_in_bursts(small_llm: Any) -> None:
     from treepo_trl.engines.vllm import VLLMEngine
 
     engine = VLLMEngine(small_llm, [])
-    engine.submit([SegmentRequest(i, [1, 4093 + i], length) for i, length in enumerate((1, 3, 40))])
+    engine.submit([SegmentRequest(i, [1, 4093 + i], length) for i, length in enumerate((1, 3, 160))])
     first = engine.collect()  # the short ones together, without waiting for the long one
     assert sorted(result.request_id for result in first) == [0, 1]
     assert [result.request_id for result in engine.collect()] == [2]

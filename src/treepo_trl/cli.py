@@ -1,19 +1,18 @@
-"""The command line: `treepo-trl train`."""
+"""The command line: `treepo-trl train` and `treepo-trl sample`."""
 
 import argparse
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from trl.scripts.grpo import GRPOScriptArguments
 
 from . import __version__
-
-
-_DATA_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+from .data import load_named_dataset
 
 
 @dataclass
@@ -79,29 +78,18 @@ def load_train_and_test(script_args: TreePOScriptArguments, dataset_args: Any) -
     Raises:
         ValueError: if no dataset is given, or the file's kind is unknown.
     """
-    from datasets import DatasetDict, load_dataset, load_from_disk
     from trl import get_dataset
 
-    name = script_args.dataset_name
     if dataset_args.datasets:
         return get_dataset(dataset_args)
-    if not name:
+    if not script_args.dataset_name:
         raise ValueError("No dataset: give `--dataset_name` (hub id, file or folder) or `datasets` in the config.")
-    path = Path(name)
-    if path.suffix in _DATA_BUILDERS and not path.is_file():
-        raise ValueError(f"`--dataset_name {name}` looks like a file, but there is none at {path.absolute()}.")
-    if path.is_file():
-        builder = _DATA_BUILDERS.get(path.suffix)
-        if builder is None:
-            raise ValueError(
-                f"`--dataset_name {name}` ends in {path.suffix!r}; known are {', '.join(_DATA_BUILDERS)}."
-            )
-        split = script_args.dataset_train_split
-        return load_dataset(builder, data_files={split: name}, streaming=script_args.dataset_streaming)
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = load_from_disk(name)
-        return saved if isinstance(saved, DatasetDict) else DatasetDict({script_args.dataset_train_split: saved})
-    return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+    return load_named_dataset(
+        script_args.dataset_name,
+        script_args.dataset_config,
+        script_args.dataset_train_split,
+        script_args.dataset_streaming,
+    )
 
 
 def train(script_args: TreePOScriptArguments, training_args: Any, model_args: Any, dataset_args: Any) -> None:
@@ -110,8 +98,13 @@ def train(script_args: TreePOScriptArguments, training_args: Any, model_args: An
 
     from .treepo_trainer import TreePOTrainer
 
-    reward_funcs = load_reward_funcs(script_args)
-    dataset = load_train_and_test(script_args, dataset_args)
+    with user_errors():
+        reward_funcs = load_reward_funcs(script_args)
+        dataset = load_train_and_test(script_args, dataset_args)
+        train_dataset = _split(dataset, script_args.dataset_train_split, "--dataset_train_split")
+        eval_dataset = None
+        if training_args.eval_strategy != "no":
+            eval_dataset = _split(dataset, script_args.dataset_test_split, "--dataset_test_split")
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -123,10 +116,8 @@ def train(script_args: TreePOScriptArguments, training_args: Any, model_args: An
         model=model_args.model_name_or_path,
         reward_funcs=reward_funcs,
         args=training_args,
-        train_dataset=_split(dataset, script_args.dataset_train_split, "--dataset_train_split"),
-        eval_dataset=_split(dataset, script_args.dataset_test_split, "--dataset_test_split")
-        if training_args.eval_strategy != "no"
-        else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
@@ -153,20 +144,43 @@ def make_parser(prog: str | None = None) -> Any:
     return TrlParser(dataclass_types, prog=prog)
 
 
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn what a user can set right into one line instead of a traceback, while arguments and data are read."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise SystemExit(f"treepo-trl: error: {error}") from error
+
+
+_USAGE = """usage: treepo-trl {train,sample} [--config FILE] [options]
+
+commands:
+  train    fine-tune a model with TreePOTrainer
+  sample   sample trees of completions without training
+
+`treepo-trl COMMAND --help` lists a command's options."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `treepo-trl`."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="treepo-trl", description="TreePO for TRL.", add_help=False)
-    parser.add_argument("command", nargs="?", choices=["train"])
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: treepo-trl train [--config FILE] [options]\n\n`treepo-trl train --help` lists the options.")
+        print(_USAGE)
         return
     if argv[0] == "--version":
         print(f"treepo-trl {__version__}")
         return
+    parser = argparse.ArgumentParser(prog="treepo-trl", usage=_USAGE.partition("\n")[0].removeprefix("usage: "))
+    parser.add_argument("command", choices=["train", "sample"])
     command = parser.parse_args(argv[:1]).command
-    assert command == "train", "the only choice"
-    arguments = make_parser(prog="treepo-trl train").parse_args_and_config(argv[1:], fail_with_unknown_args=True)
+    if command == "sample":
+        from .sample_command import main as sample
+
+        sample(argv[1:], user_errors)
+        return
+    with user_errors():
+        arguments = make_parser(prog="treepo-trl train").parse_args_and_config(argv[1:], fail_with_unknown_args=True)
     train(*arguments)
 
 

@@ -1,7 +1,8 @@
 """
 One tree under construction: which segments it asks for next, and what becomes of those that arrive.
 
-Algorithm 1 of [TreePO](https://huggingface.co/papers/2508.17445) for a single prompt. Knows no engine and no other tree.
+Algorithm 1 of [TreePO](https://huggingface.co/papers/2508.17445) for a single prompt. Knows no engine and no other
+tree.
 """
 
 import math
@@ -110,7 +111,9 @@ class GrowingTree:
         num_leaves = len(tree.leaves)
         parent_texts: dict[int | None, str] = {}
         if self.rules.needs_text:
-            parent_texts = {parent: join_text(map(self._texts.__getitem__, tree.path(parent))) for parent in self.level}
+            parent_texts = {
+                parent: join_text(map(self._texts.__getitem__, tree.path(parent))) for parent in self.level
+            }
         nodes = [
             self._store(parent, self._results[i], parent_texts.get(parent, "")) for i, parent in enumerate(self.level)
         ]

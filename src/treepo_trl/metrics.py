@@ -10,16 +10,26 @@ from .sampler import SamplingStats
 from .tree import FinishReason, SegmentTree
 
 
-def tree_totals(trees: list[SegmentTree], stats: SamplingStats) -> dict[str, float]:
-    """Sums over the trees of one process; sums of several processes add up."""
+def tree_totals(trees: list[SegmentTree], stats: SamplingStats, processes_per_engine: int = 1) -> dict[str, float]:
+    """
+    Sums over the trees of one process; sums of several processes add up.
+
+    Args:
+        trees (`list[SegmentTree]`):
+            Trees of the process.
+        stats ([`SamplingStats`]):
+            Statistics of the call that sampled them.
+        processes_per_engine (`int`):
+            Processes that share an engine by tensor parallelism: `stats` counts the trees of all of them.
+    """
     reasons = Counter(tree.nodes[leaf].finish_reason for tree in trees for leaf in tree.leaves)
     subgroup_sizes = [size for tree in trees for size in _subgroup_sizes(tree)]
     return {
         "leaves": sum(len(tree.leaves) for tree in trees),
         "depth": sum(tree.nodes[leaf].depth + 1 for tree in trees for leaf in tree.leaves),
         **{f"finish_{reason}": reasons[reason] for reason in get_args(FinishReason)},
-        "fallback_leaves": stats.num_fallback_leaves,
-        "decoded_tokens": stats.num_decoded_tokens,
+        "fallback_leaves": stats.num_fallback_leaves / processes_per_engine,
+        "decoded_tokens": stats.num_decoded_tokens / processes_per_engine,
         "unique_tokens": sum(tree.num_unique_tokens for tree in trees),
         "leaf_tokens": sum(tree.num_leaf_tokens for tree in trees),
         "subgroups": len(subgroup_sizes),

@@ -1,9 +1,9 @@
 """
 Grow the trees of many prompts over one engine: Algorithm 1 of [TreePO](https://huggingface.co/papers/2508.17445).
 
-The levels of one tree wait for each other, trees never do: a tree's next level is ready as soon as its own last segment
-has arrived. The engine's slots are filled with the oldest trees first, so that trees finish and free their part of its
-cache. Knows no model and no trainer.
+The levels of one tree wait for each other, trees never do: a tree's next level is ready as soon as its own last
+segment has arrived. The engine's slots are filled with the oldest trees first, so that trees finish and free their
+part of its cache. Knows no model and no trainer.
 """
 
 import heapq
@@ -190,6 +190,11 @@ class TreeSampler:
         self.stats.seconds = time.perf_counter() - started
         return [grown.tree for grown in run.trees]
 
+    def check(self, prompts: list[list[int]]) -> None:
+        """Raise the `ValueError` that `sample` would raise for these prompts, without sampling."""
+        for index, prompt in enumerate(prompts):
+            self._max_length(prompt, index)
+
     def _max_length(self, prompt: list[int], index: int) -> int:
         """Longest completion of a prompt, or an error if there is no room for one."""
         if not prompt:
@@ -314,4 +319,6 @@ class TreeSampler:
             text = None if self.decode is None else self.decode(prompt[-64:])
         except Exception:  # the decoder may be what failed
             text = None
-        error.add_note(f"{note}; prompt {indices[0]} has {len(prompt)} tokens" + (f" and ends in {text!r}" if text else ""))
+        error.add_note(
+            f"{note}; prompt {indices[0]} has {len(prompt)} tokens" + (f" and ends in {text!r}" if text else "")
+        )

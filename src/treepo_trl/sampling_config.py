@@ -112,8 +112,8 @@ class TreeSamplingConfig:
     expected_completion_length: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens over which `spread` opens the branches. Default: the last batch's mean length in training, "
-            "else max_completion_length."
+            "help": "Tokens over which `spread` opens the branches. Default: the last batch's mean in training, else "
+            "max_completion_length."
         },
     )
     fallback_policy: FallbackPolicy = field(
@@ -200,8 +200,10 @@ class TreeSamplingConfig:
 
     def _check_temperatures(self) -> None:
         for name in ("branching_temperature", "branching_temperature_end"):
-            value = getattr(self, name)
-            if not (value is None and name.endswith("_end")) and not value > 0:
+            value: float | None = getattr(self, name)
+            if value is None and name == "branching_temperature_end":
+                continue
+            if value is None or not value > 0:
                 raise ValueError(
                     f"`{name}` is {value}; it must be positive. A large value splits the branches evenly."
                 )

@@ -193,6 +193,12 @@ class SegmentTree:
             shares[i] = (1.0 if node.parent is None else shares[node.parent]) / len(siblings)
         return [shares[leaf] for leaf in self.leaves]
 
+    def mean_length(self) -> float:
+        """Mean completion tokens of a leaf under `leaf_weights`: that of independent samples, up to fallback."""
+        return sum(
+            weight * self.nodes[leaf].end for weight, leaf in zip(self.leaf_weights(), self.leaves, strict=True)
+        )
+
     @property
     def num_unique_tokens(self) -> int:
         """Completion tokens of the tree, each node counted once."""
@@ -230,9 +236,7 @@ class SegmentTree:
         """
         tree = cls(d["prompt_ids"])
         for node in d["nodes"]:
-            tree.add(
-                node["parent"], node["token_ids"], node["logprobs"], node["finish_reason"], node.get("entropy")
-            )
+            tree.add(node["parent"], node["token_ids"], node["logprobs"], node["finish_reason"], node.get("entropy"))
         if sorted(tree.leaves) != sorted(d["leaves"]):
             raise ValueError(f"Stored leaves {d['leaves']} are not the finished nodes {tree.leaves}.")
         tree.leaves = list(d["leaves"])

@@ -7,6 +7,7 @@ The only file that overrides private methods of TRL (1.16): `_generate_single_tu
 """
 
 import json
+import math
 import os
 import textwrap
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from .sampler import TreeSampler
 from .tree import SegmentTree
 from .treepo_config import TreePOConfig
 from .validation import check_arguments, check_datasets
-from .weight_sync import AdapterVLLMGeneration, awake, check_adapter, replaced
+from .weight_sync import AdapterVLLMGeneration, awake, check_adapter, gather_prompts, replaced, same_draws
 
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ class TreePOTrainer(GRPOTrainer):
     group advantages become tree segment advantages, and shared prefixes are forwarded once per unique token.
     Evaluation samples plain independent completions. Everything else, arguments included, is GRPOTrainer's.
 
-    Not supported yet, with an error at construction: tools, environments, `rollout_func`, image prompts, vLLM server
-    mode and tensor parallel vLLM.
+    Not supported yet, with an error at construction: tools, environments, `rollout_func`, image prompts and vLLM
+    server mode.
 
     Example:
 
@@ -157,11 +158,14 @@ class TreePOTrainer(GRPOTrainer):
         self._trees: list[SegmentTree] = []
         self._rewards_per_func: torch.Tensor | None = None
         self._sampled_at = (-1, 0)  # global step of the last sampling and how many it has seen
+        self._expected_length: int | None = None  # mean completion of the last sampling, in tokens
+        self._processes_per_engine = args.vllm_tensor_parallel_size if args.use_vllm else 1
         self._packed_forward = self._build_packed_forward()
 
     # Sampling
 
     def _build_engine(self) -> Any:
+        with_entropies = self.args.branching_policy == "entropy"
         if self.use_vllm:
             from .engines.vllm import VLLMEngine
 
@@ -170,11 +174,15 @@ class TreePOTrainer(GRPOTrainer):
                 self.eos_token_ids,
                 self._sampling_options(),
                 self._generation_kwargs(),
+                with_entropies=with_entropies,
             )
         from .engines.transformers import TransformersEngine
 
         return TransformersEngine(
-            self.accelerator.unwrap_model(self.model), self.eos_token_ids, self._sampling_options()
+            self.accelerator.unwrap_model(self.model),
+            self.eos_token_ids,
+            self._sampling_options(),
+            with_entropies=with_entropies,
         )
 
     def _sampling_options(self) -> SamplingOptions:
@@ -207,11 +215,7 @@ class TreePOTrainer(GRPOTrainer):
         prompts = prompt_ids[::num_generations]
         if any(ids != prompts[i // num_generations] for i, ids in enumerate(prompt_ids)):
             raise RuntimeError("A group of `num_generations` rows holds different prompts: a tree has only one.")
-        step, count = self._sampled_at
-        self._sampled_at = (self.state.global_step, count + 1 if step == self.state.global_step else 0)
-        seed = f"{self.args.seed}/{self.state.global_step}/{self._sampled_at[1]}/{self.accelerator.process_index}"
-        with self._engine_ready():
-            self._trees = self.sampler.sample(prompts, seed)
+        self._sample(prompts)
         self._log_tree_metrics()
         leaves = [(tree, leaf) for tree in self._trees for leaf in tree.depth_first_leaves()]
         completion_ids = [tree.completion_ids(leaf) for tree, leaf in leaves]
@@ -219,17 +223,37 @@ class TreePOTrainer(GRPOTrainer):
         logprobs = [tree.logprobs(leaf) for tree, leaf in leaves] if self.use_vllm else None
         return completion_ids, logprobs
 
-    def _engine_ready(self) -> Any:
+    def _sample(self, prompts: list[list[int]]) -> None:
+        """Sample the trees of this process's prompts; of all its prompts where a group of processes has one engine."""
+        step, count = self._sampled_at
+        self._sampled_at = (self.state.global_step, count + 1 if step == self.state.global_step else 0)
+        group = self.accelerator.process_index // self._processes_per_engine
+        seed = f"{self.args.seed}/{self.state.global_step}/{self._sampled_at[1]}/{group}"
+        own = slice(0, len(prompts))
+        if self.use_vllm:
+            prompts, own = gather_prompts(self.vllm_generation, prompts)
+        with self._engine_ready(seed):
+            trees = self.sampler.sample(
+                prompts,
+                seed,
+                progress=self.state.global_step / max(self.state.max_steps, 1),
+                expected_length=self._expected_length,
+            )
+        self._expected_length = math.ceil(sum(tree.mean_length() for tree in trees) / len(trees))
+        self._trees = trees[own]
+
+    def _engine_ready(self, seed: str) -> Any:
         """Context in which the engine samples from the current policy."""
-        return self._vllm_ready() if self.use_vllm else self._transformers_ready()
+        return self._vllm_ready(seed) if self.use_vllm else self._transformers_ready()
 
     @contextmanager
-    def _vllm_ready(self) -> Iterator[None]:
+    def _vllm_ready(self, seed: str) -> Iterator[None]:
         if self.state.global_step != self._last_loaded_step:
             with profiling_context(self, "sync_weights"):
                 self.vllm_generation.sync_weights()
             self._last_loaded_step = self.state.global_step
-        with awake(self.vllm_generation), profiling_context(self, "vLLM.generate"):
+        generation = self.vllm_generation
+        with awake(generation), same_draws(generation, seed), profiling_context(self, "vLLM.generate"):
             if isinstance(self.vllm_generation, AdapterVLLMGeneration):
                 self._engine.lora_request = self.vllm_generation.llm.lora_request
             yield
@@ -393,7 +417,7 @@ class TreePOTrainer(GRPOTrainer):
     # Logs
 
     def _log_tree_metrics(self) -> None:
-        totals = tree_totals(self._trees, self.sampler.stats)
+        totals = tree_totals(self._trees, self.sampler.stats, self._processes_per_engine)
         totals = reduce_totals(totals, self.accelerator.gather, self.accelerator.device)
         for name, value in tree_metrics(totals).items():
             self._metrics["train"][name].append(value)

@@ -86,11 +86,6 @@ def check_arguments(args: TreePOConfig, tools: Any, rollout_func: Any, environme
             "`vllm_structured_outputs_regex` is not supported: it would have to match each segment by itself. Leave "
             "it out."
         )
-    if args.vllm_tensor_parallel_size != 1:
-        raise ValueError(
-            f"`vllm_tensor_parallel_size` is {args.vllm_tensor_parallel_size}; `TreePOTrainer` supports 1 so far. "
-            "Set it to 1: each process then has an engine of its own."
-        )
 
 
 def check_datasets(*datasets: Any) -> None:

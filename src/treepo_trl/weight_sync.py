@@ -7,15 +7,21 @@ is built with LoRA enabled on the same base, and the adapter's files travel thro
 """
 
 import os
+import random
 import shutil
 import tempfile
 import weakref
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
+import numpy as np
+import torch
+from accelerate.utils import is_peft_model
+from transformers import set_seed
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache
 
@@ -156,12 +162,56 @@ def _memory_backed_directory() -> str:
 
 
 @contextmanager
+def same_draws(generation: VLLMGeneration, seed: str) -> Iterator[None]:
+    """
+    Give the ranks that share an engine by tensor parallelism the same random numbers for a block.
+
+    Each of these ranks draws its tokens itself, from the process's generators; a reward function or dropout that drew
+    on one rank alone would make their samples differ, and the engine's collective calls hang. Does nothing without
+    tensor parallelism.
+    """
+    if generation.tensor_parallel_size == 1:
+        yield
+        return
+    before = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        set_seed(zlib.crc32(seed.encode()))
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
+def gather_prompts(generation: VLLMGeneration, prompts: list[list[int]]) -> tuple[list[list[int]], slice]:
+    """
+    Prompts of all ranks that share an engine by tensor parallelism, in order of rank, and where this rank's own are.
+
+    Every rank of the group must submit the same requests in the same order.
+    """
+    if generation.tensor_parallel_size == 1:
+        return prompts, slice(0, len(prompts))
+    group: Any = generation.tp_group
+    gathered: list[Any] = [None] * generation.tensor_parallel_size
+    torch.distributed.all_gather_object(gathered, prompts, group=group)
+    rank = torch.distributed.get_rank(group=group)
+    start = sum(len(part) for part in gathered[:rank])
+    return [prompt for part in gathered for prompt in part], slice(start, start + len(prompts))
+
+
+@contextmanager
 def awake(generation: VLLMGeneration) -> Iterator[None]:
     """Wake a sleeping engine for a block that drives it without `generate`, as `generate` itself does."""
     if generation.enable_sleep_mode:
         if generation._llm_weights_sleeping:
             generation.sync_weights()
         generation.llm.wake_up(tags=["kv_cache"])
+    if generation.tensor_parallel_size > 1 and is_peft_model(generation.model):
+        # As in TRL's `generate`: vLLM's collective calls must not overlap those of the synchronization.
+        accelerator = generation.accelerator
+        on_cuda = accelerator.device.type == "cuda"
+        torch.distributed.barrier(device_ids=[accelerator.local_process_index] if on_cuda else None)
     try:
         yield
     finally:

@@ -104,3 +104,7 @@ class SegmentEngine(Protocol):
     def abort(self) -> None:
         """Drop everything that is queued or running, so that the engine can be used again after an error."""
         ...
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all keys and values. Needed after a change of the weights."""
+        ...

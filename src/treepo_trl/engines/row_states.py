@@ -2,7 +2,8 @@
 Keys and values for rows of different length: where the transformers engine keeps them and how attention reads them.
 
 [`Block`] keeps the states of a segment below those of its parent, [`BlockCache`] bounds how many are kept,
-[`SlotLayer`] lets the model write into a window of the engine's storage, and the attention function registered as `ROW_ATTENTION` reads it with a boolean mask.
+[`SlotLayer`] lets the model write into a window of the engine's storage, and the attention function registered as
+`ROW_ATTENTION` reads it with a boolean mask.
 """
 
 import heapq

@@ -8,14 +8,17 @@ than it wins.
 
 from typing import TYPE_CHECKING, Any
 
-from .base import SamplingOptions, SegmentRequest, SegmentResult
+import numpy as np
+
+from .base import SamplingOptions, SegmentEngineError, SegmentRequest, SegmentResult
 
 
 if TYPE_CHECKING:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
-_STEPS_PER_BURST = 16
+_STEPS_PER_BURST = 16  # at most; a sixteenth of a segment where segments are short
+_NUM_TOP_LOGPROBS = 20  # vLLM's default limit
 
 
 class VLLMEngine:
@@ -34,10 +37,8 @@ class VLLMEngine:
             Further fields of [`vllm.SamplingParams`]; they win over `options`.
         lora_request ([`vllm.lora.request.LoRARequest`], *optional*):
             Adapter to sample with.
-
-    Attributes:
-        num_prompt_tokens (`int`), num_cached_tokens (`int`):
-            Tokens of the requests so far, and how many of them came from the prefix cache.
+        with_entropies (`bool`, *optional*, defaults to `False`):
+            Whether results carry the entropy of each token's distribution, from vLLM's 20 largest log-probabilities.
     """
 
     def __init__(
@@ -47,20 +48,38 @@ class VLLMEngine:
         options: SamplingOptions | None = None,
         generation_kwargs: dict[str, Any] | None = None,
         lora_request: "LoRARequest | None" = None,
+        with_entropies: bool = False,
     ) -> None:
         self.llm = llm
         self.eos_token_ids = frozenset(eos_token_ids)
         self.options = options or SamplingOptions()
         self.generation_kwargs = generation_kwargs or {}
         self.lora_request = lora_request
-        self.context_length: int | None = llm.llm_engine.vllm_config.model_config.max_model_len
+        self.reports_entropies = with_entropies
+        config = llm.llm_engine.vllm_config
+        self.context_length: int | None = config.model_config.max_model_len
+        num_blocks, block_size = config.cache_config.num_gpu_blocks, config.cache_config.block_size
+        self.num_cache_tokens: int | None = num_blocks * block_size if num_blocks and block_size else None
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
-        self._in_flight: set[str] = set()
-        self._steps = 0
+        self._max_num_seqs: int = config.scheduler_config.max_num_seqs
+        self._in_flight: dict[str, int] = {}  # vLLM's request id -> longest segment
+
+    def num_slots(self, length: int) -> int | None:
+        """
+        Requests that vLLM runs at once, whatever their length.
+
+        A queue behind them would keep slots full within a burst, at the price of a prefill in almost every step.
+        """
+        return self._max_num_seqs
 
     def submit(self, requests: list[SegmentRequest]) -> None:
-        """Queue requests. Returns at once."""
+        """
+        Queue requests. Returns at once.
+
+        Raises:
+            SegmentEngineError: for a request that vLLM refuses.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -72,7 +91,8 @@ class VLLMEngine:
                 "top_k": options.top_k,
                 "min_p": options.min_p or 0.0,
                 "repetition_penalty": options.repetition_penalty,
-                "logprobs": 0,  # the sampled token's alone
+                # 0 is the sampled token's alone.
+                "logprobs": _NUM_TOP_LOGPROBS if self.reports_entropies else 0,
                 "flat_logprobs": True,
                 "stop_token_ids": sorted(self.eos_token_ids),
                 "detokenize": False,
@@ -81,44 +101,78 @@ class VLLMEngine:
                 "max_tokens": request.max_tokens,
             }
             request_id = str(request.request_id)
-            self.llm.llm_engine.add_request(
-                request_id,
-                {"prompt_token_ids": request.token_ids},
-                SamplingParams(**fields),
-                lora_request=self.lora_request,
-            )
-            self._in_flight.add(request_id)
+            try:
+                self.llm.llm_engine.add_request(
+                    request_id,
+                    {"prompt_token_ids": request.token_ids},
+                    SamplingParams(**fields),
+                    lora_request=self.lora_request,
+                )
+            except ValueError as error:
+                raise SegmentEngineError(request.request_id, f"vLLM refuses a request: {error}") from error
+            self._in_flight[request_id] = request.max_tokens
 
     def collect(self) -> list[SegmentResult]:
         """
         Step the engine until at least one segment is done and either a burst of steps has passed or nothing runs.
         """
         results: list[SegmentResult] = []
-        while self._in_flight and not (results and self._steps >= _STEPS_PER_BURST):
-            self._steps += 1
+        longest = max(self._in_flight.values(), default=0)
+        burst = min(max(longest // 16, 1), _STEPS_PER_BURST)
+        steps = 0
+        while self._in_flight and not (results and steps >= burst):
+            steps += 1
             for output in self.llm.llm_engine.step():
                 results.append(self._read(output))
-        self._steps = 0
         return results
 
     def abort(self) -> None:
         """Drop everything that is queued or running."""
         if self._in_flight:
             self.llm.llm_engine.abort_request(sorted(self._in_flight))
+            self.reset_prefix_cache()  # blocks are freed in an order that differs between tensor parallel ranks
         self._in_flight.clear()
-        self._steps = 0
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all keys and values. Needed after a change of the weights."""
+        self.llm.reset_prefix_cache()
 
     def _read(self, output: Any) -> SegmentResult:
-        self._in_flight.remove(output.request_id)
+        del self._in_flight[output.request_id]
         self.num_prompt_tokens += len(output.prompt_token_ids)
         self.num_cached_tokens += output.num_cached_tokens or 0
         (completion,) = output.outputs
         token_ids = list(completion.token_ids)
-        logprobs = list(completion.logprobs.logprobs)
-        if completion.finish_reason not in ("stop", "length") or not token_ids or len(logprobs) != len(token_ids):
+        logprobs = np.array(completion.logprobs.logprobs, dtype=np.float64)
+        width = 1 + (_NUM_TOP_LOGPROBS if self.reports_entropies else 0)  # the sampled token, then the most likely
+        if (
+            completion.finish_reason not in ("stop", "length")
+            or not token_ids
+            or len(logprobs) != width * len(token_ids)
+        ):
             raise RuntimeError(
                 f"vLLM ended request {output.request_id} with reason {completion.finish_reason!r}, {len(token_ids)} "
-                f"tokens and {len(logprobs)} log-probabilities; expected one per token and 'stop' or 'length'."
+                f"tokens and {len(logprobs)} log-probabilities; expected {width} per token and 'stop' or 'length'."
             )
-        is_eos = token_ids[-1] in self.eos_token_ids
-        return SegmentResult(int(output.request_id), token_ids, logprobs, "stop" if is_eos else "length")
+        table = logprobs.reshape(len(token_ids), width)
+        return SegmentResult(
+            int(output.request_id),
+            token_ids,
+            table[:, 0].tolist(),
+            "stop" if token_ids[-1] in self.eos_token_ids else "length",
+            entropies_of(table[:, 1:]).tolist() if self.reports_entropies else None,
+        )
+
+
+def entropies_of(top_logprobs: np.ndarray) -> np.ndarray:
+    """
+    Entropy in nats of each row's distribution, given its largest log-probabilities (rows, K), largest first.
+
+    Exact if the K tokens hold all the probability. The rest counts as if each of its tokens were as likely as the
+    K-th, which is the most likely that they can be: a lower bound.
+    """
+    probabilities = np.exp(top_logprobs)
+    known = -np.where(probabilities > 0, probabilities * top_logprobs, 0.0).sum(axis=1)
+    rest = np.clip(1.0 - probabilities.sum(axis=1), 0.0, 1.0)
+    smallest = np.where(np.isfinite(top_logprobs[:, -1]), top_logprobs[:, -1], 0.0)  # nothing is left behind -inf
+    return known - rest * smallest

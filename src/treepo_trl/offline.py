@@ -1,0 +1,358 @@
+"""
+Sampling without a trainer: build an engine, sample trees or ordinary completions, and report what it cost.
+
+Behind `treepo-trl sample` and `benchmarks/rollout.py`.
+"""
+
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from .engines import SamplingOptions, SegmentRequest
+from .sampler import SamplingStats
+from .sampling_config import TreeSamplingConfig
+from .tree import FinishReason, SegmentTree
+
+
+EngineName = Literal["auto", "vllm", "transformers"]
+
+
+@dataclass
+class EngineArguments:
+    """
+    The model and the engine that samples from it.
+
+    Parameters:
+        model_name_or_path (`str`):
+            Model of the hub or folder.
+        model_revision (`str`, *optional*, defaults to `"main"`):
+            Branch, tag or commit of the model.
+        adapter_name_or_path (`str`, *optional*):
+            LoRA adapter to sample with.
+        engine (`str`, *optional*, defaults to `"auto"`):
+            `"vllm"`, `"transformers"`, or vLLM where it is installed.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Type of the weights; `"auto"` is that of the checkpoint.
+        attn_implementation (`str`, *optional*):
+            Passed to transformers; its engine decodes with an attention of its own.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code that comes with the model may run.
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.9`):
+            Fraction of the memory that vLLM may use.
+        vllm_max_model_length (`int`, *optional*):
+            Longest sequence of the vLLM engine. Default: the model's.
+        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
+            Cards that share the model.
+        vllm_max_num_seqs (`int`, *optional*):
+            Sequences that vLLM runs at once. Default: vLLM's.
+        vllm_quantization (`str`, *optional*):
+            vLLM's quantization method, such as `"bitsandbytes"`.
+        vllm_enforce_eager (`bool`, *optional*, defaults to `False`):
+            Whether to leave CUDA graphs out.
+    """
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Model of the hub or folder."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
+    adapter_name_or_path: str | None = field(default=None, metadata={"help": "LoRA adapter to sample with."})
+    engine: EngineName = field(
+        default="auto", metadata={"help": "Engine; auto is vLLM where it is installed, else transformers."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Type of the weights; auto is the checkpoint's."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention that transformers loads."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether the model's own code may run."})
+    vllm_gpu_memory_utilization: float = field(
+        default=0.9, metadata={"help": "Fraction of the memory that vLLM may use."}
+    )
+    vllm_max_model_length: int | None = field(default=None, metadata={"help": "Longest sequence of vLLM."})
+    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "Cards that share the model in vLLM."})
+    vllm_max_num_seqs: int | None = field(default=None, metadata={"help": "Sequences that vLLM runs at once."})
+    vllm_quantization: str | None = field(default=None, metadata={"help": "vLLM's quantization method."})
+    vllm_enforce_eager: bool = field(default=False, metadata={"help": "Whether vLLM leaves CUDA graphs out."})
+
+    def __post_init__(self) -> None:
+        if self.engine not in get_args(EngineName):
+            raise ValueError(f"`engine` is {self.engine!r}. Choose one of {', '.join(get_args(EngineName))}.")
+
+
+def load_tokenizer(arguments: EngineArguments) -> Any:
+    """
+    Tokenizer of the model.
+
+    Raises:
+        ValueError: if no model is given.
+    """
+    from transformers import AutoTokenizer
+
+    if not arguments.model_name_or_path:
+        raise ValueError("No model: give `--model_name_or_path` (hub id or folder).")
+    return AutoTokenizer.from_pretrained(
+        arguments.model_name_or_path,
+        revision=arguments.model_revision,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def eos_token_ids(arguments: EngineArguments, tokenizer: Any) -> list[int]:
+    """
+    Every token that ends a completion: the tokenizer's and those of the model's generation config.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(str(arguments.model_name_or_path), revision=arguments.model_revision)
+        listed = config.eos_token_id
+    except OSError:  # many models come without one
+        listed = None
+    ids = {*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id} - {None}
+    if not ids:
+        raise ValueError(
+            f"{arguments.model_name_or_path} names no EOS token, in its tokenizer or its generation config: "
+            "completions would never end. Set `eos_token` in the tokenizer's files."
+        )
+    return sorted(ids)
+
+
+def build_engine(
+    arguments: EngineArguments,
+    eos_ids: list[int],
+    options: SamplingOptions,
+    with_entropies: bool = False,
+    seed: int = 0,
+) -> Any:
+    """
+    The engine that `arguments` describe, with the model loaded.
+
+    Args:
+        arguments ([`EngineArguments`]):
+            Model and engine.
+        eos_ids (`list[int]`):
+            Tokens that end a segment.
+        options ([`SamplingOptions`]):
+            How tokens are drawn.
+        with_entropies (`bool`, *optional*):
+            Whether results carry entropies.
+        seed (`int`, *optional*):
+            Seed of the engine's own draws.
+
+    Raises:
+        ImportError: if vLLM is asked for and not installed.
+    """
+    from trl.import_utils import is_vllm_available
+
+    if arguments.engine == "vllm" and not is_vllm_available():
+        raise ImportError(
+            "`engine='vllm'`, but vLLM is not installed. Run `pip install treepo-trl[vllm]`, or choose "
+            "`engine='transformers'`."
+        )
+    if arguments.engine == "vllm" or (arguments.engine == "auto" and is_vllm_available()):
+        return _vllm_engine(arguments, eos_ids, options, with_entropies, seed)
+    return _transformers_engine(arguments, eos_ids, options, with_entropies, seed)
+
+
+def _vllm_engine(
+    arguments: EngineArguments, eos_ids: list[int], options: SamplingOptions, with_entropies: bool, seed: int
+) -> Any:
+    # The engine's steps run in this process, as in training.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+    from .engines.vllm import VLLMEngine
+    from .weight_sync import engine_lora_rank
+
+    settings: dict[str, Any] = {
+        "revision": arguments.model_revision,
+        "dtype": arguments.dtype,
+        "trust_remote_code": arguments.trust_remote_code,
+        "gpu_memory_utilization": arguments.vllm_gpu_memory_utilization,
+        "max_model_len": arguments.vllm_max_model_length,
+        "tensor_parallel_size": arguments.vllm_tensor_parallel_size,
+        "quantization": arguments.vllm_quantization,
+        "enforce_eager": arguments.vllm_enforce_eager,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "seed": seed,
+    }
+    adapter = arguments.adapter_name_or_path
+    if adapter is not None:
+        from peft import PeftConfig
+
+        rank: Any = PeftConfig.from_pretrained(adapter)
+        settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": engine_lora_rank(rank.r)}
+    if arguments.vllm_max_num_seqs is not None:
+        settings["max_num_seqs"] = arguments.vllm_max_num_seqs
+    llm = LLM(model=str(arguments.model_name_or_path), **settings)
+    request = None if adapter is None else LoRARequest("adapter", 1, adapter)
+    return VLLMEngine(llm, eos_ids, options, lora_request=request, with_entropies=with_entropies)
+
+
+def _transformers_engine(
+    arguments: EngineArguments, eos_ids: list[int], options: SamplingOptions, with_entropies: bool, seed: int
+) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, set_seed
+
+    from .engines.transformers import TransformersEngine
+
+    extra = {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(arguments.model_name_or_path),
+        revision=arguments.model_revision,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+        **extra,
+    )
+    if arguments.adapter_name_or_path is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, arguments.adapter_name_or_path)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    set_seed(seed)
+    return TransformersEngine(model, eos_ids, options, with_entropies=with_entropies)
+
+
+def sample_independent(
+    engine: Any,
+    prompts: list[list[int]],
+    config: TreeSamplingConfig,
+    on_leaves: Callable[[int], None] | None = None,
+) -> tuple[list[SegmentTree], SamplingStats]:
+    """
+    Ordinary sampling with the same engine: `num_generations` completions of each prompt, all submitted at once.
+
+    Each completion is one request, as in `vllm.LLM.generate` with `n`; no early stop but EOS and the cap.
+
+    Returns:
+        Trees without branches, and what they cost.
+    """
+    started = time.perf_counter()
+    num_prompt_tokens, num_cached_tokens = engine.num_prompt_tokens, engine.num_cached_tokens
+    trees = [SegmentTree(prompt) for prompt in prompts]
+    stats = SamplingStats(num_segments=len(prompts) * config.num_generations)
+    requests: list[SegmentRequest] = []
+    for i, prompt in enumerate(prompts):
+        room = config.max_completion_length
+        if engine.context_length is not None:
+            room = min(room, engine.context_length - len(prompt))
+        requests += [
+            SegmentRequest(i * config.num_generations + j, prompt, room) for j in range(config.num_generations)
+        ]
+    try:
+        engine.submit(requests)
+        num_missing = len(requests)
+        while num_missing:
+            results = engine.collect()
+            num_missing -= len(results)
+            for result in results:
+                tree = trees[result.request_id // config.num_generations]
+                tree.add(None, result.token_ids, result.logprobs, result.finish_reason)
+                stats.num_decoded_tokens += len(result.token_ids)
+            if on_leaves is not None:
+                on_leaves(len(results))
+    except BaseException:
+        engine.abort()
+        raise
+    stats.num_prompt_tokens = engine.num_prompt_tokens - num_prompt_tokens
+    stats.num_cached_tokens = engine.num_cached_tokens - num_cached_tokens
+    stats.seconds = stats.engine_seconds = time.perf_counter() - started
+    return trees, stats
+
+
+@dataclass(frozen=True)
+class RolloutReport:
+    """What one way of sampling produced and cost."""
+
+    prompts: int
+    leaves: int
+    finish_reasons: dict[str, int]
+    """Leaves per reason."""
+    decoded_tokens: int
+    """Tokens that the engine sampled."""
+    unique_tokens: int
+    """Completion tokens kept, each node once."""
+    leaf_tokens: int
+    """Completion tokens of the leaves, each leaf in full."""
+    prompt_tokens: int
+    """Tokens of all requests."""
+    cached_tokens: int
+    """Those of `prompt_tokens` that the engine did not compute again."""
+    seconds: float
+
+    @property
+    def leaves_per_second(self) -> float:
+        """Trajectories per second."""
+        return self.leaves / self.seconds
+
+    @property
+    def decoded_tokens_per_second(self) -> float:
+        """Sampled tokens per second."""
+        return self.decoded_tokens / self.seconds
+
+    @property
+    def decoded_tokens_per_leaf(self) -> float:
+        """Sampled tokens for one trajectory."""
+        return self.decoded_tokens / max(self.leaves, 1)
+
+
+def report(trees: Sequence[SegmentTree], stats: SamplingStats) -> RolloutReport:
+    """Counts over trees and the statistics of the call that sampled them."""
+    reasons = Counter(str(tree.nodes[leaf].finish_reason) for tree in trees for leaf in tree.leaves)
+    return RolloutReport(
+        prompts=len(trees),
+        leaves=reasons.total(),
+        finish_reasons={reason: reasons[reason] for reason in get_args(FinishReason) if reasons[reason]},
+        decoded_tokens=stats.num_decoded_tokens,
+        unique_tokens=sum(tree.num_unique_tokens for tree in trees),
+        leaf_tokens=sum(tree.num_leaf_tokens for tree in trees),
+        prompt_tokens=stats.num_prompt_tokens,
+        cached_tokens=stats.num_cached_tokens,
+        seconds=stats.seconds,
+    )
+
+
+_ROWS: dict[str, Callable[[RolloutReport], float]] = {
+    "prompts": lambda r: r.prompts,
+    "trajectories (leaves)": lambda r: r.leaves,
+    **{
+        f"  ended by {reason}": lambda r, reason=reason: r.finish_reasons.get(reason, 0)
+        for reason in get_args(FinishReason)
+    },
+    "decoded tokens": lambda r: r.decoded_tokens,
+    "decoded tokens / trajectory": lambda r: r.decoded_tokens_per_leaf,
+    "unique tokens": lambda r: r.unique_tokens,
+    "leaf tokens": lambda r: r.leaf_tokens,
+    "tokens of all requests": lambda r: r.prompt_tokens,
+    "  of these cached": lambda r: r.cached_tokens,
+    "seconds": lambda r: r.seconds,
+    "trajectories / s": lambda r: r.leaves_per_second,
+    "decoded tokens / s": lambda r: r.decoded_tokens_per_second,
+}
+
+
+def format_table(columns: dict[str, list[RolloutReport]]) -> str:
+    """
+    Markdown table of reports, a column per way of sampling; medians over the repeats of each.
+
+    With two ways the last column is the ratio of the first to the second.
+    """
+    names = list(columns)
+    header = ["", *names, *(["ratio"] if len(names) == 2 else [])]
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    for row, value in _ROWS.items():
+        values = [statistics.median(value(report) for report in columns[name]) for name in names]
+        cells = [_number(value) for value in values]
+        if len(names) == 2:
+            cells.append(f"{values[0] / values[1]:.3f}" if values[1] else "-")
+        lines.append("| " + " | ".join([row, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:,.2f}"
