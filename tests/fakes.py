@@ -1,6 +1,7 @@
 """Engines without a model, for the sampler's logic."""
 
 import hashlib
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -167,3 +168,81 @@ class ScriptedEngine:
     def abort(self) -> None:
         self.aborted += 1
         self._pending = []
+
+
+class MarkovEngine:
+    """
+    Samples from a Markov chain whose completions are known exactly.
+
+    The first token after the prompt follows state 0; token t is state t, and EOS (0) ends. Results come at once.
+    """
+
+    TRANSITIONS = (
+        (0.05, 0.55, 0.25, 0.15),  # from the prompt: to EOS, 1, 2, 3
+        (0.10, 0.60, 0.25, 0.05),
+        (0.02, 0.18, 0.50, 0.30),
+        (0.30, 0.20, 0.10, 0.40),
+    )
+    context_length = None
+    num_cache_tokens = None
+    reports_entropies = True
+    num_prompt_tokens = 0
+    num_cached_tokens = 0
+
+    def __init__(self, prompt_length: int, seed: int = 0) -> None:
+        self.prompt_length = prompt_length
+        self.rng = random.Random(seed)
+        self._pending: list[SegmentRequest] = []
+
+    def num_slots(self, length: int) -> int | None:
+        return None
+
+    def submit(self, requests: list[SegmentRequest]) -> None:
+        self._pending.extend(requests)
+
+    def collect(self) -> list[SegmentResult]:
+        results = []
+        for request in self._pending:
+            state = 0 if len(request.token_ids) == self.prompt_length else request.token_ids[-1]
+            tokens, logprobs, entropies = [], [], []
+            while len(tokens) < request.max_tokens and (not tokens or tokens[-1] != EOS):
+                row = self.TRANSITIONS[state]
+                (state,) = self.rng.choices(range(4), row)
+                tokens.append(state)
+                logprobs.append(math.log(row[state]))
+                entropies.append(-sum(p * math.log(p) for p in row))
+            reason = "stop" if tokens[-1] == EOS else "length"
+            results.append(SegmentResult(request.request_id, tokens, logprobs, reason, entropies))
+        self._pending = []
+        return results
+
+    def abort(self) -> None:
+        self._pending = []
+
+    @classmethod
+    def exact(cls, cap: int) -> dict[str, float]:
+        """
+        Expected statistics of an independent completion of at most `cap` tokens, by summing over its length.
+
+        `length`: its tokens, EOS included; `threes`: how many of them are 3; `from_three`: the probability that EOS
+        comes and follows a 3 (a reward that depends on the end); `capped`: the probability of no EOS.
+        """
+        alive, values = [1.0, 0.0, 0.0, 0.0], {"length": 0.0, "threes": 0.0, "from_three": 0.0, "capped": 0.0}
+        for _ in range(cap):
+            values["length"] += sum(alive)
+            values["from_three"] += alive[3] * cls.TRANSITIONS[3][0]
+            alive = [0.0] + [sum(alive[i] * cls.TRANSITIONS[i][j] for i in range(4)) for j in (1, 2, 3)]
+            values["threes"] += alive[3]
+        values["capped"] = sum(alive)
+        return values
+
+    @staticmethod
+    def observed(completion: list[int]) -> dict[str, float]:
+        """The same statistics of one completion."""
+        ended = completion[-1] == EOS
+        return {
+            "length": len(completion),
+            "threes": completion.count(3),
+            "from_three": float(ended and completion[-2:-1] == [3]),
+            "capped": float(not ended),
+        }

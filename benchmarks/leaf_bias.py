@@ -1,0 +1,67 @@
+"""
+How far the leaves of trees are from independent completions, with and without `leaf_weights`.
+
+    python benchmarks/leaf_bias.py
+
+A Markov chain with known expectations (`tests/fakes.py`) instead of a model. Prints a Markdown table: for each
+fallback and schedule the mean over leaves of the length in tokens and of a reward that depends on how a completion
+ends, plain and weighted, beside the exact values, with standard errors over trees.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+from treepo_trl import TreeSampler, TreeSamplingConfig
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from fakes import EOS, MarkovEngine
+
+
+STATISTICS = ("length", "from_three")
+
+
+def estimate(num_trees: int, width: int, cap: int, **changes: str) -> dict[str, tuple[float, float]]:
+    """Mean and standard error over trees of each statistic, plain and weighted, and of the fallback leaves."""
+    config = TreeSamplingConfig(
+        num_generations=width, segment_length=4, max_completion_length=cap, stop_repetition=False, **changes
+    )
+    sampler = TreeSampler(MarkovEngine(1), config, [EOS])
+    values: dict[str, list[float]] = {f"{kind} {name}": [] for name in STATISTICS for kind in ("plain", "weighted")}
+    for tree in sampler.sample([[9]] * num_trees, seed=0):
+        observed = [MarkovEngine.observed(tree.completion_ids(leaf)) for leaf in tree.leaves]
+        for name in STATISTICS:
+            values[f"plain {name}"].append(statistics.mean(each[name] for each in observed))
+            pairs = zip(tree.leaf_weights(), observed, strict=True)
+            values[f"weighted {name}"].append(sum(weight * each[name] for weight, each in pairs))
+    result = {name: (statistics.mean(v), statistics.stdev(v) / len(v) ** 0.5) for name, v in values.items()}
+    result["fallback"] = (sampler.stats.num_fallback_leaves / num_trees / width, 0.0)
+    return result
+
+
+def main() -> None:
+    """Estimate and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser.add_argument("--trees", type=int, default=10_000)
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--cap", type=int, default=40)
+    args = parser.parse_args()
+    exact = MarkovEngine.exact(args.cap)
+    print(f"Exact: length {exact['length']:.3f}, reward {exact['from_three']:.4f}; {args.width} leaves\n")
+    print("| schedule | fallback | fallback leaves | length, plain | weighted | reward, plain | weighted |")
+    print("|---|---|---|---|---|---|---|")
+    for schedule in ("early", "spread"):
+        for fallback in ("none", "random", "low_prob", "root"):
+            result = estimate(args.trees, args.width, args.cap, branch_schedule=schedule, fallback_policy=fallback)
+            cells = [
+                f"{result[f'{kind} {name}'][0]:.{digits}f} ± {result[f'{kind} {name}'][1]:.{digits}f}"
+                for name, digits in (("length", 2), ("from_three", 4))
+                for kind in ("plain", "weighted")
+            ]
+            print(f"| {schedule} | {fallback} | {result['fallback'][0]:.0%} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
