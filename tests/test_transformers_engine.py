@@ -25,7 +25,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from treepo_trl.engines import SamplingOptions, SegmentRequest, SegmentResult
+from treepo_trl import TreeSampler, TreeSamplingConfig
+from treepo_trl.engines import SamplingOptions, SegmentEngineError, SegmentRequest, SegmentResult
+from treepo_trl.engines.row_states import Block, BlockCache
 from treepo_trl.engines.transformers import TransformersEngine
 
 
@@ -520,3 +522,108 @@ def test_unused_sliding_window_is_no_obstacle() -> None:
 
 def test_context_length_is_the_models() -> None:
     assert TransformersEngine(make_model(max_position_embeddings=77), [EOS]).context_length == 77
+
+
+# Entropies, counts and limits
+
+
+def test_entropies_are_those_of_the_sampling_distribution(model: PreTrainedModel) -> None:
+    options = SamplingOptions(temperature=0.7, top_k=5)
+    engine = TransformersEngine(model, [EOS], options, with_entropies=True)
+    assert engine.reports_entropies
+    prompt = [7, 8, 9]
+    result = drain(engine, [SegmentRequest(0, prompt, 6)])[0]
+    assert result.entropies is not None
+    assert len(result.entropies) == len(result.token_ids)
+    logits = full_logits(model, prompt + result.token_ids[:-1])[len(prompt) - 1 :] / 0.7
+    top = logits.topk(5, dim=-1).values.log_softmax(-1)  # what top_k leaves
+    expected = -(top.exp() * top).sum(-1)
+    torch.testing.assert_close(torch.tensor(result.entropies), expected, atol=1e-4, rtol=1e-4)
+    assert drain(TransformersEngine(model, [EOS]), [SegmentRequest(0, prompt, 2)])[0].entropies is None
+
+
+def test_tokens_of_requests_are_counted_and_those_computed_once(model: PreTrainedModel) -> None:
+    engine = TransformersEngine(model, [], GREEDY)
+    drain(engine, [SegmentRequest(i, [5] * 10, 3) for i in range(4)])
+    # The last token of a request is fed while decoding: 9 each, computed once for all four.
+    assert (engine.num_prompt_tokens, engine.num_prefilled_tokens, engine.num_cached_tokens) == (36, 9, 27)
+
+
+def test_slots_follow_from_the_token_budget(model: PreTrainedModel) -> None:
+    engine = TransformersEngine(model, [EOS], max_batch_tokens=100)
+    assert [engine.num_slots(length) for length in (1, 10, 33, 100, 500)] == [100, 10, 3, 1, 1]
+    assert engine.num_slots(0) is None  # nothing is known about the requests yet
+
+
+@pytest.mark.parametrize("token", [-1, 65, 10_000])
+def test_a_token_that_the_model_does_not_have_names_the_request(model: PreTrainedModel, token: int) -> None:
+    engine = TransformersEngine(model, [EOS])
+    with pytest.raises(SegmentEngineError, match="vocabulary of 65") as error:
+        engine.submit([SegmentRequest(3, [1, 2], 4), SegmentRequest(4, [1, token], 4)])
+    assert error.value.request_id == 4
+
+
+# What is kept
+
+
+def block_texts(cache: BlockCache) -> set[tuple[int, ...]]:
+    """Token ids from the beginning up to the end of every block that is found from the root."""
+    found, stack = set(), [((), cache.root)]
+    while stack:
+        before, block = stack.pop()
+        for child in block.children:
+            text = (*before, *child.token_ids)
+            found.add(text)
+            stack.append((text, child))
+    return found
+
+
+def keep(cache: BlockCache, *parts: list[int]) -> Block:
+    block = cache.root
+    for part in parts:
+        block = cache.keep(block, part, torch.zeros(1, 2, 1, len(part), 1))
+    return block
+
+
+def test_the_least_recently_used_leaves_are_dropped_first() -> None:
+    cache = BlockCache(max_tokens=12)
+    keep(cache, [1, 1], [2, 2])
+    keep(cache, [3, 3], [4, 4])
+    cache.find([1, 1, 2, 2], 4)  # used again: 3-4 is the oldest now
+    keep(cache, [5, 5], [6, 6])  # 12 tokens: all of them fit
+    assert cache.num_tokens == 12
+    keep(cache, [7])  # 13 are too many: down to 9, and 4-4, the leaf that was used longest ago, goes; then 3-3
+    assert block_texts(cache) == {(1, 1), (1, 1, 2, 2), (5, 5), (5, 5, 6, 6), (7,)}
+    assert cache.num_tokens == 9
+
+
+def test_a_dropped_block_comes_back_with_its_child() -> None:
+    cache = BlockCache(max_tokens=8)
+    held = keep(cache, [1, 1], [2, 2])  # a request in flight holds this one
+    keep(cache, [3] * 7)
+    assert block_texts(cache) == set()  # 7 tokens are above three quarters of 8 too
+    child = cache.keep(held, [9], torch.zeros(1, 2, 1, 1, 1))
+    assert block_texts(cache) == {(1, 1), (1, 1, 2, 2), (1, 1, 2, 2, 9)}
+    assert cache.num_tokens == 5
+    assert cache.find([1, 1, 2, 2, 9, 4], 5) is child
+
+
+def test_a_block_is_kept_once() -> None:
+    cache = BlockCache(max_tokens=None)
+    assert keep(cache, [1, 2]) is keep(cache, [1, 2])
+    assert cache.num_tokens == 2
+    cache.clear()
+    assert block_texts(cache) == set()
+    assert cache.num_tokens == 0
+
+
+def test_what_finished_is_freed(model: PreTrainedModel) -> None:
+    engine = TransformersEngine(model, [EOS], max_batch_tokens=200, max_cached_tokens=60)
+    config = TreeSamplingConfig(num_generations=4, max_completion_length=16, segment_length=4, stop_repetition=False)
+    sampler = TreeSampler(engine, config, [EOS])
+    trees = sampler.sample([[5 + i] * 10 for i in range(12)], seed=0)
+    assert [len(tree.leaves) for tree in trees] == [4] * 12
+    assert engine._rows == []
+    assert engine._blocks.num_tokens <= 60
+    # Old trees first: what a tree needs is still there when its children ask for it, far less is computed than asked.
+    assert engine.num_cached_tokens > 0.5 * engine.num_prompt_tokens

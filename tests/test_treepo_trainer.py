@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import statistics
 from collections.abc import Callable
 from itertools import pairwise
@@ -120,7 +121,7 @@ class ReplayTrainer(TreePOTrainer):
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         if self.model.training:
             self.num_replayed = getattr(self, "num_replayed", 0) + 1
-            self.sampler.sample = lambda prompts, seed: self.recorded[self.num_replayed - 1]
+            self.sampler.sample = lambda prompts, seed, **_: self.recorded[self.num_replayed - 1]
         result = super()._generate_single_turn(*args, **kwargs)
         if self.model.training:
             torch.manual_seed(self.num_replayed)
@@ -866,10 +867,43 @@ def test_steps_of_a_run_branch_differently(tmp_path: Path, tiny_model_dir: str) 
     )
     seeds = []
     sample = trainer.sampler.sample
-    trainer.sampler.sample = lambda prompts, seed: (seeds.append(seed), sample(prompts, seed))[1]
+    trainer.sampler.sample = lambda prompts, seed, **k: (seeds.append(seed), sample(prompts, seed, **k))[1]
     trainer.train()
     assert len(seeds) == 4
     assert len(set(seeds)) == 4
+
+
+def test_the_sampler_knows_the_progress_and_the_last_batchs_mean_length(tmp_path: Path, tiny_model_dir: str) -> None:
+    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, max_steps=4))
+    told, trees_of = [], []
+    sample = trainer.sampler.sample
+
+    def recording(prompts: list[list[int]], seed: str, **kwargs: Any) -> list[SegmentTree]:
+        told.append(kwargs)
+        trees_of.append(sample(prompts, seed, **kwargs))
+        return trees_of[-1]
+
+    trainer.sampler.sample = recording
+    trainer.train()
+    assert [kwargs["progress"] for kwargs in told] == [0.0, 0.25, 0.5, 0.75]
+    assert told[0]["expected_length"] is None  # nothing is known yet: the cap
+    for kwargs, trees in zip(told[1:], trees_of, strict=False):
+        lengths = [
+            sum(w * tree.nodes[leaf].end for w, leaf in zip(tree.leaf_weights(), tree.leaves, strict=True))
+            for tree in trees
+        ]
+        assert kwargs["expected_length"] == math.ceil(sum(lengths) / len(lengths))
+
+
+def test_branching_by_entropy_trains(tmp_path: Path, tiny_model_dir: str) -> None:
+    args = make_config(tmp_path, branching_policy="entropy", branching_temperature=0.2, branching_temperature_end=1.0)
+    trainer = build(SpyTrainer, tiny_model_dir, args)
+    trainer.train()
+    nodes = [node for trees in trainer.all_trees for tree in trees for node in tree.nodes]
+    assert nodes
+    # A uniform distribution over the 65 tokens has the largest entropy.
+    assert all(node.entropy is not None and 0 < node.entropy <= math.log(65) + 1e-4 for node in nodes)
+    assert len({node.entropy for node in nodes}) > len(nodes) // 2
 
 
 # TRL's features

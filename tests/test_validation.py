@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from peft import IA3Config, LoraConfig, PromptTuningConfig
 from trl import GRPOConfig
 
-from treepo_trl import TreePOConfig, TreePOTrainer, validation
+from treepo_trl import TreePOConfig, TreePOTrainer, TreeSamplingConfig, validation
 from treepo_trl.validation import check_arguments, check_datasets
 from treepo_trl.weight_sync import check_adapter
 
@@ -75,9 +75,9 @@ def test_no_tools_are_no_tools(tmp_path: Path) -> None:
 
 
 def test_fallback_none(tmp_path: Path) -> None:
-    config = make_config(tmp_path, fallback_policy="none")  # a valid config: for offline sampling
-    with pytest.raises(ValueError, match=r"`fallback_policy='none'`.*fewer than `num_generations`.*Choose 'random'"):
-        make_trainer(tmp_path, config)
+    TreeSamplingConfig(fallback_policy="none")  # for offline sampling
+    with pytest.raises(ValueError, match=r"`fallback_policy='none'`.*fewer than `num_generations`.*offline"):
+        make_config(tmp_path, fallback_policy="none")
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from treepo_trl import TreePOConfig, TreePOTrainer, TreeSampler
-from treepo_trl.engines import SamplingOptions, SegmentRequest
+from treepo_trl import TreePOConfig, TreePOTrainer, TreeSampler, TreeSamplingConfig
+from treepo_trl.embedded import addition_tasks
+from treepo_trl.engines import SamplingOptions, SegmentEngineError, SegmentRequest
 from treepo_trl.tree import SegmentTree
 from treepo_trl.weight_sync import AdapterVLLMGeneration
 
@@ -27,7 +28,7 @@ def make_llm(folder: str, **kwargs: Any) -> Any:
     return LLM(
         folder,
         max_model_len=256,
-        max_num_seqs=32,
+        max_num_seqs=128,
         enforce_eager=True,
         block_size=32,  # the smallest on CPU; its default of 128 tokens is longer than these paths
         gpu_memory_utilization=0.2,
@@ -152,6 +153,118 @@ def test_results_arrive_in_bursts(small_llm: Any) -> None:
     first = engine.collect()  # the short ones together, without waiting for the long one
     assert sorted(result.request_id for result in first) == [0, 1]
     assert [result.request_id for result in engine.collect()] == [2]
+
+
+def test_the_models_own_eos_ends_nothing_that_the_caller_did_not_name(small_llm: Any) -> None:
+    from treepo_trl.engines.vllm import VLLMEngine
+
+    # Token 2 is the model's EOS: the most likely next token after a finished turn is drawn as any other.
+    engine = VLLMEngine(small_llm, [], SamplingOptions(temperature=1.0), {"allowed_token_ids": [2]})
+    engine.submit([SegmentRequest(0, [1, 4093], 5)])
+    (result,) = engine.collect()
+    assert result.token_ids == [2] * 5
+    assert result.finish_reason == "length"
+
+
+def test_entropies_of_the_real_small_model(small_llm: Any, small_model_dir: str) -> None:
+    """vLLM's 20 largest log-probabilities give a lower bound that is close to the exact entropy."""
+    from treepo_trl.engines.vllm import VLLMEngine
+
+    prompt = [1, 4093, 198, 3400, 281]
+    engine = VLLMEngine(small_llm, [2], SamplingOptions(temperature=0.8), with_entropies=True)
+    engine.submit([SegmentRequest(i, prompt, 12) for i in range(4)])
+    results = []
+    while len(results) < 4:
+        results += engine.collect()
+    model = AutoModelForCausalLM.from_pretrained(small_model_dir, dtype=torch.bfloat16)
+    exact, bounds = [], []
+    for result in results:
+        n = len(result.token_ids)
+        assert result.entropies is not None
+        assert len(result.entropies) == len(result.logprobs) == n
+        logits = model(torch.tensor([prompt + result.token_ids])).logits[0, -n - 1 : -1].float() / 0.8
+        logprobs = logits.log_softmax(-1)
+        exact += torch.special.entr(logprobs.exp()).sum(-1).tolist()
+        bounds += result.entropies
+    difference = torch.tensor(exact) - torch.tensor(bounds)
+    assert difference.min() > -0.15  # a bound up to the engines' different bfloat16 rounding
+    assert difference.mean() < 0.15 * torch.tensor(exact).mean()
+    # It follows the exact entropy from token to token.
+    assert torch.corrcoef(torch.tensor([exact, bounds]))[0, 1] > 0.95
+
+
+def test_entropy_bounds_by_hand() -> None:
+    import numpy as np
+
+    from treepo_trl.engines.vllm import entropies_of
+
+    half = [0.5, 0.25, 0.25]  # nothing is left: 0.5 ln 2 + 0.5 ln 4
+    tail = [0.4, 0.2, 0.1]  # 0.3 is left: at least three tokens of 0.1
+    cut = [1.0, 0.0, 0.0]  # top_k = 1: the others have no probability
+    with np.errstate(divide="ignore"):
+        values = entropies_of(np.log(np.array([half, tail, cut])))
+    known = -0.4 * np.log(0.4) - 0.2 * np.log(0.2) - 0.1 * np.log(0.1)
+    assert values == pytest.approx([0.5 * np.log(2) + 0.5 * np.log(4), known - 0.3 * np.log(0.1), 0.0])
+
+
+def test_a_request_that_vllm_refuses_is_named(small_llm: Any) -> None:
+    from treepo_trl.engines.vllm import VLLMEngine
+
+    engine = VLLMEngine(small_llm, [2])
+    assert engine.num_slots(50) == 128
+    assert engine.num_cache_tokens is not None
+    assert engine.num_cache_tokens > 1000
+    with pytest.raises(SegmentEngineError, match="vLLM refuses") as error:
+        engine.submit([SegmentRequest(5, [1, 2], 4), SegmentRequest(6, [1] * 300, 4)])
+    assert error.value.request_id == 6
+    engine.abort()
+    assert not small_llm.llm_engine.has_unfinished_requests()
+
+
+@pytest.mark.slow
+def test_without_branching_completions_are_those_of_plain_sampling(small_llm: Any, small_model_dir: str) -> None:
+    """2000 completions of 50 prompts each way: mean length and mean log-probability agree within four errors."""
+    from vllm import SamplingParams
+
+    from treepo_trl.engines.vllm import VLLMEngine
+
+    tokenizer = AutoTokenizer.from_pretrained(small_model_dir)
+    tasks, _ = addition_tasks(50, 1, seed=5)
+    prompts = tokenizer.apply_chat_template(list(tasks["prompt"]), add_generation_prompt=True, return_dict=True)
+    prompts = [list(ids) for ids in prompts["input_ids"]]
+    eos, num_each, cap = tokenizer.eos_token_id, 40, 16
+    config = TreeSamplingConfig(
+        num_generations=num_each,
+        branching_factor=1,
+        max_completion_length=cap,
+        segment_length=6,
+        stop_repetition=False,
+    )
+    trees = TreeSampler(VLLMEngine(small_llm, [eos]), config, [eos]).sample(prompts, seed=0)
+    ours = [[(tree.nodes[leaf].end, mean(tree.logprobs(leaf))) for leaf in tree.leaves] for tree in trees]
+    params = SamplingParams(n=num_each, max_tokens=cap, temperature=1.0, logprobs=0, stop_token_ids=[eos])
+    plain = []
+    for output in small_llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False):
+        rows = [
+            [position[token].logprob for token, position in zip(c.token_ids, c.logprobs, strict=True)]
+            for c in output.outputs
+        ]
+        plain.append([(len(row), mean(row)) for row in rows])
+    for which in (0, 1):  # length, log-probability
+        differences, variances = [], []
+        for a, b in zip(ours, plain, strict=True):  # prompt by prompt: prompts differ more than samples
+            a, b = torch.tensor([x[which] for x in a]).float(), torch.tensor([x[which] for x in b]).float()
+            assert len(a) == len(b) == num_each
+            differences.append(a.mean() - b.mean())
+            variances.append((a.var() + b.var()) / num_each)
+        error = torch.stack(variances).sum().sqrt() / len(prompts)
+        difference = torch.stack(differences).mean()
+        assert difference.abs() < 4 * error, (which, difference, error)
+        assert error < 0.5  # the comparison says something
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def test_trees_of_a_tiny_random_model(tiny_model_dir: str, tmp_path: Path) -> None:

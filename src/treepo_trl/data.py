@@ -1,11 +1,12 @@
 """Datasets from the hub, from local files and folders, and prompts from standard input."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from jinja2 import TemplateError
 
 
 _DATA_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -26,7 +27,7 @@ def load_named_dataset(name: str, config_name: str | None, file_split: str, stre
             Whether to stream.
 
     Raises:
-        ValueError: if a file is missing or of an unknown kind.
+        ValueError: if a file is missing, empty, broken or of an unknown kind.
     """
     path = Path(name)
     if path.suffix in _DATA_BUILDERS and not path.is_file():
@@ -37,62 +38,82 @@ def load_named_dataset(name: str, config_name: str | None, file_split: str, stre
             raise ValueError(
                 f"`--dataset_name {name}` ends in {path.suffix!r}; known are {', '.join(_DATA_BUILDERS)}."
             )
-        return load_dataset(builder, data_files={file_split: name}, streaming=streaming)
+        if path.stat().st_size == 0:
+            raise ValueError(f"`--dataset_name {name}` is an empty file.")
+        try:
+            return load_dataset(builder, data_files={file_split: name}, streaming=streaming)
+        except DatasetGenerationError as error:
+            raise ValueError(f"`--dataset_name {name}` is no valid {builder} file: {error.__cause__}.") from error
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = load_from_disk(name)
         return saved if isinstance(saved, DatasetDict) else DatasetDict({file_split: saved})
     return load_dataset(name, name=config_name, streaming=streaming)
 
 
-def read_prompts(stream: TextIO | None = None) -> Dataset:
+def read_prompts(stream: TextIO, key: str = "prompt") -> list[Any]:
     """
-    Prompts from standard input, one per line: a JSON object with the key `prompt`, or text as it is.
+    Prompts from standard input, one per line: every line a JSON object with a `key`, or every line text as it is.
 
     Raises:
-        ValueError: if there are no lines.
+        ValueError: if there are no lines, or some are no JSON objects while others are, or lack the key.
     """
-    lines = [line.rstrip("\n") for line in (sys.stdin if stream is None else stream)]
-    rows: list[dict[str, Any]] = []
-    for line in lines:
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        rows.append(row if isinstance(row, dict) and "prompt" in row else {"prompt": line})
-    if not rows:
+    lines = {number: line.rstrip("\n") for number, line in enumerate(stream, 1) if line.strip()}
+    if not lines:
         raise ValueError(
-            "Standard input holds no prompts: give one per line, as text or as JSON with the key 'prompt'."
+            f"Standard input holds no prompts: give one per line, as text or as JSON with the key {key!r}, or name a "
+            "dataset with `--dataset_name`."
         )
-    kinds = {isinstance(row["prompt"], str) for row in rows}
-    if len(kinds) > 1:
-        raise ValueError("Standard input mixes text prompts and lists of messages: give all prompts in one form.")
-    return Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
+    rows = {number: _json_object(line) for number, line in lines.items()}
+    if not any(row is not None for row in rows.values()):
+        return list(lines.values())
+    prompts: list[Any] = []
+    for number, row in rows.items():
+        if row is None:
+            raise ValueError(
+                f"Line {number} of standard input is no JSON object, but other lines are: {lines[number]!r:.80}. Give "
+                "all prompts as text, or all as JSON."
+            )
+        if key not in row:
+            raise ValueError(
+                f"Line {number} of standard input has no key {key!r}, only {', '.join(row)}. Set `--prompt_column`."
+            )
+        prompts.append(row[key])
+    return prompts
 
 
-def prompt_token_ids(prompts: list[Any], tokenizer: Any) -> list[list[int]]:
+def _json_object(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def prompt_token_ids(
+    prompts: list[Any], tokenizer: Any, chat_template_kwargs: dict[str, Any] | None = None
+) -> list[list[int]]:
     """
     Token ids of prompts given as text or as lists of messages, as `GRPOTrainer` makes them.
 
     Raises:
-        ValueError: for messages without a chat template, and prompts of another kind.
+        ValueError: for messages without a chat template or that it refuses, and prompts of another kind.
     """
     ids: list[list[int]] = []
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             ids.append(list(tokenizer(prompt)["input_ids"]))
-        elif isinstance(prompt, list) and all(isinstance(m, dict) and "role" in m for m in prompt) and prompt:
+        elif isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):
             if tokenizer.chat_template is None:
                 raise ValueError(
-                    "The prompts are messages, but the tokenizer has no chat template. Give text prompts."
+                    "The prompts are messages, but the tokenizer has no chat template. Give text prompts, or choose a "
+                    "model with a template."
                 )
-            encoded = tokenizer.apply_chat_template(
-                prompt,
-                add_generation_prompt=prompt[-1]["role"] == "user",
-                return_dict=True,
-                continue_final_message=prompt[-1]["role"] == "assistant",
-            )
+            try:
+                encoded = tokenizer.apply_chat_template(
+                    prompt, add_generation_prompt=True, return_dict=True, **(chat_template_kwargs or {})
+                )
+            except TemplateError as error:
+                raise ValueError(f"The chat template refuses prompt {i}, {prompt!r:.80}: {error}") from error
             ids.append(list(encoded["input_ids"]))
         else:
             raise ValueError(

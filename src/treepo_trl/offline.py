@@ -10,15 +10,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .engines import SamplingOptions, SegmentRequest
 from .sampler import SamplingStats
-from .sampling_config import TreeSamplingConfig
+from .sampling_config import TreeSamplingConfig, check_choice
 from .tree import FinishReason, SegmentTree
 
 
 EngineName = Literal["auto", "vllm", "transformers"]
+WeightType = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 @dataclass
@@ -36,7 +38,7 @@ class EngineArguments:
         engine (`str`, *optional*, defaults to `"auto"`):
             `"vllm"`, `"transformers"`, or vLLM where it is installed.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the weights; `"auto"` is that of the checkpoint.
+            Type of the weights: `"bfloat16"`, `"float16"`, `"float32"`, or that of the checkpoint.
         attn_implementation (`str`, *optional*):
             Passed to transformers; its engine decodes with an attention of its own.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
@@ -61,7 +63,7 @@ class EngineArguments:
     engine: EngineName = field(
         default="auto", metadata={"help": "Engine; auto is vLLM where it is installed, else transformers."}
     )
-    dtype: str = field(default="auto", metadata={"help": "Type of the weights; auto is the checkpoint's."})
+    dtype: WeightType = field(default="auto", metadata={"help": "Type of the weights; auto is the checkpoint's."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention that transformers loads."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether the model's own code may run."})
     vllm_gpu_memory_utilization: float = field(
@@ -74,8 +76,8 @@ class EngineArguments:
     vllm_enforce_eager: bool = field(default=False, metadata={"help": "Whether vLLM leaves CUDA graphs out."})
 
     def __post_init__(self) -> None:
-        if self.engine not in get_args(EngineName):
-            raise ValueError(f"`engine` is {self.engine!r}. Choose one of {', '.join(get_args(EngineName))}.")
+        check_choice("engine", self.engine, EngineName)
+        check_choice("dtype", self.dtype, WeightType)
 
 
 def load_tokenizer(arguments: EngineArguments) -> Any:
@@ -83,12 +85,18 @@ def load_tokenizer(arguments: EngineArguments) -> Any:
     Tokenizer of the model.
 
     Raises:
-        ValueError: if no model is given.
+        ValueError: if no model is given, or an adapter instead of one.
     """
     from transformers import AutoTokenizer
 
     if not arguments.model_name_or_path:
         raise ValueError("No model: give `--model_name_or_path` (hub id or folder).")
+    folder = Path(arguments.model_name_or_path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"`--model_name_or_path {folder}` is an adapter. Give it as `--adapter_name_or_path`, and the model that "
+            "it belongs to as `--model_name_or_path`."
+        )
     return AutoTokenizer.from_pretrained(
         arguments.model_name_or_path,
         revision=arguments.model_revision,
@@ -98,18 +106,22 @@ def load_tokenizer(arguments: EngineArguments) -> Any:
 
 def eos_token_ids(arguments: EngineArguments, tokenizer: Any) -> list[int]:
     """
-    Every token that ends a completion: the tokenizer's and those of the model's generation config.
+    Every token that ends a completion: the tokenizer's and those that the model generates with, as in `GRPOTrainer`.
 
     Raises:
         ValueError: if there is none.
     """
-    from transformers import GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
+    name, revision = str(arguments.model_name_or_path), arguments.model_revision
     try:
-        config = GenerationConfig.from_pretrained(str(arguments.model_name_or_path), revision=arguments.model_revision)
-        listed = config.eos_token_id
-    except OSError:  # many models come without one
-        listed = None
+        config = GenerationConfig.from_pretrained(name, revision=revision)
+    except OSError:  # many models come without one; then transformers makes it from the model's config
+        model_config = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=arguments.trust_remote_code
+        )
+        config = GenerationConfig.from_model_config(model_config)
+    listed = config.eos_token_id
     ids = {*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id} - {None}
     if not ids:
         raise ValueError(
@@ -159,10 +171,12 @@ def build_engine(
 def _vllm_engine(
     arguments: EngineArguments, eos_ids: list[int], options: SamplingOptions, with_entropies: bool, seed: int
 ) -> Any:
-    # The engine's steps run in this process, as in training.
+    # The engine's steps run in this process, as in training; standard output is for results.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from vllm import LLM
     from vllm.lora.request import LoRARequest
+    from vllm.platforms import current_platform
 
     from .engines.vllm import VLLMEngine
     from .weight_sync import engine_lora_rank
@@ -180,6 +194,8 @@ def _vllm_engine(
         "logprobs_mode": "processed_logprobs",
         "seed": seed,
     }
+    if current_platform.is_cpu():
+        settings["block_size"] = 32  # the default of 128 tokens is longer than many segments: nothing would be shared
     adapter = arguments.adapter_name_or_path
     if adapter is not None:
         from peft import PeftConfig
@@ -343,16 +359,18 @@ def format_table(columns: dict[str, list[RolloutReport]]) -> str:
     With two ways the last column is the ratio of the first to the second.
     """
     names = list(columns)
-    header = ["", *names, *(["ratio"] if len(names) == 2 else [])]
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
-    for row, value in _ROWS.items():
+    rows = [["", *names, *([" / ".join(names)] if len(names) == 2 else [])]]
+    for label, value in _ROWS.items():
         values = [statistics.median(value(report) for report in columns[name]) for name in names]
         cells = [_number(value) for value in values]
         if len(names) == 2:
             cells.append(f"{values[0] / values[1]:.3f}" if values[1] else "-")
-        lines.append("| " + " | ".join([row, *cells]) + " |")
-    return "\n".join(lines)
+        rows.append([label, *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
+    rule = "|" + "-" * (widths[0] + 2) + "".join("|" + "-" * (width + 1) + ":" for width in widths[1:]) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:,.2f}"
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"

@@ -1,11 +1,11 @@
 """`treepo-trl sample`: trees of completions for a dataset, a file or standard input, without any training."""
 
 import json
-import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from trl import TrlParser
@@ -23,7 +23,7 @@ from .offline import (
     sample_independent,
 )
 from .sampler import TreeSampler
-from .sampling_config import TreeSamplingConfig
+from .sampling_config import TreeSamplingConfig, check_choice, check_int
 from .tree import SegmentTree
 
 
@@ -41,11 +41,14 @@ class SampleArguments:
         dataset_split (`str`, *optional*, defaults to `"train"`):
             Split to take the prompts from.
         prompt_column (`str`, *optional*):
-            Column of the prompts, text or messages. Default: `prompt`, or the only column.
+            Column of the prompts, text or messages; the key in JSON on standard input. Default: `prompt`, or the only
+            column.
         max_prompts (`int`, *optional*):
             Number of prompts, from the first on. Default: all.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of the chat template, as in `GRPOConfig`; JSON on the command line.
         output (`str`, *optional*):
-            JSONL file for the trees, one per line as they are done. Default: none.
+            JSONL file for the trees, one per line as they are done; a missing folder is made. Default: none.
         resume (`bool`, *optional*, defaults to `False`):
             Keep the trees that `output` holds and sample the others.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -63,7 +66,7 @@ class SampleArguments:
         compare (`str`, *optional*):
             `"independent"` samples the same number of ordinary completions too and prints the ratios.
         repeats (`int`, *optional*, defaults to `3`):
-            With `compare`: how often to sample both, in turn; medians are printed.
+            With `compare`: how often to sample both, in turn, after a warm-up; medians are printed.
     """
 
     dataset_name: str = field(default="-", metadata={"help": "Hub id, file, folder, or - for standard input."})
@@ -71,6 +74,9 @@ class SampleArguments:
     dataset_split: str = field(default="train", metadata={"help": "Split to take the prompts from."})
     prompt_column: str | None = field(default=None, metadata={"help": "Column of the prompts, text or messages."})
     max_prompts: int | None = field(default=None, metadata={"help": "Number of prompts, from the first on."})
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": """Arguments of the chat template, such as '{"enable_thinking": false}'."""}
+    )
     output: str | None = field(default=None, metadata={"help": "JSONL file for the trees."})
     resume: bool = field(default=False, metadata={"help": "Keep the trees in the output file, sample the others."})
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits; 0 takes the most likely token."})
@@ -85,13 +91,32 @@ class SampleArguments:
     repeats: int = field(default=3, metadata={"help": "With --compare: how often to sample both, in turn."})
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or more.")
-        for name, value in (("repeats", self.repeats), ("max_prompts", self.max_prompts)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+        check_int("repeats", self.repeats)
+        if self.max_prompts is not None:
+            check_int("max_prompts", self.max_prompts)
+        for name, valid, allowed in (
+            ("max_prompts", self.max_prompts is None or self.max_prompts >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (all tokens)"),
+            ("top_k", self.top_k >= -1, "0 or -1 (all tokens) or more"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "between 0 (all tokens) and 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is none)"),
+            ("repeats", self.repeats >= 1, "at least 1"),
+        ):
+            if not valid:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be {allowed}.")
+        if self.compare is not None:
+            check_choice("compare", self.compare, Literal["independent"])
         if self.compare is not None and self.resume:
             raise ValueError("`--compare` times all prompts and `--resume` leaves some out. Choose one of them.")
+        if isinstance(self.chat_template_kwargs, str):
+            with suppress(json.JSONDecodeError):
+                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+        if not isinstance(self.chat_template_kwargs, dict | None):
+            raise ValueError(
+                f"`chat_template_kwargs` is {self.chat_template_kwargs!r}; give a JSON object such as "
+                """'{"enable_thinking": false}'."""
+            )
 
 
 def main(argv: list[str], user_errors: Callable[[], AbstractContextManager[None]]) -> None:
@@ -105,21 +130,22 @@ def main(argv: list[str], user_errors: Callable[[], AbstractContextManager[None]
         parser = TrlParser(dataclass_types, prog="treepo-trl sample")
         arguments, engine_arguments, config = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
         tokenizer = load_tokenizer(engine_arguments)
-        prompts = prompt_token_ids(load_prompts(arguments), tokenizer)
+        prompts = prompt_token_ids(load_prompts(arguments), tokenizer, arguments.chat_template_kwargs)
         done = finished_prompts(arguments, prompts)
+        if done:
+            print(f"{len(done)} of {len(prompts)} trees are in {arguments.output} already.", file=sys.stderr)
+        remaining = [i for i in range(len(prompts)) if i not in done]
+        if not remaining:
+            return
         eos_ids = eos_token_ids(engine_arguments, tokenizer)
         options = SamplingOptions(
             arguments.temperature, arguments.top_p, arguments.top_k, arguments.min_p, arguments.repetition_penalty
         )
         with_entropies = config.branching_policy == "entropy"
-        engine = build_engine(engine_arguments, eos_ids, options, with_entropies, arguments.seed)
+        seed = arguments.seed + len(done)  # a resumed run does not repeat its first draws
+        engine = build_engine(engine_arguments, eos_ids, options, with_entropies, seed)
         sampler = TreeSampler(engine, config, eos_ids, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
         sampler.check(prompts)
-    remaining = [i for i in range(len(prompts)) if i not in done]
-    if done:
-        print(f"{len(done)} of {len(prompts)} trees are in {arguments.output} already.", file=sys.stderr)
-    if not remaining:
-        return
     reports = run(arguments, sampler, tokenizer, [prompts[i] for i in remaining], remaining)
     print(format_table(reports))
 
@@ -132,15 +158,15 @@ def load_prompts(arguments: SampleArguments) -> list[Any]:
         ValueError: if the split or the column does not exist.
     """
     if arguments.dataset_name == "-":
-        dataset: Any = read_prompts()
-    else:
-        splits = load_named_dataset(arguments.dataset_name, arguments.dataset_config, arguments.dataset_split)
-        if arguments.dataset_split not in splits:
-            raise ValueError(
-                f"The dataset has no split {arguments.dataset_split!r}, only {', '.join(splits)}. "
-                "Set `--dataset_split`."
-            )
-        dataset = splits[arguments.dataset_split]
+        if sys.stdin.isatty():
+            print("Type prompts, one per line, and end with Ctrl-D; or set `--dataset_name`.", file=sys.stderr)
+        return read_prompts(sys.stdin, arguments.prompt_column or "prompt")[: arguments.max_prompts]
+    splits = load_named_dataset(arguments.dataset_name, arguments.dataset_config, arguments.dataset_split)
+    if arguments.dataset_split not in splits:
+        raise ValueError(
+            f"The dataset has no split {arguments.dataset_split!r}, only {', '.join(splits)}. Set `--dataset_split`."
+        )
+    dataset = splits[arguments.dataset_split]
     columns = dataset.column_names
     column = arguments.prompt_column or ("prompt" if "prompt" in columns or len(columns) != 1 else columns[0])
     if column not in columns:
@@ -152,28 +178,45 @@ def finished_prompts(arguments: SampleArguments, prompts: list[list[int]]) -> se
     """
     Indices of the prompts whose trees the output file holds; a line that was cut off is removed from it.
 
+    Makes the file and its folder if they are missing, so that a run does not fail at its first tree.
+
     Raises:
-        ValueError: if the file exists and is not to be resumed, or holds trees of other prompts.
+        ValueError: if the file holds anything and is not to be resumed, or holds something else than trees of these
+            prompts.
     """
-    path = arguments.output
-    if path is None or not os.path.exists(path) or os.path.getsize(path) == 0:
+    if arguments.output is None:
         return set()
-    if not arguments.resume:
-        raise ValueError(f"`--output {path}` exists already. Remove it, name another file, or add `--resume`.")
+    path = Path(arguments.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
     done: set[int] = set()
-    with open(path, "r+", encoding="utf-8") as file:
-        while True:
-            start = file.tell()
-            line = file.readline()
-            if not line.endswith("\n"):  # the end, or a line that a dying process did not finish
-                file.truncate(start)
+    with path.open("a+b") as file:
+        file.seek(0)
+        for line in iter(file.readline, b""):
+            if not arguments.resume:
+                raise ValueError(f"`--output {path}` exists already. Remove it, name another file, or add `--resume`.")
+            if not line.endswith(b"\n") and line.startswith(_LINE_START[: len(line)]):
+                file.truncate(file.tell() - len(line))  # a dying process did not finish it
                 break
-            record = json.loads(line)
-            index = record["index"]
-            if index >= len(prompts) or record["tree"]["prompt_ids"] != prompts[index]:
-                raise ValueError(f"`--output {path}` holds a tree of another prompt {index}: it is from another run.")
-            done.add(index)
+            done.add(_prompt_of_line(path, line, prompts))
     return done
+
+
+_LINE_START = b'{"index": '  # as `write_tree` writes it
+
+
+def _prompt_of_line(path: Path, line: bytes, prompts: list[list[int]]) -> int:
+    try:
+        record = json.loads(line)
+        index, prompt_ids = record["index"], record["tree"]["prompt_ids"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"`--output {path}` has a line that is no tree of this command: {line!r:.80}. Name another file."
+        ) from error
+    if index >= len(prompts) or prompt_ids != prompts[index]:
+        raise ValueError(
+            f"`--output {path}` holds a tree of another prompt {index}: it is from another run. Name another file."
+        )
+    return index
 
 
 def run(
@@ -181,6 +224,7 @@ def run(
 ) -> dict[str, list[RolloutReport]]:
     """Sample the trees, and ordinary completions in turn if asked for; returns the reports of each way."""
     compare = arguments.compare is not None
+    advice = "" if arguments.output is None or compare else f"`--resume` goes on from the trees in {arguments.output}."
     repeats = arguments.repeats if compare else 1
     reports: dict[str, list[RolloutReport]] = {"trees": []}
     file = open(arguments.output, "a", encoding="utf-8") if arguments.output else None  # noqa: SIM115 - closed below
@@ -190,6 +234,8 @@ def run(
             write_tree(file, indices[index], tree, tokenizer)
 
     try:
+        if compare:  # an engine's first steps take longer, and the trees come first
+            sample_independent(sampler.engine, prompts[:1], sampler.config)
         for repeat in range(repeats):
             sampler.engine.reset_prefix_cache()
             with progress_bar(prompts, sampler.config, "trees") as bar:
@@ -203,9 +249,11 @@ def run(
                     completions, stats = sample_independent(sampler.engine, prompts, sampler.config, bar.update)
                 reports.setdefault("independent", []).append(report(completions, stats))
     except KeyboardInterrupt:
-        if file is None:
-            raise
-        raise SystemExit(f"Interrupted. `--resume` goes on from the trees in {arguments.output}.") from None
+        raise SystemExit(f"Interrupted. {advice}".rstrip()) from None
+    except Exception as error:
+        if advice:
+            error.add_note(advice)
+        raise
     finally:
         if file is not None:
             file.close()

@@ -20,7 +20,7 @@ def check_int(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` is {value!r} ({type(value).__name__}); it must be a whole number.")
 
 
-@dataclass(kw_only=True)
+@dataclass
 class TreeSamplingConfig:
     # docstyle-ignore
     r"""

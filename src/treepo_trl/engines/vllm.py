@@ -95,6 +95,7 @@ class VLLMEngine:
                 "logprobs": _NUM_TOP_LOGPROBS if self.reports_entropies else 0,
                 "flat_logprobs": True,
                 "stop_token_ids": sorted(self.eos_token_ids),
+                "ignore_eos": True,  # `eos_token_ids` alone decide, not the model's configuration
                 "detokenize": False,
                 "output_kind": RequestOutputKind.FINAL_ONLY,
                 **self.generation_kwargs,
@@ -108,7 +109,7 @@ class VLLMEngine:
                     SamplingParams(**fields),
                     lora_request=self.lora_request,
                 )
-            except ValueError as error:
+            except Exception as error:  # vLLM's own classes differ between its versions
                 raise SegmentEngineError(request.request_id, f"vLLM refuses a request: {error}") from error
             self._in_flight[request_id] = request.max_tokens
 
@@ -172,7 +173,6 @@ def entropies_of(top_logprobs: np.ndarray) -> np.ndarray:
     K-th, which is the most likely that they can be: a lower bound.
     """
     probabilities = np.exp(top_logprobs)
-    known = -np.where(probabilities > 0, probabilities * top_logprobs, 0.0).sum(axis=1)
+    finite = np.where(np.isfinite(top_logprobs), top_logprobs, 0.0)  # nothing is left behind -inf
     rest = np.clip(1.0 - probabilities.sum(axis=1), 0.0, 1.0)
-    smallest = np.where(np.isfinite(top_logprobs[:, -1]), top_logprobs[:, -1], 0.0)  # nothing is left behind -inf
-    return known - rest * smallest
+    return -(probabilities * finite).sum(axis=1) - rest * finite[:, -1]

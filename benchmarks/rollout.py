@@ -1,0 +1,187 @@
+"""
+Trees against independent sampling on the same engine, in one process: trajectories per second and tokens decoded.
+
+    python benchmarks/rollout.py                                   # SmolLM2-135M, fixed and ragged lengths
+    python benchmarks/rollout.py --model Qwen/Qwen2.5-1.5B-Instruct --prompts 64 --length 1024 --lengths fixed ragged
+
+Lengths: `fixed` runs every path to the cap; `ragged` draws lognormal lengths (sigma 0.5) with a mean of half the cap, a
+path's remaining length depending on how long it is already; `model` lets the model end its answers to arithmetic tasks.
+Ways: `independent` is one request per completion, all submitted at once; `early` and `spread` are trees; a way with
+`+barrier` waits for all segments of all trees before the next ones. Ways are interleaved; medians over the repeats.
+"""
+
+import argparse
+import math
+import random
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from treepo_trl import TreeSampler, TreeSamplingConfig
+from treepo_trl.data import prompt_token_ids
+from treepo_trl.embedded import addition_tasks, small_model
+from treepo_trl.engines import SamplingOptions, SegmentRequest, SegmentResult
+from treepo_trl.offline import EngineArguments, RolloutReport, build_engine, load_tokenizer, report, sample_independent
+
+
+SIGMA = 0.5
+
+
+class Wrapped:
+    """An engine with everything passed on to another one."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+
+class BarrierEngine(Wrapped):
+    """Returns results only when everything that was submitted is done."""
+
+    in_flight = 0
+
+    def submit(self, requests: list[SegmentRequest]) -> None:
+        self.in_flight += len(requests)
+        self.engine.submit(requests)
+
+    def collect(self) -> list[SegmentResult]:
+        results: list[SegmentResult] = []
+        while self.in_flight:
+            new = self.engine.collect()
+            self.in_flight -= len(new)
+            results += new
+        return results
+
+
+class RaggedEngine(Wrapped):
+    """Ends paths at lengths of its own: lognormal with a given mean, given that a path has got as far as it has."""
+
+    def __init__(self, engine: Any, mean: float, prompt_length: int, eos: int, seed: int) -> None:
+        super().__init__(engine)
+        self.distribution = statistics.NormalDist(math.log(mean) - SIGMA**2 / 2, SIGMA)
+        self.prompt_length, self.eos = prompt_length, eos
+        self.rng = random.Random(seed)
+        self.ending: set[int] = set()
+
+    def submit(self, requests: list[SegmentRequest]) -> None:
+        changed = []
+        for request in requests:
+            so_far = len(request.token_ids) - self.prompt_length
+            below = self.distribution.cdf(math.log(so_far)) if so_far else 0.0
+            quantile = min(below + (1.0 - below) * self.rng.random(), 1.0 - 1e-9)
+            rest = max(math.ceil(math.exp(self.distribution.inv_cdf(quantile))) - so_far, 1)
+            if rest <= request.max_tokens:
+                self.ending.add(request.request_id)
+                request = SegmentRequest(request.request_id, request.token_ids, rest)
+            changed.append(request)
+        self.engine.submit(changed)
+
+    def collect(self) -> list[SegmentResult]:
+        results = []
+        for result in self.engine.collect():
+            if result.request_id in self.ending:
+                self.ending.remove(result.request_id)
+                tokens = [*result.token_ids[:-1], self.eos]
+                result = SegmentResult(result.request_id, tokens, result.logprobs, "stop")
+            results.append(result)
+        return results
+
+
+def sample(way: str, engine: Any, prompts: list[list[int]], args: Any, eos: list[int], seed: int) -> RolloutReport:
+    """Sample all prompts in one of the ways."""
+    engine.reset_prefix_cache()
+    schedule, _, barrier = way.partition("+")
+    config = TreeSamplingConfig(
+        num_generations=args.width,
+        max_completion_length=args.length,
+        segment_length=args.segment_length,
+        branch_schedule="early" if schedule == "independent" else schedule,
+        branching_policy=args.policy,
+        stop_repetition=False,
+    )
+    if schedule == "independent":
+        return report(*sample_independent(engine, prompts, config))
+    sampler = TreeSampler(BarrierEngine(engine) if barrier else engine, config, eos)
+    expected = args.length // 2 if isinstance(engine, RaggedEngine) else None
+    trees = sampler.sample(prompts, seed, expected_length=expected)
+    return report(trees, sampler.stats)
+
+
+def print_table(runs: dict[str, list[RolloutReport]]) -> None:
+    """Medians of each way, and what they are of independent sampling."""
+    print("| way | trajectories/s | of independent | decoded/trajectory | of independent | of what tokens allow |")
+    print("|---|---|---|---|---|---|")
+    base_speed = statistics.median(r.leaves_per_second for r in runs["independent"])
+    base_tokens = statistics.median(r.decoded_tokens_per_leaf for r in runs["independent"])
+    for way, reports in runs.items():
+        speeds = [r.leaves_per_second for r in reports]
+        speed, tokens = statistics.median(speeds), statistics.median(r.decoded_tokens_per_leaf for r in reports)
+        ratio, share = speed / base_speed, tokens / base_tokens
+        spread = f"{min(speeds):.2f} to {max(speeds):.2f}"
+        print(f"| {way} | {speed:.2f} ({spread}) | {ratio:.2f} | {tokens:.0f} | {share:.3f} | {ratio * share:.2f} |")
+
+
+def main() -> None:
+    """Build the engine once and measure every kind of lengths."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser.add_argument("--model", help="hub id or folder; default: the small model that comes with packages")
+    parser.add_argument("--engine", default="vllm", choices=["vllm", "transformers"])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompt_length", type=int, default=64)
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256, help="cap on a completion")
+    parser.add_argument("--segment_length", type=int, help="default: a sixteenth of the cap")
+    parser.add_argument("--policy", default="uniform", choices=["uniform", "low_prob", "high_prob", "entropy"])
+    parser.add_argument("--lengths", nargs="+", default=["fixed", "ragged"], choices=["fixed", "ragged", "model"])
+    parser.add_argument("--ways", nargs="+", default=["early", "spread", "early+barrier", "spread+barrier"])
+    parser.add_argument("--max_num_seqs", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    args.segment_length = args.segment_length or math.ceil(args.length / 16)
+    model = args.model or small_model(Path(__file__).parent.parent / ".cache/smollm2-135m-instruct")
+    arguments = EngineArguments(
+        model_name_or_path=model,
+        engine=args.engine,
+        dtype=args.dtype,
+        vllm_max_num_seqs=args.max_num_seqs,
+        vllm_max_model_length=args.length + max(args.prompt_length, 256),
+        vllm_gpu_memory_utilization=0.8 if torch.cuda.is_available() else 0.3,
+    )
+    tokenizer = load_tokenizer(arguments)
+    eos = tokenizer.eos_token_id
+    engines = {}
+    base = build_engine(arguments, [], SamplingOptions(), with_entropies=args.policy == "entropy")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    rng = random.Random(0)
+    noise = [[rng.randrange(100, 10_000) for _ in range(args.prompt_length)] for _ in range(args.prompts)]
+    engines["fixed"] = base, noise
+    engines["ragged"] = RaggedEngine(base, args.length / 2, args.prompt_length, eos, seed=0), noise
+    tasks, _ = addition_tasks(args.prompts, 1, seed=0)
+    engines["model"] = base, prompt_token_ids(list(tasks["prompt"]), tokenizer)
+    for lengths in args.lengths:
+        engine, prompts = engines[lengths]
+        base.eos_token_ids = frozenset([eos] if lengths == "model" else [])
+        eos_ids = [] if lengths == "fixed" else [eos]
+        ways = ["independent", *args.ways]
+        sample(args.ways[0], engine, prompts[:2], args, eos_ids, seed=99)  # warm-up
+        runs: dict[str, list[RolloutReport]] = {way: [] for way in ways}
+        for repeat in range(args.repeats):
+            for way in ways:
+                runs[way].append(sample(way, engine, prompts, args, eos_ids, repeat))
+                print(f"{lengths} {way}: {runs[way][-1].seconds:.1f} s", file=sys.stderr)
+        print(
+            f"\n{device}, {args.engine}, {Path(model).name}: {args.prompts} prompts of {len(prompts[0])} tokens x "
+            f"{args.width}, cap {args.length}, segments of {args.segment_length}, {lengths} lengths, "
+            f"{args.max_num_seqs} slots, {args.repeats} repeats\n"
+        )
+        print_table(runs)
+
+
+if __name__ == "__main__":
+    main()
