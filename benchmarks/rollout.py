@@ -4,10 +4,10 @@ Trees against independent sampling on the same engine, in one process: trajector
     python benchmarks/rollout.py                                   # SmolLM2-135M, fixed and ragged lengths
     python benchmarks/rollout.py --model Qwen/Qwen2.5-1.5B-Instruct --prompts 64 --length 1024 --lengths fixed ragged
 
-Lengths: `fixed` runs every path to the cap; `ragged` draws lognormal lengths (sigma 0.5) with a mean of half the cap, a
-path's remaining length depending on how long it is already; `model` lets the model end its answers to arithmetic tasks.
-Ways: `independent` is one request per completion, all submitted at once; `early` and `spread` are trees; a way with
-`+barrier` waits for all segments of all trees before the next ones. Ways are interleaved; medians over the repeats.
+Lengths: `fixed` runs every path to the cap; `ragged` draws lognormal lengths (sigma 0.5) with a mean of half the cap,
+a path's remaining length depending on how long it is already; `model` lets the model end its answers to arithmetic
+tasks. Ways: `independent` is one request per completion, all submitted at once; `early` and `spread` are trees; a way
+with `+barrier` waits for all segments of all trees before the next ones. Ways are interleaved; medians of the repeats.
 """
 
 import argparse

@@ -365,6 +365,22 @@ def test_compare_samples_both_in_turn_and_prints_the_ratio(
     assert float(rows["leaf tokens"][0]) > trees
 
 
+def test_every_seed_and_every_round_has_its_own_branching_draws(
+    folder: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[str] = []
+    sample = TreeSampler.sample
+
+    def recorded(sampler: TreeSampler, prompts: list[list[int]], seed: str, **kwargs: Any) -> list[SegmentTree]:
+        seeds.append(seed)
+        return sample(sampler, prompts, seed, **kwargs)
+
+    monkeypatch.setattr(TreeSampler, "sample", recorded)
+    for seed in (3, 4):
+        main(arguments(tiny_model_dir, output=None, seed=seed, compare="independent", repeats=2))
+    assert len(set(seeds)) == len(seeds) == 4
+
+
 # A run that dies
 
 

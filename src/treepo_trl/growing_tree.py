@@ -8,6 +8,7 @@ tree.
 import math
 import random
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -112,7 +113,7 @@ class GrowingTree:
         parent_texts: dict[int | None, str] = {}
         if self.rules.needs_text:
             parent_texts = {
-                parent: join_text(map(self._texts.__getitem__, tree.path(parent))) for parent in self.level
+                parent: join_text(self._texts[node] for node in tree.path(parent)) for parent in set(self.level)
             }
         nodes = [
             self._store(parent, self._results[i], parent_texts.get(parent, "")) for i, parent in enumerate(self.level)
@@ -180,7 +181,7 @@ class GrowingTree:
     def _tokens_left(self) -> int:
         """Tokens that may still be decoded for this tree."""
         budget = self.rules.config.max_tree_tokens
-        return 2**62 if budget is None else budget - self.num_decoded_tokens
+        return sys.maxsize if budget is None else budget - self.num_decoded_tokens
 
     def _expected_depth(self) -> int:
         segment_length = self.rules.config.segment_length
