@@ -7,7 +7,8 @@ Trees against independent sampling on the same engine, in one process: trajector
 Lengths: `fixed` runs every path to the cap; `ragged` draws lognormal lengths (sigma 0.5) with a mean of half the cap,
 a path's remaining length depending on how long it is already; `model` lets the model end its answers to arithmetic
 tasks. Ways: `independent` is one request per completion, all submitted at once; `early` and `spread` are trees; a way
-with `+barrier` waits for all segments of all trees before the next ones. Ways are interleaved; medians of the repeats.
+with `+barrier` waits for all segments of all trees before the next ones, one with `+unaligned` cuts segments anywhere
+in a cache block. Ways are interleaved; medians of the repeats.
 """
 
 import argparse
@@ -58,6 +59,12 @@ class BarrierEngine(Wrapped):
         return results
 
 
+class UnalignedEngine(Wrapped):
+    """Does not tell where its cache blocks end."""
+
+    block_size = None
+
+
 class RaggedEngine(Wrapped):
     """Ends paths at lengths of its own: lognormal with a given mean, given that a path has got as far as it has."""
 
@@ -95,7 +102,7 @@ class RaggedEngine(Wrapped):
 def sample(way: str, engine: Any, prompts: list[list[int]], args: Any, eos: list[int], seed: int) -> RolloutReport:
     """Sample all prompts in one of the ways."""
     engine.reset_prefix_cache()
-    schedule, _, barrier = way.partition("+")
+    schedule, _, change = way.partition("+")
     config = TreeSamplingConfig(
         num_generations=args.width,
         max_completion_length=args.length,
@@ -106,8 +113,10 @@ def sample(way: str, engine: Any, prompts: list[list[int]], args: Any, eos: list
     )
     if schedule == "independent":
         return report(*sample_independent(engine, prompts, config))
-    sampler = TreeSampler(BarrierEngine(engine) if barrier else engine, config, eos)
     expected = args.length // 2 if isinstance(engine, RaggedEngine) else None
+    if change:
+        engine = {"barrier": BarrierEngine, "unaligned": UnalignedEngine}[change](engine)
+    sampler = TreeSampler(engine, config, eos)
     trees = sampler.sample(prompts, seed, expected_length=expected)
     return report(trees, sampler.stats)
 
@@ -133,13 +142,13 @@ def main() -> None:
     parser.add_argument("--engine", default="vllm", choices=["vllm", "transformers"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--prompt_length", type=int, default=64)
+    parser.add_argument("--prompt_length", type=int, default=89)  # in the middle of a cache block
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--length", type=int, default=256, help="cap on a completion")
     parser.add_argument("--segment_length", type=int, help="default: a sixteenth of the cap")
     parser.add_argument("--policy", default="uniform", choices=["uniform", "low_prob", "high_prob", "entropy"])
     parser.add_argument("--lengths", nargs="+", default=["fixed", "ragged"], choices=["fixed", "ragged", "model"])
-    parser.add_argument("--ways", nargs="+", default=["early", "spread", "early+barrier", "spread+barrier"])
+    parser.add_argument("--ways", nargs="+", default=["early", "spread", "spread+barrier", "spread+unaligned"])
     parser.add_argument("--max_num_seqs", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()

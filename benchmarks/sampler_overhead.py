@@ -26,6 +26,7 @@ class InstantEngine:
 
     context_length = None
     num_cache_tokens = None
+    block_size = 16
     reports_entropies = False
     num_prompt_tokens = 0
     num_cached_tokens = 0

@@ -24,7 +24,8 @@ class FakeEngine:
             Seed of the tokens.
         arrival (`random.Random`, *optional*):
             Source of the order and the number of results per `collect`; `None` returns all at once, in order.
-        context_length (`int`, *optional*), num_cache_tokens (`int`, *optional*), slots (`int`, *optional*):
+        context_length (`int`, *optional*), num_cache_tokens (`int`, *optional*), slots (`int`, *optional*), block_size
+            (`int`, *optional*):
             As in `SegmentEngine`.
         reports_entropies (`bool`):
             Whether results carry entropies, which are random numbers.
@@ -39,7 +40,9 @@ class FakeEngine:
         num_cache_tokens: int | None = None,
         slots: int | None = None,
         reports_entropies: bool = False,
+        block_size: int | None = None,
     ) -> None:
+        self.block_size = block_size
         self.num_cache_tokens = num_cache_tokens
         self.slots = slots
         self.reports_entropies = reports_entropies
@@ -135,6 +138,7 @@ class ScriptedEngine:
     """Answers requests with given tokens, in the order of submission; log-probabilities are -1, -2, ... per token."""
 
     num_cache_tokens = None
+    block_size = None
     reports_entropies = False
     num_prompt_tokens = 0
     num_cached_tokens = 0
@@ -185,6 +189,7 @@ class MarkovEngine:
     )
     context_length = None
     num_cache_tokens = None
+    block_size = None
     reports_entropies = True
     num_prompt_tokens = 0
     num_cached_tokens = 0

@@ -290,4 +290,18 @@ def test_installed_command(tmp_path: Path) -> None:
         pytest.skip("treepo-trl is not installed in this environment")
     result = subprocess.run([command], capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
     assert result.returncode == 0
-    assert "usage: treepo-trl train" in result.stdout
+    assert "usage: treepo-trl {train,sample}" in result.stdout
+
+
+def test_a_broken_config_is_one_line(folder: Path, tiny_model_dir: str) -> None:
+    (folder / "config.yaml").write_text("segment_length: [4\n")
+    with pytest.raises(SystemExit, match=r"(?s)treepo-trl: error: .*config\.yaml"):
+        main([*arguments(tiny_model_dir), "--config", "config.yaml"])
+
+
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_config_without_a_file(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main([command, "--num_generations", "4", "--config"])
+    assert error.value.code == 2
+    assert "--config: expected one argument" in capsys.readouterr().err

@@ -67,6 +67,7 @@ def limits(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "slots": draw(st.sampled_from([None, 1, 2, 7, 40])),
         "num_cache_tokens": draw(st.sampled_from([None, 1, 50, 400])),
+        "block_size": draw(st.sampled_from([None, 1, 2, 5])),
         "reports_entropies": True,
     }
 
@@ -169,7 +170,7 @@ def test_finished_and_growing_paths_never_exceed_the_width_and_levels_wait_for_t
 def test_same_seed_gives_the_same_trees_whatever_the_order_of_arrival_and_the_number_of_slots(
     config: TreeSamplingConfig, stop: float, arrival_seed: int, limits: dict[str, Any], seed: int | str
 ) -> None:
-    free = {"reports_entropies": True}
+    free = {"reports_entropies": True, "block_size": limits["block_size"]}
     runs = [
         TreeSampler(FakeEngine(memoryless(stop), arrival=arrival(order), **kwargs), config, [EOS]).sample(
             prompts_of(3), seed
@@ -438,6 +439,29 @@ def test_an_engine_is_asked_for_its_slots_at_the_longest_sequence() -> None:
     TreeSampler(Engine(endless), make_config(2), [EOS]).sample(prompts_of(2), seed=0)
     assert max(asked) == 3 + 12
     assert asked == sorted(asked)
+
+
+@pytest.mark.parametrize("prompt_length", [1, 3, 16, 17, 30])
+def test_segments_end_where_the_engines_cache_goes_on(prompt_length: int) -> None:
+    """Blocks of 4 tokens, segments of at most 10: with 4 k + 1 tokens all but the last one are in full blocks."""
+    engine = FakeEngine(endless, block_size=4)
+    config = make_config(8, segment_length=10, max_completion_length=50)
+    (tree,) = TreeSampler(engine, config, [EOS]).sample([[9] * prompt_length], seed=0)
+    for request in engine.requests:
+        if len(request.token_ids) > prompt_length:
+            assert len(request.token_ids) % 4 == 1
+        # Shorter by less than a block, except at the cap.
+        assert 7 <= request.max_tokens <= 10 or len(request.token_ids) + request.max_tokens == prompt_length + 50
+    assert {tree.nodes[leaf].end for leaf in tree.leaves} == {50}
+
+
+def test_short_segments_are_not_cut_to_fit_large_blocks() -> None:
+    # Prompt 3, segments of 3, blocks of 16: an end at 1 mod 16 is too far back, except in front of 17 = 3 + 14.
+    engine = FakeEngine(endless, block_size=16)
+    config = make_config(2, segment_length=3, max_completion_length=24, initial_branching_factor=[2, 2])
+    TreeSampler(engine, config, [EOS]).sample([[9] * 3], seed=0)
+    # 3, 6, 9, 12, 15, then 18 is one behind 17: cut to 2 tokens; 20, 23, 26, and the cap at 27.
+    assert sorted({len(request.token_ids) for request in engine.requests}) == [3, 6, 9, 12, 15, 17, 20, 23, 26]
 
 
 def test_progress_is_reported_leaf_by_leaf_and_tree_by_tree() -> None:

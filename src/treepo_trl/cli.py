@@ -147,9 +147,11 @@ def make_parser(prog: str | None = None) -> Any:
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turn what a user can set right into one line instead of a traceback, while arguments and data are read."""
+    import yaml
+
     try:
         yield
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError, yaml.YAMLError) as error:
         raise SystemExit(f"treepo-trl: error: {error}") from error
 
 
@@ -174,6 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="treepo-trl", usage=_USAGE.partition("\n")[0].removeprefix("usage: "))
     parser.add_argument("command", choices=["train", "sample"])
     command = parser.parse_args(argv[:1]).command
+    if argv[-1] == "--config":  # TRL's parser takes the next argument without looking
+        parser.error("argument --config: expected one argument")
     if command == "sample":
         from .sample_command import main as sample
 

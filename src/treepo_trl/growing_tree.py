@@ -65,6 +65,8 @@ class GrowingTree:
     """Expected length of a completion in tokens, if anything is known about it."""
     progress: float = 0.0
     """Fraction of the training that is done, for the branching temperature."""
+    block_size: int | None = None
+    """Tokens per block of the engine's prefix cache."""
     level: list[int | None] = field(default_factory=list[int | None])
     """Parents of the level's segments."""
     num_taken: int = 0
@@ -98,7 +100,21 @@ class GrowingTree:
             prefix = self._prefixes[parent] = self.tree.sequence_ids(parent)
         if self.num_taken == len(self.level):
             self._prefixes = {}
-        return position, prefix, min(self._max_tokens, self.max_length - self._end(parent))
+        return position, prefix, self._segment_tokens(len(prefix), self.max_length - self._end(parent))
+
+    def _segment_tokens(self, num_before: int, room: int) -> int:
+        """
+        Longest next segment of a sequence of `num_before` tokens.
+
+        A segment that will be continued ends one token behind a block of the engine's cache, if that takes no more
+        than half of it: the last token of a sequence is not in the cache yet, so a child then starts with exactly this
+        one token to compute, as any decoding step does. Elsewhere it would compute up to a block again.
+        """
+        num_tokens = min(self._max_tokens, room)
+        if self.block_size is None or num_tokens == room:
+            return num_tokens
+        surplus = (num_before + num_tokens - 1) % self.block_size
+        return num_tokens - surplus if surplus <= num_tokens // 2 else num_tokens
 
     def receive(self, position: int, result: SegmentResult) -> bool:
         """Keep an arrived segment; whether the level is complete with it."""

@@ -170,6 +170,7 @@ class TreeSampler:
                     self._max_length(prompt, index),
                     expected_length,
                     progress,
+                    engine.block_size,
                 )
                 for index, prompt in enumerate(prompts)
             ]
@@ -207,11 +208,11 @@ class TreeSampler:
             return self.config.max_completion_length
         room = context - len(prompt)
         if room < 1:
-            start = f", which starts with {self.decode(prompt[:32])!r}," if self.decode is not None else ""
+            start = f", which starts with {self.decode(prompt[:16])!r}," if self.decode is not None else ""
             raise ValueError(
                 f"Prompt {index} of this batch{start} has {len(prompt)} tokens and leaves no room for a completion in "
-                f"the engine's context of {context} tokens. Drop or shorten such prompts, or give the engine a longer "
-                "context (`vllm_max_model_length`)."
+                f"the engine's context of {context} tokens. Drop or shorten such prompts, or, if the model has a "
+                "longer context than its vLLM engine, raise `vllm_max_model_length`."
             )
         return min(self.config.max_completion_length, room)
 

@@ -48,8 +48,8 @@ class TreeSamplingConfig:
         branching_temperature (`float`, *optional*, defaults to `2.0`):
             Softmax temperature of all policies but `"uniform"`, in nats (section 4.4).
         branching_temperature_end (`float`, *optional*):
-            Temperature at the end of training, reached along half a cosine (section 4.4 goes from 5 to 1). Default:
-            the temperature stays.
+            Temperature at the end of training, reached along half a cosine (section 4.4 goes from 5 to 1). Without
+            training nothing changes. Default: the temperature stays.
         branch_schedule (`str`, *optional*, defaults to `"early"`):
             `"early"` branches as soon as it can (the paper); `"spread"` opens the branches evenly over the expected
             length, which shares more tokens.

@@ -73,6 +73,8 @@ class SegmentEngine(Protocol):
             Longest sequence (prompt and completion tokens) that the engine can hold; `None` without a limit.
         num_cache_tokens (`int` or `None`):
             Tokens whose keys and values the engine can keep, running requests included; `None` if unknown.
+        block_size (`int` or `None`):
+            Tokens per block of the prefix cache, of which only full blocks are found again; `None` if every prefix is.
         reports_entropies (`bool`):
             Whether results carry entropies.
         num_prompt_tokens (`int`), num_cached_tokens (`int`):
@@ -81,6 +83,7 @@ class SegmentEngine(Protocol):
 
     context_length: int | None
     num_cache_tokens: int | None
+    block_size: int | None
     reports_entropies: bool
 
     @property

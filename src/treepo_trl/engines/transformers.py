@@ -107,6 +107,7 @@ class TransformersEngine:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.options = options or SamplingOptions()
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        self.block_size: int | None = None
         self.reports_entropies = with_entropies
         self.num_prompt_tokens = 0
         self.num_prefilled_tokens = 0

@@ -60,6 +60,7 @@ class VLLMEngine:
         self.context_length: int | None = config.model_config.max_model_len
         num_blocks, block_size = config.cache_config.num_gpu_blocks, config.cache_config.block_size
         self.num_cache_tokens: int | None = num_blocks * block_size if num_blocks and block_size else None
+        self.block_size: int | None = block_size
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
         self._max_num_seqs: int = config.scheduler_config.max_num_seqs
