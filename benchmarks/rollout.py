@@ -8,7 +8,8 @@ Lengths: `fixed` runs every path to the cap; `ragged` draws lognormal lengths (s
 a path's remaining length depending on how long it is already; `model` lets the model end its answers to arithmetic
 tasks. Ways: `independent` is one request per completion, all submitted at once; `early` and `spread` are trees; a way
 with `+barrier` waits for all segments of all trees before the next ones, one with `+unaligned` cuts segments anywhere
-in a cache block. Ways are interleaved; medians of the repeats.
+in a cache block; `spread+cap` spreads ragged lengths over the cap instead of their mean. Ways are interleaved; medians
+of the repeats.
 """
 
 import argparse
@@ -113,8 +114,8 @@ def sample(way: str, engine: Any, prompts: list[list[int]], args: Any, eos: list
     )
     if schedule == "independent":
         return report(*sample_independent(engine, prompts, config))
-    expected = args.length // 2 if isinstance(engine, RaggedEngine) else None
-    if change:
+    expected = args.length // 2 if isinstance(engine, RaggedEngine) and change != "cap" else None
+    if change in ("barrier", "unaligned"):
         engine = {"barrier": BarrierEngine, "unaligned": UnalignedEngine}[change](engine)
     sampler = TreeSampler(engine, config, eos)
     trees = sampler.sample(prompts, seed, expected_length=expected)

@@ -92,19 +92,21 @@ def test_branching_factor_one_never_opens_more_than_the_level_had(width: int, da
 
 
 def test_spread_width_by_hand() -> None:
-    # W = 16 over 4 depths: 16 ** (1/4), 16 ** (2/4), ... = 2, 4, 8, 16
-    assert [spread_width(depth, 4, 16) for depth in range(4)] == [2, 4, 8, 16]
-    # W = 8 over 6 depths: 8 ** (d/6) = 2 ** (d/2) = 1.41, 2, 2.83, 4, 5.66, 8, rounded up
-    assert [spread_width(depth, 6, 8) for depth in range(6)] == [2, 2, 3, 4, 6, 8]
+    # W = 16 over 40 tokens in segments of 10: 16 ** (1/4), 16 ** (2/4), ... = 2, 4, 8, 16
+    assert [spread_width(end, 40, 16) for end in (10, 20, 30, 40)] == [2, 4, 8, 16]
+    # W = 8 over 6 tokens: 8 ** (d/6) = 2 ** (d/2) = 1.41, 2, 2.83, 4, 5.66, 8, rounded up
+    assert [spread_width(end, 6, 8) for end in range(1, 7)] == [2, 2, 3, 4, 6, 8]
 
 
-@given(st.integers(1, 128), st.integers(1, 64))
-def test_spread_width_is_monotone_and_reaches_the_width_with_the_last_segment(width: int, depths: int) -> None:
-    widths = [spread_width(depth, depths, width) for depth in range(depths)]
+@given(st.integers(1, 128), st.integers(1, 500), st.integers(1, 64))
+def test_spread_width_is_monotone_and_reaches_the_width_with_the_last_segment(
+    width: int, expected: int, segment: int
+) -> None:
+    widths = [spread_width(start + segment, expected, width) for start in range(0, expected, segment)]
     assert widths == sorted(widths)
     assert widths[-1] == width
     assert widths[0] >= 1
-    assert spread_width(depths + 3, depths, width) == width  # a path that is longer than expected
+    assert spread_width(expected + 3, expected, width) == width  # a path that is longer than expected
 
 
 # Split

@@ -545,7 +545,7 @@ def test_spread_follows_the_expected_length() -> None:
 
     assert levels(None) == [2, 2, 3, 4, 6, 8]  # 8 ** (d/6)
     assert levels(6) == [2, 4, 8, 8, 8, 8]  # 8 ** (d/3): 2, 4, 8
-    assert levels(5) == [2, 4, 8, 8, 8, 8]  # three segments, the last one shorter
+    assert levels(5) == [2, 4, 8, 8, 8, 8]  # 8 ** (4/5) = 5.3, but a level at most doubles
     assert levels(100) == levels(None)  # never beyond the cap
     assert levels(6, expected_completion_length=12) == levels(None)  # what the user says goes first
 
@@ -819,6 +819,53 @@ def test_an_engine_error_aborts_what_is_running_and_is_not_hidden(error: BaseExc
     engine.where = ""  # the engine works again: nothing of the broken call is left
     trees = sampler.sample(prompts_of(2), seed=0)
     assert [len(tree.leaves) for tree in trees] == [8, 8]
+
+
+class FailingEngine(FakeEngine):
+    """Fails in its n-th call, once."""
+
+    calls, fails_at = 0, 0
+
+    def _count(self) -> None:
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise RuntimeError("out of memory")
+
+    def submit(self, requests: list[SegmentRequest]) -> None:
+        self._count()
+        super().submit(requests)
+
+    def collect(self) -> list[SegmentResult]:
+        self._count()
+        return super().collect()
+
+    def abort(self) -> None:
+        super().abort()
+        self.requests.clear()
+
+
+@settings(deadline=None)
+@given(configs(), stop_probabilities, arrivals, limits(), st.integers(1, 25))
+def test_after_a_failure_anywhere_nothing_is_left_behind(
+    config: TreeSamplingConfig, stop: float, arrival_seed: int | None, limits: dict[str, Any], fails_at: int
+) -> None:
+    engine = FailingEngine(memoryless(stop), arrival=arrival(arrival_seed), **limits)
+    engine.fails_at = fails_at
+    sampler = TreeSampler(engine, config, [EOS])
+    first, error = None, None
+    try:
+        first = sampler.sample(prompts_of(3), seed=0)
+    except RuntimeError as caught:
+        error = caught
+    assert (error is not None) == (engine.calls >= fails_at)
+    assert engine.aborted == (error is not None)
+    assert error is None or any("While sampling prompt" in note for note in error.__notes__)
+    engine.abort()
+    engine.fails_at = 0
+    again = sampler.sample(prompts_of(3), seed=0)
+    assert [len(tree.leaves) for tree in again] == [config.num_generations] * 3
+    if first is not None:
+        assert fingerprint(first) == fingerprint(again)
 
 
 def test_a_request_that_the_engine_refuses_names_its_prompt(decode_words: Decode) -> None:

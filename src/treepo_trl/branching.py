@@ -57,15 +57,14 @@ def level_budget(
     return max(min(num_generations - num_finished, branching_factor * (num_finished_now + num_live)), num_live)
 
 
-def spread_width(depth: int, expected_depth: int, num_generations: int) -> int:
+def spread_width(end: int, expected_length: int, num_generations: int) -> int:
     """
-    Paths that a tree should have opened by the segments of `depth` under the `spread` schedule: `W ** ((d+1)/D)`.
+    Paths that a tree should have open in a level that ends at token `end` under the `spread` schedule: `W ** (e / E)`.
 
-    The width grows by a constant factor per level, so the branching points lie evenly over the expected length and it
-    reaches `num_generations` with the last of `expected_depth` segments.
+    The width grows by a constant factor per token, so the branching points lie evenly over the expected length and it
+    reaches `num_generations` with the last segment.
     """
-    fraction = min((depth + 1) / expected_depth, 1.0)
-    return math.ceil(num_generations**fraction - 1e-9)
+    return math.ceil(num_generations ** min(end / expected_length, 1.0) - 1e-9)
 
 
 def split_budget(total: int, scores: Sequence[float] | int, rng: random.Random, temperature: float = 1.0) -> list[int]:

@@ -5,7 +5,6 @@ Algorithm 1 of [TreePO](https://huggingface.co/papers/2508.17445) for a single p
 tree.
 """
 
-import math
 import random
 import re
 import sys
@@ -147,7 +146,8 @@ class GrowingTree:
             len(live), num_finished, len(nodes) - len(live), config.num_generations, config.branching_factor
         )
         if config.branch_schedule == "spread":
-            width = spread_width(tree.nodes[live[0]].depth + 1, self._expected_depth(), config.num_generations)
+            expected = self.max_length if self.expected_length is None else min(self.expected_length, self.max_length)
+            width = spread_width(tree.nodes[live[0]].end + self._segment_length, expected, config.num_generations)
             total = min(total, width - num_finished)
         if config.max_tree_tokens is not None:
             total = min(total, self._tokens_left() // self._expected_rest(tree.nodes[live[0]].end))
@@ -158,12 +158,10 @@ class GrowingTree:
         return num_finished - num_leaves
 
     def _ask_for(self, parents: list[int | None]) -> None:
-        segment_length = self.rules.config.segment_length
-        assert segment_length is not None, "set by the config"
         self.level, self.num_taken, self._results = parents, 0, {}
-        self._max_tokens = segment_length
-        if parents and self.rules.config.max_tree_tokens is not None:
-            self._max_tokens = min(segment_length, self._tokens_left() // len(parents))
+        self._max_tokens = self._segment_length
+        if parents:
+            self._max_tokens = min(self._max_tokens, self._tokens_left() // len(parents))
         if not parents:
             self._texts = {}
 
@@ -199,23 +197,21 @@ class GrowingTree:
         budget = self.rules.config.max_tree_tokens
         return sys.maxsize if budget is None else budget - self.num_decoded_tokens
 
-    def _expected_depth(self) -> int:
+    @property
+    def _segment_length(self) -> int:
         segment_length = self.rules.config.segment_length
         assert segment_length is not None, "set by the config"
-        expected = self.max_length if self.expected_length is None else min(self.expected_length, self.max_length)
-        return math.ceil(expected / segment_length)
+        return segment_length
 
     def _expected_rest(self, end: int) -> int:
         """Tokens that a path of `end` tokens can be expected to need still."""
-        segment_length = self.rules.config.segment_length
-        assert segment_length is not None, "set by the config"
         if self.tree.leaves:
             rest = self.tree.num_leaf_tokens // len(self.tree.leaves) - end
         elif self.expected_length is not None:
             rest = self.expected_length - end
         else:
-            rest = end + segment_length  # as long again as so far
-        return min(max(rest, segment_length), max(self.max_length - end, 1))
+            rest = end + self._segment_length  # as long again as so far
+        return min(max(rest, self._segment_length), max(self.max_length - end, 1))
 
     # What arrived
 
