@@ -155,6 +155,30 @@ def test_results_arrive_in_bursts(small_llm: Any) -> None:
     assert [result.request_id for result in engine.collect()] == [2]
 
 
+def test_children_start_with_one_token_to_compute(small_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments end one token behind a block of vLLM's cache (32 tokens here), so a child is no prefill."""
+    from treepo_trl.engines.vllm import VLLMEngine
+
+    engine = VLLMEngine(small_llm, [])
+    assert engine.block_size == 32
+    computed: list[tuple[int, int]] = []
+    read = engine._read
+
+    def recording_read(output: Any) -> Any:
+        computed.append((len(output.prompt_token_ids), len(output.prompt_token_ids) - output.num_cached_tokens))
+        return read(output)
+
+    monkeypatch.setattr(engine, "_read", recording_read)
+    config = TreeSamplingConfig(num_generations=4, max_completion_length=150, segment_length=64, stop_repetition=False)
+    prompts = [[1, 4093, 198, 3400, 281, *range(500, 500 + n)] for n in (3, 40)]
+    small_llm.reset_prefix_cache()
+    trees = TreeSampler(engine, config, [2]).sample(prompts, seed=0)
+    assert [len(tree.leaves) for tree in trees] == [4, 4]
+    children = [count for length, count in computed if length not in (8, 45)]
+    assert len(children) >= 2 * (2 + 4)
+    assert set(children) == {1}
+
+
 def test_the_models_own_eos_ends_nothing_that_the_caller_did_not_name(small_llm: Any) -> None:
     from treepo_trl.engines.vllm import VLLMEngine
 
