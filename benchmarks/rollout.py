@@ -161,7 +161,6 @@ def main() -> None:
         dtype=args.dtype,
         vllm_max_num_seqs=args.max_num_seqs,
         vllm_max_model_length=args.length + max(args.prompt_length, 256),
-        vllm_gpu_memory_utilization=0.8 if torch.cuda.is_available() else 0.3,
     )
     tokenizer = load_tokenizer(arguments)
     eos = tokenizer.eos_token_id

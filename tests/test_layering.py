@@ -21,6 +21,7 @@ ALLOWED = {
     "progress": set(),
     "embedded": set(),
     "data": set(),
+    "user_errors": set(),
     "weight_sync": set(),
     "engines.base": set(),
     "branching": {"tree"},
@@ -44,16 +45,11 @@ ALLOWED = {
     "offline": {
         *("engines", "engines.transformers", "engines.vllm", "sampler", "sampling_config", "tree", "weight_sync"),
     },
-    "sample_command": {"data", "engines", "offline", "sampler", "sampling_config", "tree"},
+    "sample_command": {"data", "engines", "offline", "sampler", "sampling_config", "tree", "user_errors"},
     "cli": {
-        "",
-        "data",
-        "sample_command",
-        "treepo_config",
-        "treepo_trainer",
-        "evaluation",
-        "progress",
-    },  # the version is in __init__
+        *("", "data", "user_errors", "sample_command", "treepo_config"),  # the version is in __init__
+        *("treepo_trainer", "evaluation", "progress"),
+    },
     "": {"sampler", "sampling_config", "tree", "treepo_config", "treepo_trainer"},
 }
 

@@ -37,7 +37,10 @@ STATS = SamplingStats(num_decoded_tokens=20, num_segments=8, num_fallback_leaves
 
 def test_totals_by_hand() -> None:
     assert tree_totals(hand_trees(), STATS) == {
+        "trees": 2,
         "leaves": 5 + 1,
+        # Weights: 1/2 for [7], 1/6 for each end below [1, 2] and 1/12 for those below [4, 4, 4].
+        "mean_lengths": pytest.approx((1 / 2 + 3 / 6 + 3 / 6 + 6 / 12 + 6 / 12) + 2),
         "depth": (1 + 2 + 2 + 3 + 3) + 1,
         "finish_stop": 3,
         "finish_pattern": 1,
@@ -59,6 +62,7 @@ def test_metrics_by_hand() -> None:
     assert tree_metrics(tree_totals(hand_trees(), STATS)) == pytest.approx(
         {
             "tree/depth_mean": 12 / 6,
+            "tree/mean_length": (2.5 + 2) / 2,
             "tree/finish_stop_frac": 3 / 6,
             "tree/finish_pattern_frac": 1 / 6,
             "tree/finish_repetition_frac": 1 / 6,

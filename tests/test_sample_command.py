@@ -449,12 +449,17 @@ def test_an_engine_that_dies_keeps_the_trees(
 def test_an_interrupt_is_no_traceback(folder: Path, tiny_model_dir: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         fail_after(patch, 1, KeyboardInterrupt())
-        with pytest.raises(SystemExit, match=r"^Interrupted\. `--resume` goes on from the trees in trees\.jsonl\.$"):
+        with pytest.raises(
+            SystemExit,
+            match=r"^Interrupted\. While sampling prompt 1 of 4 .*`--resume` goes on from the trees in trees\.jsonl\.",
+        ):
             main(arguments(tiny_model_dir))
     assert len(read_trees()) == 1
     with pytest.MonkeyPatch.context() as patch:
         fail_after(patch, 1, KeyboardInterrupt())
-        with pytest.raises(SystemExit, match=r"^Interrupted\.$"):  # a comparison is not resumed
+        with pytest.raises(
+            SystemExit, match=r"^Interrupted\. While sampling prompt 1 of 4[^`]*$"
+        ):  # a comparison is not resumed
             main(arguments(tiny_model_dir, output="other.jsonl", compare="independent"))
 
 

@@ -415,9 +415,29 @@ def test_a_tree_is_started_when_what_is_held_and_the_next_segments_fit_into_the_
         started |= new
         running += len(items)
     assert len(started) == 9
-    # At the beginning, with k trees started: 3 (k + 1) prompt tokens and 3 (2k + 1) of segments fit for k up to 6.
+    # At the beginning: every tree has 3 prompt tokens and two paths that are expected to need 3 at least, so six fit.
     assert engine.events[0][0] == "submit"
-    assert len(engine.events[0][1]) == 7 * 2
+    assert len(engine.events[0][1]) == 6 * 2
+
+
+def test_one_long_prompt_does_not_take_the_slots_of_the_others_once_it_is_done() -> None:
+    class Engine(RecordingEngine):
+        """Room for 400 tokens: rows times the longest of them."""
+
+        def num_slots(self, length: int) -> int | None:
+            return 400 // max(length, 1)
+
+    engine = Engine(endless)
+    prompts = [[99] * 150, *prompts_of(30)]
+    TreeSampler(engine, make_config(4), [EOS]).sample(prompts, seed=0)
+    running, most = Counter[int](), 0
+    for kind, items in engine.events:
+        for item in items:
+            length = len(next(r for r in engine.requests if r.request_id == item.request_id).token_ids)
+            running[length] += 1 if kind == "submit" else -1
+        if kind == "submit" and not any(count for length, count in running.items() if length >= 150):
+            most = max(most, sum(running.values()))
+    assert most > 20  # up to 400 // 15 of the short ones
 
 
 def test_the_oldest_tree_runs_even_if_it_does_not_fit() -> None:
@@ -438,7 +458,7 @@ def test_an_engine_is_asked_for_its_slots_at_the_longest_sequence() -> None:
 
     TreeSampler(Engine(endless), make_config(2), [EOS]).sample(prompts_of(2), seed=0)
     assert max(asked) == 3 + 12
-    assert asked == sorted(asked)
+    assert asked[-1] == 0  # nothing runs any more
 
 
 @pytest.mark.parametrize("prompt_length", [1, 3, 16, 17, 30])
@@ -464,6 +484,28 @@ def test_short_segments_are_not_cut_to_fit_large_blocks() -> None:
     assert sorted({len(request.token_ids) for request in engine.requests}) == [3, 6, 9, 12, 15, 17, 20, 23, 26]
 
 
+def test_a_last_segment_reaches_the_cap_in_one_piece() -> None:
+    # Prompt 2, blocks of 4, segments of 4: the first one ends at 5 = 1 mod 4 after 3 tokens, the others have 4, and
+    # what is left in front of the cap is not cut again.
+    for cap in range(4, 12):
+        engine = FakeEngine(endless, block_size=4)
+        config = make_config(2, segment_length=4, max_completion_length=cap, initial_branching_factor=[2, 2])
+        (tree,) = TreeSampler(engine, config, [EOS]).sample([[9] * 2], seed=0)
+        assert {tree.nodes[leaf].end for leaf in tree.leaves} == {cap}
+        # Segments of 3, 4, 4, ...: the last one takes all that is left as soon as that is at most a segment.
+        expected = 1 + max(-(-(cap - 3) // 4), 0) if cap > 4 else 1
+        assert tree.nodes[tree.leaves[0]].depth + 1 == expected
+
+
+def test_a_segment_is_cut_by_at_most_half() -> None:
+    # Blocks of 5: prompt 3 and a segment of 5 ends at 8 = 6 + 2, cut to 3; prompt 4 at 9 = 6 + 3, not cut to 2.
+    for prompt_length, first in ((3, 3), (4, 5)):
+        engine = FakeEngine(endless, block_size=5)
+        config = make_config(2, segment_length=5, max_completion_length=30)
+        TreeSampler(engine, config, [EOS]).sample([[9] * prompt_length], seed=0)
+        assert engine.requests[0].max_tokens == first
+
+
 def test_progress_is_reported_leaf_by_leaf_and_tree_by_tree() -> None:
     leaves: list[int] = []
     done: dict[int, SegmentTree] = {}
@@ -478,13 +520,19 @@ def test_progress_is_reported_leaf_by_leaf_and_tree_by_tree() -> None:
 
 
 def test_tokens_of_the_engine_are_counted_per_call() -> None:
-    engine = FakeEngine(endless)
-    sampler = TreeSampler(engine, make_config(2), [EOS])
+    class Engine(FakeEngine):
+        """Finds all but the last token of a request in its cache."""
+
+        def submit(self, requests: list[SegmentRequest]) -> None:
+            super().submit(requests)
+            self.num_cached_tokens += sum(len(request.token_ids) - 1 for request in requests)
+
+    sampler = TreeSampler(Engine(endless), make_config(2), [EOS])
     for _ in range(2):
         sampler.sample(prompts_of(1), seed=0)
-        # Two paths of four segments behind a prompt of 3: 2 * (3 + 6 + 9 + 12).
+        # Two paths of four segments behind a prompt of 3: 2 * (3 + 6 + 9 + 12), and one less for each of 8 requests.
         assert sampler.stats.num_prompt_tokens == 60
-        assert sampler.stats.num_cached_tokens == 0
+        assert sampler.stats.num_cached_tokens == 52
 
 
 # Entropy
@@ -533,7 +581,32 @@ def test_entropy_needs_an_engine_that_reports_it() -> None:
         TreeSampler(FakeEngine(endless), make_config(branching_policy="entropy"), [EOS])
 
 
+def test_entropies_of_tokens_that_are_cut_do_not_count() -> None:
+    class Engine(ScriptedEngine):
+        reports_entropies = True
+
+        def collect(self) -> list[SegmentResult]:
+            return [
+                SegmentResult(r.request_id, r.token_ids, r.logprobs, r.finish_reason, [1.0, 3.0, 100.0])
+                for r in super().collect()
+            ]
+
+    engine = Engine([[5, EOS, 7], [5, 6, EOS]])
+    (tree,) = TreeSampler(engine, make_config(2), [EOS]).sample([[7]], seed=0)
+    assert [node.entropy for node in tree.nodes] == pytest.approx([2.0, 104 / 3])
+
+
 # Schedules and budgets
+
+
+def test_spread_counts_finished_paths_as_open_ones() -> None:
+    # W = 8, cap 12, l = 2: widths 2, 2, 3, 4, 6, 8. One path ends in the first segment, so the levels behind it hold
+    # one path less: 1, 2, 3, 5, 7.
+    engine = ScriptedEngine([[EOS], *[[1, 1]] * 200])
+    config = make_config(8, segment_length=2, max_completion_length=12, branch_schedule="spread")
+    (tree,) = TreeSampler(engine, config, [EOS]).sample([[7]], seed=0)
+    depths = Counter(node.depth for node in tree.nodes)
+    assert [depths[depth] for depth in range(6)] == [2, 1, 2, 3, 5, 7]
 
 
 def test_spread_follows_the_expected_length() -> None:
@@ -593,6 +666,29 @@ def test_a_tree_opens_no_more_paths_than_its_budget_can_finish() -> None:
         assert min(most, 2) <= len(tree.leaves) <= 16
         if budget <= 24:
             assert len(tree.leaves) == most
+
+
+def test_lengths_seen_so_far_guide_the_budget() -> None:
+    """Paths of 10 tokens, not known beforehand, and 60 tokens for the tree."""
+    engine = FakeEngine(lambda path, rng: EOS if len(path) == 10 else 5)
+    config = make_config(16, segment_length=3, max_completion_length=30, max_tree_tokens=60, fallback_policy="root")
+    (tree,) = TreeSampler(engine, config, [EOS]).sample([[7]], seed=0)
+    # Levels of 2, 4, 4 and 4 paths: 6 + 12 + 12 + 4 tokens (42 // 9 and 30 // 12 afford no more). 26 are left, which
+    # two more paths of 10 fit into, and 6 at the end, into which none does.
+    assert tree.num_unique_tokens == 34 + 2 * 10
+    assert len(tree.leaves) == 6
+    assert {tree.nodes[leaf].finish_reason for leaf in tree.leaves} == {"stop"}
+
+
+@settings(deadline=None)
+@given(configs(), stop_probabilities, st.integers(0, 60))
+def test_fallback_leaves_are_those_that_a_fallback_asked_for(
+    config: TreeSamplingConfig, stop: float, extra: int
+) -> None:
+    config.max_tree_tokens = config.max_completion_length + extra
+    sampler = TreeSampler(FakeEngine(memoryless(stop), reports_entropies=True), config, [EOS])
+    trees = sampler.sample(prompts_of(3), seed=0)
+    assert sampler.stats.num_fallback_leaves <= sum(len(tree.leaves) for tree in trees)
 
 
 def test_a_large_budget_changes_nothing() -> None:
@@ -743,6 +839,33 @@ def sample_text(text: str, segment_length: int, pattern: str) -> list[tuple[str 
 def test_multi_byte_text_matches_wherever_segments_are_cut(segment_length: int) -> None:
     paths = sample_text("x😀 the 答案:7。 and on", segment_length, "😀 the 答案:7")
     assert paths == [("pattern", "x😀 the 答案:7".encode())] * 2
+
+
+def decode_byte_fallback(ids: list[int]) -> str:
+    """One U+FFFD per byte of a run that is no UTF-8, as tokenizers with byte fallback do; ASCII splits runs."""
+    text, run = "", b""
+    for byte in [*[i for i in ids if i != EOS], None]:
+        if byte is not None and byte >= 128:
+            run += bytes([byte])
+            continue
+        try:
+            text += run.decode("utf-8")
+        except UnicodeDecodeError:
+            text += "\ufffd" * len(run)
+        text, run = text + ("" if byte is None else chr(byte)), b""
+    return text
+
+
+@pytest.mark.parametrize("segment_length", [1, 2, 3, 5, 6, 9, 17])
+def test_long_runs_of_bytes_come_out_whole_with_byte_fallback(segment_length: int) -> None:
+    text = "a 😀😀😀😀😀😀 b 答案是七。 and so on and so forth"
+    ids = [*text.encode(), EOS]
+    config = make_config(
+        2, branching_factor=1, segment_length=segment_length, max_completion_length=100, stop_pattern="是七"
+    )
+    engine = FakeEngine(lambda path, rng: ids[len(path) - 1])
+    (tree,) = TreeSampler(engine, config, [EOS], decode_byte_fallback).sample([[255]], seed=0)
+    assert {tree.nodes[leaf].finish_reason for leaf in tree.leaves} == {"pattern"}
 
 
 @pytest.mark.parametrize("segment_length", [4, 5, 7, 100])

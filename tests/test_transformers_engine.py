@@ -617,13 +617,69 @@ def test_a_block_is_kept_once() -> None:
     assert cache.num_tokens == 0
 
 
+def test_a_request_from_before_a_reset_leaves_nothing_in_the_new_cache() -> None:
+    cache = BlockCache(max_tokens=100)
+    old = keep(cache, [1, 1], [2, 2])
+    cache.clear()
+    child = cache.keep(old, [3], torch.zeros(1, 2, 1, 1, 1))
+    assert [block.token_ids for block in child.chain()] == [[3], [2, 2], [1, 1]]  # the request still has its states
+    assert cache.num_tokens == 0
+    assert block_texts(cache) == set()
+
+
+def test_a_block_that_is_kept_again_counts_as_used() -> None:
+    cache = BlockCache(max_tokens=8)
+    keep(cache, [1] * 4)
+    keep(cache, [2] * 4)
+    keep(cache, [1] * 4)  # there already
+    keep(cache, [3] * 2)  # 10 are too many: down to 6
+    assert block_texts(cache) == {(1,) * 4, (3, 3)}
+
+
+def test_the_storage_never_has_more_tokens_than_the_batch_may(model: PreTrainedModel) -> None:
+    """Many short rows, then few long ones: rows and length that were needed at different times do not multiply."""
+    engine = TransformersEngine(model, [], max_batch_tokens=200)
+    largest = []
+    reserve = engine._reserve
+
+    def recording_reserve(num_rows: int, length: int) -> torch.Tensor:
+        storage = reserve(num_rows, length)
+        largest.append(storage.size(2) * storage.size(4))
+        return storage
+
+    engine._reserve = recording_reserve
+    drain(engine, [SegmentRequest(i, [5 + i], 3) for i in range(40)])
+    drain(engine, [SegmentRequest(i, [5 + i] * 60, 3) for i in range(6)])
+    drain(engine, [SegmentRequest(i, [5 + i] * 2, 3) for i in range(40)])
+    assert max(largest) <= 200
+    assert max(largest) > 100
+    engine.reset_prefix_cache()
+    assert engine._storage is None
+
+
+def test_the_batch_and_its_prefill_keep_to_the_token_budget(model: PreTrainedModel) -> None:
+    engine = TransformersEngine(model, [], max_batch_tokens=100)
+    shapes = []
+    forward = engine._forward
+
+    def recording_forward(rows: slice, input_ids: torch.Tensor, positions: torch.Tensor, logits: bool) -> Any:
+        shapes.append((rows.stop, int(positions.max()) + 1))
+        return forward(rows, input_ids, positions, logits)
+
+    engine._forward = recording_forward
+    results = drain(engine, [SegmentRequest(i, [5 + i] * (3 + i), 4) for i in range(20)])
+    assert len(results) == 20
+    assert all(rows * length <= 100 for rows, length in shapes)
+    assert max(rows for rows, _ in shapes) > 3
+
+
 def test_what_finished_is_freed(model: PreTrainedModel) -> None:
-    engine = TransformersEngine(model, [EOS], max_batch_tokens=200, max_cached_tokens=60)
+    engine = TransformersEngine(model, [EOS], max_batch_tokens=200, max_cached_tokens=150)
     config = TreeSamplingConfig(num_generations=4, max_completion_length=16, segment_length=4, stop_repetition=False)
     sampler = TreeSampler(engine, config, [EOS])
     trees = sampler.sample([[5 + i] * 10 for i in range(12)], seed=0)
     assert [len(tree.leaves) for tree in trees] == [4] * 12
     assert engine._rows == []
-    assert engine._blocks.num_tokens <= 60
+    assert engine._blocks.num_tokens <= 150
     # Old trees first: what a tree needs is still there when its children ask for it, far less is computed than asked.
     assert engine.num_cached_tokens > 0.5 * engine.num_prompt_tokens

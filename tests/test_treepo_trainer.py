@@ -887,12 +887,14 @@ def test_the_sampler_knows_the_progress_and_the_last_batchs_mean_length(tmp_path
     trainer.train()
     assert [kwargs["progress"] for kwargs in told] == [0.0, 0.25, 0.5, 0.75]
     assert told[0]["expected_length"] is None  # nothing is known yet: the cap
-    for kwargs, trees in zip(told[1:], trees_of, strict=False):
+    logged = [log["tree/mean_length"] for log in trainer.state.log_history if "tree/mean_length" in log]
+    for kwargs, trees, value in zip(told[1:], trees_of, logged, strict=False):
         lengths = [
             sum(w * tree.nodes[leaf].end for w, leaf in zip(tree.leaf_weights(), tree.leaves, strict=True))
             for tree in trees
         ]
-        assert kwargs["expected_length"] == math.ceil(sum(lengths) / len(lengths))
+        assert value == pytest.approx(sum(lengths) / len(lengths), rel=1e-5)
+        assert kwargs["expected_length"] == pytest.approx(value, abs=0.51)
 
 
 def test_branching_by_entropy_trains(tmp_path: Path, tiny_model_dir: str) -> None:
@@ -1044,13 +1046,17 @@ def test_optimizers_are_used(tmp_path: Path, tiny_model_dir: str) -> None:
     assert [name for name in before if not torch.equal(before[name], after[name])] == ["model.norm.weight"]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "two steps per generation"])
+@pytest.mark.parametrize("kind", ["full", "lora", "two steps per generation", "spread"])
 def test_resume_continues_the_run(tmp_path: Path, tiny_model_dir: str, kind: str) -> None:
     """Four steps in one go, and two steps with a fresh trainer from the checkpoint after the second."""
 
     def make(folder: str) -> Any:
         peft = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1) if kind == "lora" else None
-        changes = {"per_device_train_batch_size": 4, "steps_per_generation": 2} if "two" in kind else {}
+        changes: dict[str, Any] = {}
+        if "two" in kind:
+            changes = {"per_device_train_batch_size": 4, "steps_per_generation": 2}
+        if kind == "spread":  # branches over the last batch's mean length
+            changes = {"branch_schedule": "spread", "max_completion_length": 40, "segment_length": 3}
         config = make_config(
             tmp_path / folder, max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch",
             learning_rate=1e-2, lr_scheduler_type="linear", **changes,

@@ -128,6 +128,16 @@ def test_top_k_and_temperature_reach_the_engine(small_llm: Any) -> None:
         (result,) = engine.collect()
         assert result.request_id == 7
         tokens.append(result.token_ids)
+    nucleus = VLLMEngine(small_llm, [2], SamplingOptions(temperature=1.3, top_p=1e-6))
+    nucleus.submit([SegmentRequest(7, [1, 4093, 198, 198], 6)])
+    assert nucleus.collect()[0].token_ids == tokens[0]
+    least = VLLMEngine(small_llm, [2], SamplingOptions(temperature=1.3, min_p=1.0))
+    least.submit([SegmentRequest(7, [1, 4093, 198, 198], 6)])
+    assert least.collect()[0].token_ids == tokens[0]
+    penalized = VLLMEngine(small_llm, [2], SamplingOptions(temperature=0.0, repetition_penalty=50.0))
+    penalized.submit([SegmentRequest(7, [1, 4093, 198, 198], 12)])
+    drawn = penalized.collect()[0].token_ids
+    assert len(set(drawn)) == len(drawn)  # nothing comes twice
     assert tokens[0] == tokens[1]
     assert result.logprobs == pytest.approx([0.0] * len(result.token_ids), abs=1e-4)  # of the sampling distribution
 
@@ -284,7 +294,7 @@ def test_without_branching_completions_are_those_of_plain_sampling(small_llm: An
         error = torch.stack(variances).sum().sqrt() / len(prompts)
         difference = torch.stack(differences).mean()
         assert difference.abs() < 4 * error, (which, difference, error)
-        assert error < 0.5  # the comparison says something
+        assert error < (0.2, 0.02)[which]  # tokens and nats: the comparison says something
 
 
 def mean(values: list[float]) -> float:

@@ -48,6 +48,7 @@ trainer = TreePOTrainer(
         bf16=False,
         report_to=[],
         per_device_train_batch_size=8,
+        per_device_eval_batch_size=8,
         num_generations=4,
         max_completion_length=24,
         segment_length=8,
@@ -89,6 +90,7 @@ def recording_write(*args):
 
 trainer._write_trees = recording_write
 trainer.train()
+trainer.evaluate(Dataset.from_dict({"prompt": ["w1 w2", "w3 w4", "w5 w6", "w7 w8"]}))
 rank = trainer.accelerator.process_index
 with open(f"{folder}/rank{rank}.json", "w") as file:
     json.dump({"sampled": sampled, "own": own, "states": states, "logs": trainer.state.log_history}, file)
@@ -150,3 +152,6 @@ def test_processes_that_share_an_engine_sample_the_same_trees_and_keep_their_own
         assert log["tree/unique_tokens"] == tokens
         assert log["tree/decoded_tokens"] == tokens
         assert log["sampling/sampling_logp_difference/max"] < 0.02
+    # Evaluation, TRL's own sampling, draws alike on both too: otherwise the halves of the model get different tokens.
+    (evaluated,) = [log for log in ranks[0]["logs"] if "eval_reward" in log]
+    assert evaluated["eval_sampling/sampling_logp_difference/max"] < 0.02

@@ -4,8 +4,6 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from . import __version__
 from .data import load_named_dataset
+from .user_errors import user_errors
 
 
 @dataclass
@@ -144,17 +143,6 @@ def make_parser(prog: str | None = None) -> Any:
     return TrlParser(dataclass_types, prog=prog)
 
 
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn what a user can set right into one line instead of a traceback, while arguments and data are read."""
-    import yaml
-
-    try:
-        yield
-    except (ValueError, TypeError, ImportError, OSError, yaml.YAMLError) as error:
-        raise SystemExit(f"treepo-trl: error: {error}") from error
-
-
 _USAGE = """usage: treepo-trl {train,sample} [--config FILE] [options]
 
 commands:
@@ -181,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     if command == "sample":
         from .sample_command import main as sample
 
-        sample(argv[1:], user_errors)
+        sample(argv[1:])
         return
     with user_errors():
         arguments = make_parser(prog="treepo-trl train").parse_args_and_config(argv[1:], fail_with_unknown_args=True)

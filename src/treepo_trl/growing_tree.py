@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from .branching import (
     annealed,
@@ -22,11 +23,16 @@ from .branching import (
 )
 from .engines.base import SegmentResult
 from .sampling_config import TreeSamplingConfig
-from .stopping import find_eos, find_match_end, is_repetitive, join_text, text_change, tokens_until
+from .stopping import (
+    find_eos,
+    find_match_end,
+    is_repetitive,
+    join_text,
+    matching_tail,
+    text_change,
+    tokens_until,
+)
 from .tree import FinishReason, SegmentTree
-
-
-_TAIL_LENGTH = 8  # tokens decoded again in front of a segment: more than any character or merge spans
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,9 @@ class GrowingTree:
             width = spread_width(tree.nodes[live[0]].end + self._segment_length, expected, config.num_generations)
             total = min(total, width - num_finished)
         if config.max_tree_tokens is not None:
-            total = min(total, self._tokens_left() // self._expected_rest(tree.nodes[live[0]].end))
+            total = min(total, self._tokens_left() // max(self._expected_rest(tree.nodes[node].end) for node in live))
+        if self.num_fallback_leaves:
+            total = len(live)  # each of these paths stands for one missing leaf
         temperature = annealed(config.branching_temperature, config.branching_temperature_end, self.progress)
         scores = branching_scores(config.branching_policy, [tree.nodes[node] for node in live])
         counts = split_budget(max(total, len(live)), scores, self.rng, temperature)
@@ -184,10 +192,18 @@ class GrowingTree:
                 left -= self._expected_rest(self._end(stem))
                 affordable += left >= 0
             stems = stems[:affordable]
-        self.num_fallback_leaves += len(stems)  # nothing branches any more: one leaf each
+        self.num_fallback_leaves += len(stems)
         return stems
 
     # Lengths and budgets
+
+    def expected_tokens(self) -> int:
+        """Tokens that the tree is expected to hold with its paths, its first ones if it was not started."""
+        initial = self.rules.config.initial_branching_factor
+        assert initial is not None, "set by the config"
+        ends = [self._end(parent) for parent in self.level] or [0] * initial[-1]
+        rest = sum(max(self._expected_rest(end), 1) for end in ends)
+        return len(self.tree.prompt_ids) + self.num_decoded_tokens + rest
 
     def _end(self, node: int | None) -> int:
         return 0 if node is None else self.tree.nodes[node].end
@@ -241,13 +257,13 @@ class GrowingTree:
         """Number of tokens to keep, why the path ends by its text if it does, and the change of the path's text."""
         decode, pattern = self.rules.decode, self.rules.pattern
         assert decode is not None, "checked at construction"
-        tail_ids = self.tree.tail_ids(parent, _TAIL_LENGTH)
+        tail_ids = matching_tail(parent_text, partial(self.tree.tail_ids, parent), decode)
 
         def text_after(ids: list[int]) -> str:
-            num_dropped, added = text_change(tail_ids, ids, decode)
+            num_dropped, added = text_change(parent_text, tail_ids, ids, decode)
             return parent_text[: len(parent_text) - num_dropped] + added
 
-        change = text_change(tail_ids, token_ids, decode)
+        change = text_change(parent_text, tail_ids, token_ids, decode)
         text = parent_text[: len(parent_text) - change[0]] + change[1]
         match_end = None if pattern is None else find_match_end(pattern, text)
         if match_end is not None:

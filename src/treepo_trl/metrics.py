@@ -25,7 +25,9 @@ def tree_totals(trees: list[SegmentTree], stats: SamplingStats, processes_per_en
     reasons = Counter(tree.nodes[leaf].finish_reason for tree in trees for leaf in tree.leaves)
     subgroup_sizes = [size for tree in trees for size in _subgroup_sizes(tree)]
     return {
+        "trees": len(trees),
         "leaves": sum(len(tree.leaves) for tree in trees),
+        "mean_lengths": sum(tree.mean_length() for tree in trees),
         "depth": sum(tree.nodes[leaf].depth + 1 for tree in trees for leaf in tree.leaves),
         **{f"finish_{reason}": reasons[reason] for reason in get_args(FinishReason)},
         "fallback_leaves": stats.num_fallback_leaves / processes_per_engine,
@@ -44,11 +46,15 @@ def tree_metrics(totals: dict[str, float]) -> dict[str, float]:
     """
     Metrics under `tree/` from totals over all processes.
 
-    Depth in segments per leaf; finish reasons and fallback as fractions of the leaves; tokens as sums over the batch;
-    `subgroup_size_mean` over the nodes that two or more leaves share, in leaves; seconds as means over processes.
+    Depth in segments per leaf; `mean_length` in tokens, weighted against the tilt of branching; finish reasons and
+    fallback as fractions of the leaves; tokens as sums over the batch; `subgroup_size_mean` over the nodes that two or
+    more leaves share, in leaves; seconds as means over processes.
     """
     leaves = totals["leaves"]
-    metrics = {"tree/depth_mean": totals["depth"] / leaves}
+    metrics = {
+        "tree/depth_mean": totals["depth"] / leaves,
+        "tree/mean_length": totals["mean_lengths"] / totals["trees"],
+    }
     for reason in get_args(FinishReason):
         metrics[f"tree/finish_{reason}_frac"] = totals[f"finish_{reason}"] / leaves
     metrics["tree/fallback_frac"] = totals["fallback_leaves"] / leaves

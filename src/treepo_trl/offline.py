@@ -43,8 +43,8 @@ class EngineArguments:
             Passed to transformers; its engine decodes with an attention of its own.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether code that comes with the model may run.
-        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.9`):
-            Fraction of the memory that vLLM may use.
+        vllm_gpu_memory_utilization (`float`, *optional*):
+            Fraction of the memory that vLLM may use. Default: 0.9, on a CPU 0.3.
         vllm_max_model_length (`int`, *optional*):
             Longest sequence of the vLLM engine. Default: the model's.
         vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
@@ -66,8 +66,8 @@ class EngineArguments:
     dtype: WeightType = field(default="auto", metadata={"help": "Type of the weights; auto is the checkpoint's."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention that transformers loads."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether the model's own code may run."})
-    vllm_gpu_memory_utilization: float = field(
-        default=0.9, metadata={"help": "Fraction of the memory that vLLM may use."}
+    vllm_gpu_memory_utilization: float | None = field(
+        default=None, metadata={"help": "Fraction of the memory that vLLM may use. Default: 0.9, on a CPU 0.3."}
     )
     vllm_max_model_length: int | None = field(default=None, metadata={"help": "Longest sequence of vLLM."})
     vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "Cards that share the model in vLLM."})
@@ -181,11 +181,12 @@ def _vllm_engine(
     from .engines.vllm import VLLMEngine
     from .weight_sync import engine_lora_rank
 
+    on_cpu = current_platform.is_cpu()
     settings: dict[str, Any] = {
         "revision": arguments.model_revision,
         "dtype": arguments.dtype,
         "trust_remote_code": arguments.trust_remote_code,
-        "gpu_memory_utilization": arguments.vllm_gpu_memory_utilization,
+        "gpu_memory_utilization": arguments.vllm_gpu_memory_utilization or (0.3 if on_cpu else 0.9),
         "max_model_len": arguments.vllm_max_model_length,
         "tensor_parallel_size": arguments.vllm_tensor_parallel_size,
         "quantization": arguments.vllm_quantization,
@@ -194,7 +195,7 @@ def _vllm_engine(
         "logprobs_mode": "processed_logprobs",
         "seed": seed,
     }
-    if current_platform.is_cpu():
+    if on_cpu:
         settings["block_size"] = 32  # the default of 128 tokens is longer than many segments: nothing would be shared
     adapter = arguments.adapter_name_or_path
     if adapter is not None:

@@ -2,9 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -25,6 +25,7 @@ from .offline import (
 from .sampler import TreeSampler
 from .sampling_config import TreeSamplingConfig, check_choice, check_int
 from .tree import SegmentTree
+from .user_errors import user_errors
 
 
 @dataclass
@@ -119,12 +120,8 @@ class SampleArguments:
             )
 
 
-def main(argv: list[str], user_errors: Callable[[], AbstractContextManager[None]]) -> None:
-    """
-    Run the command with the arguments after `treepo-trl sample`.
-
-    `user_errors` is the context in which errors in arguments, data and model names become one line.
-    """
+def main(argv: list[str]) -> None:
+    """Run the command with the arguments after `treepo-trl sample`."""
     with user_errors():
         dataclass_types: Any = (SampleArguments, EngineArguments, TreeSamplingConfig)
         parser = TrlParser(dataclass_types, prog="treepo-trl sample")
@@ -144,10 +141,20 @@ def main(argv: list[str], user_errors: Callable[[], AbstractContextManager[None]
         with_entropies = config.branching_policy == "entropy"
         seed = arguments.seed + len(done)  # a resumed run does not repeat its first draws
         engine = build_engine(engine_arguments, eos_ids, options, with_entropies, seed)
-        sampler = TreeSampler(engine, config, eos_ids, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+        # Cleaning up would take characters away again that earlier segments have shown.
+        decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        sampler = TreeSampler(engine, config, eos_ids, decode)
         sampler.check(prompts)
-    reports = run(arguments, sampler, tokenizer, [prompts[i] for i in remaining], remaining)
+    trees, reports = run(arguments, sampler, tokenizer, [prompts[i] for i in remaining], remaining)
+    if arguments.output is None:
+        print(format_tree(trees[0], tokenizer))
     print(format_table(reports))
+    if arguments.compare and (config.stop_pattern is not None or config.stop_repetition):
+        print(
+            "`stop_pattern` and `stop_repetition` end paths of trees early and no ordinary completion: part of the "
+            "ratio may be theirs. `--stop_repetition false` compares sharing alone.",
+            file=sys.stderr,
+        )
 
 
 def load_prompts(arguments: SampleArguments) -> list[Any]:
@@ -221,11 +228,12 @@ def _prompt_of_line(path: Path, line: bytes, prompts: list[list[int]]) -> int:
 
 def run(
     arguments: SampleArguments, sampler: TreeSampler, tokenizer: Any, prompts: list[list[int]], indices: list[int]
-) -> dict[str, list[RolloutReport]]:
-    """Sample the trees, and ordinary completions in turn if asked for; returns the reports of each way."""
+) -> tuple[list[SegmentTree], dict[str, list[RolloutReport]]]:
+    """Sample the trees, and ordinary completions in turn if asked for; returns trees and the reports of each way."""
     compare = arguments.compare is not None
     advice = "" if arguments.output is None or compare else f"`--resume` goes on from the trees in {arguments.output}."
     repeats = arguments.repeats if compare else 1
+    trees: list[SegmentTree] = []
     reports: dict[str, list[RolloutReport]] = {"trees": []}
     file = open(arguments.output, "a", encoding="utf-8") if arguments.output else None  # noqa: SIM115 - closed below
 
@@ -248,8 +256,8 @@ def run(
                 with progress_bar(prompts, sampler.config, "independent") as bar:
                     completions, stats = sample_independent(sampler.engine, prompts, sampler.config, bar.update)
                 reports.setdefault("independent", []).append(report(completions, stats))
-    except KeyboardInterrupt:
-        raise SystemExit(f"Interrupted. {advice}".rstrip()) from None
+    except KeyboardInterrupt as interrupt:
+        raise SystemExit(" ".join(["Interrupted.", *getattr(interrupt, "__notes__", []), advice]).rstrip()) from None
     except Exception as error:
         if advice:
             error.add_note(advice)
@@ -257,7 +265,16 @@ def run(
     finally:
         if file is not None:
             file.close()
-    return reports
+    return trees, reports
+
+
+def format_tree(tree: SegmentTree, tokenizer: Any) -> str:
+    """The completions of a tree for reading: weight, why it ended, text."""
+    lines = [f"Completions of {tokenizer.decode(tree.prompt_ids)!r} (weight, end, text):"]
+    for leaf, weight in zip(tree.leaves, tree.leaf_weights(), strict=True):
+        text = tokenizer.decode(tree.completion_ids(leaf), skip_special_tokens=True)
+        lines.append(f"  {weight:.3f} {tree.nodes[leaf].finish_reason:10} {text!r}")
+    return "\n".join([*lines, ""])
 
 
 def progress_bar(prompts: list[list[int]], config: TreeSamplingConfig, name: str) -> Any:

@@ -49,10 +49,8 @@ class _Run:
     """Trees that were started and are not done."""
     ready: list[int] = field(default_factory=list[int])
     """Heap of the trees with segments that no slot was free for."""
-    in_flight: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
-    """Request id -> (tree, position in its level)."""
-    longest: int = 0
-    """Tokens of the longest sequence that was asked for."""
+    in_flight: dict[int, tuple[int, int, int]] = field(default_factory=dict[int, tuple[int, int, int]])
+    """Request id -> (tree, position in its level, tokens of the sequence when it is done)."""
     current: int | None = None
     """Tree that is being looked at outside the engine."""
 
@@ -221,14 +219,15 @@ class TreeSampler:
     def _fill(self, run: _Run) -> None:
         """Submit segments of the oldest trees first, and start trees while slots are free."""
         requests: list[SegmentRequest] = []
-        while (index := self._next_tree(run)) is not None:
+        longest = max((length for _, _, length in run.in_flight.values()), default=0)
+        while (index := self._next_tree(run, longest)) is not None:
             grown = run.trees[index]
             position, prefix, max_tokens = grown.take()
-            run.longest = max(run.longest, len(prefix) + max_tokens)
+            longest = max(longest, len(prefix) + max_tokens)
             request_id = self.stats.num_segments
             self.stats.num_segments += 1
             requests.append(SegmentRequest(request_id, prefix, max_tokens))
-            run.in_flight[request_id] = index, position
+            run.in_flight[request_id] = index, position, len(prefix) + max_tokens
             if grown.num_taken == len(grown.level):
                 heapq.heappop(run.ready)
         if requests:
@@ -236,9 +235,9 @@ class TreeSampler:
             self.engine.submit(requests)
             self.stats.engine_seconds += time.perf_counter() - started
 
-    def _next_tree(self, run: _Run) -> int | None:
+    def _next_tree(self, run: _Run, longest: int) -> int | None:
         """Oldest tree with a segment to submit, a newly started one if need be; `None` if there is none or no slot."""
-        num_slots = self.engine.num_slots(run.longest)
+        num_slots = self.engine.num_slots(longest)
         if run.in_flight and num_slots is not None and len(run.in_flight) >= num_slots:
             return None
         if not run.ready:
@@ -253,15 +252,11 @@ class TreeSampler:
         return run.ready[0]
 
     def _fits_cache(self, run: _Run) -> bool:
-        """Whether the next prompt and a first level for it fit into the engine's cache beside the unfinished trees."""
+        """Whether the paths of the next prompt can be expected to fit into the engine's cache beside the others."""
         capacity = self.engine.num_cache_tokens
         if capacity is None or not run.unfinished:
             return True
-        segment_length = self.config.segment_length
-        assert segment_length is not None, "set by the config"
-        stored = sum(len(run.trees[i].tree.prompt_ids) + run.trees[i].num_decoded_tokens for i in run.unfinished)
-        prompt = run.trees[run.num_started].tree.prompt_ids
-        return stored + len(prompt) + (len(run.in_flight) + 1) * segment_length <= capacity
+        return sum(run.trees[i].expected_tokens() for i in {*run.unfinished, run.num_started}) <= capacity
 
     # What comes back
 
@@ -272,7 +267,7 @@ class TreeSampler:
         self.stats.engine_seconds += time.perf_counter() - started
         complete: list[int] = []
         for result in results:
-            index, position = run.in_flight.pop(result.request_id)
+            index, position, _ = run.in_flight.pop(result.request_id)
             if run.trees[index].receive(position, result):
                 complete.append(index)
         return complete
@@ -310,7 +305,7 @@ class TreeSampler:
         elif isinstance(error, SegmentEngineError) and error.request_id in run.in_flight:
             indices = [run.in_flight[error.request_id][0]]
         else:
-            indices = sorted({index for index, _ in run.in_flight.values()})
+            indices = sorted({index for index, _, _ in run.in_flight.values()})
         if not indices:
             return
         names = ", ".join(map(str, indices[:8])) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")

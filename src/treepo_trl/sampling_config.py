@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from .branching import BranchingPolicy, BranchSchedule, FallbackCandidates, FallbackPolicy
 
@@ -37,7 +37,8 @@ class TreeSamplingConfig:
             Tokens per segment (l). Default: a fourteenth of `max_completion_length`, rounded up, which is the paper's
             14 segments (14 x 512, section 4.2).
         branching_factor (`int`, *optional*, defaults to `2`):
-            Children N per path of a full level (section 2.2). 1 samples `num_generations` independent completions.
+            Children N per path of a full level (section 2.2). 1 samples `num_generations` independent completions,
+            unless `initial_branching_factor` says otherwise.
         initial_branching_factor (`int` or `[low, high]`, *optional*):
             Children of the prompt; two numbers draw one for each prompt, uniformly (the paper's best setting is
             `[2, 8]`). Default: `branching_factor`, or `num_generations` when that is 1.
@@ -182,7 +183,7 @@ class TreeSamplingConfig:
             first = self.num_generations if self.branching_factor == 1 else self.branching_factor
             self.initial_branching_factor = [min(first, self.num_generations)]
         value: Any = self.initial_branching_factor
-        bounds: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
+        bounds = list(cast(list[Any], value)) if isinstance(value, list | tuple) else [value]
         for bound in bounds:
             check_int("initial_branching_factor", bound)
         low, high = (bounds[0], bounds[-1]) if bounds else (0, 0)

@@ -13,6 +13,8 @@ MIN_REPEATED_CHARACTERS = 1024
 MIN_REPEATS = 4
 """How often a tail must repeat to count; at least 3, or the search in `is_repetitive` misses loops."""
 
+_TAIL_LENGTH = 8  # tokens decoded again in front of a segment: more than any character or merge spans
+
 
 def find_eos(token_ids: list[int], eos_token_ids: Set[int]) -> int | None:
     """Index of the first EOS token of a segment, also when it is the very first token; `None` if there is none."""
@@ -55,14 +57,42 @@ def is_repetitive(text: str) -> bool:
     return False
 
 
-def text_change(tail_ids: list[int], token_ids: list[int], decode: Callable[[list[int]], str]) -> tuple[int, str]:
+def matching_tail(text: str, tail_of: Callable[[int], list[int]], decode: Callable[[list[int]], str]) -> list[int]:
+    """
+    Last tokens of a path that can be decoded without the others: their text is how the path's text ends.
+
+    A few are enough, unless they begin inside a character or the tokenizer's text of a run of bytes depends on the
+    whole run; then more are taken, all of them in the end.
+
+    Args:
+        text (`str`):
+            Text of the path.
+        tail_of (`Callable[[int], list[int]]`):
+            The last so many tokens of the path, fewer where it is shorter.
+        decode (`Callable[[list[int]], str]`):
+            Text of a list of tokens.
+    """
+    length = _TAIL_LENGTH
+    while len(tail_ids := tail_of(length)) == length:
+        tail = decode(tail_ids)
+        if text.endswith(tail) and not tail.startswith("\ufffd"):
+            break
+        length *= 2
+    return tail_ids
+
+
+def text_change(
+    text: str, tail_ids: list[int], token_ids: list[int], decode: Callable[[list[int]], str]
+) -> tuple[int, str]:
     """
     How a segment changes its path's text, without decoding the whole path again.
 
     Args:
+        text (`str`):
+            Text of the path before the segment.
         tail_ids (`list[int]`):
-            Last tokens of the path before the segment. They are decoded together with the segment, so that characters
-            and word boundaries that span both come out right.
+            Last tokens of the path before the segment, from `matching_tail`. They are decoded together with the
+            segment, so that characters and word boundaries that span both come out right.
         token_ids (`list[int]`):
             Tokens of the segment.
         decode (`Callable[[list[int]], str]`):
@@ -73,6 +103,8 @@ def text_change(tail_ids: list[int], token_ids: list[int], decode: Callable[[lis
         segment, and the characters to add.
     """
     tail = decode(tail_ids) if tail_ids else ""
+    if not text.endswith(tail):  # these are all tokens of the path
+        return len(text), decode(tail_ids + token_ids)
     num_incomplete = len(tail) - len(tail.rstrip("\ufffd"))
     return num_incomplete, decode(tail_ids + token_ids)[len(tail) - num_incomplete :]
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 
 FinishReason = Literal["stop", "pattern", "repetition", "length"]
-"""Why a path ended: an EOS token, the stop pattern, a repetition, or the length cap."""
+"""Why a path ended: an EOS token, the stop pattern, a repetition, or the cap on its length or on the tree's tokens."""
 
 
 @dataclass(slots=True)
@@ -184,8 +184,9 @@ class SegmentTree:
         Weight of each leaf, in the order of `leaves`: the product over its path of 1 / (number of siblings).
 
         Given its past a node's children are independent samples, so this undoes the tilt that branching puts on the
-        leaf distribution. It is exact for branching decided before the children are seen and approximate for
-        fallback, which adds children after outcomes are known. Sums to 1 once every path is finished.
+        leaf distribution. It is exact for branching decided before the children are seen. It is approximate for
+        fallback, which adds children after outcomes are known, and for `max_tree_tokens`, which cuts paths. Sums to 1
+        once every path is finished.
         """
         shares = [0.0] * len(self.nodes)
         for i, node in enumerate(self.nodes):  # parents come before children

@@ -110,12 +110,16 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
                 "`stop_pattern` and `mask_truncated_completions=True` exclude each other: a path that the pattern "
                 "ended has no EOS token, so its completion would be masked as truncated. Unset one of them."
             )
-        for name, value in (("fallback_policy", "none"), ("max_tree_tokens", self.max_tree_tokens)):
-            if value is not None and getattr(self, name) == value:
-                raise ValueError(
-                    f"`{name}={value!r}` can leave a tree with fewer than `num_generations` completions, which "
-                    "training cannot use: it is for offline sampling with `TreeSamplingConfig`. Leave it out."
-                )
+        offline = ""
+        if self.fallback_policy == "none":
+            offline = "fallback_policy='none'"
+        elif self.max_tree_tokens is not None:
+            offline = f"max_tree_tokens={self.max_tree_tokens}"
+        if offline:
+            raise ValueError(
+                f"`{offline}` can leave a tree with fewer than `num_generations` completions, which training cannot "
+                "use: it is for offline sampling with `TreeSamplingConfig`. Leave it out."
+            )
         local_batch_size = self.per_device_train_batch_size * self.steps_per_generation
         if local_batch_size % self.num_generations != 0:
             raise ValueError(

@@ -7,11 +7,10 @@ The only file that overrides private methods of TRL (1.16): `_generate_single_tu
 """
 
 import json
-import math
 import os
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -45,6 +44,8 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
+
+_EXPECTED_LENGTH = "treepo_expected_length"  # key in the trainer's state: mean completion of the last batch, in tokens
 
 
 class TreePOTrainer(GRPOTrainer):
@@ -158,7 +159,7 @@ class TreePOTrainer(GRPOTrainer):
         self._trees: list[SegmentTree] = []
         self._rewards_per_func: torch.Tensor | None = None
         self._sampled_at = (-1, 0)  # global step of the last sampling and how many it has seen
-        self._expected_length: int | None = None  # mean completion of the last sampling, in tokens
+        self._num_evaluated = 0  # batches of completions that were sampled in evaluation
         self._processes_per_engine = args.vllm_tensor_parallel_size if args.use_vllm else 1
         self._packed_forward = self._build_packed_forward()
 
@@ -196,7 +197,8 @@ class TreePOTrainer(GRPOTrainer):
         return dict(kwargs)
 
     def _decode(self, token_ids: list[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+        # Cleaning up would take characters away again that earlier segments have shown.
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _generate_single_turn(
         self,
@@ -207,9 +209,10 @@ class TreePOTrainer(GRPOTrainer):
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         if not self.model.training:
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images=has_tool_images
-            )
+            with self._same_draws_in_evaluation():
+                return super()._generate_single_turn(
+                    prompt_ids, images, multimodal_fields, num_generations, has_tool_images=has_tool_images
+                )
         if images is not None:
             raise ValueError("Image prompts are not supported yet by `TreePOTrainer`. Use text prompts.")
         prompts = prompt_ids[::num_generations]
@@ -223,6 +226,13 @@ class TreePOTrainer(GRPOTrainer):
         logprobs = [tree.logprobs(leaf) for tree, leaf in leaves] if self.use_vllm else None
         return completion_ids, logprobs
 
+    def _same_draws_in_evaluation(self) -> Any:
+        """Context in which ranks that share an engine draw alike; nothing for an engine per process."""
+        if not self.use_vllm:
+            return nullcontext()
+        self._num_evaluated += 1
+        return same_draws(self.vllm_generation, f"{self.args.seed}/evaluation/{self._num_evaluated}")
+
     def _sample(self, prompts: list[list[int]]) -> None:
         """Sample the trees of this process's prompts; of all its prompts where a group of processes has one engine."""
         step, count = self._sampled_at
@@ -232,14 +242,14 @@ class TreePOTrainer(GRPOTrainer):
         own = slice(0, len(prompts))
         if self.use_vllm:
             prompts, own = gather_prompts(self.vllm_generation, prompts)
+        saved: Any = self.state.stateful_callbacks
         with self._engine_ready(seed):
             trees = self.sampler.sample(
                 prompts,
                 seed,
                 progress=self.state.global_step / max(self.state.max_steps, 1),
-                expected_length=self._expected_length,
+                expected_length=saved.get(_EXPECTED_LENGTH),
             )
-        self._expected_length = math.ceil(sum(tree.mean_length() for tree in trees) / len(trees))
         self._trees = trees[own]
 
     def _engine_ready(self, seed: str) -> Any:
@@ -419,8 +429,12 @@ class TreePOTrainer(GRPOTrainer):
     def _log_tree_metrics(self) -> None:
         totals = tree_totals(self._trees, self.sampler.stats, self._processes_per_engine)
         totals = reduce_totals(totals, self.accelerator.gather, self.accelerator.device)
-        for name, value in tree_metrics(totals).items():
+        metrics = tree_metrics(totals)
+        for name, value in metrics.items():
             self._metrics["train"][name].append(value)
+        # Part of what checkpoints save and every process knows: a resumed run branches as an uninterrupted one.
+        saved: Any = self.state.stateful_callbacks
+        saved[_EXPECTED_LENGTH] = max(round(metrics["tree/mean_length"]), 1)
 
     def _write_trees(self, rewards: list[float], output: dict[str, Any]) -> None:
         """Append this generation's trees of all processes to `output_dir/trees/trees_<step>.jsonl`."""

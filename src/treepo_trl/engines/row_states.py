@@ -74,6 +74,13 @@ class Block:
             yield block
             block = block.parent
 
+    def root(self) -> "Block":
+        """The block without a parent above this one."""
+        block = self
+        while block.parent is not None:
+            block = block.parent
+        return block
+
 
 class BlockCache:
     """
@@ -115,6 +122,8 @@ class BlockCache:
                 child.last_used = self._count
                 return child
         child = Block(token_ids, states, parent, end=parent.end + len(token_ids), last_used=self._count)
+        if parent.root() is not self.root:  # of a request from before `clear`
+            return child
         for block in child.chain():  # ancestors too, in case they were dropped while a request held them
             assert block.parent is not None, "the root is not part of a chain"
             if block.is_kept:

@@ -117,12 +117,13 @@ class TransformersEngine:
         self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         affordable = self._affordable_tokens()
         self.max_batch_tokens = affordable if max_batch_tokens is None else max_batch_tokens
-        self.num_cache_tokens: int | None = affordable if max_cached_tokens is None else max_cached_tokens
+        max_cached_tokens = affordable if max_cached_tokens is None else max_cached_tokens
+        self.num_cache_tokens: int | None = max_cached_tokens + self.max_batch_tokens
         self._processors = logits_processors(self.options)
         self._pending: list[SegmentRequest] = []
         self._rows: list[_Row] = []
         self._storage: torch.Tensor | None = None
-        self._blocks = BlockCache(self.num_cache_tokens)
+        self._blocks = BlockCache(max_cached_tokens)
         self._weights_version = self._read_weights_version()
 
     def _affordable_tokens(self) -> int:
@@ -272,14 +273,19 @@ class TransformersEngine:
     def _reserve(self, num_rows: int, length: int) -> torch.Tensor:
         """The storage (layers, 2, rows, heads, tokens, head_dim), grown to at least the given size."""
         old = self._storage
-        if old is not None and old.size(2) >= num_rows and old.size(4) >= length:
-            return old
-        num_rows = max(num_rows, old.size(2) if old is not None else 0)
-        length = max(length, old.size(4) if old is not None else 0)
+        if old is not None:
+            most_rows, longest = max(num_rows, old.size(2)), max(length, old.size(4))
+            if (most_rows, longest) == (old.size(2), old.size(4)):
+                return old
+            if most_rows * longest <= self.max_batch_tokens:  # else many short rows and few long ones would add up
+                num_rows, length = most_rows, longest
         shape = (self._num_layers, 2, num_rows, self._num_heads, length, self._head_dim)
+        if not self._rows:
+            self._storage = old = None  # frees the memory before the new one is taken
         new = torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
-        if old is not None and self._rows:
-            new[:, :, : len(self._rows), :, : old.size(4)] = old[:, :, : len(self._rows)]
+        if old is not None:
+            kept = min(length, old.size(4))
+            new[:, :, : len(self._rows), :, :kept] = old[:, :, : len(self._rows), :, :kept]
         self._storage = new
         return new
 

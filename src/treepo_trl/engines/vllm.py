@@ -140,7 +140,7 @@ class VLLMEngine:
         self.llm.reset_prefix_cache()
 
     def _read(self, output: Any) -> SegmentResult:
-        del self._in_flight[output.request_id]
+        self._in_flight.pop(output.request_id)
         self.num_prompt_tokens += len(output.prompt_token_ids)
         self.num_cached_tokens += output.num_cached_tokens or 0
         (completion,) = output.outputs
@@ -152,9 +152,10 @@ class VLLMEngine:
             or not token_ids
             or len(logprobs) != width * len(token_ids)
         ):
-            raise RuntimeError(
+            raise SegmentEngineError(
+                int(output.request_id),
                 f"vLLM ended request {output.request_id} with reason {completion.finish_reason!r}, {len(token_ids)} "
-                f"tokens and {len(logprobs)} log-probabilities; expected {width} per token and 'stop' or 'length'."
+                f"tokens and {len(logprobs)} log-probabilities; expected {width} per token and 'stop' or 'length'.",
             )
         table = logprobs.reshape(len(token_ids), width)
         return SegmentResult(
