@@ -108,6 +108,34 @@ def test_the_output_has_a_tree_for_each_prompt_and_the_table_counts_them(
     assert int(rows["unique tokens"][0]) < int(rows["leaf tokens"][0])  # something is shared
 
 
+def test_without_an_output_the_first_prompts_completions_are_shown(
+    folder: Path, tiny_model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(arguments(tiny_model_dir, seed=3))
+    record = read_lines("trees.jsonl")[0]
+    capsys.readouterr()
+    flags = arguments(tiny_model_dir, seed=3)
+    del flags[flags.index("--output") : flags.index("--output") + 2]
+    main(flags)
+    shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("|")]
+    assert repr(PROMPTS[0]) in shown[0]
+    assert shown[-1] == ""
+    tree = SegmentTree.from_dict(record["tree"])
+    expected = [
+        [f"{weight:.3f}", tree.nodes[leaf].finish_reason, repr(text)]
+        for weight, leaf, text in zip(record["weights"], tree.leaves, record["completions"], strict=True)
+    ]
+    assert [line.split(None, 2) for line in shown[1:-1]] == expected
+
+
+@pytest.mark.parametrize(("rule", "is_said"), [({}, True), ({"stop_repetition": False}, False)])
+def test_a_comparison_says_that_early_stop_helps_only_trees(
+    folder: Path, tiny_model_dir: str, capsys: pytest.CaptureFixture[str], rule: dict[str, Any], is_said: bool
+) -> None:
+    main(arguments(tiny_model_dir, compare="independent", repeats=1, **rule))
+    assert ("end paths of trees early" in capsys.readouterr().err) == is_said
+
+
 def test_the_seed_decides_the_trees(folder: Path, tiny_model_dir: str) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         main(arguments(tiny_model_dir, output=name, seed=seed))
@@ -576,8 +604,7 @@ def test_vllm_with_an_adapter(folder: Path, tiny_model_dir: str) -> None:
         compare="independent",
         repeats=1,
         vllm_enforce_eager=True,
-        vllm_max_model_length=128,
-        vllm_gpu_memory_utilization=0.2,
+        vllm_max_model_length=128,  # the memory is left to the default
     )
     done = subprocess.run(
         [sys.executable, "-m", "treepo_trl.cli", *flags],

@@ -1108,11 +1108,12 @@ def test_leaf_weights_undo_the_tilt_of_branching(schedule: str, policy: str) -> 
         assert abs(bias) > 6 * standard_error(plain[name]), name
 
 
+@pytest.mark.parametrize("schedule", ["early", "spread"])
 @pytest.mark.parametrize("fallback", ["random", "root", "low_prob"])
-def test_with_fallback_the_weights_undo_most_of_the_tilt(fallback: str) -> None:
+def test_with_fallback_the_weights_undo_most_of_the_tilt(fallback: str, schedule: str) -> None:
     """Fallback adds children once outcomes are known, so a difference remains (docs/method.md has its size)."""
     cap = 40
-    weighted, plain = markov_estimates(1500, cap, fallback_policy=fallback, branch_schedule="early")
+    weighted, plain = markov_estimates(1500, cap, fallback_policy=fallback, branch_schedule=schedule)
     exact = MarkovEngine.exact(cap)["length"]
     assert abs(mean(weighted["length"]) - exact) < 0.5 * abs(mean(plain["length"]) - exact)
 
