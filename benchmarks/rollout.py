@@ -26,7 +26,8 @@ from treepo_trl import TreeSampler, TreeSamplingConfig
 from treepo_trl.data import prompt_token_ids
 from treepo_trl.embedded import addition_tasks, small_model
 from treepo_trl.engines import SamplingOptions, SegmentRequest, SegmentResult
-from treepo_trl.offline import EngineArguments, RolloutReport, build_engine, load_tokenizer, report, sample_independent
+from treepo_trl.offline import EngineArguments, build_engine, load_tokenizer
+from treepo_trl.rollouts import RolloutReport, report, sample_independent
 
 
 SIGMA = 0.5

@@ -42,10 +42,11 @@ ALLOWED = {
         *("treepo_config", "validation", "sampler", "tree", "advantages", "rewards", "packing"),
         *("metrics", "packed_forward", "weight_sync", "engines", "engines.transformers", "engines.vllm"),
     },
-    "offline": {
-        *("engines", "engines.transformers", "engines.vllm", "sampler", "sampling_config", "tree", "weight_sync"),
+    "offline": {"engines", "engines.transformers", "engines.vllm", "sampling_config", "weight_sync"},
+    "rollouts": {"engines", "sampler", "sampling_config", "tree"},
+    "sample_command": {
+        *("data", "engines", "offline", "rollouts", "sampler", "sampling_config", "tree", "user_errors"),
     },
-    "sample_command": {"data", "engines", "offline", "sampler", "sampling_config", "tree", "user_errors"},
     "cli": {
         *("", "data", "user_errors", "sample_command", "treepo_config"),  # the version is in __init__
         *("treepo_trainer", "evaluation", "progress"),

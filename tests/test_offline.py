@@ -14,16 +14,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from treepo_trl.engines import SamplingOptions, SegmentRequest, SegmentResult
-from treepo_trl.offline import (
-    EngineArguments,
-    RolloutReport,
-    build_engine,
-    eos_token_ids,
-    format_table,
-    load_tokenizer,
-    report,
-    sample_independent,
-)
+from treepo_trl.offline import EngineArguments, build_engine, eos_token_ids, load_tokenizer
+from treepo_trl.rollouts import RolloutReport, format_table, report, sample_independent
 from treepo_trl.sampler import SamplingStats
 from treepo_trl.sampling_config import TreeSamplingConfig
 from treepo_trl.tree import SegmentTree

@@ -12,16 +12,8 @@ from trl import TrlParser
 
 from .data import load_named_dataset, prompt_token_ids, read_prompts
 from .engines import SamplingOptions
-from .offline import (
-    EngineArguments,
-    RolloutReport,
-    build_engine,
-    eos_token_ids,
-    format_table,
-    load_tokenizer,
-    report,
-    sample_independent,
-)
+from .offline import EngineArguments, build_engine, eos_token_ids, load_tokenizer
+from .rollouts import RolloutReport, format_table, report, sample_independent
 from .sampler import TreeSampler
 from .sampling_config import TreeSamplingConfig, check_choice, check_int
 from .tree import SegmentTree
