@@ -294,7 +294,7 @@ def test_without_branching_completions_are_those_of_plain_sampling(small_llm: An
         error = torch.stack(variances).sum().sqrt() / len(prompts)
         difference = torch.stack(differences).mean()
         assert difference.abs() < 4 * error, (which, difference, error)
-        assert error < (0.2, 0.02)[which]  # tokens and nats: the comparison says something
+        assert error < (0.2, 0.05)[which]  # tokens and nats: the comparison says something
 
 
 def mean(values: list[float]) -> float:
