@@ -393,29 +393,37 @@ def test_old_trees_go_first() -> None:
     assert all(sum(first[k] <= i <= last[k] for k in range(30)) <= 5 for i in range(len(engine.requests)))
 
 
-def test_a_tree_is_started_when_what_is_held_and_the_next_segments_fit_into_the_engines_cache() -> None:
-    # A prompt has 3 tokens and a segment 3; W = 4 with two first children.
-    engine = RecordingEngine(endless, num_cache_tokens=60, arrival=random.Random(0))
-    TreeSampler(engine, make_config(4), [EOS]).sample(prompts_of(9), seed=0)
+@pytest.mark.parametrize("slots", [None, 5, 40])
+def test_segments_are_submitted_only_for_the_oldest_trees_that_the_engines_cache_holds(slots: int | None) -> None:
+    """Law: with every request, its tree and all older unfinished ones fit, or it is the oldest one."""
+    capacity = 90
+    engine = RecordingEngine(memoryless(0.05), num_cache_tokens=capacity, arrival=random.Random(0), slots=slots)
+    TreeSampler(engine, make_config(4), [EOS]).sample(prompts_of(12), seed=0)
     owner = {request.request_id: request.token_ids[0] for request in engine.requests}
     left = Counter(owner.values())
-    tokens, running, started = Counter[int](), 0, set[int]()
+    stored, level, most = Counter[int](), Counter[int](), 0
     for kind, items in engine.events:
         if kind == "collect":
             for result in items:
                 name = owner[result.request_id]
                 left[name] -= 1
-                tokens[name] += len(result.token_ids)
-            running -= len(items)
+                stored[name] += len(result.token_ids)
+                level[name] -= 1
             continue
-        new = {owner[request.request_id] for request in items} - started
-        if new and started:
-            held = sum(3 + tokens[name] for name in started if left[name] > 0) + 3 * len(new)
-            assert held + 3 * (running + len(new)) <= 60
-        started |= new
-        running += len(items)
-    assert len(started) == 9
-    # At the beginning: every tree has 3 prompt tokens and two paths that are expected to need 3 at least, so six fit.
+        level.update(owner[request.request_id] for request in items)
+        unfinished = sorted(name for name in left if left[name] > 0 and (stored[name] or level[name]))
+        for name in {owner[request.request_id] for request in items} - {unfinished[0]}:
+            # A level may have more segments than are in flight: this is the least that these trees hold.
+            assert sum(3 + stored[each] + 3 * level[each] for each in unfinished if each <= name) <= capacity
+        most = max(most, len(unfinished))
+    assert len(left) == 12
+    assert 2 <= most < 12
+
+
+def test_as_many_trees_are_started_as_the_engines_cache_holds() -> None:
+    # Every tree has 3 prompt tokens and two first segments of 3: 9. Six of them fit into 60.
+    engine = RecordingEngine(endless, num_cache_tokens=60)
+    TreeSampler(engine, make_config(4), [EOS]).sample(prompts_of(9), seed=0)
     assert engine.events[0][0] == "submit"
     assert len(engine.events[0][1]) == 6 * 2
 

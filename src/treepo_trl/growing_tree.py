@@ -197,13 +197,12 @@ class GrowingTree:
 
     # Lengths and budgets
 
-    def expected_tokens(self) -> int:
-        """Tokens that the tree is expected to hold with its paths, its first ones if it was not started."""
+    def working_tokens(self) -> int:
+        """Tokens of the prompt, of what was sampled, and of the level's segments (before the start: the first ones)."""
         initial = self.rules.config.initial_branching_factor
         assert initial is not None, "set by the config"
-        ends = [self._end(parent) for parent in self.level] or [0] * initial[-1]
-        rest = sum(max(self._expected_rest(end), 1) for end in ends)
-        return len(self.tree.prompt_ids) + self.num_decoded_tokens + rest
+        num_segments = len(self.level) or initial[-1]
+        return len(self.tree.prompt_ids) + self.num_decoded_tokens + num_segments * self._segment_length
 
     def _end(self, node: int | None) -> int:
         return 0 if node is None else self.tree.nodes[node].end

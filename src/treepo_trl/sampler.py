@@ -2,8 +2,8 @@
 Grow the trees of many prompts over one engine: Algorithm 1 of [TreePO](https://huggingface.co/papers/2508.17445).
 
 The levels of one tree wait for each other, trees never do: a tree's next level is ready as soon as its own last
-segment has arrived. The engine's slots are filled with the oldest trees first, so that trees finish and free their
-part of its cache. Knows no model and no trainer.
+segment has arrived. The engine's slots are filled with the oldest trees first, as many as its cache holds, so that
+trees finish and free their part of it. Knows no model and no trainer.
 """
 
 import heapq
@@ -219,8 +219,9 @@ class TreeSampler:
     def _fill(self, run: _Run) -> None:
         """Submit segments of the oldest trees first, and start trees while slots are free."""
         requests: list[SegmentRequest] = []
+        newest = self._newest_that_fits(run)
         longest = max((length for _, _, length in run.in_flight.values()), default=0)
-        while (index := self._next_tree(run, longest)) is not None:
+        while (index := self._next_tree(run, newest, longest)) is not None:
             grown = run.trees[index]
             position, prefix, max_tokens = grown.take()
             longest = max(longest, len(prefix) + max_tokens)
@@ -235,13 +236,13 @@ class TreeSampler:
             self.engine.submit(requests)
             self.stats.engine_seconds += time.perf_counter() - started
 
-    def _next_tree(self, run: _Run, longest: int) -> int | None:
+    def _next_tree(self, run: _Run, newest: int, longest: int) -> int | None:
         """Oldest tree with a segment to submit, a newly started one if need be; `None` if there is none or no slot."""
         num_slots = self.engine.num_slots(longest)
         if run.in_flight and num_slots is not None and len(run.in_flight) >= num_slots:
             return None
         if not run.ready:
-            if run.num_started == len(run.trees) or not self._fits_cache(run):
+            if run.num_started > newest:
                 return None
             run.current = run.num_started
             run.trees[run.num_started].start()
@@ -249,14 +250,20 @@ class TreeSampler:
             run.ready.append(run.num_started)
             run.num_started += 1
             run.current = None
-        return run.ready[0]
+        return run.ready[0] if run.ready[0] <= newest else None
 
-    def _fits_cache(self, run: _Run) -> bool:
-        """Whether the paths of the next prompt can be expected to fit into the engine's cache beside the others."""
+    def _newest_that_fits(self, run: _Run) -> int:
+        """Newest tree that fits into the engine's cache beside all older ones; the oldest one always does."""
         capacity = self.engine.num_cache_tokens
-        if capacity is None or not run.unfinished:
-            return True
-        return sum(run.trees[i].expected_tokens() for i in {*run.unfinished, run.num_started}) <= capacity
+        if capacity is None:
+            return len(run.trees) - 1
+        newest, tokens = -1, 0
+        for index in (*sorted(run.unfinished), *range(run.num_started, len(run.trees))):
+            tokens += run.trees[index].working_tokens()
+            if tokens > capacity and newest >= 0:
+                break
+            newest = index
+        return newest
 
     # What comes back
 
