@@ -198,7 +198,7 @@ class GrowingTree:
     # Lengths and budgets
 
     def working_tokens(self) -> int:
-        """Tokens of the prompt, of what was sampled, and of the level's segments (before the start: the first ones)."""
+        """Tokens of the prompt, of what was sampled, and of the level (before the start: of the first one)."""
         initial = self.rules.config.initial_branching_factor
         assert initial is not None, "set by the config"
         num_segments = len(self.level) or initial[-1]
