@@ -140,38 +140,39 @@ class GrowingTree:
             self._store(parent, self._results[i], parent_texts.get(parent, "")) for i, parent in enumerate(self.level)
         ]
         live = [node for node in nodes if tree.nodes[node].finish_reason is None]
-        num_finished = len(tree.leaves)
         if live and self._tokens_left() < len(live):
             for node in live:
                 tree.finish(node, "length")
-            live, num_finished = [], len(tree.leaves)
-        if not live:
+            live = []
+        if live:
+            temperature = annealed(config.branching_temperature, config.branching_temperature_end, self.progress)
+            scores = branching_scores(config.branching_policy, [tree.nodes[node] for node in live])
+            counts = split_budget(self._level_size(live, len(nodes) - len(live)), scores, self.rng, temperature)
+            self._ask_for([node for node, count in zip(live, counts, strict=True) for _ in range(count)])
+        else:
             self._ask_for(self._fall_back())
-            return num_finished - num_leaves
-        total = level_budget(
-            len(live), num_finished, len(nodes) - len(live), config.num_generations, config.branching_factor
-        )
+        return len(tree.leaves) - num_leaves
+
+    def _level_size(self, live: list[int], num_finished_now: int) -> int:
+        """Segments of the next level, at least one for each live path."""
+        config, nodes, num_finished = self.rules.config, self.tree.nodes, len(self.tree.leaves)
+        if self.num_fallback_leaves:
+            return len(live)  # each of these paths stands for one missing leaf
+        size = level_budget(len(live), num_finished, num_finished_now, config.num_generations, config.branching_factor)
         if config.branch_schedule == "spread":
             expected = self.max_length if self.expected_length is None else min(self.expected_length, self.max_length)
-            width = spread_width(tree.nodes[live[0]].end + self._segment_length, expected, config.num_generations)
-            total = min(total, width - num_finished)
+            width = spread_width(nodes[live[0]].end + self._segment_length, expected, config.num_generations)
+            size = min(size, width - num_finished)
         if config.max_tree_tokens is not None:
-            total = min(total, self._tokens_left() // max(self._expected_rest(tree.nodes[node].end) for node in live))
-        if self.num_fallback_leaves:
-            total = len(live)  # each of these paths stands for one missing leaf
-        temperature = annealed(config.branching_temperature, config.branching_temperature_end, self.progress)
-        scores = branching_scores(config.branching_policy, [tree.nodes[node] for node in live])
-        counts = split_budget(max(total, len(live)), scores, self.rng, temperature)
-        self._ask_for([node for node, count in zip(live, counts, strict=True) for _ in range(count)])
-        return num_finished - num_leaves
+            size = min(size, self._tokens_left() // max(self._expected_rest(nodes[node].end) for node in live))
+        return max(size, len(live))
 
     def _ask_for(self, parents: list[int | None]) -> None:
         self.level, self.num_taken, self._results = parents, 0, {}
-        self._max_tokens = self._segment_length
         if parents:
-            self._max_tokens = min(self._max_tokens, self._tokens_left() // len(parents))
-        if not parents:
-            self._texts = {}
+            self._max_tokens = min(self._segment_length, self._tokens_left() // len(parents))
+        else:
+            self._texts = {}  # nothing asks for them any more
 
     def _fall_back(self) -> list[int | None]:
         config = self.rules.config
