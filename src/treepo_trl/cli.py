@@ -10,7 +10,7 @@ from typing import Any
 from trl.scripts.grpo import GRPOScriptArguments
 
 from . import __version__
-from .data import load_named_dataset
+from .data import load_named_dataset, take_split
 from .user_errors import user_errors
 
 
@@ -100,10 +100,10 @@ def train(script_args: TreePOScriptArguments, training_args: Any, model_args: An
     with user_errors():
         reward_funcs = load_reward_funcs(script_args)
         dataset = load_train_and_test(script_args, dataset_args)
-        train_dataset = _split(dataset, script_args.dataset_train_split, "--dataset_train_split")
+        train_dataset = take_split(dataset, script_args.dataset_train_split, "--dataset_train_split")
         eval_dataset = None
         if training_args.eval_strategy != "no":
-            eval_dataset = _split(dataset, script_args.dataset_test_split, "--dataset_test_split")
+            eval_dataset = take_split(dataset, script_args.dataset_test_split, "--dataset_test_split")
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -125,12 +125,6 @@ def train(script_args: TreePOScriptArguments, training_args: Any, model_args: An
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-
-
-def _split(dataset: Any, name: str, flag: str) -> Any:
-    if name not in dataset:
-        raise ValueError(f"The dataset has no split {name!r}, only {', '.join(dataset)}. Set `{flag}`.")
-    return dataset[name]
 
 
 def make_parser(prog: str | None = None) -> Any:

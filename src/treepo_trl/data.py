@@ -50,6 +50,18 @@ def load_named_dataset(name: str, config_name: str | None, file_split: str, stre
     return load_dataset(name, name=config_name, streaming=streaming)
 
 
+def take_split(splits: Any, name: str, flag: str) -> Any:
+    """
+    One split of a dataset.
+
+    Raises:
+        ValueError: naming the splits and the option that chooses one, if there is no such split.
+    """
+    if name not in splits:
+        raise ValueError(f"The dataset has no split {name!r}, only {', '.join(splits)}. Set `{flag}`.")
+    return splits[name]
+
+
 def read_prompts(stream: TextIO, key: str = "prompt") -> list[Any]:
     """
     Prompts from standard input, one per line: every line a JSON object with a `key`, or every line text as it is.

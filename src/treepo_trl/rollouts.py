@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from .engines import SegmentRequest
-from .sampler import SamplingStats
+from .sampler import SamplingStats, completion_cap
 from .sampling_config import TreeSamplingConfig
 from .tree import FinishReason, SegmentTree
 
@@ -37,12 +37,9 @@ def sample_independent(
     stats = SamplingStats(num_segments=len(prompts) * config.num_generations)
     requests: list[SegmentRequest] = []
     for i, prompt in enumerate(prompts):
-        room = config.max_completion_length
-        if engine.context_length is not None:
-            room = min(room, engine.context_length - len(prompt))
-        requests += [
-            SegmentRequest(i * config.num_generations + j, prompt, room) for j in range(config.num_generations)
-        ]
+        cap = completion_cap(engine, config, prompt)
+        first = i * config.num_generations
+        requests += [SegmentRequest(first + j, prompt, cap) for j in range(config.num_generations)]
     try:
         engine.submit(requests)
         num_missing = len(requests)

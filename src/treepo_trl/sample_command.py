@@ -10,7 +10,7 @@ from typing import Any, Literal, TextIO
 
 from trl import TrlParser
 
-from .data import load_named_dataset, prompt_token_ids, read_prompts
+from .data import load_named_dataset, prompt_token_ids, read_prompts, take_split
 from .engines import SamplingOptions
 from .offline import EngineArguments, build_engine, eos_token_ids, load_tokenizer
 from .rollouts import RolloutReport, format_table, report, sample_independent
@@ -161,11 +161,7 @@ def load_prompts(arguments: SampleArguments) -> list[Any]:
             print("Type prompts, one per line, and end with Ctrl-D; or set `--dataset_name`.", file=sys.stderr)
         return read_prompts(sys.stdin, arguments.prompt_column or "prompt")[: arguments.max_prompts]
     splits = load_named_dataset(arguments.dataset_name, arguments.dataset_config, arguments.dataset_split)
-    if arguments.dataset_split not in splits:
-        raise ValueError(
-            f"The dataset has no split {arguments.dataset_split!r}, only {', '.join(splits)}. Set `--dataset_split`."
-        )
-    dataset = splits[arguments.dataset_split]
+    dataset = take_split(splits, arguments.dataset_split, "--dataset_split")
     columns = dataset.column_names
     column = arguments.prompt_column or ("prompt" if "prompt" in columns or len(columns) != 1 else columns[0])
     if column not in columns:

@@ -39,6 +39,13 @@ class SamplingStats:
     """Part of `seconds` spent inside the engine."""
 
 
+def completion_cap(engine: SegmentEngine, config: TreeSamplingConfig, prompt: list[int]) -> int:
+    """Longest completion of a prompt in tokens: `max_completion_length`, or what the engine's context leaves of it."""
+    if engine.context_length is None:
+        return config.max_completion_length
+    return min(config.max_completion_length, engine.context_length - len(prompt))
+
+
 @dataclass
 class _Run:
     """State of one call of `TreeSampler.sample`."""
@@ -201,18 +208,15 @@ class TreeSampler:
                 f"Prompt {index} of this batch is empty: it has no token to continue. Drop empty prompts, or check "
                 "how they are tokenized."
             )
-        context = self.engine.context_length
-        if context is None:
-            return self.config.max_completion_length
-        room = context - len(prompt)
-        if room < 1:
+        max_length = completion_cap(self.engine, self.config, prompt)
+        if max_length < 1:
             start = f", which starts with {self.decode(prompt[:16])!r}," if self.decode is not None else ""
             raise ValueError(
                 f"Prompt {index} of this batch{start} has {len(prompt)} tokens and leaves no room for a completion in "
-                f"the engine's context of {context} tokens. Drop or shorten such prompts, or, if the model has a "
-                "longer context than its vLLM engine, raise `vllm_max_model_length`."
+                f"the engine's context of {self.engine.context_length} tokens. Drop or shorten such prompts, or, if the "
+                "model has a longer context than its vLLM engine, raise `vllm_max_model_length`."
             )
-        return min(self.config.max_completion_length, room)
+        return max_length
 
     # Filling the engine
 

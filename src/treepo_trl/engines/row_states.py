@@ -74,13 +74,6 @@ class Block:
             yield block
             block = block.parent
 
-    def root(self) -> "Block":
-        """The block without a parent above this one."""
-        block = self
-        while block.parent is not None:
-            block = block.parent
-        return block
-
 
 class BlockCache:
     """
@@ -122,9 +115,10 @@ class BlockCache:
                 child.last_used = self._count
                 return child
         child = Block(token_ids, states, parent, end=parent.end + len(token_ids), last_used=self._count)
-        if parent.root() is not self.root:  # of a request from before `clear`
+        chain = list(child.chain())
+        if chain[-1].parent is not self.root:  # of a request from before `clear`
             return child
-        for block in child.chain():  # ancestors too, in case they were dropped while a request held them
+        for block in chain:  # ancestors too, in case they were dropped while a request held them
             assert block.parent is not None, "the root is not part of a chain"
             if block.is_kept:
                 break
