@@ -210,11 +210,12 @@ class TreeSampler:
             )
         max_length = completion_cap(self.engine, self.config, prompt)
         if max_length < 1:
+            context = self.engine.context_length
             start = f", which starts with {self.decode(prompt[:16])!r}," if self.decode is not None else ""
             raise ValueError(
                 f"Prompt {index} of this batch{start} has {len(prompt)} tokens and leaves no room for a completion in "
-                f"the engine's context of {self.engine.context_length} tokens. Drop or shorten such prompts, or, if the "
-                "model has a longer context than its vLLM engine, raise `vllm_max_model_length`."
+                f"the engine's context of {context} tokens. Drop or shorten such prompts, or, if the model has a "
+                "longer context than its vLLM engine, raise `vllm_max_model_length`."
             )
         return max_length
 
