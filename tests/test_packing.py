@@ -1,6 +1,8 @@
 """A packed row is the plain rows: structure by hypothesis, log-probabilities and gradients on tiny models."""
 
+import dataclasses
 import random
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -20,7 +22,10 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from treepo_trl.packing import PackedRows, is_packable, is_worth_packing, model_inputs, pack_rows
+from treepo_trl.model_support import is_packable
+from treepo_trl.packed_forward import is_worth_packing, model_inputs
+from treepo_trl.packing import PackedRows, cut_rows, pack_rows
+from treepo_trl.tree_attention import serve_trees, takes_trees
 
 
 PAD = 1
@@ -69,6 +74,19 @@ def check_structure(ids: torch.Tensor, mask: torch.Tensor, num_scored: int) -> P
         assert num_packed == len(slow_keys(rows))
         assert sorted(spelled) == sorted(prefix for prefix, _ in slow_keys(rows))
     assert packed.num_row_tokens == sum(map(len, rows))
+    assert packed.num_padded_tokens == ids.numel()
+    if packed.num_row_tokens > 0:
+        counts = Counter(
+            (tuple(row[: i + 1]), row[i + 1] if i + 1 < len(row) else None) for row in rows for i in range(len(row))
+        )
+        assert sorted(packed.num_rows[0].tolist()) == sorted(counts.values())
+        of_prefix = Counter()
+        for (prefix, _), count in counts.items():
+            of_prefix[prefix] += count
+        summed = Counter()
+        for prefix, count in zip(spelled, packed.num_rows[0].tolist(), strict=True):
+            summed[prefix] += count
+        assert summed == of_prefix
     assert packed.ratio == packed.num_row_tokens / num_packed
 
     first_scored = ids.size(1) - num_scored
@@ -260,6 +278,57 @@ def test_unpack_hides_what_is_not_a_number_at_unscored_places() -> None:
     assert packed.unpack(values)[1, 1] == 0
 
 
+# Pieces
+
+
+def sizes_of(pieces: list[slice], ids: torch.Tensor, mask: torch.Tensor, num_scored: int) -> list[int]:
+    return [pack_rows(ids[piece], mask[piece], num_scored).input_ids.size(1) for piece in pieces]
+
+
+@given(batches(), st.integers(1, 30))
+@settings(deadline=None)
+def test_pieces_hold_every_row_once_and_as_many_tokens_as_allowed(
+    batch: tuple[torch.Tensor, torch.Tensor, int], max_tokens: int
+) -> None:
+    pieces = cut_rows(*batch, max_tokens)
+    assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(range(len(batch[0])))
+    for piece, size in zip(pieces, sizes_of(pieces, *batch), strict=True):
+        assert size <= max_tokens or piece.stop - piece.start == 1
+
+
+# Two trees of two leaves. First: prompt 5, completions 7 8 and 7 9, which pack to (5|7) (7|8) 8 (7|9) 9: 5 tokens. Second:
+# prompt 6 and the same completions: 5 tokens.
+TWO_TREES = ([[5], [5], [6], [6]], [[7, 8], [7, 9], [7, 8], [7, 9]])
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "pieces"),
+    [
+        (10, [(0, 4)]),
+        (9, [(0, 2), (2, 4)]),  # no row of the second tree, though its first (3 tokens) would fit
+        (5, [(0, 2), (2, 4)]),
+        (4, [(0, 1), (1, 2), (2, 3), (3, 4)]),  # a tree that fits no piece: rows of 3 tokens
+        (1, [(0, 1), (1, 2), (2, 3), (3, 4)]),
+    ],
+)
+def test_whole_trees_where_they_fit(max_tokens: int, pieces: list[tuple[int, int]]) -> None:
+    cut = cut_rows(*batch_of(*TWO_TREES), max_tokens)
+    assert [(piece.start, piece.stop) for piece in cut] == pieces
+
+
+def test_a_tree_may_join_what_is_left_of_a_larger_one() -> None:
+    # A tree of 3 leaves, 5 | 7 8, 7 9, 8 8: (5|7) (7|8) 8 (7|9) 9 (5|8) (8|8) 8 = 8 tokens, more than 6. Its last row has 3
+    # of its own, and the next tree, one row of 3, joins it.
+    batch = batch_of([[5], [5], [5], [6]], [[7, 8], [7, 9], [8, 8], [7, 8]])
+    assert [(piece.start, piece.stop) for piece in cut_rows(*batch, 6)] == [(0, 2), (2, 4)]
+
+
+def test_one_piece_holds_all_rows_that_fit() -> None:
+    ids, mask, num_scored = batch_of([[5, 6]] * 4, [[7, 8]] * 4)
+    assert cut_rows(ids, mask * 0, num_scored, 1) == [slice(0, 4)]
+    assert cut_rows(ids, mask, num_scored, 4) == [slice(0, 4)]
+
+
 # Models
 
 
@@ -283,7 +352,13 @@ def tiny_model(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedM
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval().float()
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    if attention != "eager":
+        serve_trees(attention)
     return model
+
+
+def hands_trees_on(model: PreTrainedModel) -> bool:
+    return model._supports_attention_backend and (model.config._attn_implementation == "eager" or takes_trees(model))
 
 
 def forward_plain(
@@ -298,7 +373,7 @@ def forward_plain(
 
 
 def forward_packed(model: PreTrainedModel, packed: PackedRows) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = model_inputs(packed, model.config._attn_implementation, torch.float32)
+    inputs = model_inputs(packed, model.config._attn_implementation, torch.float32, "sdpa")
     outputs = model(**inputs, fused_lm_head=True)
     return packed.unpack(outputs.log_probs), packed.unpack(outputs.entropy)
 
@@ -412,7 +487,7 @@ def test_no_architecture_passes_as_packable_and_gives_other_values(name: str) ->
         model = tiny_model(config_class(**settings))
     except ValueError:  # no SDPA attention for this architecture
         model = tiny_model(config_class(**settings), "eager")
-    if is_packable(model.config) is not None:
+    if is_packable(model.config) is not None or not hands_trees_on(model):
         return
     prompt, shared = list(range(5, 12)), [list(range(20, 28)), list(range(40, 48))]
     batch = batch_of([prompt] * 4, [[*shared[i // 2], *range(30 + 5 * i, 38 + 5 * i)] for i in range(4)])
@@ -453,13 +528,15 @@ def config_with(attention: str = "sdpa", **changes: Any) -> PreTrainedConfig:
     return config
 
 
-@pytest.mark.parametrize(
-    "attention", ["flash_attention_2", "flash_attention_3", "flex_attention", "kernels-community/flash-attn"]
-)
-def test_other_attention_is_named_together_with_the_way_out(attention: str) -> None:
-    reason = is_packable(config_with(attention))
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"])
+def test_a_model_may_have_any_attention_for_its_plain_rows(attention: str) -> None:
+    assert is_packable(config_with(attention)) is None
+
+
+def test_attention_that_is_not_registered_is_named_together_with_the_way_out() -> None:
+    reason = is_packable(config_with("kernels-community/unknown"))
     assert reason is not None
-    assert repr(attention) in reason
+    assert "'kernels-community/unknown'" in reason
     assert "attn_implementation='sdpa'" in reason
 
 
@@ -525,16 +602,17 @@ def test_rows_that_share_little_are_not() -> None:
 
 @pytest.mark.parametrize(("ratio", "worth"), [(1.14, False), (1.15, True), (3.0, True)])
 def test_the_ratio_decides(ratio: float, worth: bool) -> None:
-    packed = rows_with(shared=1, own=99, count=1)
-    object.__setattr__(packed, "num_row_tokens", round(100 * ratio))
-    assert packed.ratio == pytest.approx(ratio)
+    packed = dataclasses.replace(rows_with(shared=1, own=99, count=1), num_padded_tokens=round(100 * ratio))
     assert is_worth_packing(packed) == worth
 
 
-def test_rows_too_long_for_a_dense_mask_are_not_worth_it() -> None:
-    # 4096 shared and 1024 own: 4096 + 4 * 1024 = 8192 tokens and 3 extra positions are just too many.
-    assert not is_worth_packing(rows_with(shared=4096, own=1024, count=4))
-    assert is_worth_packing(rows_with(shared=4096, own=1023, count=4))  # 8191
+def test_padding_of_plain_rows_counts_since_they_forward_it() -> None:
+    # Rows of 2, 2 and 12 tokens that share 1, in a batch that is 12 wide: 16 tokens, 36 with padding. The shared one
+    # has three next tokens, so nothing is saved but the padding.
+    packed = pack_rows(*batch_of([[5]] * 3, [[7], [8], [9] * 11]))
+    assert packed.ratio == 1.0
+    assert packed.num_padded_tokens == 36
+    assert is_worth_packing(packed)
 
 
 # Inputs
@@ -542,9 +620,8 @@ def test_rows_too_long_for_a_dense_mask_are_not_worth_it() -> None:
 
 def test_eager_attention_gets_the_mask_as_numbers_to_add() -> None:
     packed = pack_rows(*batch_of([[5], [5]], [[7, 9], [7, 8]]))
-    mask = model_inputs(packed, "eager", torch.bfloat16)["attention_mask"]
+    mask = model_inputs(packed, "eager", torch.bfloat16, "sdpa")["attention_mask"]
     assert mask.dtype == torch.bfloat16
     attends = packed.attention_mask()
     assert (mask[attends] == 0).all()
     assert (mask[~attends] == torch.finfo(torch.bfloat16).min).all()
-    assert torch.equal(model_inputs(packed, "sdpa", torch.bfloat16)["attention_mask"], attends)

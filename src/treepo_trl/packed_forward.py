@@ -5,19 +5,41 @@ Stands in for `GRPOTrainer._get_per_token_logps_and_entropies` with the same res
 """
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, get_args
 
 import torch
 from accelerate.logging import get_logger
+from torch.utils._triton import has_triton
+from torch.utils.checkpoint import checkpoint
 
-from .packing import PackedRows, is_worth_packing, model_inputs, pack_rows
+from .model_support import has_attention_dropout
+from .packing import PackedRows, cut_rows, pack_rows
+from .tree_attention import AttentionBackend, TreeAttention, flex_length
 
 
 logger = get_logger(__name__)
 
-_TOLERANCE = 1e-3  # nats, mean over a batch, in float32
+_MIN_RATIO = 1.15
+"""Tokens that plain rows forward per packed token, below which `auto` keeps plain rows."""
+_MIN_FLEX_LENGTH = 8192
+"""Shortest row for FlexAttention under `auto`: below it, compiling costs more than the kernel saves."""
+_MAX_EAGER_LENGTH = 8192
+"""Longest row for eager attention under `auto`: its mask and scores are quadratic in the row."""
+
+_CHOICES = {"flex": "packed rows with FlexAttention", "sdpa": "packed rows with SDPA", None: "plain rows"}
+
+_TOLERANCE = 1e-3  # nats, mean over a tree, in float32
 _HALF_PRECISION_TOLERANCE = 0.1  # bfloat16 rounding alone gives about 0.02
+
+
+class _Forwarded(NamedTuple):
+    """Log-probabilities and entropies `(B, T)`, and the load-balancing loss of a mixture of experts."""
+
+    logps: torch.Tensor
+    entropies: torch.Tensor | None
+    aux_loss: torch.Tensor | None
 
 
 class PackedForward:
@@ -26,24 +48,40 @@ class PackedForward:
 
     Args:
         tree_packing (`str`):
-            `"sdpa"` packs every chunk, `"auto"` those that share enough.
+            `"sdpa"` and `"flex"` pack every chunk, for that attention backend; `"auto"` packs those that share enough.
         accelerator ([`~accelerate.Accelerator`]):
             Gives autocast and unwraps the model.
+        model_config ([`~transformers.PreTrainedConfig`]):
+            The text config of the model.
         is_sharded (`bool`):
-            Whether a forward is collective (FSDP, DeepSpeed). Then the first batch is not compared with plain rows,
-            since processes must not run different numbers of forwards.
+            Whether a forward is collective (FSDP, DeepSpeed). Then no batch is compared with plain rows, since
+            processes must not run different numbers of forwards.
+        max_tokens (`int`, *optional*):
+            Unique tokens per forward. A chunk that has more is cut into pieces of which only one is kept for the
+            backward pass; the others are forwarded again there. With it, every piece is packed.
 
     Attributes:
-        is_checked (`bool`):
-            Whether a packed batch has been compared with its plain rows, which happens once.
+        checked (`set[str]`):
+            Attention backends of which a packed tree has been compared with its plain rows, which happens once.
     """
 
-    def __init__(self, tree_packing: str, accelerator: Any, is_sharded: bool) -> None:
+    def __init__(
+        self,
+        tree_packing: str,
+        accelerator: Any,
+        model_config: Any,
+        is_sharded: bool = False,
+        max_tokens: int | None = None,
+    ) -> None:
         self.tree_packing = tree_packing
         self.accelerator = accelerator
+        self.attn_implementation: str = model_config._attn_implementation
         self.is_sharded = is_sharded
-        self.is_checked = False
-        self._is_announced = False
+        self.max_tokens = max_tokens
+        self._has_dropout = has_attention_dropout(model_config)
+        self.checked: set[str] = set()
+        self._announced: set[str] = set()
+        self._compiled: set[tuple[int, bool]] = set()
 
     def __call__(
         self,
@@ -53,8 +91,9 @@ class PackedForward:
         logits_to_keep: int,
         batch_size: int,
         compute_entropy: bool,
+        compute_aux_loss: bool,
         plain: Callable[..., Any],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, list[float]]]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, dict[str, list[float]]]:
         """
         Log-probabilities and entropies `(B, logits_to_keep)` of the last tokens of each row.
 
@@ -66,84 +105,168 @@ class PackedForward:
             logits_to_keep (`int`):
                 Completion columns at the end of the rows.
             batch_size (`int`):
-                Rows per forward.
-            compute_entropy (`bool`):
-                Whether to return entropies; otherwise `None`.
+                Rows per chunk.
+            compute_entropy (`bool`), compute_aux_loss (`bool`):
+                Whether to return entropies and the load-balancing loss; otherwise they are `None`.
             plain (`Callable`):
                 TRL's own method, for chunks that are not packed and for the check.
 
         Returns:
-            Log-probabilities, entropies, and one value per chunk of `tree/packing_seconds` and `tree/packing_ratio`.
+            Log-probabilities, entropies, load-balancing loss, and one value per forward of `tree/packing_seconds` and
+            `tree/packing_ratio`.
 
         Raises:
-            RuntimeError: if the packed log-probabilities of the first packed chunk are not those of its plain rows.
+            RuntimeError: if the packed log-probabilities of the first packed tree are not those of its plain rows.
         """
-        all_logps, all_entropies = [], []
+        results: list[_Forwarded] = []
         log: dict[str, list[float]] = {"tree/packing_seconds": [], "tree/packing_ratio": []}
-        chunks = zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True)
-        for chunk_ids, chunk_mask in chunks:
-            started = time.perf_counter()
-            packed = pack_rows(chunk_ids, chunk_mask, logits_to_keep)
-            log["tree/packing_seconds"].append(time.perf_counter() - started)
-            log["tree/packing_ratio"].append(packed.ratio)
-            if self._is_packed(packed):
-                self._check_once(model, packed, chunk_ids, chunk_mask, logits_to_keep, plain)
-                logps, entropies = self._forward(model, packed)
+        for chunk in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True):
+            pieces = [slice(None)] if self.max_tokens is None else cut_rows(*chunk, logits_to_keep, self.max_tokens)
+            for piece in pieces:
+                ids, mask = (tensor[piece] for tensor in chunk)
+                started = time.perf_counter()
+                packed = pack_rows(ids, mask, logits_to_keep)
+                log["tree/packing_seconds"].append(time.perf_counter() - started)
+                log["tree/packing_ratio"].append(packed.ratio)
+                backend = self._choose(packed)
+                if backend is None:
+                    options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
+                    results.append(_Forwarded(*plain(model, ids, mask, logits_to_keep, **options)))
+                    continue
+                self._check_once(model, backend, ids, mask, logits_to_keep, plain)
+                if piece is pieces[-1] or not torch.is_grad_enabled():
+                    results.append(self._forward(model, packed, backend, compute_aux_loss))
+                else:
+                    # Not the wrapped model, which would take the forward in the backward pass for a new step.
+                    module = self.accelerator.unwrap_model(model)
+                    values: Any = checkpoint(
+                        self._forward, module, packed, backend, compute_aux_loss, use_reentrant=False
+                    )
+                    results.append(values)
+        logps = torch.cat([result.logps for result in results])
+        entropies = torch.cat([result.entropies for result in results]) if compute_entropy else None  # pyright: ignore[reportArgumentType, reportCallIssue]
+        aux_loss = torch.stack([result.aux_loss for result in results]).mean() if compute_aux_loss else None  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return logps, entropies, aux_loss, log
+
+    def _choose(self, packed: PackedRows) -> AttentionBackend | None:
+        """The attention backend for a packed row; `None` for plain rows."""
+        if self.tree_packing in get_args(AttentionBackend):
+            return self.tree_packing  # pyright: ignore[reportReturnType]
+        length = packed.input_ids.size(1)
+        backend: AttentionBackend | None = "sdpa"
+        why = f"below {_MIN_FLEX_LENGTH} tokens" if packed.input_ids.is_cuda else "FlexAttention needs a CUDA device"
+        if self.max_tokens is None and not is_worth_packing(packed):
+            backend, why = None, f"packing pays from {_MIN_RATIO} forwarded tokens per unique token on"
+        elif self.attn_implementation == "eager":
+            why = "eager attention with a dense mask"
+            if self.max_tokens is None and length > _MAX_EAGER_LENGTH:
+                backend, why = None, f"a dense mask is too large above {_MAX_EAGER_LENGTH} tokens"
+        elif packed.input_ids.is_cuda and length >= _MIN_FLEX_LENGTH:
+            if self._has_dropout:
+                why = "FlexAttention has no dropout"
+            elif not has_triton():
+                why = "FlexAttention needs Triton"
             else:
-                logps, entropies, _ = plain(
-                    model, chunk_ids, chunk_mask, logits_to_keep, compute_entropy=compute_entropy
-                )
-            all_logps.append(logps)
-            all_entropies.append(entropies)
-        return torch.cat(all_logps), torch.cat(all_entropies) if compute_entropy else None, log
-
-    def _is_packed(self, packed: PackedRows) -> bool:
-        if self.tree_packing != "auto":
-            return True
-        is_packed = is_worth_packing(packed)
-        if not self._is_announced:
-            self._is_announced = True
-            choice = "one packed row" if is_packed else "plain rows"
-            logger.info(
-                f"tree_packing='auto' forwards {choice}: {packed.num_row_tokens} tokens in rows, "
-                f"{packed.input_ids.size(1)} unique (ratio {packed.ratio:.2f}). Decided anew for each micro-batch."
+                backend, why = "flex", f"{_MIN_FLEX_LENGTH} tokens or more"
+        choice = {"flex": "packed rows with FlexAttention", "sdpa": "packed rows with SDPA", None: "plain rows"}[
+            backend
+        ]
+        if choice not in self._announced:
+            self._announced.add(choice)
+            logger.warning(
+                f"tree_packing='auto' forwards {choice} ({why}): {packed.num_padded_tokens} tokens in rows, of them "
+                f"{packed.num_row_tokens} no padding, {length} unique. It decides for each micro-batch."
             )
-        return is_packed
+        return backend
 
-    def _forward(self, model: Any, packed: PackedRows) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _forward(
+        self, model: Any, packed: PackedRows, backend: AttentionBackend, compute_aux_loss: bool = False
+    ) -> _Forwarded:
         base = self.accelerator.unwrap_model(model)
-        inputs = model_inputs(packed, base.config._attn_implementation, base.dtype)
-        with self.accelerator.autocast():
+        inputs = model_inputs(packed, self.attn_implementation, base.dtype, backend)
+        if compute_aux_loss:
+            inputs["output_router_logits"] = True
+        with self.accelerator.autocast(), self._compile_notice(packed, backend):
             outputs = model(**inputs, fused_lm_head=True)
         entropies = None if outputs.entropy is None else packed.unpack(outputs.entropy)
-        return packed.unpack(outputs.log_probs), entropies
+        return _Forwarded(packed.unpack(outputs.log_probs), entropies, outputs.aux_loss)
+
+    @contextmanager
+    def _compile_notice(self, packed: PackedRows, backend: AttentionBackend) -> Iterator[None]:
+        """Say when FlexAttention compiles for a row length that it has not seen, and how long that took."""
+        kind = (flex_length(packed.input_ids.size(1)), torch.is_grad_enabled())
+        if backend != "flex" or kind in self._compiled:
+            yield
+            return
+        self._compiled.add(kind)
+        logger.warning(f"FlexAttention compiles for rows of up to {kind[0]} tokens; this can take a minute or two.")
+        started = time.perf_counter()
+        yield
+        if packed.input_ids.is_cuda:
+            torch.cuda.synchronize()
+        later = " The backward pass compiles when it first runs." if kind[1] else ""
+        logger.warning(f"The first forward of that length took {time.perf_counter() - started:.1f} s.{later}")
 
     @torch.no_grad()
     def _check_once(
         self,
         model: Any,
-        packed: PackedRows,
+        backend: AttentionBackend,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         logits_to_keep: int,
         plain: Callable[..., Any],
     ) -> None:
-        if self.is_checked or self.is_sharded:
+        """Compare the first tree of these rows with its plain rows."""
+        if backend in self.checked or self.is_sharded:
             return
-        self.is_checked = True
+        prompts = input_ids[:, :-logits_to_keep], attention_mask[:, :-logits_to_keep]
+        is_first_tree = torch.stack([(part == part[0]).all(1) for part in prompts]).all(0)
+        input_ids, attention_mask = input_ids[is_first_tree], attention_mask[is_first_tree]
+        packed = pack_rows(input_ids, attention_mask, logits_to_keep)
+        if not packed.is_scored.any():
+            return
+        self.checked.add(backend)
         module = self.accelerator.unwrap_model(model)
         was_training = module.training
         module.eval()  # dropout would make the two differ
-        logps, _ = self._forward(module, packed)
-        expected, _, _ = plain(module, input_ids, attention_mask, logits_to_keep, batch_size=1)
+        logps = self._forward(module, packed, backend).logps[packed.is_scored]
+        expected = plain(module, input_ids, attention_mask, logits_to_keep, batch_size=1)[0][packed.is_scored]
         module.train(was_training)
-        if not packed.is_scored.any():
-            return
-        difference = (logps - expected).abs()[packed.is_scored].mean().item()
+        difference = (logps - expected).abs().mean().item()
         is_exact = self.accelerator.mixed_precision == "no" and module.dtype == torch.float32
         tolerance = _TOLERANCE if is_exact else _HALF_PRECISION_TOLERANCE
         if not difference <= tolerance:  # not a number is no agreement either
             raise RuntimeError(
-                "The packed forward does not reproduce this model's plain rows: log-probabilities differ by "
-                f"{difference:.2g} nats on average, where rounding explains {tolerance:.2g}. Set `tree_packing='off'`."
+                "The packed forward does not reproduce this model's plain rows: the mean log-probability of a tree's "
+                f"completion tokens is {logps.mean().item():.4g} packed and {expected.mean().item():.4g} in plain "
+                f"rows; tokens differ by {difference:.2g} nats on average, where rounding explains {tolerance:.2g}. "
+                "Set `tree_packing='off'`."
             )
+
+
+def is_worth_packing(packed: PackedRows) -> bool:
+    """Whether the packed row is expected to cost less than the plain rows: the rule behind `tree_packing="auto"`."""
+    return packed.num_padded_tokens >= _MIN_RATIO * packed.input_ids.size(1)
+
+
+def model_inputs(
+    packed: PackedRows, attn_implementation: str, dtype: torch.dtype, backend: AttentionBackend
+) -> dict[str, Any]:
+    """Keyword arguments for a causal language model's forward over the packed row."""
+    inputs: dict[str, Any] = {
+        "input_ids": packed.input_ids,
+        "position_ids": packed.position_ids,
+        "shift_labels": packed.shift_labels,
+    }
+    if attn_implementation == "eager":  # adds the mask to the scores
+        mask = packed.attention_mask()
+        zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        return {**inputs, "attention_mask": zeros.masked_fill(~mask, torch.finfo(dtype).min)}
+    # Models pass a mask of four dimensions on as it is. The attention reads `tree_attention` in its place; a
+    # load-balancing loss reads how often each token counts.
+    return {
+        **inputs,
+        "attention_mask": packed.num_rows[None, None],
+        "tree_attention": TreeAttention(packed.last_descendants, backend),
+    }

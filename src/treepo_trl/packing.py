@@ -7,29 +7,14 @@ plain row. Pure torch and numpy; knows neither trainer nor engine.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import torch
 
 
-TreePacking = Literal["auto", "off", "sdpa"]
-
-_MAX_SDPA_LENGTH = 8192
-"""Longest row for a dense 4-D mask under `auto`: 64 MiB of booleans."""
-_MIN_RATIO = 1.15
-"""Row tokens per packed token below which `auto` keeps plain rows: the mask costs more than it saves."""
-
-_ALIBI = "it has ALiBi biases, which count packed positions instead of depths"
-_RECURRENT = "it is recurrent"
-_WINDOW = "it has attention windows that count packed positions instead of depths"
-_ABSOLUTE = "its absolute positions make plain rows depend on their padding, which a packed row has not"
-_UNPACKABLE_MODELS = {
-    **dict.fromkeys(("bloom", "mpt"), _ALIBI),
-    **dict.fromkeys(("mamba", "mamba2", "rwkv", "jamba", "falcon_mamba", "recurrent_gemma", "xlstm"), _RECURRENT),
-    **dict.fromkeys(("gpt_neo", "doge"), _WINDOW),
-    **dict.fromkeys(("gpt2", "gpt_bigcode", "biogpt", "xglm", "ctrl"), _ABSOLUTE),
-}
+TreePacking = Literal["auto", "off", "sdpa", "flex"]
 
 
 @dataclass(frozen=True)
@@ -44,12 +29,16 @@ class PackedRows:
     """`(N,)` int64: last packed position that each token is an ancestor of."""
     shift_labels: torch.Tensor
     """`(1, N)` int64: next token of each position, -100 where nothing is scored."""
+    num_rows: torch.Tensor
+    """`(1, N)` int64: how many rows each position belongs to."""
     index: torch.Tensor
     """`(B, T)` int64: packed position that predicts each scored token, 0 where there is none."""
     is_scored: torch.Tensor
     """`(B, T)` bool: which entries of `index` mean something."""
     num_row_tokens: int
     """Tokens of the plain rows, padding left out."""
+    num_padded_tokens: int
+    """Tokens of the plain rows with their padding: what forwarding them costs."""
 
     @property
     def ratio(self) -> float:
@@ -129,14 +118,17 @@ def pack_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_scored:
         new_tokens, new_depths, new_labels = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)], [np.full(1, -100)]
         last, num_nodes = np.zeros(1, np.int64), 1
     labels = np.where(needs_label, np.concatenate(new_labels), -100)
+    num_rows = np.bincount(np.concatenate(paths), minlength=num_nodes)
     return PackedRows(
         input_ids=to_tensor(np.concatenate(new_tokens))[None],
         position_ids=to_tensor(np.concatenate(new_depths))[None],
         last_descendants=to_tensor(last[:num_nodes]),
         shift_labels=to_tensor(labels)[None],
+        num_rows=to_tensor(num_rows)[None],
         index=to_tensor(index),
         is_scored=to_tensor(is_scored),
         num_row_tokens=int(mask.sum()),
+        num_padded_tokens=mask.size,
     )
 
 
@@ -150,42 +142,42 @@ def _num_shared_positions(a: np.ndarray, b: np.ndarray) -> int:
     return max(int(common) - 1, 0)
 
 
-def is_packable(model_config: Any) -> str | None:
+def cut_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_scored: int, max_tokens: int) -> list[slice]:
     """
-    Why a tree mask cannot serve a model; `None` if it can.
+    Cut consecutive rows into pieces that each pack to at most `max_tokens`, whole trees where they fit.
+
+    Rows with the same prompt are a tree. A piece is closed where the next tree does not fit any more; a tree that
+    fits no piece is cut between its rows, in their order, and a row longer than `max_tokens` has a piece of its own.
 
     Args:
-        model_config ([`~transformers.PreTrainedConfig`]):
-            The text config of the model.
+        input_ids (`torch.Tensor` of shape `(B, L)`, int64), attention_mask (`torch.Tensor` of shape `(B, L)`):
+            Rows, those that share most next to each other.
+        num_scored (`int`):
+            Completion columns at the end of the rows; the prompt is before them.
+        max_tokens (`int`):
+            Unique tokens per piece.
+
+    Returns:
+        `list[slice]`: the rows of each piece, in order, every row in one.
     """
-    config = model_config.to_dict()
-    attention = model_config._attn_implementation
-    if attention not in ("sdpa", "eager"):
-        return f"its attention is {attention!r} (load it with `attn_implementation='sdpa'`)"
-    layer_types = getattr(model_config, "layer_types", None)  # of some models a property, so not in the dictionary
-    other = sorted(set(layer_types or []) - {"full_attention"})
-    if other:
-        return f"it has layers of type {', '.join(other)}"
-    if config.get("sliding_window") is not None and config.get("use_sliding_window", True) and not layer_types:
-        return f"it has a sliding window of {config['sliding_window']} tokens"
-    if config.get("alibi"):
-        return _ALIBI
-    return _UNPACKABLE_MODELS.get(model_config.model_type)
+    tokens, mask = input_ids.cpu().numpy(), attention_mask.cpu().numpy().astype(bool)
+    rows = [row[keep] for row, keep in zip(tokens, mask, strict=True)]
+    prompts = [row[:-num_scored][keep[:-num_scored]].tobytes() for row, keep in zip(tokens, mask, strict=True)]
+    # What a row adds to a piece that holds the row before it; never less than what it adds to the packed row.
+    added = [len(row) - _num_shared_positions(before, row) for before, row in pairwise(rows)]
+    added = [len(rows[0]) if rows else 0, *added]
+    first_of_tree = [i for i in range(len(rows)) if i == 0 or prompts[i] != prompts[i - 1]]
 
-
-def is_worth_packing(packed: PackedRows) -> bool:
-    """Whether the packed row is expected to cost less than the plain rows: the rule behind `tree_packing="auto"`."""
-    return packed.ratio >= _MIN_RATIO and packed.input_ids.size(1) <= _MAX_SDPA_LENGTH
-
-
-def model_inputs(packed: PackedRows, attn_implementation: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Keyword arguments for a causal language model's forward over the packed row."""
-    mask = packed.attention_mask()
-    if attn_implementation == "eager":  # adds the mask to the scores
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-    return {
-        "input_ids": packed.input_ids,
-        "position_ids": packed.position_ids,
-        "attention_mask": mask,
-        "shift_labels": packed.shift_labels,
-    }
+    pieces, start, size = [], 0, 0
+    for first, end in zip(first_of_tree, [*first_of_tree[1:], len(rows)], strict=True):
+        is_cut = len(rows[first]) + sum(added[first + 1 : end]) > max_tokens
+        if size + sum(added[first:end]) > max_tokens and start < first:
+            pieces.append(slice(start, first))
+            start, size = first, 0
+        for i in range(first, end):
+            new = added[i] if start < i else len(rows[i])
+            if is_cut and start < i and size + new > max_tokens:
+                pieces.append(slice(start, i))
+                start, size, new = i, 0, len(rows[i])
+            size += new
+    return [*pieces, slice(start, len(rows))]

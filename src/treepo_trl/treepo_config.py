@@ -36,8 +36,12 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             in its advantages, which undoes the tilt that branching puts on the leaf distribution. Not with a KL term
             (`beta`), which would stay unweighted.
         tree_packing (`str`, *optional*, defaults to `"auto"`):
-            Whether rows that share prefixes are forwarded once per unique token: `"sdpa"` always, `"off"` never,
-            `"auto"` where it pays.
+            Whether rows that share prefixes are forwarded once per unique token: `"off"` never, `"sdpa"` and `"flex"`
+            always, with that attention (FlexAttention compiles and needs CUDA), `"auto"` where it pays.
+        max_tokens_per_micro_batch (`int`, *optional*):
+            Unique tokens, prompts included, that are forwarded and kept for the backward pass at a time. A micro-batch
+            that has more is cut between its rows, whole trees where they fit, and all its pieces but one are forwarded
+            once more in the backward pass. The gradient does not depend on the cut. A single row may be longer.
 
         > Parameters that control the engine and the logs
 
@@ -73,6 +77,10 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "help": "Whether rows that share prefixes are forwarded once per unique token.",
         },
     )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={"help": "Unique tokens that are forwarded and kept for the backward pass at a time."},
+    )
     vllm_lora_sync: LoraSync = field(
         default="adapter",
         metadata={
@@ -97,6 +105,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
                 f"`beta={self.beta}`. Set `beta=0`, or `leaf_weighting='uniform'`."
             )
         self._check_training()
+        self._check_micro_batches()
         self._check_supported()
 
     def _check_training(self) -> None:
@@ -127,6 +136,21 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
                 f"`steps_per_generation` ({self.steps_per_generation}) = {local_batch_size} completions. "
                 f"`num_generations` ({self.num_generations}) does not divide that: a tree would be split over "
                 "processes. Change one of the three so that each process holds whole trees."
+            )
+
+    def _check_micro_batches(self) -> None:
+        budget = self.max_tokens_per_micro_batch
+        if budget is None:
+            return
+        if budget < 1:
+            raise ValueError(
+                f"`max_tokens_per_micro_batch` is {budget}. Set a number of tokens from 1 on, about the length of a "
+                "few completions or more, or leave it out."
+            )
+        if self.tree_packing == "off":
+            raise ValueError(
+                f"`max_tokens_per_micro_batch={budget}` counts tokens of packed rows, but `tree_packing` is 'off'. "
+                "Set `tree_packing='auto'`, or lower `per_device_train_batch_size` instead."
             )
 
     def _check_supported(self) -> None:

@@ -28,13 +28,14 @@ from trl.trainer.utils import get_config_model_id
 from .advantages import ancestor_ids, expand_to_tokens, tree_advantages
 from .engines import SamplingOptions
 from .metrics import reduce_totals, tree_metrics, tree_totals
+from .model_support import is_packable
 from .packed_forward import PackedForward
-from .packing import is_packable
 from .rewards import combine_rewards
 from .sampler import TreeSampler
 from .tree import SegmentTree
+from .tree_attention import serve_trees, takes_trees
 from .treepo_config import TreePOConfig
-from .validation import check_arguments, check_datasets
+from .validation import check_arguments, check_datasets, check_packing
 from .weight_sync import AdapterVLLMGeneration, awake, check_adapter, gather_prompts, replaced, same_draws
 
 
@@ -369,8 +370,7 @@ class TreePOTrainer(GRPOTrainer):
         **multimodal_inputs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         plain = super()._get_per_token_logps_and_entropies
-        has_other_inputs = compute_aux_loss or any(value is not None for value in multimodal_inputs.values())
-        if self._packed_forward is None or has_other_inputs:
+        if self._packed_forward is None or any(value is not None for value in multimodal_inputs.values()):
             return plain(
                 model,
                 input_ids,
@@ -381,28 +381,54 @@ class TreePOTrainer(GRPOTrainer):
                 compute_aux_loss,
                 **multimodal_inputs,
             )
-        logps, entropies, log = self._packed_forward(
-            model, input_ids, attention_mask, logits_to_keep, batch_size or len(input_ids), compute_entropy, plain
+        logps, entropies, aux_loss, log = self._packed_forward(
+            model,
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+            batch_size or len(input_ids),
+            compute_entropy,
+            compute_aux_loss,
+            plain,
         )
         for name, values in log.items():
             self._metrics["train" if self.model.training else "eval"][name].extend(values)
-        return logps, entropies, None
+        return logps, entropies, aux_loss
 
     def _build_packed_forward(self) -> PackedForward | None:
         if self.args.tree_packing == "off":
             return None
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        reason = is_packable(base.config.get_text_config())
-        if reason is None and not base._supports_attention_backend:
-            reason = "its attention does not go through transformers' common interface"
+        config = base.config.get_text_config()
+        reason = self._why_not_packed(base)
         if reason is None:
-            is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            return PackedForward(self.args.tree_packing, self.accelerator, is_sharded)
+            check_packing(self.args, config, self.accelerator.device.type, is_sharded, self.aux_loss_enabled)
+            return PackedForward(
+                self.args.tree_packing, self.accelerator, config, is_sharded, self.args.max_tokens_per_micro_batch
+            )
         message = f"Shared prefixes are not packed for {type(base).__name__}: {reason}."
         if self.args.tree_packing != "auto":
             raise ValueError(f"`tree_packing` is {self.args.tree_packing!r}, but {message} Set it to 'off'.")
+        if self.args.max_tokens_per_micro_batch is not None:
+            raise ValueError(f"`max_tokens_per_micro_batch` counts tokens of packed rows, but {message} Leave it out.")
         logger.warning(f"{message} Training forwards plain rows, as GRPOTrainer does.")
         return None
+
+    def _why_not_packed(self, base: Any) -> str | None:
+        config = base.config.get_text_config()
+        reason = is_packable(config)
+        if reason is None and not base._supports_attention_backend:
+            reason = "its attention does not go through transformers' common interface"
+        if reason is None and is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
+            reason = "its adapter puts virtual tokens before each row"
+        if reason is None and config._attn_implementation == "eager" and self.aux_loss_enabled:
+            reason = "its load-balancing loss does not go with the mask of eager attention"
+        if reason is None and config._attn_implementation != "eager":
+            serve_trees(config._attn_implementation)
+            if not takes_trees(base):
+                reason = "it does not hand keywords on to its attention"
+        return reason
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self._packed_forward is None:

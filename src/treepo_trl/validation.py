@@ -7,6 +7,7 @@ from datasets import Dataset, IterableDataset
 from trl.import_utils import is_vllm_available
 
 from .engines import SamplingOptions
+from .model_support import has_attention_dropout
 from .treepo_config import TreePOConfig
 
 
@@ -85,6 +86,45 @@ def check_arguments(args: TreePOConfig, tools: Any, rollout_func: Any, environme
         raise ValueError(
             "`vllm_structured_outputs_regex` is not supported: it would have to match each segment by itself. Leave "
             "it out."
+        )
+
+
+def check_packing(
+    args: TreePOConfig, model_config: Any, device_type: str, is_sharded: bool, has_aux_loss: bool
+) -> None:
+    """
+    Raise for settings of the packed update that this model and machine do not have.
+
+    Raises:
+        ValueError: with what was set and what to set instead.
+    """
+    if args.tree_packing == "flex":
+        if device_type != "cuda":
+            raise ValueError(
+                f"`tree_packing='flex'` needs a CUDA device, this is {device_type!r}: FlexAttention has no backward "
+                "pass there. Set `tree_packing='sdpa'` or 'auto'."
+            )
+        if model_config._attn_implementation == "eager":
+            raise ValueError(
+                "`tree_packing='flex'` needs a model whose attention can be replaced, this one has 'eager'. Load it "
+                "with `attn_implementation='sdpa'`."
+            )
+        if has_attention_dropout(model_config):
+            raise ValueError(
+                f"`tree_packing='flex'` has no dropout, but the model has `attention_dropout="
+                f"{model_config.attention_dropout}`. Set that to 0, or `tree_packing='sdpa'`."
+            )
+    if args.max_tokens_per_micro_batch is None:
+        return
+    if is_sharded:
+        raise ValueError(
+            "`max_tokens_per_micro_batch` is not supported with FSDP and DeepSpeed: their processes would run "
+            "different numbers of forwards and wait for each other. Lower `per_device_train_batch_size` instead."
+        )
+    if has_aux_loss:
+        raise ValueError(
+            "`max_tokens_per_micro_batch` is not supported with a load-balancing loss, which would depend on how the "
+            "rows are cut. Lower `per_device_train_batch_size` instead, or set `router_aux_loss_coef=0`."
         )
 
 

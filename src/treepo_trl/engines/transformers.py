@@ -22,6 +22,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from treepo_trl.model_support import other_layers
+
 from .base import SamplingOptions, SegmentEngineError, SegmentRequest, SegmentResult
 from .row_states import ROW_ATTENTION, Block, BlockCache, SlotLayer
 
@@ -406,11 +408,8 @@ def _check_attention(model: Any) -> None:
 
 def _check_layers(config: PreTrainedConfig) -> None:
     """Raise for models whose layers do more than full attention."""
-    layer_types = getattr(config, "layer_types", None) or []
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    other = sorted(set(layer_types) - {"full_attention"})
-    if other or (window is not None and not layer_types):
-        what = f"layers of type {', '.join(other)}" if other else f"a sliding window of {window} tokens"
+    other = other_layers(config)
+    if other is not None:
         raise ValueError(
-            f"The transformers engine needs full attention in every layer, the model has {what}. Set `use_vllm=True`."
+            f"The transformers engine needs full attention in every layer, the model has {other}. Set `use_vllm=True`."
         )

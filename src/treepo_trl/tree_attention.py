@@ -1,0 +1,320 @@
+"""
+Attention over a packed row, in which a token attends to itself and its ancestors only.
+
+One function with two backends: SDPA over blocks of queries, each with just the keys that it can see, and
+FlexAttention. Both need memory linear in the row. `serve_trees` puts it in front of an attention function of
+transformers, under that function's own name: the choice travels with the call (`model(..., tree_attention=...)`), so
+that a layer which gradient checkpointing computes again in the backward pass makes the same choice.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
+
+
+AttentionBackend = Literal["sdpa", "flex"]
+
+_FLEX_BLOCK = 128  # positions; FlexAttention's own block size
+_QUERY_BLOCK = 256  # on a processor: small blocks waste little
+_DEVICE_QUERY_BLOCK = 1024  # elsewhere: a block is a few kernel launches
+
+
+@dataclass(frozen=True)
+class QueryBlock:
+    """Consecutive queries `start` to `end` of a packed row and the keys that any of them sees."""
+
+    start: int
+    end: int
+    keys: torch.Tensor
+    """`(K,)` int64: ancestors of the first query, then the block's own positions."""
+    mask: torch.Tensor
+    """`(end - start, K)`: 0 where the query attends to the key, -inf elsewhere."""
+
+
+class TreeAttention:
+    """
+    What the attention layers need to know about a packed row.
+
+    Args:
+        last_descendants (`torch.Tensor` of shape `(N,)`, int64):
+            Last packed position that each position is an ancestor of, positions in depth-first order.
+        backend (`str`):
+            `"sdpa"`, or `"flex"` (no backward pass on a processor).
+        query_block (`int`, *optional*):
+            Queries per block of the `sdpa` backend.
+    """
+
+    def __init__(
+        self, last_descendants: torch.Tensor, backend: AttentionBackend, query_block: int | None = None
+    ) -> None:
+        self.backend = backend
+        self._last = last_descendants
+        on_cpu = last_descendants.device.type == "cpu"
+        self._query_block = query_block or (_QUERY_BLOCK if on_cpu else _DEVICE_QUERY_BLOCK)
+        self._blocks: dict[torch.dtype, list[QueryBlock]] = {}
+        self._block_mask: BlockMask | None = None
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        dropout: float,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        """
+        Attention of `(1, H, N, d)` queries over `(1, H_kv, N, d)` keys and values, as `(1, N, H, d)`.
+        """
+        if self.backend == "flex":
+            return self._flex(module, query, key, value, dropout, scaling)
+        kind = query.device.type
+        if torch.is_autocast_enabled(kind):  # as SDPA does by itself; the backward pass is outside of autocast
+            dtype = torch.get_autocast_dtype(kind)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        blocks = self.query_blocks(query.dtype)
+        if dropout > 0 or len(blocks) == 1:  # recomputing would drop out other weights; one block saves no memory
+            parts = [_attend(block, query, key, value, dropout, scaling) for block in blocks]
+            return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+        output = cast(torch.Tensor, _BlockAttention.apply(query, key, value, blocks, scaling))
+        return output.transpose(1, 2).contiguous()
+
+    def query_blocks(self, dtype: torch.dtype) -> list[QueryBlock]:
+        """The blocks of the `sdpa` backend, with masks in the dtype of the queries. Built once for all layers."""
+        if dtype not in self._blocks:
+            self._blocks[dtype] = [
+                self._query_block_at(start, dtype) for start in range(0, len(self._last), self._query_block)
+            ]
+        return self._blocks[dtype]
+
+    def _query_block_at(self, start: int, dtype: torch.dtype) -> QueryBlock:
+        end = min(start + self._query_block, len(self._last))
+        # In depth-first order, what lies before a position and has not ended there is its path.
+        path = torch.nonzero(self._last[:start] >= start).flatten()
+        positions = torch.arange(start, end, device=path.device)
+        keys = torch.cat([path, positions])
+        sees = (keys[None, :] <= positions[:, None]) & (positions[:, None] <= self._last[keys][None, :])
+        mask = torch.zeros(sees.shape, dtype=dtype, device=path.device).masked_fill(~sees, -torch.inf)
+        return QueryBlock(start, end, keys, mask)
+
+    def _flex(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        dropout: float,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        length = query.size(2)
+        padding = flex_length(length) - length
+        query, key, value = (F.pad(states, (0, 0, 0, padding)) for states in (query, key, value))
+        output, _ = flex_attention_forward(
+            module, query, key, value, self.block_mask(), scaling=scaling, dropout=dropout
+        )
+        return output[:, :length]
+
+    def block_mask(self) -> BlockMask:
+        """The mask of the `flex` backend, padded to `flex_length`. Built once for all layers."""
+        if self._block_mask is None:
+            length = len(self._last)
+            padded = torch.arange(flex_length(length), device=self._last.device)  # padding attends to itself
+            padded[:length] = self._last
+            self._block_mask = _block_mask(padded)
+        return self._block_mask
+
+
+def flex_length(length: int) -> int:
+    """Length that FlexAttention pads a row of `length` positions to: a power of two, so that few shapes compile."""
+    return max(1 << (length - 1).bit_length(), _FLEX_BLOCK)
+
+
+def _block_mask(last: torch.Tensor) -> BlockMask:
+    """
+    FlexAttention's mask from the last descendants, without looking at single pairs of positions.
+
+    A query block sees a key block before it if the latest subtree that starts there reaches it, and sees all of it if
+    the earliest subtree to end reaches its last query.
+    """
+    blocks = last.view(-1, _FLEX_BLOCK)
+    first_queries = torch.arange(len(blocks), device=last.device)[:, None] * _FLEX_BLOCK
+    is_before = torch.ones(len(blocks), len(blocks), dtype=torch.bool, device=last.device).tril(-1)
+    is_seen = is_before & (blocks.amax(1)[None, :] >= first_queries)
+    is_full = is_before & (blocks.amin(1)[None, :] >= first_queries + _FLEX_BLOCK - 1)
+    is_partial = (is_seen & ~is_full) | torch.eye(len(blocks), dtype=torch.bool, device=last.device)
+
+    def counts_and_indices(block_pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        order = block_pairs.int().argsort(dim=1, descending=True, stable=True)
+        return block_pairs.sum(1)[None, None].int(), order[None, None].int()
+
+    def sees(_batch: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (key <= query) & (query <= last[key])
+
+    return BlockMask.from_kv_blocks(
+        *counts_and_indices(is_partial),
+        *counts_and_indices(is_full),
+        BLOCK_SIZE=_FLEX_BLOCK,
+        mask_mod=sees,
+        seq_lengths=(len(last), len(last)),
+    )
+
+
+def _attend(
+    block: QueryBlock,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """One block's queries `(1, H, end - start, d)` attended, all keys given."""
+    key, value = key.index_select(2, block.keys), value.index_select(2, block.keys)
+    return _attend_gathered(block, query[:, :, block.start : block.end], key, value, dropout, scaling)
+
+
+def _attend_gathered(
+    block: QueryBlock,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    _, num_heads, length, head_dim = query.shape
+    num_groups = num_heads // key.size(1)
+    # Query heads that share a key head become a batch, so that keys need no copy per query head.
+    grouped = query.reshape(key.size(1), num_groups, length, head_dim).transpose(0, 1)
+    output = F.scaled_dot_product_attention(
+        grouped,
+        key.expand(num_groups, -1, -1, -1),
+        value.expand(num_groups, -1, -1, -1),
+        attn_mask=block.mask,
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return output.transpose(0, 1).reshape(1, num_heads, length, value.size(-1))
+
+
+class _BlockAttention(torch.autograd.Function):
+    """
+    All blocks, keeping only queries, keys and values for the backward pass, which attends each block again.
+
+    The blocks' own copies of keys would together be larger than those of plain rows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        blocks: list[QueryBlock],
+        scaling: float | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.blocks, ctx.scaling = blocks, scaling
+        output = query.new_empty(*query.shape[:3], value.size(-1))
+        for block in blocks:
+            output[:, :, block.start : block.end] = _attend(block, query, key, value, 0.0, scaling)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        grad_query = torch.empty_like(query)
+        # A key near the root collects from many blocks: sums in float32.
+        grad_key = torch.zeros_like(key, dtype=torch.float32)
+        grad_value = torch.zeros_like(value, dtype=torch.float32)
+        for block in ctx.blocks:
+            rows = slice(block.start, block.end)
+            with torch.enable_grad():
+                own_query = query[:, :, rows].detach().requires_grad_()
+                own_key = key.index_select(2, block.keys).requires_grad_()
+                own_value = value.index_select(2, block.keys).requires_grad_()
+                output = _attend_gathered(block, own_query, own_key, own_value, 0.0, ctx.scaling)
+            gradients = torch.autograd.grad(output, (own_query, own_key, own_value), grad_output[:, :, rows])
+            grad_query[:, :, rows] = gradients[0]
+            grad_key.index_add_(2, block.keys, gradients[1].float())
+            grad_value.index_add_(2, block.keys, gradients[2].float())
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+
+
+def serve_trees(implementation: str) -> None:
+    """
+    Let models with this attention implementation take `tree_attention` in their forward; plain calls stay as they are.
+
+    Args:
+        implementation (`str`):
+            Name in transformers' `AttentionInterface`, such as `"sdpa"` or `"flash_attention_2"`. `"eager"` is no such
+            name: every model has its own.
+    """
+    plain: Any = AttentionInterface()[implementation]
+    if not isinstance(plain, _ServesTrees):
+        AttentionInterface.register(implementation, _ServesTrees(plain))
+
+
+def takes_trees(model: PreTrainedModel) -> bool:
+    """
+    Whether a model hands `tree_attention` on to its attention function, which `serve_trees` must have prepared.
+
+    Runs its forward on two tokens until the first layer's attention is reached.
+    """
+
+    def probe(*_: Any) -> torch.Tensor:
+        raise _ReachedError
+
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    try:
+        with torch.no_grad():
+            model(
+                input_ids=tokens,
+                position_ids=tokens,
+                attention_mask=torch.ones_like(tokens)[None, None],
+                tree_attention=probe,
+                use_cache=False,
+            )
+    except _ReachedError:
+        return True
+    except (TypeError, ValueError, RuntimeError):  # it knows no such keyword, or its attention got the mask instead
+        return False
+    return False
+
+
+class _ReachedError(Exception):
+    """The probe of `takes_trees` was called."""
+
+
+class _ServesTrees:
+    """An attention function of transformers that attends as `tree_attention` says where it is given one."""
+
+    def __init__(self, plain: Callable[..., Any]) -> None:
+        self.plain = plain
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        *args: Any,
+        tree_attention: TreeAttention | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if tree_attention is None:
+            return self.plain(module, query, key, value, attention_mask, *args, **kwargs)
+        for name in ("s_aux", "position_bias"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"Shared prefixes are not packed for attention with `{name}`. Set `tree_packing='off'`."
+                )
+        output = tree_attention(module, query, key, value, kwargs.get("dropout", 0.0), kwargs.get("scaling"))
+        return output, None
