@@ -1,5 +1,6 @@
 """A packed row is the plain rows: structure by hypothesis, log-probabilities and gradients on tiny models."""
 
+import copy
 import dataclasses
 import random
 from collections import Counter
@@ -19,9 +20,11 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from trl.trainer.utils import add_fused_lm_head
 
+from treepo_trl import tree_attention
 from treepo_trl.model_support import is_packable
 from treepo_trl.packed_forward import is_worth_packing, model_inputs
 from treepo_trl.packing import PackedRows, cut_rows, pack_rows
@@ -296,8 +299,8 @@ def test_pieces_hold_every_row_once_and_as_many_tokens_as_allowed(
         assert size <= max_tokens or piece.stop - piece.start == 1
 
 
-# Two trees of two leaves. First: prompt 5, completions 7 8 and 7 9, which pack to (5|7) (7|8) 8 (7|9) 9: 5 tokens. Second:
-# prompt 6 and the same completions: 5 tokens.
+# Two trees of two leaves. First: prompt 5, completions 7 8 and 7 9, which pack to (5|7) (7|8) 8 (7|9) 9: 5 tokens.
+# Second: prompt 6 and the same completions, 5 tokens.
 TWO_TREES = ([[5], [5], [6], [6]], [[7, 8], [7, 9], [7, 8], [7, 9]])
 
 
@@ -317,8 +320,8 @@ def test_whole_trees_where_they_fit(max_tokens: int, pieces: list[tuple[int, int
 
 
 def test_a_tree_may_join_what_is_left_of_a_larger_one() -> None:
-    # A tree of 3 leaves, 5 | 7 8, 7 9, 8 8: (5|7) (7|8) 8 (7|9) 9 (5|8) (8|8) 8 = 8 tokens, more than 6. Its last row has 3
-    # of its own, and the next tree, one row of 3, joins it.
+    # A tree of 3 leaves, 5 | 7 8, 7 9, 8 8: (5|7) (7|8) 8 (7|9) 9 (5|8) (8|8) 8 = 8 tokens, more than 6. Its last row
+    # has 3 of its own, and the next tree, one row of 3, joins it.
     batch = batch_of([[5], [5], [5], [6]], [[7, 8], [7, 9], [8, 8], [7, 8]])
     assert [(piece.start, piece.stop) for piece in cut_rows(*batch, 6)] == [(0, 2), (2, 4)]
 
@@ -404,16 +407,29 @@ def tree_batch() -> tuple[torch.Tensor, torch.Tensor, int]:
     return ids, mask, num_scored
 
 
+EQUAL_MODELS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**TINY),
+    "qwen2": Qwen2Config(**TINY),
+    "qwen3": Qwen3Config(**TINY),
+    "gemma": GemmaConfig(**TINY),
+    "mistral": MistralConfig(**TINY, sliding_window=None),
+    "qwen3_moe": Qwen3MoeConfig(**TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+}
+
+
+@pytest.mark.parametrize("query_block", [8, 256])  # several blocks and one
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config, Qwen3Config, GemmaConfig])
+@pytest.mark.parametrize("name", EQUAL_MODELS)
 def test_log_probabilities_entropies_and_gradients_are_those_of_the_plain_rows(
-    config: type[PreTrainedConfig], attention: str
+    name: str, attention: str, query_block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model(config(**TINY), attention)
+    monkeypatch.setattr(tree_attention, "_QUERY_BLOCK", query_block)
+    model = tiny_model(copy.deepcopy(EQUAL_MODELS[name]), attention)
     assert is_packable(model.config) is None
     batch = tree_batch()
     packed = pack_rows(*batch)
     assert packed.ratio > 1.3
+    assert 8 < packed.input_ids.size(1) < 256
     plain, packed_values = forward_plain(model, batch), forward_packed(model, packed)
     for expected, value in zip(plain, packed_values, strict=True):
         torch.testing.assert_close(value, expected.masked_fill(~packed.is_scored, 0), atol=1e-4, rtol=0)
@@ -423,7 +439,8 @@ def test_log_probabilities_entropies_and_gradients_are_those_of_the_plain_rows(
 
 
 @pytest.mark.parametrize("name", ODD_SHAPES)
-def test_odd_shapes_through_a_model(name: str) -> None:
+def test_odd_shapes_through_a_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree_attention, "_QUERY_BLOCK", 3)
     prompts, completions = ODD_SHAPES[name]
     batch = batch_of([[t % 65 for t in row] for row in prompts], [[t % 65 for t in row] for row in completions])
     model, packed = tiny_model(Qwen2Config(**TINY)), pack_rows(*batch)
@@ -440,12 +457,18 @@ def test_a_batch_without_any_token_goes_through_a_model_and_gives_no_gradient() 
     assert gradients(model, logps, torch.ones(1, 2)).abs().max() == 0
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("query_block", [8, 256])
+def test_gradient_checkpointing_changes_nothing(
+    use_reentrant: bool, query_block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tree_attention, "_QUERY_BLOCK", query_block)
     model = tiny_model(LlamaConfig(**TINY)).train()
     packed = pack_rows(*tree_batch())
     weights = packed.is_scored.float()
     before = gradients(model, forward_packed(model, packed)[0], weights)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()  # reentrant checkpoints need an input with a gradient
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     torch.testing.assert_close(gradients(model, forward_packed(model, packed)[0], weights), before)
 
 

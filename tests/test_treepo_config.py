@@ -31,6 +31,7 @@ NEW_FIELDS = {
     "subgroup_rejection",
     "leaf_weighting",
     "tree_packing",
+    "max_tokens_per_micro_batch",
     "vllm_lora_sync",
     "log_trees",
 }
@@ -52,6 +53,7 @@ OTHER: dict[str, Any] = {
     "subgroup_rejection": True,
     "leaf_weighting": "inverse_branching",
     "tree_packing": "sdpa",
+    "max_tokens_per_micro_batch": 16384,
     "vllm_lora_sync": "merge",
     "log_trees": True,
 }
@@ -159,7 +161,12 @@ def test_max_tree_depth(tmp_path: Path, length: int, segment: int | None, depth:
         ({"branch_schedule": "late"}, ["`branch_schedule` is 'late'", "'early'", "'spread'"]),
         ({"fallback_policy": "leaf"}, ["`fallback_policy` is 'leaf'", "'random'", "'root'"]),
         ({"advantage_estimator": "gae"}, ["`advantage_estimator` is 'gae'", "'treepo'", "'grpo'"]),
-        ({"tree_packing": "on"}, ["`tree_packing` is 'on'", "'auto'", "'off'", "'sdpa'"]),
+        ({"tree_packing": "on"}, ["`tree_packing` is 'on'", "'auto'", "'off'", "'sdpa'", "'flex'"]),
+        ({"max_tokens_per_micro_batch": 0}, ["`max_tokens_per_micro_batch` is 0", "from 1 on"]),
+        (
+            {"max_tokens_per_micro_batch": 99, "tree_packing": "off"},
+            ["`max_tokens_per_micro_batch=99`", "`tree_packing` is 'off'", "Set `tree_packing='auto'`"],
+        ),
         ({"leaf_weighting": "length"}, ["`leaf_weighting` is 'length'", "'uniform'", "'inverse_branching'"]),
         ({"vllm_lora_sync": "none"}, ["`vllm_lora_sync` is 'none'", "'adapter'", "'merge'"]),
         ({"stop_pattern": "(unclosed"}, ["`stop_pattern` is '(unclosed'", "no regular expression", "boxed"]),

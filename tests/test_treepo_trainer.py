@@ -14,11 +14,12 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig
-from transformers import Qwen2ForSequenceClassification, TrainerCallback
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import Qwen2ForSequenceClassification, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from treepo_trl import SegmentTree, TreePOConfig, TreePOTrainer
+from treepo_trl.validation import check_packing
 
 
 NUM_GENERATIONS = 4
@@ -249,7 +250,10 @@ def run_packed_and_plain(
     trainer_changes: Callable[[], dict[str, Any]] = dict,
     **changes: Any,
 ) -> tuple[Any, Any, dict[str, torch.Tensor]]:
-    plain = build(SpyTrainer, model, make_config(tmp_path / "off", tree_packing="off", **changes), **trainer_changes())
+    without_budget = {k: v for k, v in changes.items() if k != "max_tokens_per_micro_batch"}
+    plain = build(
+        SpyTrainer, model, make_config(tmp_path / "off", tree_packing="off", **without_budget), **trainer_changes()
+    )
     before = parameters_of(plain)
     plain.train()
     packed = build(
@@ -298,7 +302,7 @@ def test_packing_auto_decides_by_sharing(tmp_path: Path, tiny_model_dir: str) ->
     plain, packed, _ = run_packed_and_plain(tmp_path, tiny_model_dir, packing="auto")
     assert_same_run(plain, packed)
     assert logs_of(packed, "tree/packing_ratio")[0] > 1.15
-    assert packed._packed_forward.is_checked
+    assert packed._packed_forward.checked == {"sdpa"}
 
 
 def test_packing_with_lora(tmp_path: Path, tiny_model_dir: str) -> None:
@@ -312,6 +316,74 @@ def test_packing_with_lora(tmp_path: Path, tiny_model_dir: str) -> None:
     )
     assert_same_run(plain, packed, ("loss", "grad_norm", "kl"))
     assert largest_change(before, parameters_of(packed)) > 1e-2
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_token_budget_changes_no_loss(
+    tmp_path: Path, tiny_model_dir: str, loss_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two trees per micro-batch, cut into pieces of a few rows; the attention's blocks are smaller than pieces."""
+    monkeypatch.setattr("treepo_trl.tree_attention._QUERY_BLOCK", 8)
+    plain, packed, before = run_packed_and_plain(
+        tmp_path, tiny_model_dir, loss_type=loss_type, num_iterations=2, max_tokens_per_micro_batch=20
+    )
+    assert_same_run(plain, packed)
+    assert largest_change(before, parameters_of(packed)) > 1e-2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_token_budget_goes_with_gradient_checkpointing(
+    tmp_path: Path, tiny_model_dir: str, use_reentrant: bool, lora: bool
+) -> None:
+    plain, packed, before = run_packed_and_plain(
+        tmp_path,
+        tiny_model_dir,
+        trainer_changes=lambda: {"peft_config": LoraConfig(r=4, target_modules="all-linear") if lora else None},
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+        max_tokens_per_micro_batch=20,
+        max_steps=4,
+    )
+    assert_same_run(plain, packed, ("loss", "grad_norm"))
+    assert largest_change(before, parameters_of(packed)) > 1e-2
+
+
+def test_no_forward_has_more_tokens_than_the_budget(tmp_path: Path, tiny_model_dir: str) -> None:
+    config = make_config(
+        tmp_path, tree_packing="auto", max_tokens_per_micro_batch=24, beta=0.1, num_iterations=2, max_steps=3
+    )
+    trainer = build(SpyTrainer, tiny_model_dir, config)
+    lengths: list[int] = []
+    trainer.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            lengths.append(kwargs["input_ids"].size(1)) if "tree_attention" in kwargs else None
+        ),
+        with_kwargs=True,
+    )
+    trainer.train()
+    assert len(lengths) > 20
+    assert max(lengths) <= 24
+
+
+@pytest.mark.parametrize("changes", [{}, {"model_init_kwargs": {"attn_implementation": "eager"}}])
+def test_packing_a_mixture_of_experts(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The load-balancing loss counts a shared token once per row, as plain rows do."""
+    settings = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "output_router_logits": True}
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**{**make_model().config.to_dict(), **settings, "router_aux_loss_coef": 0.5})
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    auto = run_packed_and_plain(tmp_path, str(tmp_path / "model"), packing="auto", **changes)
+    assert_same_run(*auto[:2], ("loss", "grad_norm", "aux_loss"))
+    assert logs_of(auto[1], "aux_loss")[0] > 0
+    is_eager = bool(changes)
+    assert (auto[1]._packed_forward is None) == is_eager
+    if not is_eager:
+        assert auto[1]._packed_forward.checked == {"sdpa"}
+        with pytest.raises(ValueError, match=r"not supported with a load-balancing loss.*router_aux_loss_coef=0"):
+            build(
+                TreePOTrainer, str(tmp_path / "model"), make_config(tmp_path, max_tokens_per_micro_batch=9, **changes)
+            )
 
 
 def test_packing_keeps_trees_together_in_micro_batches(tmp_path: Path, tiny_model_dir: str) -> None:
@@ -366,11 +438,80 @@ def test_rows_stay_with_their_advantages_when_shuffled(tmp_path: Path, tiny_mode
     assert rows(seen) == rows([output])
 
 
-def test_packing_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+def with_window() -> Any:
     model = make_model()
     model.config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(ValueError, match=r"full attention|sliding"):
-        build(TreePOTrainer, model, make_config(tmp_path, tree_packing="sdpa"))
+    return model
+
+
+def with_prompt_tuning() -> Any:
+    return get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
+def with_dropout() -> Any:
+    return make_model(attention_dropout=0.1)
+
+
+def eager() -> Any:
+    model = make_model()
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        (with_window, {"tree_packing": "sdpa"}, r"has layers of type sliding_attention.*Set it to 'off'"),
+        (
+            with_window,
+            {"max_tokens_per_micro_batch": 99},
+            r"`max_tokens_per_micro_batch` counts.*sliding.*Leave it out",
+        ),
+        (with_prompt_tuning, {"tree_packing": "sdpa"}, r"virtual tokens before each row.*Set it to 'off'"),
+        (
+            make_model,
+            {"tree_packing": "flex"},
+            r"'flex'` needs a CUDA device, this is 'cpu'.*Set `tree_packing='sdpa'`",
+        ),
+    ],
+)
+def test_packing_refuses_what_it_cannot_do(
+    tmp_path: Path, model: Callable[[], Any], changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TreePOTrainer, "_build_engine", lambda self: None)  # it has opinions of its own on windows
+    with pytest.raises(ValueError, match=message):
+        build(TreePOTrainer, model(), make_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(eager, r"this one has 'eager'"), (with_dropout, r"has no dropout, but.*`attention_dropout=0.1`")],
+)
+def test_flex_refuses_models_that_it_does_not_serve(tmp_path: Path, model: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_packing(
+            make_config(tmp_path, tree_packing="flex"), model().config, "cuda", is_sharded=False, has_aux_loss=False
+        )
+
+
+def test_the_token_budget_is_refused_where_forwards_are_collective(tmp_path: Path) -> None:
+    config = make_config(tmp_path, max_tokens_per_micro_batch=99)
+    with pytest.raises(ValueError, match=r"not supported with FSDP and DeepSpeed.*per_device_train_batch_size"):
+        check_packing(config, make_model().config, "cuda", is_sharded=True, has_aux_loss=False)
+
+
+def test_auto_packing_falls_back_to_plain_rows_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("treepo_trl.treepo_trainer.takes_trees", lambda model: False)
+    trainer = build(TreePOTrainer, make_model(), make_config(tmp_path, tree_packing="auto"))
+    trainer.train()
+    assert trainer._packed_forward is None
+    warnings = [r.message.removeprefix("[RANK 0] ") for r in caplog.records if "not packed" in r.message]
+    assert warnings == [
+        "Shared prefixes are not packed for Qwen3ForCausalLM: it does not hand keywords on to its attention. Training "
+        "forwards plain rows, as GRPOTrainer does."
+    ]
 
 
 # Advantages
@@ -1098,7 +1239,7 @@ def test_default_precision(tmp_path: Path, tiny_model_dir: str, args: str, monke
     trainer.train()
     assert trainer.state.global_step == 2
     assert all(torch.isfinite(torch.tensor(logs_of(trainer, "loss"))))
-    assert trainer._packed_forward.is_checked
+    assert trainer._packed_forward.checked == {"sdpa"}
 
 
 def test_args_may_be_left_out(tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1210,16 +1351,3 @@ def test_an_infinite_reward_is_left_out(tmp_path: Path, tiny_model_dir: str) -> 
     trainer.train()
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
     assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())  # the others count
-
-
-def test_packing_check_stops_at_numbers_that_are_none(tmp_path: Path, tiny_model_dir: str) -> None:
-    trainer = TreePOTrainer(
-        model=tiny_model_dir,
-        reward_funcs=lambda completions, **_: [float(len(c)) for c in completions],
-        args=make_config(tmp_path, tree_packing="sdpa"),
-        train_dataset=plain_prompts(),
-    )
-    forward = trainer._packed_forward._forward
-    trainer._packed_forward._forward = lambda *args: (forward(*args)[0] * float("nan"), None)
-    with pytest.raises(RuntimeError, match=r"differ by nan nats on average.*Set `tree_packing='off'`"):
-        trainer.train()

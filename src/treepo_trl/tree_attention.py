@@ -24,6 +24,8 @@ AttentionBackend = Literal["sdpa", "flex"]
 _FLEX_BLOCK = 128  # positions; FlexAttention's own block size
 _QUERY_BLOCK = 256  # on a processor: small blocks waste little
 _DEVICE_QUERY_BLOCK = 1024  # elsewhere: a block is a few kernel launches
+_MAX_KEPT_COPIES = 4
+"""Copies of a row's keys that are kept for the backward pass; of more the blocks are attended again instead."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,12 @@ class TreeAttention:
             dtype = torch.get_autocast_dtype(kind)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         blocks = self.query_blocks(query.dtype)
-        if dropout > 0 or len(blocks) == 1:  # recomputing would drop out other weights; one block saves no memory
-            parts = [_attend(block, query, key, value, dropout, scaling) for block in blocks]
-            return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
-        output = cast(torch.Tensor, _BlockAttention.apply(query, key, value, blocks, scaling))
+        num_keys = sum(len(block.keys) for block in blocks)
+        # Attending again would drop out other weights.
+        if dropout > 0 or num_keys <= _MAX_KEPT_COPIES * len(self._last):
+            output = _attend_blocks(blocks, query, key, value, dropout, scaling)
+        else:
+            output = cast(torch.Tensor, _AttendAgain.apply(query, key, value, blocks, scaling))
         return output.transpose(1, 2).contiguous()
 
     def query_blocks(self, dtype: torch.dtype) -> list[QueryBlock]:
@@ -166,6 +170,28 @@ def _block_mask(last: torch.Tensor) -> BlockMask:
     )
 
 
+def _attend_blocks(
+    blocks: list[QueryBlock],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """All blocks, keeping each block's keys and values for the backward pass: `(1, H, N, d)`."""
+    all_keys = torch.cat([block.keys for block in blocks])
+    sizes = [len(block.keys) for block in blocks]
+    keys = cast(torch.Tensor, _Gather.apply(key, all_keys)).split(sizes, dim=2)
+    values = cast(torch.Tensor, _Gather.apply(value, all_keys)).split(sizes, dim=2)
+    return torch.cat(
+        [
+            _attend(block, query[:, :, block.start : block.end], own_key, own_value, dropout, scaling)
+            for block, own_key, own_value in zip(blocks, keys, values, strict=True)
+        ],
+        dim=2,
+    )
+
+
 def _attend(
     block: QueryBlock,
     query: torch.Tensor,
@@ -174,19 +200,7 @@ def _attend(
     dropout: float,
     scaling: float | None,
 ) -> torch.Tensor:
-    """One block's queries `(1, H, end - start, d)` attended, all keys given."""
-    key, value = key.index_select(2, block.keys), value.index_select(2, block.keys)
-    return _attend_gathered(block, query[:, :, block.start : block.end], key, value, dropout, scaling)
-
-
-def _attend_gathered(
-    block: QueryBlock,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    dropout: float,
-    scaling: float | None,
-) -> torch.Tensor:
+    """A block's own queries over its own keys and values."""
     _, num_heads, length, head_dim = query.shape
     num_groups = num_heads // key.size(1)
     # Query heads that share a key head become a batch, so that keys need no copy per query head.
@@ -202,11 +216,28 @@ def _attend_gathered(
     return output.transpose(0, 1).reshape(1, num_heads, length, value.size(-1))
 
 
-class _BlockAttention(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
+    """`states[:, :, index]`, with the gradient summed in float32: states near the root collect from many blocks."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.length = states.size(2)
+        return states.index_select(2, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (index,) = ctx.saved_tensors
+        sums = gradient.new_zeros(1, gradient.size(1), ctx.length, gradient.size(3), dtype=torch.float32)
+        return sums.index_add_(2, index, gradient.float()).to(gradient.dtype), None
+
+
+class _AttendAgain(torch.autograd.Function):
     """
     All blocks, keeping only queries, keys and values for the backward pass, which attends each block again.
 
-    The blocks' own copies of keys would together be larger than those of plain rows.
+    For long paths, where the blocks' own copies of keys would together be larger than those of plain rows.
     """
 
     @staticmethod
@@ -222,7 +253,9 @@ class _BlockAttention(torch.autograd.Function):
         ctx.blocks, ctx.scaling = blocks, scaling
         output = query.new_empty(*query.shape[:3], value.size(-1))
         for block in blocks:
-            output[:, :, block.start : block.end] = _attend(block, query, key, value, 0.0, scaling)
+            rows = slice(block.start, block.end)
+            states = key.index_select(2, block.keys), value.index_select(2, block.keys)
+            output[:, :, rows] = _attend(block, query[:, :, rows], *states, 0.0, scaling)
         return output
 
     @staticmethod
@@ -230,8 +263,7 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         grad_query = torch.empty_like(query)
-        # A key near the root collects from many blocks: sums in float32.
-        grad_key = torch.zeros_like(key, dtype=torch.float32)
+        grad_key = torch.zeros_like(key, dtype=torch.float32)  # as in `_Gather`
         grad_value = torch.zeros_like(value, dtype=torch.float32)
         for block in ctx.blocks:
             rows = slice(block.start, block.end)
@@ -239,7 +271,7 @@ class _BlockAttention(torch.autograd.Function):
                 own_query = query[:, :, rows].detach().requires_grad_()
                 own_key = key.index_select(2, block.keys).requires_grad_()
                 own_value = value.index_select(2, block.keys).requires_grad_()
-                output = _attend_gathered(block, own_query, own_key, own_value, 0.0, ctx.scaling)
+                output = _attend(block, own_query, own_key, own_value, 0.0, ctx.scaling)
             gradients = torch.autograd.grad(output, (own_query, own_key, own_value), grad_output[:, :, rows])
             grad_query[:, :, rows] = gradients[0]
             grad_key.index_add_(2, block.keys, gradients[1].float())

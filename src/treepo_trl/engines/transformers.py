@@ -113,6 +113,9 @@ class TransformersEngine:
         self.reports_entropies = with_entropies
         self.num_prompt_tokens = 0
         self.num_prefilled_tokens = 0
+        # A mixture of experts that trains with a load-balancing loss would compute it here, from another kind of mask.
+        has_router = getattr(config, "output_router_logits", False)
+        self._without_router_logits = {"output_router_logits": False} if has_router else {}
         self._vocab_size = config.vocab_size
         self._num_layers = config.num_hidden_layers
         self._num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -315,6 +318,7 @@ class TransformersEngine:
             past_key_values=Cache(layers=[*layers]),
             use_cache=True,
             logits_to_keep=1,
+            **self._without_router_logits,
         )
         return outputs.logits[:, -1].float() if logits else None
 

@@ -1,0 +1,278 @@
+"""PackedForward: when it packs, what it says, when it stops, and that pieces change nothing."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import make_model
+from test_packing import batch_of, rows_with
+from torch import nn
+from trl.trainer.utils import add_fused_lm_head
+
+from treepo_trl import packed_forward
+from treepo_trl.packed_forward import PackedForward
+from treepo_trl.packing import PackedRows, cut_rows, pack_rows
+from treepo_trl.tree_attention import serve_trees
+
+
+def make_forward(tree_packing: str = "auto", attention: str = "sdpa", **changes: Any) -> PackedForward:
+    serve_trees("sdpa")
+    config = make_model(**changes.pop("config", {})).config
+    config._attn_implementation = attention
+    return PackedForward(tree_packing, Accelerator(cpu=True), config, **changes)
+
+
+def ready_model(**changes: Any) -> Any:
+    model = make_model(**changes)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    return model
+
+
+def plain(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    logits_to_keep: int,
+    batch_size: int | None = None,
+    compute_entropy: bool = False,
+    compute_aux_loss: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+    """As GRPOTrainer does it."""
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[:, :-logits_to_keep] = -100
+    outputs = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
+    return outputs.log_probs[:, -logits_to_keep:], outputs.entropy[:, -logits_to_keep:], None
+
+
+def trees(count: int = 3) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Trees of four leaves of different length, with prompts of different length."""
+    prompts, completions = [], []
+    for tree in range(count):
+        for leaf in range(4):
+            prompts.append([5 + tree] * (3 + 2 * tree))
+            completions.append([20 + tree, 30 + leaf // 2, 31, *[40 + leaf] * (1 + leaf)])
+    return batch_of(prompts, completions)
+
+
+def run(
+    forward: PackedForward, model: Any, batch: Any, batch_size: int = 99, **changes: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, dict[str, list[float]]]:
+    options = {"compute_entropy": True, "compute_aux_loss": False, **changes}
+    return forward(model, *batch, batch_size=batch_size, plain=plain, **options)
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message.removeprefix("[RANK 0] ") for record in caplog.records]
+
+
+# What is chosen
+
+
+class Cuda:
+    """Token ids that say that they are on a CUDA device, for a rule that looks at nothing else."""
+
+    is_cuda = True
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def size(self, dim: int) -> int:
+        assert dim == 1
+        return self.length
+
+
+def on_cuda(length: int, ratio: float = 2.0) -> PackedRows:
+    packed = rows_with(shared=10, own=10, count=4)
+    ids: Any = Cuda(length)
+    return dataclasses.replace(packed, input_ids=ids, num_padded_tokens=round(ratio * length))
+
+
+@pytest.mark.parametrize(
+    ("packed", "settings", "has_triton", "backend"),
+    [
+        (rows_with(10, 10, 4), {}, True, "sdpa"),
+        (rows_with(1, 100, 4), {}, True, None),
+        (rows_with(1, 100, 4), {"max_tokens": 999}, True, "sdpa"),
+        (on_cuda(8191), {}, True, "sdpa"),
+        (on_cuda(8192), {}, True, "flex"),
+        (on_cuda(8192), {}, False, "sdpa"),
+        (on_cuda(8192), {"config": {"attention_dropout": 0.1}}, True, "sdpa"),
+        (on_cuda(8192, ratio=1.1), {}, True, None),
+        (on_cuda(8192, ratio=1.1), {"max_tokens": 999}, True, "flex"),
+        (on_cuda(8192), {"attention": "flash_attention_2"}, True, "flex"),
+        (on_cuda(8192), {"attention": "eager"}, True, "sdpa"),
+        (on_cuda(8193), {"attention": "eager"}, True, None),
+    ],
+)
+def test_auto_chooses_by_sharing_length_and_machine(
+    packed: PackedRows, settings: dict[str, Any], has_triton: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_forward, "has_triton", lambda: has_triton)
+    assert make_forward(**settings)._choose(packed) == backend
+
+
+@pytest.mark.parametrize("tree_packing", ["sdpa", "flex"])
+def test_a_named_backend_packs_everything(tree_packing: str) -> None:
+    for packed in (rows_with(10, 10, 4), rows_with(1, 100, 4), on_cuda(99, ratio=1.0)):
+        assert make_forward(tree_packing)._choose(packed) == tree_packing
+
+
+def test_each_choice_of_auto_is_said_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    forward = make_forward()
+    for packed in (rows_with(10, 10, 4), rows_with(10, 10, 4), rows_with(1, 100, 4), rows_with(1, 100, 4)):
+        forward._choose(packed)
+    # 4 rows of 20 tokens share 10, and each of these but the last has one next token: 53 positions (see test_packing).
+    assert said(caplog) == [
+        "tree_packing='auto' forwards packed rows with SDPA (FlexAttention needs a CUDA device): 80 tokens in rows, "
+        "of them 80 no padding, 53 unique. It decides for each micro-batch.",
+        "tree_packing='auto' forwards plain rows (packing pays from 1.15 forwarded tokens per unique token on): 404 "
+        "tokens in rows, of them 404 no padding, 404 unique. It decides for each micro-batch.",
+    ]
+
+
+def test_plain_rows_are_forwarded_where_packing_does_not_pay() -> None:
+    model, batch = ready_model(), batch_of([[5]] * 3, [[7] * 9, [8] * 9, [9] * 9])
+    logps, entropies, aux_loss, log = run(make_forward(), model, batch)
+    expected = plain(model, *batch)
+    assert torch.equal(logps, expected[0])
+    assert torch.equal(entropies, expected[1])
+    assert aux_loss is None
+    assert log["tree/packing_ratio"] == [1.0]
+
+
+def test_compiling_is_announced_once_per_length(caplog: pytest.LogCaptureFixture) -> None:
+    forward = make_forward("flex")
+    for length in (50, 100, 150):  # padded to 128, 128, 256
+        with forward._compile_notice(rows_with(1, length, 1), "flex"):
+            pass
+    with forward._compile_notice(rows_with(1, 50, 1), "sdpa"):
+        pass
+    messages = said(caplog)
+    assert [message for message in messages if "compiles for" in message] == [
+        f"FlexAttention compiles for rows of up to {length} tokens; this can take a minute or two."
+        for length in (128, 256)
+    ]
+    assert sum("first forward of that length took" in message for message in messages) == 2
+
+
+# Pieces
+
+
+@pytest.mark.parametrize("max_tokens", [1, 9, 20, 30, 999])
+def test_pieces_give_the_same_values_and_gradients(max_tokens: int) -> None:
+    model, batch = ready_model(), trees()
+    num_pieces = len(cut_rows(*batch, max_tokens))
+    results = []
+    for forward in (make_forward("sdpa"), make_forward("sdpa", max_tokens=max_tokens)):
+        model.zero_grad()
+        logps, entropies, _, log = run(forward, model, batch)
+        weights = torch.randn(logps.shape, generator=torch.Generator().manual_seed(0))
+        (logps * weights + entropies).sum().backward()
+        results.append((logps, entropies, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    assert len(log["tree/packing_ratio"]) == num_pieces
+    for whole, cut in zip(*results, strict=True):
+        torch.testing.assert_close(cut, whole, atol=1e-4, rtol=1e-5)
+
+
+def test_all_pieces_but_the_last_are_forwarded_again_in_the_backward_pass() -> None:
+    model, batch = ready_model(), trees(3)
+    pieces = cut_rows(*batch, 25)
+    assert len(pieces) > 2
+    sizes = [pack_rows(batch[0][p], batch[1][p], batch[2]).input_ids.size(1) for p in pieces]
+    seen: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: seen.append(args[0].size(1)))
+    forward = make_forward("sdpa", max_tokens=25)
+    forward.checked.add("sdpa")
+    logps = run(forward, model, batch)[0]
+    assert seen == sizes
+    logps.sum().backward()
+    assert sorted(seen[len(sizes) :]) == sorted(sizes[:-1])
+    with torch.no_grad():
+        seen.clear()
+        run(forward, model, batch)
+    assert seen == sizes
+
+
+def test_pieces_are_cut_inside_the_chunks_of_the_caller() -> None:
+    model, batch = ready_model(), trees(2)
+    with torch.no_grad():
+        logps, _, _, log = run(make_forward("sdpa", max_tokens=999), model, batch, batch_size=3)
+        expected = plain(model, *batch)[0]
+    assert len(log["tree/packing_ratio"]) == 3  # 8 rows in threes
+    is_scored = batch[1][:, -batch[2] :].bool()
+    torch.testing.assert_close(logps[is_scored], expected[is_scored], atol=1e-4, rtol=0)
+
+
+# The check
+
+
+class Broken(nn.Module):
+    """A model whose packed forward attends to the row in front of it, as one without a tree mask would."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = model.dtype
+
+    def forward(self, **inputs: Any) -> Any:
+        if "tree_attention" in inputs:
+            inputs["tree_attention"]._last.fill_(inputs["input_ids"].size(1) - 1)
+        return self.model(**inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_forward_that_differs_stops_the_run_with_both_numbers(dtype: torch.dtype) -> None:
+    model, batch = Broken(ready_model().to(dtype)), trees()
+    with pytest.raises(RuntimeError) as error:
+        run(make_forward("sdpa"), model, batch)
+    message = str(error.value)
+    first_tree = batch[0][:4], batch[1][:4], batch[2]
+    is_scored = first_tree[1][:, -batch[2] :].bool()
+    expected = plain(model, *first_tree)[0][is_scored].mean().item()
+    assert f"and {expected:.4g} in plain rows" in message
+    assert "where rounding explains" in message
+    assert "`tree_packing='off'`" in message
+
+
+def test_one_tree_is_checked_once_per_backend_and_dropout_is_off() -> None:
+    model, batch = ready_model(attention_dropout=0.5).train(), trees()
+    forward = make_forward("sdpa")
+    checked: list[int] = []
+
+    def spy(model: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        checked.append(len(input_ids))
+        assert not model.training
+        return plain(model, input_ids, *args, **kwargs)
+
+    for _ in range(2):
+        forward(model, *batch, 99, compute_entropy=False, compute_aux_loss=False, plain=spy)
+    assert checked == [4]  # the leaves of the first tree
+    assert forward.checked == {"sdpa"}
+    assert model.training
+
+
+def test_a_tree_without_a_scored_token_leaves_the_check_to_the_next() -> None:
+    model, (ids, mask, num_scored) = ready_model(), trees()
+    masked = mask.clone()
+    masked[:4, -num_scored:] = 0  # as mask_truncated_completions does
+    forward = make_forward("sdpa")
+    run(forward, model, (ids, masked, num_scored))
+    assert not forward.checked
+    run(forward, model, (ids, mask, num_scored))
+    assert forward.checked == {"sdpa"}
+
+
+def test_a_packed_forward_that_gives_no_numbers_stops_the_run() -> None:
+    forward, model = make_forward("sdpa"), ready_model()
+    original = forward._forward
+    forward._forward = lambda *args: original(*args)._replace(logps=original(*args).logps * float("nan"))
+    with pytest.raises(RuntimeError, match=r"differ by nan nats on average.*Set `tree_packing='off'`"):
+        run(forward, model, trees())
+
+
+def test_sharded_models_are_not_checked_since_processes_would_wait_for_each_other() -> None:
+    forward = make_forward("sdpa", is_sharded=True)
+    run(forward, Broken(ready_model()), trees())
+    assert not forward.checked
