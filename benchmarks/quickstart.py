@@ -3,9 +3,11 @@ The quickstart with TreePO and with stock GRPO: held-out accuracy, tokens and se
 
     python benchmarks/quickstart.py                     # three seeds of each, alternating; CPU or GPU
     python benchmarks/quickstart.py --seeds 1 --steps 5  # a quick look
+    python benchmarks/quickstart.py --seeds 1 --steps 6 --trainers treepo treepo_plain  # what the packed update saves
 
-Each run is a process of its own (`examples/scripts/quickstart.py`); finished runs are not repeated. Prints a Markdown
-table. "tokens" are those that the engine sampled for a step; a step's seconds hold sampling, rewards and update.
+`treepo_plain` is TreePO with `tree_packing="off"`. Each run is a process of its own
+(`examples/scripts/quickstart.py`); finished runs are not repeated. Prints a Markdown table. "tokens" are those that
+the engine sampled for a step; a step's seconds hold sampling, rewards and update.
 """
 
 import argparse
@@ -16,6 +18,11 @@ import sys
 from pathlib import Path
 
 
+OPTIONS = {
+    "treepo": [],
+    "treepo_plain": ["--tree_packing", "off"],
+    "grpo": ["--stock_grpo", "true", "--log_trees", "false"],
+}
 ROOT = Path(__file__).parent.parent
 
 
@@ -27,7 +34,7 @@ def run(trainer: str, seed: int, steps: int, out: Path, extra: list[str]) -> dic
         command = [sys.executable, str(ROOT / "examples/scripts/quickstart.py")]
         command += ["--config", str(ROOT / "examples/cli_configs/quickstart.yaml"), "--output_dir", str(folder)]
         command += ["--seed", str(seed), "--max_steps", str(steps), *extra]
-        command += ["--stock_grpo", "true", "--log_trees", "false"] if trainer == "grpo" else []
+        command += OPTIONS[trainer]
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "w") as log:
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
@@ -45,7 +52,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--completions", type=int, default=64, help="completions per step, as in the recipe")
-    parser.add_argument("--trainers", nargs="+", default=["treepo", "grpo"], choices=["treepo", "grpo"])
+    parser.add_argument("--trainers", nargs="+", default=["treepo", "grpo"], choices=OPTIONS)
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/quickstart"))
     args, extra = parser.parse_known_args()
     runs: dict[str, list[dict]] = {trainer: [] for trainer in args.trainers}

@@ -120,8 +120,10 @@ class ReplayTrainer(TreePOTrainer):
             "temperature": 4.0,
         },
         {"lora": True, "beta": 0.1, "gradient_accumulation_steps": 2, "tree_packing": "sdpa"},
+        # Prompts of different length: the processes cut their trees into different numbers of pieces.
+        {"max_tokens_per_micro_batch": 60, "gradient_checkpointing": True},
     ],
-    ids=["full", "lora"],
+    ids=["full", "lora", "pieces"],
 )
 def test_two_processes_update_as_one(tmp_path: Path, tiny_model_dir: str, changes: dict[str, Any]) -> None:
     accumulation = changes.get("gradient_accumulation_steps", 1)

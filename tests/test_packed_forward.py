@@ -1,6 +1,7 @@
 """PackedForward: when it packs, what it says, when it stops, and that pieces change nothing."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +75,7 @@ class Cuda:
     """Token ids that say that they are on a CUDA device, for a rule that looks at nothing else."""
 
     is_cuda = True
+    device = "cuda:0"
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -89,27 +91,33 @@ def on_cuda(length: int, ratio: float = 2.0) -> PackedRows:
     return dataclasses.replace(packed, input_ids=ids, num_padded_tokens=round(ratio * length))
 
 
+H100, RTX_4090, NO_TRITON = 227 * 1024, 99 * 1024, 0  # bytes of shared memory per block
+
+
 @pytest.mark.parametrize(
-    ("packed", "settings", "has_triton", "backend"),
+    ("packed", "settings", "card", "backend"),
     [
-        (rows_with(10, 10, 4), {}, True, "sdpa"),
-        (rows_with(1, 100, 4), {}, True, None),
-        (rows_with(1, 100, 4), {"max_tokens": 999}, True, "sdpa"),
-        (on_cuda(8191), {}, True, "sdpa"),
-        (on_cuda(8192), {}, True, "flex"),
-        (on_cuda(8192), {}, False, "sdpa"),
-        (on_cuda(8192), {"config": {"attention_dropout": 0.1}}, True, "sdpa"),
-        (on_cuda(8192, ratio=1.1), {}, True, None),
-        (on_cuda(8192, ratio=1.1), {"max_tokens": 999}, True, "flex"),
-        (on_cuda(8192), {"attention": "flash_attention_2"}, True, "flex"),
-        (on_cuda(8192), {"attention": "eager"}, True, "sdpa"),
-        (on_cuda(8193), {"attention": "eager"}, True, None),
+        (rows_with(10, 10, 4), {}, H100, "sdpa"),  # on a processor
+        (rows_with(1, 100, 4), {}, H100, None),
+        (rows_with(1, 100, 4), {"max_tokens": 999}, H100, "sdpa"),
+        (on_cuda(8191), {}, H100, "sdpa"),
+        (on_cuda(8192), {}, H100, "flex"),
+        (on_cuda(8192), {}, RTX_4090, "sdpa"),
+        (on_cuda(8192), {}, NO_TRITON, "sdpa"),
+        (on_cuda(8192), {"config": {"attention_dropout": 0.1}}, H100, "sdpa"),
+        (on_cuda(8192, ratio=1.1), {}, H100, None),
+        (on_cuda(8192, ratio=1.1), {"max_tokens": 999}, H100, "flex"),
+        (on_cuda(8192), {"attention": "flash_attention_2"}, H100, "flex"),
+        (on_cuda(8192), {"attention": "eager"}, H100, "sdpa"),
+        (on_cuda(8193), {"attention": "eager"}, H100, None),
     ],
 )
 def test_auto_chooses_by_sharing_length_and_machine(
-    packed: PackedRows, settings: dict[str, Any], has_triton: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+    packed: PackedRows, settings: dict[str, Any], card: int, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_forward, "has_triton", lambda: has_triton)
+    monkeypatch.setattr(packed_forward, "has_triton", lambda: card != NO_TRITON)
+    properties = SimpleNamespace(shared_memory_per_block_optin=card)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert make_forward(**settings)._choose(packed) == backend
 
 
@@ -163,20 +171,20 @@ def test_compiling_is_announced_once_per_length(caplog: pytest.LogCaptureFixture
 @pytest.mark.parametrize("max_tokens", [1, 9, 20, 30, 999])
 def test_pieces_give_the_same_values_and_gradients(max_tokens: int) -> None:
     model, batch = ready_model(), trees()
-    num_pieces = len(cut_rows(*batch, max_tokens))
+    ratio = pack_rows(*batch).ratio
     results = []
     for forward in (make_forward("sdpa"), make_forward("sdpa", max_tokens=max_tokens)):
         model.zero_grad()
         logps, entropies, _, log = run(forward, model, batch)
+        assert log["tree/packing_ratio"] == [pytest.approx(ratio, rel=0.5)]
         weights = torch.randn(logps.shape, generator=torch.Generator().manual_seed(0))
         (logps * weights + entropies).sum().backward()
         results.append((logps, entropies, torch.cat([p.grad.flatten() for p in model.parameters()])))
-    assert len(log["tree/packing_ratio"]) == num_pieces
     for whole, cut in zip(*results, strict=True):
         torch.testing.assert_close(cut, whole, atol=1e-4, rtol=1e-5)
 
 
-def test_all_pieces_but_the_last_are_forwarded_again_in_the_backward_pass() -> None:
+def test_all_pieces_but_the_largest_are_forwarded_again_in_the_backward_pass() -> None:
     model, batch = ready_model(), trees(3)
     pieces = cut_rows(*batch, 25)
     assert len(pieces) > 2
@@ -186,13 +194,14 @@ def test_all_pieces_but_the_last_are_forwarded_again_in_the_backward_pass() -> N
     forward = make_forward("sdpa", max_tokens=25)
     forward.checked.add("sdpa")
     logps = run(forward, model, batch)[0]
-    assert seen == sizes
+    assert seen == sorted(sizes)  # the largest last, so that nothing else is kept beside it
     logps.sum().backward()
-    assert sorted(seen[len(sizes) :]) == sorted(sizes[:-1])
+    assert sorted(seen[len(sizes) :]) == sorted(sizes)[:-1]
     with torch.no_grad():
         seen.clear()
-        run(forward, model, batch)
-    assert seen == sizes
+        again = run(forward, model, batch)[0]
+    assert seen == sorted(sizes)
+    assert torch.equal(again, logps)
 
 
 def test_pieces_are_cut_inside_the_chunks_of_the_caller() -> None:
@@ -200,7 +209,7 @@ def test_pieces_are_cut_inside_the_chunks_of_the_caller() -> None:
     with torch.no_grad():
         logps, _, _, log = run(make_forward("sdpa", max_tokens=999), model, batch, batch_size=3)
         expected = plain(model, *batch)[0]
-    assert len(log["tree/packing_ratio"]) == 3  # 8 rows in threes
+    assert len(log["tree/packing_ratio"]) == len(log["tree/packing_seconds"]) == 3  # 8 rows in threes
     is_scored = batch[1][:, -batch[2] :].bool()
     torch.testing.assert_close(logps[is_scored], expected[is_scored], atol=1e-4, rtol=0)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoTokenizer,
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
@@ -447,6 +448,34 @@ def test_odd_shapes_through_a_model(name: str, monkeypatch: pytest.MonkeyPatch) 
     with torch.no_grad():
         expected, value = forward_plain(model, batch)[0], forward_packed(model, packed)[0]
     torch.testing.assert_close(value, expected.masked_fill(~packed.is_scored, 0), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_the_real_model_in_bfloat16_is_off_by_no_more_than_plain_rows_are(small_model_dir: str) -> None:
+    """Both against float32: rounding of bfloat16 explains the difference between packed and plain rows."""
+    tokenizer = AutoTokenizer.from_pretrained(small_model_dir)
+    prompt = tokenizer("A farmer has 17 sheep. All but 9 run away. How many are left?").input_ids
+    starts = [" All but 9 ran away, so", " If all but nine run away,"]
+    ends = [
+        " nine sheep are left.",
+        " the farmer keeps 9 of the 17 sheep that he had before.",
+        " 17 - 9 = 8.",
+        " none!",
+    ]
+    completions = [tokenizer(start + end).input_ids for start in starts for end in ends]
+    batch = batch_of([prompt] * len(completions), completions)
+    packed = pack_rows(*batch)
+    values = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(small_model_dir, dtype=dtype, attn_implementation="sdpa").eval()
+        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+        with torch.no_grad():
+            values[dtype, "plain"] = forward_plain(model, batch)[0][packed.is_scored]
+            values[dtype, "packed"] = forward_packed(model, packed)[0][packed.is_scored]
+    truth = values[torch.float32, "plain"]
+    torch.testing.assert_close(values[torch.float32, "packed"], truth, atol=2e-4, rtol=0)
+    errors = {way: (values[torch.bfloat16, way] - truth).abs().mean().item() for way in ("plain", "packed")}
+    assert 0 < errors["packed"] < 1.3 * errors["plain"] < 0.1
 
 
 def test_a_batch_without_any_token_goes_through_a_model_and_gives_no_gradient() -> None:

@@ -15,7 +15,13 @@ import torch
 from conftest import make_model, make_tokenizer
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import Qwen2ForSequenceClassification, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
+from transformers import (
+    BitsAndBytesConfig,
+    Qwen2ForSequenceClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from treepo_trl import SegmentTree, TreePOConfig, TreePOTrainer
@@ -315,6 +321,31 @@ def test_packing_with_lora(tmp_path: Path, tiny_model_dir: str) -> None:
         max_steps=4,
     )
     assert_same_run(plain, packed, ("loss", "grad_norm", "kl"))
+    assert largest_change(before, parameters_of(packed)) > 1e-2
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_tokens_per_micro_batch": 20}], ids=["one row", "pieces"])
+def test_packing_with_qlora(tmp_path: Path, tiny_model_dir: str, changes: dict[str, Any]) -> None:
+    """The base model in 4 bits, an adapter on top, and gradient checkpointing as the recipe has it."""
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    plain, packed, before = run_packed_and_plain(
+        tmp_path,
+        tiny_model_dir,
+        trainer_changes=lambda: {
+            "peft_config": LoraConfig(r=4, target_modules="all-linear"),
+            "quantization_config": four_bits,
+        },
+        gradient_checkpointing=True,
+        max_steps=4,
+        **changes,
+    )
+    assert type(packed.model.base_model.model.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
+    assert_same_run(plain, packed, ("loss", "grad_norm"))
     assert largest_change(before, parameters_of(packed)) > 1e-2
 
 

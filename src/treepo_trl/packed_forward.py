@@ -25,6 +25,9 @@ _MIN_RATIO = 1.15
 """Tokens that plain rows forward per packed token, below which `auto` keeps plain rows."""
 _MIN_FLEX_LENGTH = 8192
 """Shortest row for FlexAttention under `auto`: below it, compiling costs more than the kernel saves."""
+_MIN_FLEX_SHARED_MEMORY = 160 * 1024
+"""Bytes of shared memory per block for FlexAttention under `auto`: data-centre cards have them. Its backward kernel
+can need more than the 99 KiB of consumer cards (pytorch/pytorch#133254), and would fail in the first step."""
 _MAX_EAGER_LENGTH = 8192
 """Longest row for eager attention under `auto`: its mask and scores are quadratic in the row."""
 
@@ -57,8 +60,8 @@ class PackedForward:
             Whether a forward is collective (FSDP, DeepSpeed). Then no batch is compared with plain rows, since
             processes must not run different numbers of forwards.
         max_tokens (`int`, *optional*):
-            Unique tokens per forward. A chunk that has more is cut into pieces of which only one is kept for the
-            backward pass; the others are forwarded again there. With it, every piece is packed.
+            Unique tokens per forward. A chunk that has more is cut into pieces of which only the largest is kept for
+            the backward pass; the others are forwarded again there. With it, every piece is packed.
 
     Attributes:
         checked (`set[str]`):
@@ -112,7 +115,7 @@ class PackedForward:
                 TRL's own method, for chunks that are not packed and for the check.
 
         Returns:
-            Log-probabilities, entropies, load-balancing loss, and one value per forward of `tree/packing_seconds` and
+            Log-probabilities, entropies, load-balancing loss, and one value per chunk of `tree/packing_seconds` and
             `tree/packing_ratio`.
 
         Raises:
@@ -120,29 +123,35 @@ class PackedForward:
         """
         results: list[_Forwarded] = []
         log: dict[str, list[float]] = {"tree/packing_seconds": [], "tree/packing_ratio": []}
-        for chunk in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True):
-            pieces = [slice(None)] if self.max_tokens is None else cut_rows(*chunk, logits_to_keep, self.max_tokens)
-            for piece in pieces:
-                ids, mask = (tensor[piece] for tensor in chunk)
-                started = time.perf_counter()
-                packed = pack_rows(ids, mask, logits_to_keep)
-                log["tree/packing_seconds"].append(time.perf_counter() - started)
-                log["tree/packing_ratio"].append(packed.ratio)
-                backend = self._choose(packed)
+        for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True):
+            started = time.perf_counter()
+            pieces = [slice(None)]
+            if self.max_tokens is not None:
+                pieces = cut_rows(ids, mask, logits_to_keep, self.max_tokens)
+            packed = [pack_rows(ids[piece], mask[piece], logits_to_keep) for piece in pieces]
+            log["tree/packing_seconds"].append(time.perf_counter() - started)
+            lengths = [each.input_ids.size(1) for each in packed]
+            log["tree/packing_ratio"].append(sum(each.num_row_tokens for each in packed) / sum(lengths))
+            forwarded: dict[int, _Forwarded] = {}
+            for i in sorted(range(len(pieces)), key=lengths.__getitem__):  # the largest last: it alone is kept
+                backend = self._choose(packed[i])
                 if backend is None:
                     options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
-                    results.append(_Forwarded(*plain(model, ids, mask, logits_to_keep, **options)))
+                    forwarded[i] = _Forwarded(
+                        *plain(model, ids[pieces[i]], mask[pieces[i]], logits_to_keep, **options)
+                    )
                     continue
-                self._check_once(model, backend, ids, mask, logits_to_keep, plain)
-                if piece is pieces[-1] or not torch.is_grad_enabled():
-                    results.append(self._forward(model, packed, backend, compute_aux_loss))
+                self._check_once(model, backend, ids[pieces[i]], mask[pieces[i]], logits_to_keep, plain)
+                if len(forwarded) == len(pieces) - 1 or not torch.is_grad_enabled():
+                    forwarded[i] = self._forward(model, packed[i], backend, compute_aux_loss)
                 else:
                     # Not the wrapped model, which would take the forward in the backward pass for a new step.
                     module = self.accelerator.unwrap_model(model)
                     values: Any = checkpoint(
-                        self._forward, module, packed, backend, compute_aux_loss, use_reentrant=False
+                        self._forward, module, packed[i], backend, compute_aux_loss, use_reentrant=False
                     )
-                    results.append(values)
+                    forwarded[i] = values
+            results += [forwarded[i] for i in range(len(pieces))]
         logps = torch.cat([result.logps for result in results])
         entropies = torch.cat([result.entropies for result in results]) if compute_entropy else None  # pyright: ignore[reportArgumentType, reportCallIssue]
         aux_loss = torch.stack([result.aux_loss for result in results]).mean() if compute_aux_loss else None  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -162,12 +171,8 @@ class PackedForward:
             if self.max_tokens is None and length > _MAX_EAGER_LENGTH:
                 backend, why = None, f"a dense mask is too large above {_MAX_EAGER_LENGTH} tokens"
         elif packed.input_ids.is_cuda and length >= _MIN_FLEX_LENGTH:
-            if self._has_dropout:
-                why = "FlexAttention has no dropout"
-            elif not has_triton():
-                why = "FlexAttention needs Triton"
-            else:
-                backend, why = "flex", f"{_MIN_FLEX_LENGTH} tokens or more"
+            obstacle = "FlexAttention has no dropout" if self._has_dropout else _flex_obstacle(packed.input_ids.device)
+            backend, why = ("flex", f"{_MIN_FLEX_LENGTH} tokens or more") if obstacle is None else ("sdpa", obstacle)
         choice = {"flex": "packed rows with FlexAttention", "sdpa": "packed rows with SDPA", None: "plain rows"}[
             backend
         ]
@@ -243,6 +248,15 @@ class PackedForward:
                 f"rows; tokens differ by {difference:.2g} nats on average, where rounding explains {tolerance:.2g}. "
                 "Set `tree_packing='off'`."
             )
+
+
+def _flex_obstacle(device: torch.device) -> str | None:
+    """Why FlexAttention may not run on a CUDA device; `None` if it does."""
+    if not has_triton():
+        return "FlexAttention needs Triton"
+    if torch.cuda.get_device_properties(device).shared_memory_per_block_optin < _MIN_FLEX_SHARED_MEMORY:
+        return "FlexAttention may need more shared memory than this card has"
+    return None
 
 
 def is_worth_packing(packed: PackedRows) -> bool:

@@ -40,8 +40,8 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             always, with that attention (FlexAttention compiles and needs CUDA), `"auto"` where it pays.
         max_tokens_per_micro_batch (`int`, *optional*):
             Unique tokens, prompts included, that are forwarded and kept for the backward pass at a time. A micro-batch
-            that has more is cut between its rows, whole trees where they fit, and all its pieces but one are forwarded
-            once more in the backward pass. The gradient does not depend on the cut. A single row may be longer.
+            that has more is cut between its rows, whole trees where they fit, and all its pieces but the largest are
+            forwarded once more in the backward pass. The gradient does not depend on the cut. A row may be longer.
 
         > Parameters that control the engine and the logs
 
