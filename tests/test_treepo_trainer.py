@@ -177,12 +177,15 @@ def logs_of(trainer: Any, key: str) -> list[float]:
 
 
 def assert_same_run(
-    a: Any, b: Any, keys: tuple[str, ...] = ("loss", "grad_norm", "reward", "reward_std", "entropy")
+    a: Any,
+    b: Any,
+    keys: tuple[str, ...] = ("loss", "grad_norm", "reward", "reward_std", "entropy"),
+    parameter_tolerance: float = 1e-4,
 ) -> None:
     for key in keys:
         assert logs_of(a, key) == pytest.approx(logs_of(b, key), abs=1e-4, rel=1e-4), key
     assert len(logs_of(a, "loss")) == a.state.max_steps
-    assert_same_parameters(parameters_of(a), parameters_of(b))
+    assert_same_parameters(parameters_of(a), parameters_of(b), parameter_tolerance)
 
 
 # Equality with stock GRPO
@@ -345,7 +348,8 @@ def test_packing_with_qlora(tmp_path: Path, tiny_model_dir: str, changes: dict[s
         **changes,
     )
     assert type(packed.model.base_model.model.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
-    assert_same_run(plain, packed, ("loss", "grad_norm"))
+    # TRL keeps the adapter of a 4-bit model in bfloat16: a weight near 0.1 moves in steps of 2^-11.
+    assert_same_run(plain, packed, ("loss", "grad_norm"), parameter_tolerance=2**-10)
     assert largest_change(before, parameters_of(packed)) > 1e-2
 
 
