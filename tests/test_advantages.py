@@ -8,11 +8,12 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from treepo_trl.advantages import ancestor_ids, expand_to_tokens, tree_advantages
+from treepo_trl.advantages import depth_first_weights, expand_to_tokens, leaf_paths, tree_advantages
 from treepo_trl.tree import SegmentTree
 
 
-ESTIMATORS = ["treepo", "treepo_size_weighted", "grpo"]
+PER_LEAF = ["treepo", "treepo_size_weighted", "grpo"]  # the same value in all segments of a leaf
+ESTIMATORS = [*PER_LEAF, "treepo_segment", "value_difference", "leave_one_out"]
 nan = math.nan
 
 # Figure 3 of the paper. Nodes: a 0, b 1, c 2, c1 3, c2 4, and the leaves of c1, c2 and c.
@@ -73,6 +74,64 @@ def test_figure_3_of_the_paper(estimator: str, subgroup_rejection: bool, expecte
     torch.testing.assert_close(values, torch.tensor(expected))
 
 
+# By segment. Depth 0 holds a, b and c; depth 1 c1, c2 and c3; depth 2 the leaves of c1 and c2.
+#
+# treepo_segment: means of the terms above, of the query group alone at depth 0; with c at depth 1: c11, c12, c23, c3
+#   (-3/4 - 2/3)/2 = -17/24, c21, c22 (5/4 + 4/3)/2 = 31/24; with c1 or c2 at depth 2: as "treepo".
+# value_difference: a -1 + 1/4, b 1 + 1/4, c -1/3 + 1/4 = -1/12; c1 -1 + 1/3 = -2/3, c2 1/3 + 1/3 = 2/3, c3 -2/3;
+#   c11, c12 -1 + 1 = 0, c21, c22 1 - 1/3 = 2/3, c23 -1 - 1/3 = -4/3.
+# leave_one_out: rewards sum to -2 over 8 leaves, to -2 over 6 below c, to -2 over 2 below c1, to 1 over 3 below c2.
+#   a: -1 - (-1)/7 = -6/7; b: 1 - (-3)/7 = 10/7; c: -1/3 - 0/2 = -1/3
+#   c1: -1 - (0 + 0)/(6 + 4) = -1; c2: 1/3 - (-3 - 3)/(5 + 3) = 13/12; c3: -1 - (-1 - 1)/(7 + 5) = -5/6
+#   c11, c12: -1 - (-1 - 1 - 1)/(7 + 5 + 1) = -10/13; c21, c22: 1 - (-3 - 3 + 0)/(7 + 5 + 2) = 10/7;
+#   c23: -1 - (-1 - 1 + 2)/(7 + 5 + 2) = -1
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [
+        (
+            "treepo_segment",
+            [
+                *([-3 / 4, 0, 0], [5 / 4, 0, 0]),
+                *([-3 / 4, -17 / 24, -17 / 36], [-3 / 4, -17 / 24, -17 / 36]),
+                *([5 / 4, 31 / 24, 13 / 12], [5 / 4, 31 / 24, 13 / 12], [-3 / 4, -17 / 24, -11 / 12]),
+                [-3 / 4, -17 / 24, 0],
+            ],
+        ),
+        (
+            "value_difference",
+            [
+                *([-3 / 4, 0, 0], [5 / 4, 0, 0]),
+                *([-1 / 12, -2 / 3, 0], [-1 / 12, -2 / 3, 0]),
+                *([-1 / 12, 2 / 3, 2 / 3], [-1 / 12, 2 / 3, 2 / 3], [-1 / 12, 2 / 3, -4 / 3]),
+                [-1 / 12, -2 / 3, 0],
+            ],
+        ),
+        (
+            "leave_one_out",
+            [
+                *([-6 / 7, 0, 0], [10 / 7, 0, 0]),
+                *([-1 / 3, -1, -10 / 13], [-1 / 3, -1, -10 / 13]),
+                *([-1 / 3, 13 / 12, 10 / 7], [-1 / 3, 13 / 12, 10 / 7], [-1 / 3, 13 / 12, -1]),
+                [-1 / 3, -5 / 6, 0],
+            ],
+        ),
+    ],
+)
+def test_figure_3_by_segment(estimator: str, expected: list[list[float]]) -> None:
+    torch.testing.assert_close(tree_advantages(REWARDS, ANCESTORS, estimator), torch.tensor(expected))
+
+
+def test_rejection_leaves_equal_subgroups_out_of_the_segments_below_them() -> None:
+    # c1 has equal rewards: at depth 2 c11 and c12 keep (-3/4 - 2/3)/2 = -17/24.
+    values = tree_advantages(REWARDS, ANCESTORS, "treepo_segment", subgroup_rejection=True)
+    torch.testing.assert_close(values[2:4, 2], torch.tensor([-17 / 24, -17 / 24]))
+    kept = tree_advantages(REWARDS, ANCESTORS, "treepo_segment")
+    assert torch.equal(values[:, :2], kept[:, :2])
+    assert torch.equal(values[4:], kept[4:])
+
+
 def test_tree_advantages_of_a_query_need_not_sum_to_zero() -> None:
     # Figure 3 under "treepo": -3/4 + 5/4 - 2*17/36 + 2*13/12 - 11/12 - 17/24 = 0.0972 (paper.md 2.2).
     assert advantages_of(REWARDS, ANCESTORS, "treepo").sum().item() == pytest.approx(0.0972, abs=1e-4)
@@ -123,26 +182,32 @@ def slow_reference(
 ) -> torch.Tensor:
     """The docstring as loops."""
     result = torch.zeros(ancestors.shape, dtype=rewards.dtype)
-    for i in range(len(rewards)):
-        if rewards[i].isnan():
-            continue
-        groups = [list(range(len(rewards)))]
-        if estimator != "grpo":
-            groups += [
-                [k for k in range(len(rewards)) if ancestors[k, d] == node]
-                for d, node in enumerate(ancestors[i])
-                if node >= 0
-            ]
-        total, denominator = 0.0, 0.0
-        for j, group in enumerate(groups):
-            group = [k for k in group if not rewards[k].isnan()]
-            if j > 0 and (len(group) == 1 or (subgroup_rejection and len({rewards[k].item() for k in group}) == 1)):
+    scorable = [k for k in range(len(rewards)) if not rewards[k].isnan()]
+
+    def mean(group: list[int]) -> float:
+        return sum(weights[k] * rewards[k] for k in group) / sum(weights[k] for k in group)
+
+    for i in scorable:
+        length = int((ancestors[i] >= 0).sum())
+        # The query group, then one per depth.
+        groups = [scorable, *([k for k in scorable if ancestors[k, d] == ancestors[i, d]] for d in range(length))]
+        for d in range(length):
+            above, own = groups[: d + 1], groups[d + 1]
+            if estimator == "value_difference":
+                result[i, d] = mean(own) - mean(above[-1])
                 continue
-            size = sum(weights[k] for k in group)
-            term = rewards[i] - sum(weights[k] * rewards[k] for k in group) / size
-            weight = size if estimator == "treepo_size_weighted" else 1.0
-            total, denominator = total + weight * term, denominator + weight
-        result[i, ancestors[i] >= 0] = total / denominator
+            if estimator == "leave_one_out":
+                others = [k for group in above for k in group if k not in own]
+                result[i, d] = mean(own) - mean(others) if others else 0.0
+                continue
+            total, denominator = 0.0, 0.0
+            for j, group in enumerate({"grpo": groups[:1], "treepo_segment": above}.get(estimator, groups)):
+                is_equal = len({rewards[k].item() for k in group}) == 1
+                if j > 0 and (len(group) == 1 or (subgroup_rejection and is_equal)):
+                    continue
+                weight = sum(weights[k] for k in group) if estimator == "treepo_size_weighted" else 1.0
+                total, denominator = total + weight * (rewards[i] - mean(group)), denominator + weight
+            result[i, d] = total / denominator
     return result
 
 
@@ -194,7 +259,7 @@ def test_names_of_the_nodes_do_not_matter(
     leaves: tuple[torch.Tensor, torch.Tensor], options: dict, rng: random.Random
 ) -> None:
     rewards, ancestors = leaves
-    names = list(range(int(ancestors.max()) + 1))
+    names = [name + rng.choice([0, 10**12]) for name in range(int(ancestors.max()) + 1)]
     rng.shuffle(names)
     renamed = torch.where(ancestors >= 0, torch.tensor(names)[ancestors.clamp(min=0)], -1)
     assert torch.equal(tree_advantages(rewards, renamed, **options), tree_advantages(rewards, ancestors, **options))
@@ -213,7 +278,10 @@ def test_more_columns_of_padding_change_nothing(leaves: tuple[torch.Tensor, torc
 def test_a_tree_of_depth_one_is_grpo(values: list[float], options: dict) -> None:
     rewards = torch.tensor(values)
     ancestors = torch.arange(len(rewards))[:, None]
-    torch.testing.assert_close(advantages_of(rewards, ancestors, **options), rewards - rewards.mean())
+    expected = rewards - rewards.mean()
+    if options["estimator"] == "leave_one_out":  # RLOO: r - (n m - r)/(n - 1) = (r - m) n/(n - 1)
+        expected = expected * len(rewards) / max(len(rewards) - 1, 1)
+    torch.testing.assert_close(advantages_of(rewards, ancestors, **options), expected)
 
 
 @given(leaf_sets(), options, st.sampled_from([-1.0, 0.0, 0.1, 7.0]))
@@ -252,6 +320,44 @@ def test_an_unscorable_leaf_is_as_if_it_were_not_there(
     result = tree_advantages(rewards, ancestors, **options)
     torch.testing.assert_close(result[scorable], tree_advantages(rewards[scorable], ancestors[scorable], **options))
     assert (result[~scorable] == 0).all()
+
+
+@given(st.lists(leaf_sets(with_nan=True), min_size=1, max_size=4), options, st.booleans())
+def test_trees_in_a_batch_do_not_see_each_other(
+    trees: list[tuple[torch.Tensor, torch.Tensor]], options: dict, weighted: bool
+) -> None:
+    num_leaves = min(len(rewards) for rewards, _ in trees)
+    depth = max(ancestors.size(1) for _, ancestors in trees)
+    rewards = torch.stack([rewards[:num_leaves] for rewards, _ in trees])
+    ancestors = torch.stack(
+        [torch.nn.functional.pad(ids[:num_leaves], (0, depth - ids.size(1)), value=-1) for _, ids in trees]
+    )
+    weights = torch.rand(rewards.shape, dtype=torch.float64) + 0.1 if weighted else None
+    batch = tree_advantages(rewards, ancestors, **options, leaf_weights=weights)
+    assert batch.shape == ancestors.shape
+    for i in range(len(trees)):
+        single_weights = None if weights is None else weights[i]
+        single = tree_advantages(rewards[i], ancestors[i], **options, leaf_weights=single_weights)
+        torch.testing.assert_close(batch[i], single)
+
+
+@given(leaf_sets(), st.booleans())
+def test_weighted_value_differences_of_siblings_cancel(
+    leaves: tuple[torch.Tensor, torch.Tensor], weighted: bool
+) -> None:
+    """V of a node is the weighted mean of its children's, so at each depth the weighted leaves sum to zero."""
+    rewards, ancestors = leaves
+    weights = torch.rand(len(rewards), dtype=torch.float64) + 0.1 if weighted else torch.ones_like(rewards)
+    values = tree_advantages(rewards, ancestors, "value_difference", leaf_weights=weights)
+    sums = (values * weights[:, None]).sum(0)
+    torch.testing.assert_close(sums, torch.zeros_like(sums))
+
+
+def test_a_segment_that_all_leaves_share_has_nothing_to_be_compared_with() -> None:
+    # One path of two segments, then two leaves: no leaf is outside of the first two.
+    rewards, ancestors = torch.tensor([1.0, 0.0]), torch.tensor([[0, 1, 2], [0, 1, 3]])
+    assert tree_advantages(rewards, ancestors, "leave_one_out").tolist() == [[0, 0, 1], [0, 0, -1]]
+    assert tree_advantages(rewards, ancestors, "value_difference").tolist() == [[0, 0, 0.5], [0, 0, -0.5]]
 
 
 # Groups by hand
@@ -324,6 +430,8 @@ def test_rewards_are_not_changed() -> None:
     ("rewards", "ancestors"),
     [
         (torch.zeros(3, 1), torch.zeros(3, 2, dtype=torch.int64)),
+        (torch.zeros(2, 3), torch.zeros(1, 3, 2, dtype=torch.int64)),
+        (torch.zeros(1, 2, 3), torch.zeros(1, 2, 3, 2, dtype=torch.int64)),
         (torch.zeros(3), torch.zeros(3, dtype=torch.int64)),
         (torch.zeros(3), torch.zeros(4, 2, dtype=torch.int64)),
     ],
@@ -340,7 +448,7 @@ def test_leaf_weights_of_another_shape_are_refused(shape: tuple[int, ...]) -> No
 
 
 def test_unknown_estimator_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"`estimator` is 'gae'\. Choose one of treepo, treepo_size_weighted, grpo"):
+    with pytest.raises(ValueError, match=r"`estimator` is 'gae'\. Choose one of treepo, treepo_size_weighted, .*grpo"):
         tree_advantages(torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64), "gae")
 
 
@@ -358,20 +466,33 @@ def hand_tree() -> SegmentTree:
     return tree
 
 
-def test_ancestor_ids_follow_the_order_of_the_leaves_given() -> None:
-    tree = hand_tree()  # leaves are the nodes 1, 2 and 4
-    ids = ancestor_ids(tree, [2, 4, 1])
-    assert ids.dtype == torch.int64
-    assert ids.tolist() == [[0, 2, -1], [0, 3, 4], [1, -1, -1]]
+def test_leaf_paths_are_in_depth_first_order() -> None:
+    # Leaves are the nodes 1, 2 and 4 in order of completion; depth first 2, 4, 1.
+    ids, lengths = leaf_paths([hand_tree()])
+    assert ids.dtype == lengths.dtype == torch.int64
+    assert ids.tolist() == [[[0, 2, -1], [0, 3, 4], [1, -1, -1]]]
+    assert lengths.tolist() == [[[2, 1, 0], [2, 3, 1], [1, 0, 0]]]
 
 
-def test_ancestor_ids_of_one_leaf() -> None:
-    assert ancestor_ids(hand_tree(), [1]).tolist() == [[1]]
+def test_leaf_paths_of_several_trees_are_padded_to_the_deepest() -> None:
+    flat = SegmentTree([9])
+    for token in (1, 2, 3):
+        flat.add(None, [token] * token, [-1.0] * token, "stop")
+    ids, lengths = leaf_paths([flat, hand_tree()])
+    assert ids[0].tolist() == [[0, -1, -1], [1, -1, -1], [2, -1, -1]]
+    assert lengths[0].tolist() == [[1, 0, 0], [2, 0, 0], [3, 0, 0]]
+    assert ids[1].tolist() == leaf_paths([hand_tree()])[0][0].tolist()
+    assert lengths[1].tolist() == leaf_paths([hand_tree()])[1][0].tolist()
+
+
+def test_weights_follow_the_leaves() -> None:
+    # The root has two children, node 0 has two: 1/4 for the leaves 2 and 4, 1/2 for 1.
+    assert depth_first_weights(hand_tree()) == [0.25, 0.25, 0.5]
 
 
 def test_expand_repeats_each_value_over_its_segments_tokens() -> None:
-    values = torch.tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 5.0], [6.0, 0.0, 0.0]])
-    expanded = expand_to_tokens(values, hand_tree(), [2, 4, 1], num_tokens=8)
+    values = torch.tensor([[[1.0, 2.0, 0.0], [3.0, 4.0, 5.0], [6.0, 0.0, 0.0]]])
+    expanded = expand_to_tokens(values, leaf_paths([hand_tree()])[1], num_tokens=8)
     assert expanded.tolist() == [
         [1, 1, 2, 0, 0, 0, 0, 0],  # 2 + 1 tokens
         [3, 3, 4, 4, 4, 5, 0, 0],  # 2 + 3 + 1
@@ -380,7 +501,8 @@ def test_expand_repeats_each_value_over_its_segments_tokens() -> None:
 
 
 def test_expanding_ignores_values_past_the_leaf_and_keeps_the_dtype() -> None:
-    values = torch.full((1, 3), 2.0, dtype=torch.float64)
-    expanded = expand_to_tokens(values, hand_tree(), [1], num_tokens=3)
+    values = torch.full((2, 3, 3), 2.0, dtype=torch.float64)
+    expanded = expand_to_tokens(values, leaf_paths([hand_tree(), hand_tree()])[1], num_tokens=6)
     assert expanded.dtype == torch.float64
-    assert expanded.tolist() == [[2, 0, 0]]
+    assert expanded.shape == (6, 6)
+    assert expanded[2].tolist() == expanded[5].tolist() == [2, 0, 0, 0, 0, 0]

@@ -25,7 +25,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.grpo_trainer import GRPOTrainer, RewardFunc
 from trl.trainer.utils import get_config_model_id
 
-from .advantages import ancestor_ids, expand_to_tokens, tree_advantages
+from .advantages import depth_first_weights, expand_to_tokens, leaf_paths, tree_advantages
 from .engines import SamplingOptions
 from .metrics import reduce_totals, tree_metrics, tree_totals
 from .model_support import is_packable
@@ -325,24 +325,23 @@ class TreePOTrainer(GRPOTrainer):
 
     def _tree_advantages(self, rewards: torch.Tensor, divisors: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Advantages `(num_completions, num_tokens)` of this process's completions, scaled."""
-        rows = []
-        for tree, tree_rewards in zip(self._trees, rewards.split(self.num_generations), strict=True):
-            leaves = tree.depth_first_leaves()
-            weights = None
-            if self.args.leaf_weighting == "inverse_branching":
-                by_leaf = dict(zip(tree.leaves, tree.leaf_weights(), strict=True))
-                weights = torch.tensor([by_leaf[leaf] for leaf in leaves], device=rewards.device)
-            advantages = tree_advantages(
-                tree_rewards,
-                ancestor_ids(tree, leaves).to(rewards.device),
-                self.args.advantage_estimator,
-                subgroup_rejection=self.args.subgroup_rejection,
-                leaf_weights=weights,
-            )
-            if weights is not None:  # the loss averages over leaves, so a weight of 1/W is neutral
-                advantages = advantages * (weights * len(leaves))[:, None]
-            rows.append(expand_to_tokens(advantages, tree, leaves, num_tokens))
-        return torch.cat(rows) / torch.nan_to_num(divisors, nan=1.0)[:, None]
+        # Small tensors and a few dozen operations: not on the device.
+        shape = (len(self._trees), self.num_generations)
+        ids, lengths = leaf_paths(self._trees)
+        weights = None
+        if self.args.leaf_weighting == "inverse_branching":
+            weights = torch.tensor([depth_first_weights(tree) for tree in self._trees])
+        advantages = tree_advantages(
+            rewards.cpu().view(shape),
+            ids,
+            self.args.advantage_estimator,
+            subgroup_rejection=self.args.subgroup_rejection,
+            leaf_weights=weights,
+        )
+        if weights is not None:  # the loss averages over leaves, so a weight of 1/W is neutral
+            advantages = advantages * (weights * self.num_generations)[:, :, None]
+        advantages = advantages / torch.nan_to_num(divisors.cpu().view(*shape, 1), nan=1.0)
+        return expand_to_tokens(advantages, lengths, num_tokens).to(rewards.device)
 
     def _replace_logged_advantages(self, output: dict[str, Any]) -> None:
         """Put each completion's mean advantage over its tokens where GRPOTrainer has logged the group advantages."""
