@@ -31,7 +31,6 @@ from trl.trainer.utils import add_fused_lm_head
 
 from treepo_trl.packed_forward import PackedForward
 from treepo_trl.packing import pack_rows
-from treepo_trl.tree_attention import serve_trees
 
 
 LIBC = ctypes.CDLL(None)
@@ -97,7 +96,6 @@ def make_model(args: argparse.Namespace, device: torch.device) -> Any:
     config.max_position_embeddings = 65536
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=getattr(torch, args.dtype))
     model = model.to(device)
-    serve_trees("sdpa")
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     if args.lora:
         model = get_peft_model(model, LoraConfig(r=args.lora, target_modules="all-linear", init_lora_weights=False))
@@ -129,14 +127,13 @@ def make_ways(args: argparse.Namespace, model: Any, batch: Batch) -> dict[str, C
         (logps * weights).sum().backward()
         return log
 
-    config = model.config if not args.lora else model.get_base_model().config
     ways: dict[str, Callable[[], dict]] = {
         f"rows x {rows}": lambda rows=rows: by_rows(rows) for rows in args.rows if rows <= len(batch[0])
     }
-    forwards = {f"packed, {packing}": PackedForward(packing, accelerator, config) for packing in args.packings}
+    forwards = {f"packed, {packing}": PackedForward(packing, accelerator) for packing in args.packings}
     for tokens in args.max_tokens:
         name = f"packed, auto, pieces of {tokens}"
-        forwards[name] = PackedForward("auto", accelerator, config, max_tokens=tokens)
+        forwards[name] = PackedForward("auto", accelerator, max_tokens=tokens)
     return ways | {name: lambda forward=forward: packed(forward) for name, forward in forwards.items()}
 
 

@@ -15,14 +15,16 @@ from trl.trainer.utils import add_fused_lm_head
 from treepo_trl import packed_forward
 from treepo_trl.packed_forward import PackedForward
 from treepo_trl.packing import PackedRows, cut_rows, pack_rows
-from treepo_trl.tree_attention import serve_trees
 
 
-def make_forward(tree_packing: str = "auto", attention: str = "sdpa", **changes: Any) -> PackedForward:
-    serve_trees("sdpa")
-    config = make_model(**changes.pop("config", {})).config
+def make_forward(tree_packing: str = "auto", **changes: Any) -> PackedForward:
+    return PackedForward(tree_packing, Accelerator(cpu=True), **changes)
+
+
+def config_with(attention: str = "sdpa", **changes: Any) -> Any:
+    config = make_model(**changes).config
     config._attn_implementation = attention
-    return PackedForward(tree_packing, Accelerator(cpu=True), config, **changes)
+    return config
 
 
 def ready_model(**changes: Any) -> Any:
@@ -91,7 +93,7 @@ def on_cuda(length: int, ratio: float = 2.0) -> PackedRows:
     return dataclasses.replace(packed, input_ids=ids, num_padded_tokens=round(ratio * length))
 
 
-H100, RTX_4090, NO_TRITON = 227 * 1024, 99 * 1024, 0  # bytes of shared memory per block
+H100, RTX_4090, NO_TRITON, AMD = 227 * 1024, 99 * 1024, 0, -1  # bytes of shared memory per block
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,8 @@ H100, RTX_4090, NO_TRITON = 227 * 1024, 99 * 1024, 0  # bytes of shared memory p
         (on_cuda(8192), {}, H100, "flex"),
         (on_cuda(8192), {}, RTX_4090, "sdpa"),
         (on_cuda(8192), {}, NO_TRITON, "sdpa"),
-        (on_cuda(8192), {"config": {"attention_dropout": 0.1}}, H100, "sdpa"),
+        (on_cuda(8192), {}, AMD, "sdpa"),  # whose properties do not have the field
+        (on_cuda(8192), {"attention_dropout": 0.1}, H100, "sdpa"),
         (on_cuda(8192, ratio=1.1), {}, H100, None),
         (on_cuda(8192, ratio=1.1), {"max_tokens": 999}, H100, "flex"),
         (on_cuda(8192), {"attention": "flash_attention_2"}, H100, "flex"),
@@ -116,21 +119,23 @@ def test_auto_chooses_by_sharing_length_and_machine(
     packed: PackedRows, settings: dict[str, Any], card: int, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_forward, "has_triton", lambda: card != NO_TRITON)
-    properties = SimpleNamespace(shared_memory_per_block_optin=card)
+    properties = SimpleNamespace(shared_memory_per_block_optin=card) if card != AMD else SimpleNamespace()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert make_forward(**settings)._choose(packed) == backend
+    settings = dict(settings)
+    forward = make_forward(max_tokens=settings.pop("max_tokens", None))
+    assert forward._choose(packed, config_with(**settings)) == backend
 
 
 @pytest.mark.parametrize("tree_packing", ["sdpa", "flex"])
 def test_a_named_backend_packs_everything(tree_packing: str) -> None:
     for packed in (rows_with(10, 10, 4), rows_with(1, 100, 4), on_cuda(99, ratio=1.0)):
-        assert make_forward(tree_packing)._choose(packed) == tree_packing
+        assert make_forward(tree_packing)._choose(packed, config_with()) == tree_packing
 
 
 def test_each_choice_of_auto_is_said_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     forward = make_forward()
     for packed in (rows_with(10, 10, 4), rows_with(10, 10, 4), rows_with(1, 100, 4), rows_with(1, 100, 4)):
-        forward._choose(packed)
+        forward._choose(packed, config_with())
     # 4 rows of 20 tokens share 10, and each of these but the last has one next token: 53 positions (see test_packing).
     assert said(caplog) == [
         "tree_packing='auto' forwards packed rows with SDPA (FlexAttention needs a CUDA device): 80 tokens in rows, "
@@ -171,12 +176,15 @@ def test_compiling_is_announced_once_per_length(caplog: pytest.LogCaptureFixture
 @pytest.mark.parametrize("max_tokens", [1, 9, 20, 30, 999])
 def test_pieces_give_the_same_values_and_gradients(max_tokens: int) -> None:
     model, batch = ready_model(), trees()
-    ratio = pack_rows(*batch).ratio
+    pieces = cut_rows(*batch, max_tokens)
     results = []
     for forward in (make_forward("sdpa"), make_forward("sdpa", max_tokens=max_tokens)):
         model.zero_grad()
         logps, entropies, _, log = run(forward, model, batch)
-        assert log["tree/packing_ratio"] == [pytest.approx(ratio, rel=0.5)]
+        lengths = [pack_rows(batch[0][p], batch[1][p], batch[2]).input_ids.size(1) for p in pieces]
+        if forward.max_tokens is None:
+            lengths = [pack_rows(*batch).input_ids.size(1)]
+        assert log["tree/packing_ratio"] == [batch[1].sum().item() / sum(lengths)]
         weights = torch.randn(logps.shape, generator=torch.Generator().manual_seed(0))
         (logps * weights + entropies).sum().backward()
         results.append((logps, entropies, torch.cat([p.grad.flatten() for p in model.parameters()])))
@@ -192,7 +200,7 @@ def test_all_pieces_but_the_largest_are_forwarded_again_in_the_backward_pass() -
     seen: list[int] = []
     model.model.embed_tokens.register_forward_hook(lambda module, args, output: seen.append(args[0].size(1)))
     forward = make_forward("sdpa", max_tokens=25)
-    forward.checked.add("sdpa")
+    forward.checked.add((id(model), "sdpa"))
     logps = run(forward, model, batch)[0]
     assert seen == sorted(sizes)  # the largest last, so that nothing else is kept beside it
     logps.sum().backward()
@@ -223,7 +231,7 @@ class Broken(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.dtype = model.dtype
+        self.config, self.dtype, self.device = model.config, model.dtype, model.device
 
     def forward(self, **inputs: Any) -> Any:
         if "tree_attention" in inputs:
@@ -247,6 +255,7 @@ def test_a_packed_forward_that_differs_stops_the_run_with_both_numbers(dtype: to
 
 def test_one_tree_is_checked_once_per_backend_and_dropout_is_off() -> None:
     model, batch = ready_model(attention_dropout=0.5).train(), trees()
+    model.model.layers[0].eval()
     forward = make_forward("sdpa")
     checked: list[int] = []
 
@@ -258,8 +267,9 @@ def test_one_tree_is_checked_once_per_backend_and_dropout_is_off() -> None:
     for _ in range(2):
         forward(model, *batch, 99, compute_entropy=False, compute_aux_loss=False, plain=spy)
     assert checked == [4]  # the leaves of the first tree
-    assert forward.checked == {"sdpa"}
+    assert forward.checked == {(id(model), "sdpa")}
     assert model.training
+    assert not model.model.layers[0].training  # as it was
 
 
 def test_a_tree_without_a_scored_token_leaves_the_check_to_the_next() -> None:
@@ -270,7 +280,7 @@ def test_a_tree_without_a_scored_token_leaves_the_check_to_the_next() -> None:
     run(forward, model, (ids, masked, num_scored))
     assert not forward.checked
     run(forward, model, (ids, mask, num_scored))
-    assert forward.checked == {"sdpa"}
+    assert forward.checked == {(id(model), "sdpa")}
 
 
 def test_a_packed_forward_that_gives_no_numbers_stops_the_run() -> None:
@@ -281,7 +291,42 @@ def test_a_packed_forward_that_gives_no_numbers_stops_the_run() -> None:
         run(forward, model, trees())
 
 
-def test_sharded_models_are_not_checked_since_processes_would_wait_for_each_other() -> None:
-    forward = make_forward("sdpa", is_sharded=True)
-    run(forward, Broken(ready_model()), trees())
-    assert not forward.checked
+def test_the_reference_is_checked_too_and_forwarded_with_its_own_attention() -> None:
+    policy, reference, batch = ready_model(), ready_model(), trees()
+    reference.set_attn_implementation("eager")
+    forward = make_forward("sdpa")
+    with torch.no_grad():
+        values = [run(forward, model, batch)[0] for model in (policy, reference)]
+    torch.testing.assert_close(values[0], values[1], atol=1e-4, rtol=0)
+    assert forward.checked == {(id(policy), "sdpa"), (id(reference), "sdpa")}
+
+
+@pytest.mark.parametrize(
+    ("change", "is_exact"),
+    [
+        (lambda model: model, True),
+        (lambda model: model.bfloat16(), False),
+        (lambda model: model.model.layers[1].bfloat16(), False),  # as the layers of a quantised model
+    ],
+)
+def test_float32_is_exact_only_if_all_of_the_model_is(change: Any, is_exact: bool) -> None:
+    model = ready_model()
+    change(model)
+    assert make_forward()._is_exact(model) == is_exact
+
+
+def test_sharded_models_run_the_same_forwards_whether_they_pack_or_not() -> None:
+    """Two rows packed and plain at the first call, in every process; processes would wait for each other otherwise."""
+    shared, alone = trees(), batch_of([[5]] * 3, [[7] * 9, [8] * 9, [9] * 9])
+    counts = []
+    for batch in (shared, alone):
+        model, forward = ready_model(), make_forward("auto", is_sharded=True)
+        seen: list[int] = []
+        model.model.register_forward_hook(lambda module, args, output, seen=seen: seen.append(1))
+        for _ in range(2):
+            with torch.no_grad():
+                run(forward, model, batch)
+        counts.append(len(seen))
+    assert counts == [4, 4]  # two for the check, then one a call
+    with pytest.raises(RuntimeError, match="does not reproduce"):
+        run(make_forward("sdpa", is_sharded=True), Broken(ready_model()), shared)

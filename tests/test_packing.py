@@ -26,10 +26,10 @@ from transformers import (
 from trl.trainer.utils import add_fused_lm_head
 
 from treepo_trl import tree_attention
-from treepo_trl.model_support import is_packable
+from treepo_trl.model_support import why_not_packable
 from treepo_trl.packed_forward import is_worth_packing, model_inputs
 from treepo_trl.packing import PackedRows, cut_rows, pack_rows
-from treepo_trl.tree_attention import serve_trees, takes_trees
+from treepo_trl.tree_attention import serve_trees, why_no_trees
 
 
 PAD = 1
@@ -361,10 +361,6 @@ def tiny_model(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedM
     return model
 
 
-def hands_trees_on(model: PreTrainedModel) -> bool:
-    return model._supports_attention_backend and (model.config._attn_implementation == "eager" or takes_trees(model))
-
-
 def forward_plain(
     model: PreTrainedModel, batch: tuple[torch.Tensor, torch.Tensor, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -426,7 +422,7 @@ def test_log_probabilities_entropies_and_gradients_are_those_of_the_plain_rows(
 ) -> None:
     monkeypatch.setattr(tree_attention, "_QUERY_BLOCK", query_block)
     model = tiny_model(copy.deepcopy(EQUAL_MODELS[name]), attention)
-    assert is_packable(model.config) is None
+    assert why_not_packable(model.config) is None
     batch = tree_batch()
     packed = pack_rows(*batch)
     assert packed.ratio > 1.3
@@ -525,6 +521,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+PACKED = {
+    *("llama", "qwen2", "qwen3", "qwen3_moe", "gemma", "cohere", "glm4", "granite", "olmo2", "phi3", "smollm3"),
+    *("starcoder2", "mixtral", "gpt_neox"),  # opt looks at the values of its mask, which the question has not
+}
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.filterwarnings("ignore")
 def test_no_architecture_passes_as_packable_and_gives_other_values(name: str) -> None:
@@ -539,8 +541,11 @@ def test_no_architecture_passes_as_packable_and_gives_other_values(name: str) ->
         model = tiny_model(config_class(**settings))
     except ValueError:  # no SDPA attention for this architecture
         model = tiny_model(config_class(**settings), "eager")
-    if is_packable(model.config) is not None or not hands_trees_on(model):
-        return
+    is_packed = why_not_packable(model.config) is None and model._supports_attention_backend
+    is_packed = is_packed and why_no_trees(model) is None
+    assert is_packed == (name in PACKED)
+    if not is_packed:
+        pytest.skip("plain rows")
     prompt, shared = list(range(5, 12)), [list(range(20, 28)), list(range(40, 48))]
     batch = batch_of([prompt] * 4, [[*shared[i // 2], *range(30 + 5 * i, 38 + 5 * i)] for i in range(4)])
     with torch.no_grad():
@@ -555,7 +560,7 @@ def test_common_models_are_packable(name: str) -> None:
     config = CONFIG_MAPPING[name]()
     for attention in ("sdpa", "eager"):
         config._attn_implementation = attention
-        assert is_packable(config) is None
+        assert why_not_packable(config) is None
 
 
 @pytest.mark.parametrize(
@@ -569,7 +574,7 @@ def test_common_models_are_packable(name: str) -> None:
 def test_recurrent_and_hybrid_models_are_refused(name: str) -> None:
     config = CONFIG_MAPPING[name]()
     config._attn_implementation = "sdpa"
-    assert is_packable(config) is not None
+    assert why_not_packable(config) is not None
 
 
 def config_with(attention: str = "sdpa", **changes: Any) -> PreTrainedConfig:
@@ -582,11 +587,11 @@ def config_with(attention: str = "sdpa", **changes: Any) -> PreTrainedConfig:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"])
 def test_a_model_may_have_any_attention_for_its_plain_rows(attention: str) -> None:
-    assert is_packable(config_with(attention)) is None
+    assert why_not_packable(config_with(attention)) is None
 
 
 def test_attention_that_is_not_registered_is_named_together_with_the_way_out() -> None:
-    reason = is_packable(config_with("kernels-community/unknown"))
+    reason = why_not_packable(config_with("kernels-community/unknown"))
     assert reason is not None
     assert "'kernels-community/unknown'" in reason
     assert "attn_implementation='sdpa'" in reason
@@ -605,7 +610,7 @@ def test_attention_that_is_not_registered_is_named_together_with_the_way_out() -
     ],
 )
 def test_reasons_name_what_the_mask_cannot_serve(changes: dict[str, Any], reason: str) -> None:
-    assert reason in (is_packable(config_with(**changes)) or "")
+    assert reason in (why_not_packable(config_with(**changes)) or "")
 
 
 @pytest.mark.parametrize(
@@ -618,15 +623,15 @@ def test_reasons_name_what_the_mask_cannot_serve(changes: dict[str, Any], reason
     ],
 )
 def test_a_window_that_no_layer_uses_is_no_reason(changes: dict[str, Any]) -> None:
-    assert is_packable(config_with(**changes)) is None
+    assert why_not_packable(config_with(**changes)) is None
 
 
 def test_mistral_is_refused_with_its_window_and_packable_without() -> None:
     config = MistralConfig(**TINY)
     config._attn_implementation = "sdpa"
-    assert "sliding window of 4096" in (is_packable(config) or "")
+    assert "sliding window of 4096" in (why_not_packable(config) or "")
     config.sliding_window = None
-    assert is_packable(config) is None
+    assert why_not_packable(config) is None
 
 
 # When it pays

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from treepo_trl import tree_attention
-from treepo_trl.tree_attention import TreeAttention, flex_length, serve_trees, takes_trees
+from treepo_trl.tree_attention import TreeAttention, flex_length, serve_trees, why_no_trees
 
 
 def last_of(parents: list[int]) -> torch.Tensor:
@@ -93,20 +93,21 @@ def test_blocks_of_any_size_give_the_dense_result_and_its_gradients(
 @settings(deadline=None)
 def test_a_block_has_the_keys_that_its_queries_see_and_no_other(parents: list[int], query_block: int) -> None:
     mask = dense_mask(parents)
-    blocks = TreeAttention(last_of(parents), "sdpa", query_block).query_blocks(torch.float32)
+    blocks = TreeAttention(last_of(parents), "sdpa", query_block).query_blocks()
     assert [i for block in blocks for i in range(block.start, block.end)] == list(range(len(parents)))
     for block in blocks:
         rows = slice(block.start, block.end)
         own = torch.arange(block.start, block.end)
         assert set(block.keys.tolist()) == set(torch.nonzero(mask[rows].any(0)).flatten().tolist()) | set(own.tolist())
-        assert torch.equal(block.mask == 0, mask[rows][:, block.keys])
-        assert torch.equal(block.mask == -torch.inf, ~mask[rows][:, block.keys])
+        own_mask = block.mask(torch.float32)
+        assert torch.equal(own_mask == 0, mask[rows][:, block.keys])
+        assert torch.equal(own_mask == -torch.inf, ~mask[rows][:, block.keys])
 
 
 def test_keys_per_block_do_not_grow_with_the_row() -> None:
     # 50 trees of one chain of 10: a block of 5 sees at most the 5 before it in its chain.
     parents = [i - 1 if i % 10 else -1 for i in range(500)]
-    blocks = TreeAttention(last_of(parents), "sdpa", 5).query_blocks(torch.float32)
+    blocks = TreeAttention(last_of(parents), "sdpa", 5).query_blocks()
     assert max(len(block.keys) for block in blocks) == 10
 
 
@@ -157,6 +158,16 @@ def test_dropout_is_the_same_in_both_passes() -> None:
     # The output is linear in the values: for those drawn weights, gradient times values is the output itself.
     (gradient,) = torch.autograd.grad(output.sum(), [inputs[2]])
     torch.testing.assert_close((gradient * inputs[2]).sum(), output.sum())
+
+
+def test_masks_of_long_paths_are_not_kept() -> None:
+    parents = list(range(-1, 40))
+    for max_kept in (0, 10**9):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tree_attention, "_MAX_KEPT_COPIES", max_kept)
+            tree = TreeAttention(last_of(parents), "sdpa", 5)
+            attend(tree, states(len(parents)))
+        assert bool(tree._masks) == (max_kept > 0)
 
 
 @pytest.mark.parametrize(("length", "is_kept"), [(40, True), (41, False)])
@@ -239,12 +250,20 @@ def test_serving_trees_twice_wraps_once_and_leaves_plain_calls_alone() -> None:
     assert torch.equal(wrapped(module, *inputs, None)[0], sdpa_attention_forward(module, *inputs, None)[0])
 
 
-@pytest.mark.parametrize("name", ["s_aux", "position_bias"])
+@pytest.mark.parametrize("name", ["s_aux", "position_bias", "softcap", "sliding_window"])
 def test_attention_with_more_than_a_mask_is_refused(name: str) -> None:
     serve_trees("sdpa")
     with pytest.raises(ValueError, match=f"`{name}`.*Set `tree_packing='off'`"):
         AttentionInterface()["sdpa"](
             nn.Module(), *states(3), None, tree_attention=TreeAttention(torch.tensor([2, 2, 2]), "sdpa"), **{name: 1}
+        )
+
+
+def test_attention_with_nameless_arguments_is_refused() -> None:
+    serve_trees("sdpa")
+    with pytest.raises(ValueError, match=r"Module gives its attention function arguments without names"):
+        AttentionInterface()["sdpa"](
+            nn.Module(), *states(3), None, 0.5, tree_attention=TreeAttention(torch.tensor([2, 2, 2]), "sdpa")
         )
 
 
@@ -264,6 +283,28 @@ def stable_lm() -> PreTrainedModel:
 
 
 def test_models_are_asked_whether_they_hand_trees_on() -> None:
-    serve_trees("sdpa")
-    assert takes_trees(make_model())
-    assert not takes_trees(stable_lm())
+    model = make_model().train()
+    assert why_no_trees(model) is None
+    assert model.training
+    # Its attention gets the mask alone, whose integers are no mask.
+    assert "does not take `tree_attention` (RuntimeError: Expected attn_mask dtype" in (
+        why_no_trees(stable_lm()) or ""
+    )
+
+
+def test_the_question_needs_no_weights() -> None:
+    """As under DeepSpeed ZeRO-3, which holds empty parameters between forwards."""
+    model = make_model()
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    assert why_no_trees(model) is None
+
+
+def test_any_failure_is_a_reason_and_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+
+    def forward(self: Any, **_: Any) -> None:
+        raise AssertionError("rope dims")
+
+    monkeypatch.setattr(type(model.model), "forward", forward)
+    assert why_no_trees(model) == "its forward does not take `tree_attention` (AssertionError: rope dims)"

@@ -191,6 +191,16 @@ def test_errors_name_the_value_and_the_fix(tmp_path: Path, changes: dict[str, An
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("value", ["512", 512.5, True])
+def test_a_token_budget_is_a_whole_number(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(TypeError, match=r"`max_tokens_per_micro_batch` is .*must be a whole number"):
+        make(tmp_path, max_tokens_per_micro_batch=value)
+
+
+def test_off_may_be_written_without_quotes_in_yaml(tmp_path: Path) -> None:
+    assert make(tmp_path, tree_packing=yaml.safe_load("off")).tree_packing == "off"
+
+
 def test_groups_may_not_be_split_over_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes with 4 rows each hold one group of 8 between them: right for GRPO, not for a tree."""
     monkeypatch.setattr(GRPOConfig, "world_size", property(lambda self: 2))

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -18,6 +19,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     BitsAndBytesConfig,
     Qwen2ForSequenceClassification,
+    Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     TrainerCallback,
@@ -311,7 +313,7 @@ def test_packing_auto_decides_by_sharing(tmp_path: Path, tiny_model_dir: str) ->
     plain, packed, _ = run_packed_and_plain(tmp_path, tiny_model_dir, packing="auto")
     assert_same_run(plain, packed)
     assert logs_of(packed, "tree/packing_ratio")[0] > 1.15
-    assert packed._packed_forward.checked == {"sdpa"}
+    assert packed._packed_forward.checked
 
 
 def test_packing_with_lora(tmp_path: Path, tiny_model_dir: str) -> None:
@@ -417,11 +419,34 @@ def test_packing_a_mixture_of_experts(tmp_path: Path, changes: dict[str, Any]) -
     is_eager = bool(changes)
     assert (auto[1]._packed_forward is None) == is_eager
     if not is_eager:
-        assert auto[1]._packed_forward.checked == {"sdpa"}
+        assert auto[1]._packed_forward.checked
         with pytest.raises(ValueError, match=r"not supported with a load-balancing loss.*router_aux_loss_coef=0"):
             build(
                 TreePOTrainer, str(tmp_path / "model"), make_config(tmp_path, max_tokens_per_micro_batch=9, **changes)
             )
+
+
+def test_the_reference_model_may_have_another_attention(tmp_path: Path) -> None:
+    """TRL loads the reference of a policy that is given as a model with `model_init_kwargs`."""
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    runs = []
+    for packing in ("off", "sdpa"):
+        policy = Qwen3ForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="sdpa", dtype="float32")
+        config = make_config(
+            tmp_path / packing,
+            tree_packing=packing,
+            beta=0.1,
+            num_iterations=2,
+            model_init_kwargs={"attn_implementation": "eager", "dtype": "float32"},
+        )
+        runs.append(build(SpyTrainer if packing == "off" else ReplayTrainer, policy, config))
+        assert runs[-1].ref_model.config._attn_implementation == "eager"
+        if packing == "sdpa":
+            runs[1].recorded = runs[0].all_trees
+        runs[-1].train()
+    assert_same_run(*runs, ("loss", "grad_norm", "kl"))
+    assert logs_of(runs[1], "kl")[0] == pytest.approx(0, abs=1e-6)
 
 
 def test_packing_keeps_trees_together_in_micro_batches(tmp_path: Path, tiny_model_dir: str) -> None:
@@ -521,34 +546,43 @@ def test_packing_refuses_what_it_cannot_do(
         build(TreePOTrainer, model(), make_config(tmp_path, **changes))
 
 
+CUDA = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [(eager, r"this one has 'eager'"), (with_dropout, r"has no dropout, but.*`attention_dropout=0.1`")],
 )
 def test_flex_refuses_models_that_it_does_not_serve(tmp_path: Path, model: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_packing(
-            make_config(tmp_path, tree_packing="flex"), model().config, "cuda", is_sharded=False, has_aux_loss=False
-        )
+        check_packing(make_config(tmp_path, tree_packing="flex"), model().config, CUDA, False, False)
 
 
 def test_the_token_budget_is_refused_where_forwards_are_collective(tmp_path: Path) -> None:
     config = make_config(tmp_path, max_tokens_per_micro_batch=99)
     with pytest.raises(ValueError, match=r"not supported with FSDP and DeepSpeed.*per_device_train_batch_size"):
-        check_packing(config, make_model().config, "cuda", is_sharded=True, has_aux_loss=False)
+        check_packing(config, make_model().config, CUDA, True, False)
+
+
+def test_the_token_budget_is_refused_with_reentrant_checkpoints_in_several_processes(tmp_path: Path) -> None:
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    config = make_config(tmp_path, max_tokens_per_micro_batch=99, **reentrant)
+    check_packing(config, make_model().config, CUDA, False, False)
+    with pytest.raises(ValueError, match=r"several processes and `use_reentrant=True`.*Set it to False"):
+        check_packing(config, make_model().config, SimpleNamespace(num_processes=2), False, False)
 
 
 def test_auto_packing_falls_back_to_plain_rows_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("treepo_trl.treepo_trainer.takes_trees", lambda model: False)
+    monkeypatch.setattr("treepo_trl.treepo_trainer.why_no_trees", lambda model: "it does not hand keywords on")
     trainer = build(TreePOTrainer, make_model(), make_config(tmp_path, tree_packing="auto"))
     trainer.train()
     assert trainer._packed_forward is None
     warnings = [r.message.removeprefix("[RANK 0] ") for r in caplog.records if "not packed" in r.message]
     assert warnings == [
-        "Shared prefixes are not packed for Qwen3ForCausalLM: it does not hand keywords on to its attention. Training "
-        "forwards plain rows, as GRPOTrainer does."
+        "Shared prefixes are not packed for Qwen3ForCausalLM: it does not hand keywords on. Training forwards plain "
+        "rows, as GRPOTrainer does."
     ]
 
 
@@ -1277,7 +1311,7 @@ def test_default_precision(tmp_path: Path, tiny_model_dir: str, args: str, monke
     trainer.train()
     assert trainer.state.global_step == 2
     assert all(torch.isfinite(torch.tensor(logs_of(trainer, "loss"))))
-    assert trainer._packed_forward.checked == {"sdpa"}
+    assert trainer._packed_forward.checked
 
 
 def test_args_may_be_left_out(tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:

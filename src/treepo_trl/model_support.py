@@ -13,6 +13,7 @@ _UNPACKABLE_MODELS = {
     **dict.fromkeys(("bloom", "mpt"), _ALIBI),
     **dict.fromkeys(("mamba", "mamba2", "rwkv", "jamba", "falcon_mamba", "recurrent_gemma", "xlstm"), _RECURRENT),
     **dict.fromkeys(("gpt_neo", "doge"), _WINDOW),
+    "gpt_oss": "it has attention sinks",
     **dict.fromkeys(("gpt2", "gpt_bigcode", "biogpt", "xglm", "ctrl"), _ABSOLUTE),
 }
 
@@ -40,7 +41,7 @@ def has_attention_dropout(config: Any) -> bool:
     return bool(getattr(config, "attention_dropout", 0.0))
 
 
-def is_packable(config: Any) -> str | None:
+def why_not_packable(config: Any) -> str | None:
     """
     Why a tree mask cannot serve a model; `None` if it can.
 

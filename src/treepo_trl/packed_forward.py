@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .model_support import has_attention_dropout
 from .packing import PackedRows, cut_rows, pack_rows
-from .tree_attention import AttentionBackend, TreeAttention, flex_length
+from .tree_attention import AttentionBackend, TreeAttention, flex_length, serve_trees
 
 
 logger = get_logger(__name__)
@@ -54,35 +54,31 @@ class PackedForward:
             `"sdpa"` and `"flex"` pack every chunk, for that attention backend; `"auto"` packs those that share enough.
         accelerator ([`~accelerate.Accelerator`]):
             Gives autocast and unwraps the model.
-        model_config ([`~transformers.PreTrainedConfig`]):
-            The text config of the model.
         is_sharded (`bool`):
-            Whether a forward is collective (FSDP, DeepSpeed). Then no batch is compared with plain rows, since
-            processes must not run different numbers of forwards.
+            Whether a forward is collective (FSDP, DeepSpeed). Then all processes compare rows of their first batch
+            with plain ones, whether they pack it or not, since they must run the same number of forwards.
         max_tokens (`int`, *optional*):
             Unique tokens per forward. A chunk that has more is cut into pieces of which only the largest is kept for
             the backward pass; the others are forwarded again there. With it, every piece is packed.
 
     Attributes:
-        checked (`set[str]`):
-            Attention backends of which a packed tree has been compared with its plain rows, which happens once.
+        checked (`set[tuple[int, str]]`):
+            Models (by `id`) and attention backends of which a packed tree has been compared with its plain rows, which
+            happens once.
     """
 
     def __init__(
         self,
         tree_packing: str,
         accelerator: Any,
-        model_config: Any,
         is_sharded: bool = False,
         max_tokens: int | None = None,
     ) -> None:
         self.tree_packing = tree_packing
         self.accelerator = accelerator
-        self.attn_implementation: str = model_config._attn_implementation
         self.is_sharded = is_sharded
         self.max_tokens = max_tokens
-        self._has_dropout = has_attention_dropout(model_config)
-        self.checked: set[str] = set()
+        self.checked: set[tuple[int, str]] = set()
         self._announced: set[str] = set()
         self._compiled: set[tuple[int, bool]] = set()
 
@@ -121,6 +117,16 @@ class PackedForward:
         Raises:
             RuntimeError: if the packed log-probabilities of the first packed tree are not those of its plain rows.
         """
+        config = self.accelerator.unwrap_model(model).config.get_text_config()
+        if self.is_sharded:
+            self._check_once(
+                model,
+                "flex" if self.tree_packing == "flex" else "sdpa",
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                plain,
+            )
         results: list[_Forwarded] = []
         log: dict[str, list[float]] = {"tree/packing_seconds": [], "tree/packing_ratio": []}
         for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True):
@@ -134,14 +140,15 @@ class PackedForward:
             log["tree/packing_ratio"].append(sum(each.num_row_tokens for each in packed) / sum(lengths))
             forwarded: dict[int, _Forwarded] = {}
             for i in sorted(range(len(pieces)), key=lengths.__getitem__):  # the largest last: it alone is kept
-                backend = self._choose(packed[i])
+                backend = self._choose(packed[i], config)
                 if backend is None:
                     options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
                     forwarded[i] = _Forwarded(
                         *plain(model, ids[pieces[i]], mask[pieces[i]], logits_to_keep, **options)
                     )
                     continue
-                self._check_once(model, backend, ids[pieces[i]], mask[pieces[i]], logits_to_keep, plain)
+                if not self.is_sharded:
+                    self._check_once(model, backend, ids[pieces[i]], mask[pieces[i]], logits_to_keep, plain)
                 if len(forwarded) == len(pieces) - 1 or not torch.is_grad_enabled():
                     forwarded[i] = self._forward(model, packed[i], backend, compute_aux_loss)
                 else:
@@ -157,7 +164,7 @@ class PackedForward:
         aux_loss = torch.stack([result.aux_loss for result in results]).mean() if compute_aux_loss else None  # pyright: ignore[reportArgumentType, reportCallIssue]
         return logps, entropies, aux_loss, log
 
-    def _choose(self, packed: PackedRows) -> AttentionBackend | None:
+    def _choose(self, packed: PackedRows, config: Any) -> AttentionBackend | None:
         """The attention backend for a packed row; `None` for plain rows."""
         if self.tree_packing in get_args(AttentionBackend):
             return self.tree_packing  # pyright: ignore[reportReturnType]
@@ -166,16 +173,14 @@ class PackedForward:
         why = f"below {_MIN_FLEX_LENGTH} tokens" if packed.input_ids.is_cuda else "FlexAttention needs a CUDA device"
         if self.max_tokens is None and not is_worth_packing(packed):
             backend, why = None, f"packing pays from {_MIN_RATIO} forwarded tokens per unique token on"
-        elif self.attn_implementation == "eager":
+        elif config._attn_implementation == "eager":
             why = "eager attention with a dense mask"
             if self.max_tokens is None and length > _MAX_EAGER_LENGTH:
                 backend, why = None, f"a dense mask is too large above {_MAX_EAGER_LENGTH} tokens"
         elif packed.input_ids.is_cuda and length >= _MIN_FLEX_LENGTH:
-            obstacle = "FlexAttention has no dropout" if self._has_dropout else _flex_obstacle(packed.input_ids.device)
+            obstacle = _flex_obstacle(packed.input_ids.device, config)
             backend, why = ("flex", f"{_MIN_FLEX_LENGTH} tokens or more") if obstacle is None else ("sdpa", obstacle)
-        choice = {"flex": "packed rows with FlexAttention", "sdpa": "packed rows with SDPA", None: "plain rows"}[
-            backend
-        ]
+        choice = _CHOICES[backend]
         if choice not in self._announced:
             self._announced.add(choice)
             logger.warning(
@@ -188,7 +193,7 @@ class PackedForward:
         self, model: Any, packed: PackedRows, backend: AttentionBackend, compute_aux_loss: bool = False
     ) -> _Forwarded:
         base = self.accelerator.unwrap_model(model)
-        inputs = model_inputs(packed, self.attn_implementation, base.dtype, backend)
+        inputs = model_inputs(packed, base.config.get_text_config()._attn_implementation, base.dtype, backend)
         if compute_aux_loss:
             inputs["output_router_logits"] = True
         with self.accelerator.autocast(), self._compile_notice(packed, backend):
@@ -222,25 +227,31 @@ class PackedForward:
         logits_to_keep: int,
         plain: Callable[..., Any],
     ) -> None:
-        """Compare the first tree of these rows with its plain rows."""
-        if backend in self.checked or self.is_sharded:
+        """Compare the first tree of these rows with its plain rows; two rows of it where forwards are collective."""
+        module = model if self.is_sharded else self.accelerator.unwrap_model(model)
+        key = (id(module), "any" if self.is_sharded else backend)
+        if key in self.checked:
             return
         prompts = input_ids[:, :-logits_to_keep], attention_mask[:, :-logits_to_keep]
         is_first_tree = torch.stack([(part == part[0]).all(1) for part in prompts]).all(0)
         input_ids, attention_mask = input_ids[is_first_tree], attention_mask[is_first_tree]
+        if self.is_sharded:
+            input_ids, attention_mask = input_ids[:2], attention_mask[:2]
         packed = pack_rows(input_ids, attention_mask, logits_to_keep)
-        if not packed.is_scored.any():
+        if not packed.is_scored.any() and not self.is_sharded:
             return
-        self.checked.add(backend)
-        module = self.accelerator.unwrap_model(model)
-        was_training = module.training
+        self.checked.add(key)
+        was_training = {part: part.training for part in module.modules()}
         module.eval()  # dropout would make the two differ
         logps = self._forward(module, packed, backend).logps[packed.is_scored]
-        expected = plain(module, input_ids, attention_mask, logits_to_keep, batch_size=1)[0][packed.is_scored]
-        module.train(was_training)
+        batch_size = len(input_ids) if self.is_sharded else 1
+        expected = plain(module, input_ids, attention_mask, logits_to_keep, batch_size=batch_size)[0][packed.is_scored]
+        for part, mode in was_training.items():
+            part.training = mode
+        if len(logps) == 0:
+            return
         difference = (logps - expected).abs().mean().item()
-        is_exact = self.accelerator.mixed_precision == "no" and module.dtype == torch.float32
-        tolerance = _TOLERANCE if is_exact else _HALF_PRECISION_TOLERANCE
+        tolerance = _TOLERANCE if self._is_exact(module) else _HALF_PRECISION_TOLERANCE
         if not difference <= tolerance:  # not a number is no agreement either
             raise RuntimeError(
                 "The packed forward does not reproduce this model's plain rows: the mean log-probability of a tree's "
@@ -249,12 +260,24 @@ class PackedForward:
                 "Set `tree_packing='off'`."
             )
 
+    def _is_exact(self, module: Any) -> bool:
+        """Whether all of the model computes in float32: no half precision, no quantised weights, no TF32."""
+        return (
+            self.accelerator.mixed_precision == "no"
+            and all(parameter.dtype == torch.float32 for parameter in module.parameters())
+            and (module.device.type != "cuda" or torch.get_float32_matmul_precision() == "highest")
+        )
 
-def _flex_obstacle(device: torch.device) -> str | None:
-    """Why FlexAttention may not run on a CUDA device; `None` if it does."""
+
+def _flex_obstacle(device: torch.device, config: Any) -> str | None:
+    """Why FlexAttention may not serve a model on a CUDA device; `None` if it does."""
+    if has_attention_dropout(config):
+        return "FlexAttention has no dropout"
     if not has_triton():
         return "FlexAttention needs Triton"
-    if torch.cuda.get_device_properties(device).shared_memory_per_block_optin < _MIN_FLEX_SHARED_MEMORY:
+    properties: Any = torch.cuda.get_device_properties(device)
+    # AMD's properties have no such field.
+    if getattr(properties, "shared_memory_per_block_optin", 0) < _MIN_FLEX_SHARED_MEMORY:
         return "FlexAttention may need more shared memory than this card has"
     return None
 
@@ -277,6 +300,7 @@ def model_inputs(
         mask = packed.attention_mask()
         zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
         return {**inputs, "attention_mask": zeros.masked_fill(~mask, torch.finfo(dtype).min)}
+    serve_trees(attn_implementation)
     # Models pass a mask of four dimensions on as it is. The attention reads `tree_attention` in its place; a
     # load-balancing loss reads how often each token counts.
     return {

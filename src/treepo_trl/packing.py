@@ -146,8 +146,9 @@ def cut_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_scored: 
     """
     Cut consecutive rows into pieces that each pack to at most `max_tokens`, whole trees where they fit.
 
-    Rows with the same prompt are a tree. A piece is closed where the next tree does not fit any more; a tree that
-    fits no piece is cut between its rows, in their order, and a row longer than `max_tokens` has a piece of its own.
+    Consecutive rows with the same prompt are a tree, counted as if each row shared tokens with the one before it alone
+    (exact in depth-first order). A piece is closed where the next tree does not fit any more; a tree that fits no
+    piece is cut between its rows, in their order, and a row longer than `max_tokens` has a piece of its own.
 
     Args:
         input_ids (`torch.Tensor` of shape `(B, L)`, int64), attention_mask (`torch.Tensor` of shape `(B, L)`):

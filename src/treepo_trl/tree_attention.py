@@ -7,6 +7,7 @@ transformers, under that function's own name: the choice travels with the call (
 that a layer which gradient checkpointing computes again in the backward pass makes the same choice.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -25,7 +26,8 @@ _FLEX_BLOCK = 128  # positions; FlexAttention's own block size
 _QUERY_BLOCK = 256  # on a processor: small blocks waste little
 _DEVICE_QUERY_BLOCK = 1024  # elsewhere: a block is a few kernel launches
 _MAX_KEPT_COPIES = 4
-"""Copies of a row's keys that are kept for the backward pass; of more the blocks are attended again instead."""
+"""Copies of a row's keys that are kept for the backward pass, together with the blocks' masks; where there would be
+more, blocks are attended again instead."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,14 @@ class QueryBlock:
     end: int
     keys: torch.Tensor
     """`(K,)` int64: ancestors of the first query, then the block's own positions."""
-    mask: torch.Tensor
-    """`(end - start, K)`: 0 where the query attends to the key, -inf elsewhere."""
+    last_descendants: torch.Tensor
+    """`(K,)` int64: the keys' last descendants."""
+
+    def mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """`(end - start, K)`: 0 where the query attends to the key, -inf elsewhere."""
+        queries = torch.arange(self.start, self.end, device=self.keys.device)[:, None]
+        is_hidden = (self.keys > queries) | (queries > self.last_descendants)
+        return torch.zeros(is_hidden.shape, dtype=dtype, device=self.keys.device).masked_fill_(is_hidden, -torch.inf)
 
 
 class TreeAttention:
@@ -60,7 +68,8 @@ class TreeAttention:
         self._last = last_descendants
         on_cpu = last_descendants.device.type == "cpu"
         self._query_block = query_block or (_QUERY_BLOCK if on_cpu else _DEVICE_QUERY_BLOCK)
-        self._blocks: dict[torch.dtype, list[QueryBlock]] = {}
+        self._blocks: list[QueryBlock] | None = None
+        self._masks: dict[torch.dtype, list[torch.Tensor]] = {}
         self._block_mask: BlockMask | None = None
 
     def __call__(
@@ -81,32 +90,29 @@ class TreeAttention:
         if torch.is_autocast_enabled(kind):  # as SDPA does by itself; the backward pass is outside of autocast
             dtype = torch.get_autocast_dtype(kind)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        blocks = self.query_blocks(query.dtype)
+        blocks = self.query_blocks()
         num_keys = sum(len(block.keys) for block in blocks)
         # Attending again would drop out other weights.
         if dropout > 0 or num_keys <= _MAX_KEPT_COPIES * len(self._last):
-            output = _attend_blocks(blocks, query, key, value, dropout, scaling)
+            if query.dtype not in self._masks:
+                self._masks[query.dtype] = [block.mask(query.dtype) for block in blocks]  # once for all layers
+            output = _attend_blocks(blocks, self._masks[query.dtype], query, key, value, dropout, scaling)
         else:
             output = cast(torch.Tensor, _AttendAgain.apply(query, key, value, blocks, scaling))
         return output.transpose(1, 2).contiguous()
 
-    def query_blocks(self, dtype: torch.dtype) -> list[QueryBlock]:
-        """The blocks of the `sdpa` backend, with masks in the dtype of the queries. Built once for all layers."""
-        if dtype not in self._blocks:
-            self._blocks[dtype] = [
-                self._query_block_at(start, dtype) for start in range(0, len(self._last), self._query_block)
-            ]
-        return self._blocks[dtype]
+    def query_blocks(self) -> list[QueryBlock]:
+        """The blocks of the `sdpa` backend. Built once for all layers."""
+        if self._blocks is None:
+            self._blocks = [self._query_block_at(i) for i in range(0, len(self._last), self._query_block)]
+        return self._blocks
 
-    def _query_block_at(self, start: int, dtype: torch.dtype) -> QueryBlock:
+    def _query_block_at(self, start: int) -> QueryBlock:
         end = min(start + self._query_block, len(self._last))
         # In depth-first order, what lies before a position and has not ended there is its path.
         path = torch.nonzero(self._last[:start] >= start).flatten()
-        positions = torch.arange(start, end, device=path.device)
-        keys = torch.cat([path, positions])
-        sees = (keys[None, :] <= positions[:, None]) & (positions[:, None] <= self._last[keys][None, :])
-        mask = torch.zeros(sees.shape, dtype=dtype, device=path.device).masked_fill(~sees, -torch.inf)
-        return QueryBlock(start, end, keys, mask)
+        keys = torch.cat([path, torch.arange(start, end, device=path.device)])
+        return QueryBlock(start, end, keys, self._last[keys])
 
     def _flex(
         self,
@@ -172,6 +178,7 @@ def _block_mask(last: torch.Tensor) -> BlockMask:
 
 def _attend_blocks(
     blocks: list[QueryBlock],
+    masks: list[torch.Tensor],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -185,15 +192,15 @@ def _attend_blocks(
     values = cast(torch.Tensor, _Gather.apply(value, all_keys)).split(sizes, dim=2)
     return torch.cat(
         [
-            _attend(block, query[:, :, block.start : block.end], own_key, own_value, dropout, scaling)
-            for block, own_key, own_value in zip(blocks, keys, values, strict=True)
+            _attend(mask, query[:, :, block.start : block.end], own_key, own_value, dropout, scaling)
+            for block, mask, own_key, own_value in zip(blocks, masks, keys, values, strict=True)
         ],
         dim=2,
     )
 
 
 def _attend(
-    block: QueryBlock,
+    mask: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -209,7 +216,7 @@ def _attend(
         grouped,
         key.expand(num_groups, -1, -1, -1),
         value.expand(num_groups, -1, -1, -1),
-        attn_mask=block.mask,
+        attn_mask=mask,
         dropout_p=dropout,
         scale=scaling,
     )
@@ -255,7 +262,7 @@ class _AttendAgain(torch.autograd.Function):
         for block in blocks:
             rows = slice(block.start, block.end)
             states = key.index_select(2, block.keys), value.index_select(2, block.keys)
-            output[:, :, rows] = _attend(block, query[:, :, rows], *states, 0.0, scaling)
+            output[:, :, rows] = _attend(block.mask(query.dtype), query[:, :, rows], *states, 0.0, scaling)
         return output
 
     @staticmethod
@@ -271,7 +278,7 @@ class _AttendAgain(torch.autograd.Function):
                 own_query = query[:, :, rows].detach().requires_grad_()
                 own_key = key.index_select(2, block.keys).requires_grad_()
                 own_value = value.index_select(2, block.keys).requires_grad_()
-                output = _attend(block, own_query, own_key, own_value, 0.0, ctx.scaling)
+                output = _attend(block.mask(query.dtype), own_query, own_key, own_value, 0.0, ctx.scaling)
             gradients = torch.autograd.grad(output, (own_query, own_key, own_value), grad_output[:, :, rows])
             grad_query[:, :, rows] = gradients[0]
             grad_key.index_add_(2, block.keys, gradients[1].float())
@@ -293,20 +300,23 @@ def serve_trees(implementation: str) -> None:
         AttentionInterface.register(implementation, _ServesTrees(plain))
 
 
-def takes_trees(model: PreTrainedModel) -> bool:
+def why_no_trees(model: PreTrainedModel) -> str | None:
     """
-    Whether a model hands `tree_attention` on to its attention function, which `serve_trees` must have prepared.
+    Why a model cannot be given `tree_attention`; `None` if it hands it on to its attention function.
 
-    Runs its forward on two tokens until the first layer's attention is reached.
+    Tried on a copy of the model without weights, whose forward runs until the first layer's attention is reached.
     """
 
     def probe(*_: Any) -> torch.Tensor:
         raise _ReachedError
 
-    tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    config = copy.deepcopy(model.config)
+    config.get_text_config()._attn_implementation = config._attn_implementation = "sdpa"
+    serve_trees("sdpa")
     try:
-        with torch.no_grad():
-            model(
+        with torch.device("meta"), torch.no_grad():
+            tokens = torch.zeros(1, 2, dtype=torch.int64)
+            type(model)(config)(
                 input_ids=tokens,
                 position_ids=tokens,
                 attention_mask=torch.ones_like(tokens)[None, None],
@@ -314,14 +324,14 @@ def takes_trees(model: PreTrainedModel) -> bool:
                 use_cache=False,
             )
     except _ReachedError:
-        return True
-    except (TypeError, ValueError, RuntimeError):  # it knows no such keyword, or its attention got the mask instead
-        return False
-    return False
+        return None
+    except Exception as error:  # whatever it is, the packed forward would meet it
+        return f"its forward does not take `tree_attention` ({type(error).__name__}: {str(error).splitlines()[0]})"
+    return "it does not hand keywords on to its attention"
 
 
 class _ReachedError(Exception):
-    """The probe of `takes_trees` was called."""
+    """The probe of `why_no_trees` was called."""
 
 
 class _ServesTrees:
@@ -343,10 +353,15 @@ class _ServesTrees:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if tree_attention is None:
             return self.plain(module, query, key, value, attention_mask, *args, **kwargs)
-        for name in ("s_aux", "position_bias"):
+        for name in ("s_aux", "position_bias", "softcap", "sliding_window"):
             if kwargs.get(name) is not None:
                 raise ValueError(
                     f"Shared prefixes are not packed for attention with `{name}`. Set `tree_packing='off'`."
                 )
+        if args:
+            raise ValueError(
+                f"Shared prefixes are not packed: {type(module).__name__} gives its attention function arguments "
+                "without names. Set `tree_packing='off'`."
+            )
         output = tree_attention(module, query, key, value, kwargs.get("dropout", 0.0), kwargs.get("scaling"))
         return output, None

@@ -7,7 +7,7 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from .advantages import AdvantageEstimator
 from .packing import TreePacking
-from .sampling_config import TreeSamplingConfig, check_choice
+from .sampling_config import TreeSamplingConfig, check_choice, check_int
 
 
 LeafWeighting = Literal["uniform", "inverse_branching"]
@@ -101,6 +101,8 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         GRPOConfig.__post_init__(self)
         TreeSamplingConfig.__post_init__(self)
         check_choice("advantage_estimator", self.advantage_estimator, AdvantageEstimator)
+        if self.tree_packing is False:  # what a bare `off` is in YAML
+            self.tree_packing = "off"
         check_choice("tree_packing", self.tree_packing, TreePacking)
         check_choice("vllm_lora_sync", self.vllm_lora_sync, LoraSync)
         check_choice("leaf_weighting", self.leaf_weighting, LeafWeighting)
@@ -147,6 +149,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         budget = self.max_tokens_per_micro_batch
         if budget is None:
             return
+        check_int("max_tokens_per_micro_batch", budget)
         if budget < 1:
             raise ValueError(
                 f"`max_tokens_per_micro_batch` is {budget}. Set a number of tokens from 1 on, about the length of a "

@@ -28,12 +28,12 @@ from trl.trainer.utils import get_config_model_id
 from .advantages import depth_first_weights, expand_to_tokens, leaf_paths, tree_advantages
 from .engines import SamplingOptions
 from .metrics import reduce_totals, tree_metrics, tree_totals
-from .model_support import is_packable
+from .model_support import why_not_packable
 from .packed_forward import PackedForward
 from .rewards import combine_rewards
 from .sampler import TreeSampler
 from .tree import SegmentTree
-from .tree_attention import serve_trees, takes_trees
+from .tree_attention import why_no_trees
 from .treepo_config import TreePOConfig
 from .validation import check_arguments, check_datasets, check_packing
 from .weight_sync import AdapterVLLMGeneration, awake, check_adapter, gather_prompts, replaced, same_draws
@@ -402,9 +402,9 @@ class TreePOTrainer(GRPOTrainer):
         config = base.config.get_text_config()
         reason = self._why_not_packed(base)
         if reason is None:
-            check_packing(self.args, config, self.accelerator.device.type, is_sharded, self.aux_loss_enabled)
+            check_packing(self.args, config, self.accelerator, is_sharded, self.aux_loss_enabled)
             return PackedForward(
-                self.args.tree_packing, self.accelerator, config, is_sharded, self.args.max_tokens_per_micro_batch
+                self.args.tree_packing, self.accelerator, is_sharded, self.args.max_tokens_per_micro_batch
             )
         message = f"Shared prefixes are not packed for {type(base).__name__}: {reason}."
         if self.args.tree_packing != "auto":
@@ -416,7 +416,7 @@ class TreePOTrainer(GRPOTrainer):
 
     def _why_not_packed(self, base: Any) -> str | None:
         config = base.config.get_text_config()
-        reason = is_packable(config)
+        reason = why_not_packable(config)
         if reason is None and not base._supports_attention_backend:
             reason = "its attention does not go through transformers' common interface"
         if reason is None and is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
@@ -424,9 +424,7 @@ class TreePOTrainer(GRPOTrainer):
         if reason is None and config._attn_implementation == "eager" and self.aux_loss_enabled:
             reason = "its load-balancing loss does not go with the mask of eager attention"
         if reason is None and config._attn_implementation != "eager":
-            serve_trees(config._attn_implementation)
-            if not takes_trees(base):
-                reason = "it does not hand keywords on to its attention"
+            reason = why_no_trees(base)
         return reason
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def check_arguments(args: TreePOConfig, tools: Any, rollout_func: Any, environme
 
 
 def check_packing(
-    args: TreePOConfig, model_config: Any, device_type: str, is_sharded: bool, has_aux_loss: bool
+    args: TreePOConfig, model_config: Any, accelerator: Any, is_sharded: bool, has_aux_loss: bool
 ) -> None:
     """
     Raise for settings of the packed update that this model and machine do not have.
@@ -99,6 +99,7 @@ def check_packing(
         ValueError: with what was set and what to set instead.
     """
     if args.tree_packing == "flex":
+        device_type = accelerator.device.type
         if device_type != "cuda":
             raise ValueError(
                 f"`tree_packing='flex'` needs a CUDA device, this is {device_type!r}: FlexAttention has no backward "
@@ -120,6 +121,12 @@ def check_packing(
         raise ValueError(
             "`max_tokens_per_micro_batch` is not supported with FSDP and DeepSpeed: their processes would run "
             "different numbers of forwards and wait for each other. Lower `per_device_train_batch_size` instead."
+        )
+    checkpointing: Any = args.gradient_checkpointing_kwargs or {}
+    if accelerator.num_processes > 1 and args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+        raise ValueError(
+            "`max_tokens_per_micro_batch` is not supported with several processes and `use_reentrant=True` in "
+            "`gradient_checkpointing_kwargs`: gradients would be reduced before the last piece. Set it to False."
         )
     if has_aux_loss:
         raise ValueError(
