@@ -651,6 +651,56 @@ def test_advantages_are_those_of_the_trees(tmp_path: Path, tiny_model_dir: str, 
         assert (expected - plain).abs().max() > 0.01, "the trees must make a difference for this test to see it"
 
 
+def slow_segment_value(
+    tree: SegmentTree, values: dict[int, float], weights: dict[int, float], node: int, estimator: str
+) -> float:
+    """`value_difference` or `leave_one_out` of a node from the rewards and weights of the leaves, in loops."""
+
+    def mean(leaves: list[int]) -> float:
+        return sum(weights[leaf] * values[leaf] for leaf in leaves) / sum(weights[leaf] for leaf in leaves)
+
+    def below(ancestor: int | None) -> list[int]:
+        return [leaf for leaf in tree.leaves if ancestor is None or ancestor in tree.path(leaf)]
+
+    above = [None, *tree.path(tree.nodes[node].parent)]
+    if estimator == "value_difference":
+        return mean(below(node)) - mean(below(above[-1]))
+    others = [leaf for ancestor in above for leaf in below(ancestor) if leaf not in below(node)]
+    return mean(below(node)) - mean(others) if others else 0.0
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "inverse_branching"])
+@pytest.mark.parametrize("estimator", ["value_difference", "leave_one_out"])
+def test_each_segment_has_its_own_advantage(
+    tmp_path: Path, tiny_model_dir: str, estimator: str, weighting: str
+) -> None:
+    config = make_config(
+        tmp_path, scale_rewards="none", advantage_estimator=estimator, leaf_weighting=weighting, max_steps=1
+    )
+    trainer = build(SpyTrainer, tiny_model_dir, config)
+    trainer.train()
+    (generation,) = trainer.generations
+    rewards = iter(generation["rewards"].nansum(1).tolist())
+    advantages = iter(generation["output"]["advantages"])
+    num_values = set()
+    for tree in generation["trees"]:
+        leaves = tree.depth_first_leaves()
+        values = {leaf: next(rewards) for leaf in leaves}
+        shares = dict(zip(tree.leaves, tree.leaf_weights(), strict=True))
+        weights = shares if weighting == "inverse_branching" else dict.fromkeys(leaves, 1 / len(leaves))
+        for leaf in leaves:
+            expected = [
+                slow_segment_value(tree, values, weights, node, estimator) * weights[leaf] * len(leaves)
+                for node in tree.path(leaf)
+                for _ in tree.nodes[node].token_ids
+            ]
+            row = next(advantages).tolist()
+            assert row[: len(expected)] == pytest.approx(expected, abs=1e-5)
+            assert not any(row[len(expected) :])
+            num_values.add(len({round(value, 6) for value in expected}))
+    assert max(num_values) > 1
+
+
 def test_subgroup_rejection_leaves_out_equal_subgroups(tmp_path: Path, tiny_model_dir: str) -> None:
     def coarse(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
         return [float(ids[0] % 2) if len(ids) % 3 else 0.5 for ids in completion_ids]  # often equal in a subgroup
