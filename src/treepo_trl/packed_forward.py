@@ -118,51 +118,55 @@ class PackedForward:
             RuntimeError: if the packed log-probabilities of the first packed tree are not those of its plain rows.
         """
         config = self.accelerator.unwrap_model(model).config.get_text_config()
-        if self.is_sharded:
-            self._check_once(
-                model,
-                "flex" if self.tree_packing == "flex" else "sdpa",
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                plain,
-            )
+        if self.is_sharded:  # whatever is chosen below, which may differ between processes
+            first: AttentionBackend = "flex" if self.tree_packing == "flex" else "sdpa"
+            self._check_once(model, first, input_ids, attention_mask, logits_to_keep, plain)
         results: list[_Forwarded] = []
         log: dict[str, list[float]] = {"tree/packing_seconds": [], "tree/packing_ratio": []}
         for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True):
             started = time.perf_counter()
-            pieces = [slice(None)]
-            if self.max_tokens is not None:
-                pieces = cut_rows(ids, mask, logits_to_keep, self.max_tokens)
-            packed = [pack_rows(ids[piece], mask[piece], logits_to_keep) for piece in pieces]
+            packed = self._pack(ids, mask, logits_to_keep)
             log["tree/packing_seconds"].append(time.perf_counter() - started)
-            lengths = [each.input_ids.size(1) for each in packed]
-            log["tree/packing_ratio"].append(sum(each.num_row_tokens for each in packed) / sum(lengths))
-            forwarded: dict[int, _Forwarded] = {}
-            for i in sorted(range(len(pieces)), key=lengths.__getitem__):  # the largest last: it alone is kept
-                backend = self._choose(packed[i], config)
-                if backend is None:
-                    options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
-                    forwarded[i] = _Forwarded(
-                        *plain(model, ids[pieces[i]], mask[pieces[i]], logits_to_keep, **options)
-                    )
-                    continue
-                if not self.is_sharded:
-                    self._check_once(model, backend, ids[pieces[i]], mask[pieces[i]], logits_to_keep, plain)
-                if len(forwarded) == len(pieces) - 1 or not torch.is_grad_enabled():
-                    forwarded[i] = self._forward(model, packed[i], backend, compute_aux_loss)
-                else:
-                    # Not the wrapped model, which would take the forward in the backward pass for a new step.
-                    module = self.accelerator.unwrap_model(model)
-                    values: Any = checkpoint(
-                        self._forward, module, packed[i], backend, compute_aux_loss, use_reentrant=False
-                    )
-                    forwarded[i] = values
-            results += [forwarded[i] for i in range(len(pieces))]
+            num_unique = sum(each.input_ids.size(1) for each in packed)
+            log["tree/packing_ratio"].append(sum(each.num_row_tokens for each in packed) / num_unique)
+            backends: list[AttentionBackend | None] = [self._choose(each, config) for each in packed]
+            if backends == [None]:
+                options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
+                results.append(_Forwarded(*plain(model, ids, mask, logits_to_keep, **options)))
+                continue
+            for backend in get_args(AttentionBackend):
+                if backend in backends and not self.is_sharded:
+                    self._check_once(model, backend, ids, mask, logits_to_keep, plain)
+            results += self._forward_pieces(model, packed, backends, compute_aux_loss)
         logps = torch.cat([result.logps for result in results])
         entropies = torch.cat([result.entropies for result in results]) if compute_entropy else None  # pyright: ignore[reportArgumentType, reportCallIssue]
         aux_loss = torch.stack([result.aux_loss for result in results]).mean() if compute_aux_loss else None  # pyright: ignore[reportArgumentType, reportCallIssue]
         return logps, entropies, aux_loss, log
+
+    def _pack(self, ids: torch.Tensor, mask: torch.Tensor, logits_to_keep: int) -> list[PackedRows]:
+        """A chunk's rows packed, in pieces of at most `max_tokens`."""
+        if self.max_tokens is None:
+            return [pack_rows(ids, mask, logits_to_keep)]
+        pieces = cut_rows(ids, mask, logits_to_keep, self.max_tokens)
+        return [pack_rows(ids[piece], mask[piece], logits_to_keep) for piece in pieces]
+
+    def _forward_pieces(
+        self, model: Any, packed: list[PackedRows], backends: list[AttentionBackend | None], compute_aux_loss: bool
+    ) -> list[_Forwarded]:
+        """Every piece forwarded; all but the largest keep nothing for the backward pass."""
+        results: dict[int, _Forwarded] = {}
+        # The largest comes last, so that nothing else is kept beside it when the backward pass gets there first.
+        for i in sorted(range(len(packed)), key=lambda i: packed[i].input_ids.size(1)):
+            backend = backends[i]
+            assert backend is not None, "with a token budget every piece is packed"
+            if len(results) == len(packed) - 1 or not torch.is_grad_enabled():
+                results[i] = self._forward(model, packed[i], backend, compute_aux_loss)
+                continue
+            # Not the wrapped model, which would take the forward in the backward pass for a new step.
+            module = self.accelerator.unwrap_model(model)
+            values: Any = checkpoint(self._forward, module, packed[i], backend, compute_aux_loss, use_reentrant=False)
+            results[i] = values
+        return [results[i] for i in range(len(packed))]
 
     def _choose(self, packed: PackedRows, config: Any) -> AttentionBackend | None:
         """The attention backend for a packed row; `None` for plain rows."""
