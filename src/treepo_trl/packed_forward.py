@@ -134,8 +134,8 @@ class PackedForward:
                 options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
                 results.append(_Forwarded(*plain(model, ids, mask, logits_to_keep, **options)))
                 continue
-            for backend in get_args(AttentionBackend):
-                if backend in backends and not self.is_sharded:
+            for backend in backends:
+                if backend is not None and not self.is_sharded:
                     self._check_once(model, backend, ids, mask, logits_to_keep, plain)
             results += self._forward_pieces(model, packed, backends, compute_aux_loss)
         logps = torch.cat([result.logps for result in results])
