@@ -125,7 +125,10 @@ class PackedForward:
         log: dict[str, list[float]] = {"tree/packing_seconds": [], "tree/packing_ratio": []}
         for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True):
             started = time.perf_counter()
-            packed = self._pack(ids, mask, logits_to_keep)
+            pieces = [slice(None)]
+            if self.max_tokens is not None:
+                pieces = cut_rows(ids, mask, logits_to_keep, self.max_tokens)
+            packed = [pack_rows(ids[piece], mask[piece], logits_to_keep) for piece in pieces]
             log["tree/packing_seconds"].append(time.perf_counter() - started)
             num_unique = sum(each.input_ids.size(1) for each in packed)
             log["tree/packing_ratio"].append(sum(each.num_row_tokens for each in packed) / num_unique)
@@ -134,21 +137,14 @@ class PackedForward:
                 options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
                 results.append(_Forwarded(*plain(model, ids, mask, logits_to_keep, **options)))
                 continue
-            for backend in backends:
+            for piece, backend in zip(pieces, backends, strict=True):
                 if backend is not None and not self.is_sharded:
-                    self._check_once(model, backend, ids, mask, logits_to_keep, plain)
+                    self._check_once(model, backend, ids[piece], mask[piece], logits_to_keep, plain)
             results += self._forward_pieces(model, packed, backends, compute_aux_loss)
         logps = torch.cat([result.logps for result in results])
         entropies = torch.cat([result.entropies for result in results]) if compute_entropy else None  # pyright: ignore[reportArgumentType, reportCallIssue]
         aux_loss = torch.stack([result.aux_loss for result in results]).mean() if compute_aux_loss else None  # pyright: ignore[reportArgumentType, reportCallIssue]
         return logps, entropies, aux_loss, log
-
-    def _pack(self, ids: torch.Tensor, mask: torch.Tensor, logits_to_keep: int) -> list[PackedRows]:
-        """A chunk's rows packed, in pieces of at most `max_tokens`."""
-        if self.max_tokens is None:
-            return [pack_rows(ids, mask, logits_to_keep)]
-        pieces = cut_rows(ids, mask, logits_to_keep, self.max_tokens)
-        return [pack_rows(ids[piece], mask[piece], logits_to_keep) for piece in pieces]
 
     def _forward_pieces(
         self, model: Any, packed: list[PackedRows], backends: list[AttentionBackend | None], compute_aux_loss: bool
