@@ -36,6 +36,7 @@ ALLOWED = {
     "growing_tree": {"branching", "sampling_config", "stopping", "tree", "engines.base"},
     "sampler": {"growing_tree", "sampling_config", "tree", "engines.base"},
     "metrics": {"sampler", "tree"},
+    "dynamic_sampling": {"rewards", "tree"},
     "packed_forward": {"packing", "model_support", "tree_attention"},
     "evaluation": {"engines", "engines.transformers"},
     "treepo_config": {"sampling_config", "advantages", "packing"},  # the choices of their fields
@@ -43,7 +44,7 @@ ALLOWED = {
     "treepo_trainer": {
         *("treepo_config", "validation", "sampler", "tree", "advantages", "rewards", "model_support"),
         *("metrics", "packed_forward", "weight_sync", "engines", "engines.transformers", "engines.vllm"),
-        "tree_attention",
+        *("tree_attention", "dynamic_sampling"),
     },
     "offline": {"engines", "engines.transformers", "engines.vllm", "sampling_config", "weight_sync"},
     "rollouts": {"engines", "sampler", "sampling_config", "tree"},

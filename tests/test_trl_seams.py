@@ -61,6 +61,7 @@ SIGNATURES: dict[str, dict[str, Any]] = {
         "image_position_ids": None,
     },
     "_prepare_inputs": {"self": EMPTY, "generation_batch": EMPTY},
+    "_save_checkpoint": {"self": EMPTY, "model": EMPTY, "trial": EMPTY},
 }
 INIT_PARAMETERS = [
     "self",

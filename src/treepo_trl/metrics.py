@@ -67,6 +67,11 @@ def tree_metrics(totals: dict[str, float]) -> dict[str, float]:
     return metrics
 
 
+def add_totals(samplings: list[dict[str, float]]) -> dict[str, float]:
+    """Totals of one process's samplings together."""
+    return {name: sum(totals[name] for totals in samplings) for name in samplings[0]} | {"processes": 1}
+
+
 def reduce_totals(
     totals: dict[str, float], gather: Callable[[torch.Tensor], torch.Tensor], device: torch.device
 ) -> dict[str, float]:

@@ -39,6 +39,10 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             `"inverse_branching"` weights each leaf by the product of 1/children along its path, in the group means and
             in its advantages, which undoes the tilt that branching puts on the leaf distribution. Not with a KL term
             (`beta`), which would stay unweighted.
+        dynamic_sampling_rounds (`int`, *optional*, defaults to `0`):
+            How often at most, per batch, prompts whose completions all have the same reward are replaced by fresh ones
+            and sampled again. Prompts are then drawn one after another, each once per pass over the dataset; those
+            that still have equal rewards after the last round stay, with advantages of 0.
         tree_packing (`str`, *optional*, defaults to `"auto"`):
             Whether rows that share prefixes are forwarded once per unique token: `"off"` never, `"sdpa"` and `"flex"`
             always, with that attention (FlexAttention compiles and needs CUDA), `"auto"` where it pays.
@@ -74,6 +78,12 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         default="uniform",
         metadata={
             "help": "Weight of each leaf in the group means and in its advantages.",
+        },
+    )
+    dynamic_sampling_rounds: int = field(
+        default=0,
+        metadata={
+            "help": "How often at most prompts whose completions all have the same reward are replaced by fresh ones.",
         },
     )
     tree_packing: TreePacking = field(
@@ -135,6 +145,12 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             raise ValueError(
                 f"`{offline}` can leave a tree with fewer than `num_generations` completions, which training cannot "
                 "use: it is for offline sampling with `TreeSamplingConfig`. Leave it out."
+            )
+        check_int("dynamic_sampling_rounds", self.dynamic_sampling_rounds)
+        if self.dynamic_sampling_rounds < 0:
+            raise ValueError(
+                f"`dynamic_sampling_rounds` is {self.dynamic_sampling_rounds}. Set 0 to train on every prompt as it "
+                "comes, or how often prompts without different rewards may be replaced, for example 2."
             )
         local_batch_size = self.per_device_train_batch_size * self.steps_per_generation
         if local_batch_size % self.num_generations != 0:

@@ -2,21 +2,23 @@
 `TreePOTrainer`: wiring between TRL's `GRPOTrainer`, the sampler, the advantages, the packed forward and the engines.
 
 The only file that overrides private methods of TRL (1.16): `_generate_single_turn`, `_calculate_rewards`,
-`_generate_and_score_completions`, `_get_per_token_logps_and_entropies` and `_prepare_inputs`.
+`_generate_and_score_completions`, `_get_per_token_logps_and_entropies`, `_prepare_inputs` and `_save_checkpoint`.
 `tests/test_trl_seams.py` pins their signatures.
 """
 
 import json
 import os
 import textwrap
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object, is_peft_model, send_to_device
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl.extras.profiling import profiling_context, profiling_decorator
@@ -26,8 +28,9 @@ from trl.trainer.grpo_trainer import GRPOTrainer, RewardFunc
 from trl.trainer.utils import get_config_model_id
 
 from .advantages import depth_first_weights, expand_to_tokens, leaf_paths, tree_advantages
+from .dynamic_sampling import Candidate, DynamicBatch, PromptStream, fill_batch, without_signal
 from .engines import SamplingOptions
-from .metrics import reduce_totals, tree_metrics, tree_totals
+from .metrics import add_totals, reduce_totals, tree_metrics, tree_totals
 from .model_support import why_not_packable
 from .packed_forward import PackedForward
 from .rewards import combine_rewards
@@ -35,7 +38,7 @@ from .sampler import TreeSampler
 from .tree import SegmentTree
 from .tree_attention import why_no_trees
 from .treepo_config import TreePOConfig
-from .validation import check_arguments, check_datasets, check_packing
+from .validation import check_arguments, check_datasets, check_dynamic_sampling, check_packing
 from .weight_sync import AdapterVLLMGeneration, awake, check_adapter, gather_prompts, replaced, same_draws
 
 
@@ -46,7 +49,9 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-_EXPECTED_LENGTH = "treepo_expected_length"  # key in the trainer's state: mean completion of the last batch, in tokens
+# Keys in the trainer's state, which checkpoints save.
+_EXPECTED_LENGTH = "treepo_expected_length"  # mean completion of the last batch, in tokens
+_PROMPTS_DRAWN = "treepo_prompts_drawn"  # pass over the dataset and examples of it that dynamic sampling has drawn
 
 
 class TreePOTrainer(GRPOTrainer):
@@ -128,6 +133,7 @@ class TreePOTrainer(GRPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TreePOConfig(f"{model_name.split('/')[-1]}-TreePO")
         check_arguments(args, tools, rollout_func, environment_factory)
+        check_dynamic_sampling(args, type(self))
         check_datasets(train_dataset, eval_dataset)
         uses_adapter_sync = (
             args.use_vllm
@@ -158,8 +164,14 @@ class TreePOTrainer(GRPOTrainer):
         self._engine = self._build_engine()
         self.sampler = TreeSampler(self._engine, args, self.eos_token_ids, self._decode)
         self._trees: list[SegmentTree] = []
+        self._totals: list[dict[str, float]] = []  # of the samplings since the last log
+        self._given_trees: list[SegmentTree] | None = None  # to take instead of sampling, in dynamic sampling
+        self._given_rewards: torch.Tensor | None = None
+        self._stream: PromptStream | None = None
+        self._stream_state: Any = None  # state of the training that the stream belongs to
+        self._batch_start = (0, 0)  # the stream's position before the last batch
         self._rewards_per_func: torch.Tensor | None = None
-        self._sampled_at = (-1, 0)  # global step of the last sampling and how many it has seen
+        self._sampled_at = (-1, 0)  # global step of the last generation batch and how many it has seen
         self._num_evaluated = 0  # batches of completions that were sampled in evaluation
         self._processes_per_engine = args.vllm_tensor_parallel_size if args.use_vllm else 1
         self._packed_forward = self._build_packed_forward()
@@ -219,8 +231,11 @@ class TreePOTrainer(GRPOTrainer):
         prompts = prompt_ids[::num_generations]
         if any(ids != prompts[i // num_generations] for i, ids in enumerate(prompt_ids)):
             raise RuntimeError("A group of `num_generations` rows holds different prompts: a tree has only one.")
-        self._sample(prompts)
-        self._log_tree_metrics()
+        if self._given_trees is None:
+            self._start_batch()
+            self._trees = self._sample(prompts)
+        else:
+            self._trees = self._given_trees
         leaves = [(tree, leaf) for tree in self._trees for leaf in tree.depth_first_leaves()]
         completion_ids = [tree.completion_ids(leaf) for tree, leaf in leaves]
         # Like GRPOTrainer's own sampling with transformers, which gives none: the policy itself has sampled.
@@ -234,12 +249,16 @@ class TreePOTrainer(GRPOTrainer):
         self._num_evaluated += 1
         return same_draws(self.vllm_generation, f"{self.args.seed}/evaluation/{self._num_evaluated}")
 
-    def _sample(self, prompts: list[list[int]]) -> None:
-        """Sample the trees of this process's prompts; of all its prompts where a group of processes has one engine."""
+    def _start_batch(self) -> None:
         step, count = self._sampled_at
         self._sampled_at = (self.state.global_step, count + 1 if step == self.state.global_step else 0)
+
+    def _sample(self, prompts: list[list[int]], round_number: int = 0) -> list[SegmentTree]:
+        """Sample the trees of this process's prompts; of all its prompts where a group of processes has one engine."""
         group = self.accelerator.process_index // self._processes_per_engine
         seed = f"{self.args.seed}/{self.state.global_step}/{self._sampled_at[1]}/{group}"
+        if round_number > 0:
+            seed += f"/{round_number}"
         own = slice(0, len(prompts))
         if self.use_vllm:
             prompts, own = gather_prompts(self.vllm_generation, prompts)
@@ -251,7 +270,8 @@ class TreePOTrainer(GRPOTrainer):
                 progress=self.state.global_step / max(self.state.max_steps, 1),
                 expected_length=saved.get(_EXPECTED_LENGTH),
             )
-        self._trees = trees[own]
+        self._totals.append(tree_totals(trees[own], self.sampler.stats, self._processes_per_engine))
+        return trees[own]
 
     def _engine_ready(self, seed: str) -> Any:
         """Context in which the engine samples from the current policy."""
@@ -295,21 +315,29 @@ class TreePOTrainer(GRPOTrainer):
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> torch.Tensor:
-        rewards: Any = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rewards: Any = self._given_rewards
+        if rewards is None:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._rewards_per_func = rewards
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
-            return output
+            return super()._generate_and_score_completions(inputs)
+        try:
+            if self.args.dynamic_sampling_rounds > 0:
+                inputs = self._sample_dynamically(len(inputs) // self.num_generations)
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            self._given_trees = self._given_rewards = None
+        self._log_tree_metrics()
         num_completions, num_tokens = output["completion_ids"].shape
         local = slice(
             self.accelerator.process_index * num_completions, (self.accelerator.process_index + 1) * num_completions
         )
         assert self._rewards_per_func is not None, "GRPOTrainer scores every completion"
         rewards, divisors = combine_rewards(
-            self._rewards_per_func.masked_fill(self._rewards_per_func.isinf(), torch.nan),  # unscorable, not infinite
+            _finite(self._rewards_per_func),
             self.reward_weights.to(self.accelerator.device),
             self.num_generations,
             self.multi_objective_aggregation,
@@ -353,6 +381,104 @@ class TreePOTrainer(GRPOTrainer):
         for _ in range(min(len(values), len(logged))):
             logged.pop()
         logged.extend(values)
+
+    # Dynamic sampling
+
+    def _sample_dynamically(self, num_prompts: int) -> list[dict[str, Any]]:
+        """
+        Fill this process's batch and keep its trees and rewards for `GRPOTrainer`, which then handles and logs it once.
+
+        Returns the rows, as the data loader would give them.
+        """
+        stream = self._prompt_stream()
+        self._batch_start = stream.position
+        self._start_batch()
+        batch = fill_batch(
+            stream,
+            num_prompts,
+            self.args.dynamic_sampling_rounds,
+            self._score_candidates,
+            partial(
+                without_signal,
+                weights=self.reward_weights.to(self.accelerator.device),
+                aggregation=self.multi_objective_aggregation,
+            ),
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        saved: Any = self.state.stateful_callbacks
+        saved[_PROMPTS_DRAWN] = stream.position
+        self._given_trees = [candidate.tree for candidate in batch.candidates if candidate.tree is not None]
+        self._given_rewards = batch.rewards
+        for column in {column: None for candidate in batch.candidates for column in candidate.extra}:
+            for candidate in batch.candidates:
+                self._pending_extra_logs[column] += candidate.extra.get(column, [None] * self.num_generations)
+        self._log_dynamic_sampling(batch)
+        return self._rows(batch.candidates)
+
+    def _prompt_stream(self) -> PromptStream:
+        """The stream of this training, at the position of the checkpoint that it resumes."""
+        if self._stream is None or self._stream_state is not self.state:
+            saved: Any = self.state.stateful_callbacks
+            position = None if self.args.ignore_data_skip else saved.get(_PROMPTS_DRAWN)
+            if position is None and self.state.global_step > 0 and not self.args.ignore_data_skip:
+                logger.warning(
+                    "The checkpoint comes from a training without `dynamic_sampling_rounds`: it does not say which "
+                    "prompts that has drawn, so they are drawn from the start of the dataset."
+                )
+            dataset: Any = self.train_dataset
+            self._stream = PromptStream(dataset, self.shuffle_dataset, self.args.seed, tuple(position or (0, 0)))
+            self._stream_state = self.state
+        return self._stream
+
+    def _rows(self, candidates: list[Candidate]) -> list[dict[str, Any]]:
+        collate: Any = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        examples = collate([candidate.example for candidate in candidates])
+        rows: Any = send_to_device(examples, self.accelerator.device)
+        return [row for row in rows for _ in range(self.num_generations)]
+
+    def _score_candidates(self, candidates: list[Candidate], round_number: int) -> torch.Tensor:
+        """Rewards of all processes' candidates; see [`fill_batch`]. Logs nothing, as most may yet be replaced."""
+        missing = [candidate for candidate in candidates if candidate.tree is None]
+        prompt_ids: list[list[int]] = []
+        if missing:
+            prompt_ids, _, _ = self._tokenize_prompts([candidate.example["prompt"] for candidate in missing])
+        # Also without any: processes that share an engine sample together.
+        for candidate, tree in zip(missing, self._sample(prompt_ids, round_number), strict=True):
+            candidate.tree = tree
+        self._given_trees = [candidate.tree for candidate in candidates if candidate.tree is not None]
+        rows = self._rows(candidates)
+        prompts = [row["prompt"] for row in rows]
+        num_tokens_seen = self.state.num_input_tokens_seen
+        with replaced(self, "_metrics", {"train": defaultdict(list)}):
+            _, completion_ids, _, completions, *_ = self._generate(prompts)
+        self.state.num_input_tokens_seen = num_tokens_seen
+        rewards = _finite(self._calculate_rewards(rows, prompts, completions, completion_ids))
+        for column, values in self._pending_extra_logs.items():
+            for i, candidate in enumerate(candidates):
+                candidate.extra[column] = values[i * self.num_generations : (i + 1) * self.num_generations]
+        self._pending_extra_logs.clear()
+        return rewards.view(self.accelerator.num_processes, len(candidates), self.num_generations, -1)
+
+    def _log_dynamic_sampling(self, batch: DynamicBatch) -> None:
+        metrics = self._metrics["train"]
+        metrics["dynamic_sampling/rounds"].append(batch.num_rounds)
+        metrics["dynamic_sampling/replaced_prompts"].append(batch.num_replaced)
+        metrics["dynamic_sampling/frac_without_signal"].append(batch.frac_without_signal)
+        metrics["dynamic_sampling/reward"].append(batch.mean_reward)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        saved: Any = self.state.stateful_callbacks
+        drawn = saved.get(_PROMPTS_DRAWN)
+        if drawn is None or self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+            super()._save_checkpoint(model, trial)
+            return
+        # Completions are not saved: a resumed training samples the batch that is under way again.
+        saved[_PROMPTS_DRAWN] = self._batch_start
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            saved[_PROMPTS_DRAWN] = drawn
 
     # Update
 
@@ -450,9 +576,13 @@ class TreePOTrainer(GRPOTrainer):
     # Logs
 
     def _log_tree_metrics(self) -> None:
-        totals = tree_totals(self._trees, self.sampler.stats, self._processes_per_engine)
+        totals = add_totals(self._totals)
+        totals["kept_tokens"] = sum(tree.num_unique_tokens for tree in self._trees)
+        self._totals.clear()
         totals = reduce_totals(totals, self.accelerator.gather, self.accelerator.device)
         metrics = tree_metrics(totals)
+        if self.args.dynamic_sampling_rounds > 0:
+            metrics["dynamic_sampling/discarded_tokens"] = totals["unique_tokens"] - totals["kept_tokens"]
         for name, value in metrics.items():
             self._metrics["train"][name].append(value)
         # Part of what checkpoints save and every process knows: a resumed run branches as an uninterrupted one.
@@ -487,3 +617,8 @@ class TreePOTrainer(GRPOTrainer):
         mode = "w" if self._sampled_at[1] == 0 else "a"  # a resumed run writes its steps again
         with open(os.path.join(folder, f"trees_{self.state.global_step:06d}.jsonl"), mode) as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def _finite(rewards: torch.Tensor) -> torch.Tensor:
+    """Rewards in which an infinite one counts as a completion that could not be scored."""
+    return rewards.masked_fill(rewards.isinf(), torch.nan)

@@ -5,6 +5,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from trl.import_utils import is_vllm_available
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from .engines import SamplingOptions
 from .model_support import has_attention_dropout
@@ -160,4 +161,22 @@ def check_datasets(*datasets: Any) -> None:
             raise ValueError(
                 f"The dataset has the column '{images[0]}': image prompts are not supported yet by `TreePOTrainer`. "
                 "Remove the column, or use `GRPOTrainer`."
+            )
+
+
+def check_dynamic_sampling(args: TreePOConfig, trainer_class: type) -> None:
+    """
+    Raise for a trainer class whose own order of prompts dynamic sampling would not follow.
+
+    Raises:
+        ValueError: naming the method.
+    """
+    if args.dynamic_sampling_rounds == 0:
+        return
+    for name in ("_get_train_sampler", "get_train_dataloader"):
+        if getattr(trainer_class, name) is not getattr(GRPOTrainer, name):
+            raise ValueError(
+                f"`dynamic_sampling_rounds={args.dynamic_sampling_rounds}` draws prompts from the dataset itself, but "
+                f"`{trainer_class.__name__}` overrides `{name}`. Order the dataset instead (`shuffle_dataset=False` "
+                "keeps that order), or set `dynamic_sampling_rounds=0`."
             )

@@ -1,0 +1,525 @@
+"""Dynamic sampling: the stream of prompts, what counts as a signal, the rounds, and the trainer with all of it."""
+
+import json
+import math
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from hypothesis import given
+from hypothesis import strategies as st
+from test_treepo_trainer import assert_same_parameters, assert_same_run, build, logs_of, make_config, parameters_of
+from trl.trainer.utils import RepeatSampler
+
+from treepo_trl import SegmentTree, TreePOTrainer
+from treepo_trl.dynamic_sampling import Candidate, PromptStream, fill_batch, without_signal
+
+
+nan = math.nan
+
+
+def rows(count: int) -> Dataset:
+    return Dataset.from_dict({"prompt": [f"w{i}" for i in range(count)]})
+
+
+def prompts_of(examples: list[dict[str, Any]]) -> list[str]:
+    return [example["prompt"] for example in examples]
+
+
+# The stream
+
+
+@given(size=st.integers(1, 9), takes=st.lists(st.integers(0, 7), max_size=8), shuffle=st.booleans())
+def test_each_pass_holds_each_example_once(size: int, takes: list[int], shuffle: bool) -> None:
+    stream = PromptStream(rows(size), shuffle, seed=3)
+    drawn = [prompt for count in takes for prompt in prompts_of(stream.take(count))]
+    assert len(drawn) == sum(takes)
+    for start in range(0, len(drawn), size):
+        part = drawn[start : start + size]
+        assert max(Counter(part).values()) == 1
+        if not shuffle:
+            assert part == [f"w{i}" for i in range(len(part))]
+
+
+@given(size=st.integers(1, 9), before=st.integers(0, 25), after=st.integers(1, 12), shuffle=st.booleans())
+def test_a_stream_goes_on_at_its_position(size: int, before: int, after: int, shuffle: bool) -> None:
+    stream = PromptStream(rows(size), shuffle, seed=3)
+    stream.take(before)
+    again = PromptStream(rows(size), shuffle, seed=3, position=stream.position)
+    assert again.take(after) == stream.take(after)
+    assert again.position == stream.position
+
+
+def test_the_order_is_trls() -> None:
+    """Two passes of GRPOTrainer's sampler, which leaves out what does not fill a batch of 3."""
+    theirs = RepeatSampler(rows(9), mini_repeat_count=1, batch_size=3, shuffle=True, seed=5)
+    expected = [f"w{i}" for _ in range(2) for i in theirs]
+    assert prompts_of(PromptStream(rows(9), shuffle=True, seed=5).take(18)) == expected
+    assert expected[:9] != expected[9:]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_an_iterable_dataset_streams_too(shuffle: bool) -> None:
+    def generate() -> Iterator[dict[str, str]]:
+        yield from ({"prompt": f"w{i}"} for i in range(5))
+
+    def stream(position: tuple[int, int] = (0, 0)) -> PromptStream:
+        return PromptStream(IterableDataset.from_generator(generate), shuffle, 3, position)
+
+    whole = stream()
+    drawn = prompts_of(whole.take(15))
+    for start in (0, 5, 10):
+        assert sorted(drawn[start : start + 5]) == [f"w{i}" for i in range(5)]
+    assert (drawn[:5] != drawn[5:10]) is shuffle
+    assert prompts_of(stream((1, 2)).take(4)) == drawn[7:11]
+
+
+def test_a_dataset_without_examples_is_an_error() -> None:
+    empty = IterableDataset.from_generator(lambda: iter(()))
+    with pytest.raises(ValueError, match="gave no example"):
+        PromptStream(empty, shuffle=False, seed=0).take(1)
+    stream = PromptStream(rows(2), shuffle=False, seed=0, position=(0, 2))
+    assert prompts_of(stream.take(1)) == ["w0"]  # a pass that is used up is none
+
+
+# Signal
+
+ONE = torch.ones(1)
+TWO = torch.tensor([1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("rewards", "weights", "aggregation", "expected"),
+    [
+        ([[[1], [1], [1]], [[0], [0], [1]]], ONE, "sum_then_normalize", [True, False]),
+        ([[[1], [nan], [1]], [[nan], [0], [1]]], ONE, "sum_then_normalize", [True, False]),
+        ([[[nan], [nan], [nan]], [[nan], [nan], [7]]], ONE, "sum_then_normalize", [True, True]),
+        # 1 x 1 + 0.5 x 0 = 1 x 0 + 0.5 x 2: different rewards with the same sum.
+        ([[[1, 0], [0, 2]], [[1, 0], [0, 1]]], TWO, "sum_then_normalize", [True, False]),
+        # The sum has no signal, each function by itself has: +1 and -1, weighted 1 and 0.5.
+        ([[[1, 0], [0, 2]], [[5, 5], [5, 5]]], TWO, "normalize_then_sum", [False, True]),
+        # 0.1 has no exact mean: normalizing it leaves rounding errors, which are not equal.
+        ([[[0.1, nan]] * 7 + [[nan, 0.7]]], TWO, "normalize_then_sum", [True]),
+        ([[[0.1, nan]] * 7 + [[nan, 0.7]]], TWO, "sum_then_normalize", [False]),
+        # A function of weight 0 is only logged.
+        ([[[0, 1], [0, 2]]], torch.tensor([1.0, 0.0]), "sum_then_normalize", [True]),
+    ],
+)
+def test_without_signal(rewards: list, weights: torch.Tensor, aggregation: str, expected: list[bool]) -> None:
+    table = torch.tensor(rewards, dtype=torch.float32)
+    is_without, sums = without_signal(table, weights, aggregation)
+    assert is_without.tolist() == expected
+    by_hand = (torch.nan_to_num(table) * weights).sum(-1).masked_fill(table.isnan().all(-1), nan)
+    torch.testing.assert_close(sums, by_hand, equal_nan=True)
+
+
+# Rounds
+
+
+def run_fill(
+    num_processes: int, num_local: int, rounds: int, good: set[int], size: int = 40
+) -> tuple[list[Any], list[list[tuple[int, list[str]]]]]:
+    """
+    `fill_batch` on threads that gather from each other. A prompt of `good` has rewards 0 and 1, others 0 and 0.
+
+    Returns each process's batch, and the candidates of its rounds that had no tree.
+    """
+    barrier = threading.Barrier(num_processes, timeout=10)
+    shared: dict[int, list[list[float]]] = {}
+    sampled: list[list[tuple[int, list[str]]]] = [[] for _ in range(num_processes)]
+    batches: list[Any] = [None] * num_processes
+
+    def process(rank: int) -> None:
+        def score(candidates: list[Candidate], number: int) -> torch.Tensor:
+            missing = [c for c in candidates if c.tree is None]
+            sampled[rank].append((number, [c.example["prompt"] for c in missing]))
+            for candidate in missing:
+                candidate.tree = SegmentTree([int(candidate.example["prompt"][1:])])
+            shared[rank] = [[0.0, float(int(c.example["prompt"][1:]) in good)] for c in candidates]
+            barrier.wait()
+            rewards = torch.tensor([shared[other] for other in range(num_processes)])[..., None]
+            barrier.wait()
+            return rewards
+
+        stream = PromptStream(rows(size), shuffle=False, seed=0)
+        batches[rank] = fill_batch(
+            stream,
+            num_local,
+            rounds,
+            score,
+            lambda rewards: without_signal(rewards, ONE, "sum_then_normalize"),
+            rank,
+            num_processes,
+        )
+        assert stream.position == (0, num_local * num_processes + batches[rank].num_replaced)
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(num_processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return batches, sampled
+
+
+def prompts_in(batch: Any) -> list[str]:
+    return [candidate.example["prompt"] for candidate in batch.candidates]
+
+
+def test_rounds_by_hand() -> None:
+    """Of w0..w3 only w1 is good; w4 w5 w6 take the other places, w5 of them is good; then w7 and w8, both good."""
+    (batch,), (sampled,) = run_fill(1, 4, rounds=3, good={1, 5, 7, 8})
+    assert sampled == [(0, ["w0", "w1", "w2", "w3"]), (1, ["w4", "w5", "w6"]), (2, ["w7", "w8"])]
+    assert prompts_in(batch) == ["w7", "w1", "w5", "w8"]
+    assert batch.rewards.tolist() == [[0.0], [1.0]] * 4
+    assert (batch.num_rounds, batch.num_replaced, batch.frac_without_signal) == (2, 5, 0.0)
+    assert batch.mean_reward == pytest.approx(4 / 18)  # nine prompts were scored, twice each
+
+
+def test_rounds_end_and_the_batch_stays_full() -> None:
+    (batch,), (sampled,) = run_fill(1, 4, rounds=1, good={1})
+    assert [number for number, _ in sampled] == [0, 1]
+    assert prompts_in(batch) == ["w4", "w1", "w5", "w6"]
+    assert (batch.num_rounds, batch.num_replaced, batch.frac_without_signal) == (1, 3, 0.75)
+
+
+def test_nothing_to_replace_is_one_sampling() -> None:
+    (batch,), (sampled,) = run_fill(1, 3, rounds=5, good={0, 1, 2})
+    assert sampled == [(0, ["w0", "w1", "w2"])]
+    assert (batch.num_rounds, batch.num_replaced) == (0, 0)
+
+
+@given(
+    num_processes=st.integers(1, 3),
+    num_local=st.integers(1, 3),
+    rounds=st.integers(0, 3),
+    good=st.sets(st.integers(0, 39)),
+)
+def test_laws_of_the_rounds(num_processes: int, num_local: int, rounds: int, good: set[int]) -> None:
+    batches, sampled = run_fill(num_processes, num_local, rounds, good)
+    # All processes agree on what is global.
+    for batch in batches:
+        assert torch.equal(batch.rewards, batches[0].rewards)
+        assert (batch.num_rounds, batch.num_replaced) == (batches[0].num_rounds, batches[0].num_replaced)
+    # The batch is full, its trees are those of its prompts, and its rewards are in their places.
+    kept = [prompt for batch in batches for prompt in prompts_in(batch)]
+    assert len(kept) == num_processes * num_local
+    numbers = [int(prompt[1:]) for prompt in kept]
+    trees = [candidate.tree.prompt_ids for batch in batches for candidate in batch.candidates]
+    assert trees == [[number] for number in numbers]
+    assert batches[0].rewards.flatten().tolist() == [r for n in numbers for r in (0.0, float(n in good))]
+    # Each prompt is sampled once, by one process, and no prompt of the stream is passed over.
+    drawn = [prompt for calls in sampled for _, prompts in calls for prompt in prompts]
+    assert sorted(drawn, key=lambda p: int(p[1:])) == [f"w{i}" for i in range(len(drawn))]
+    # What has no signal is in the batch only if the rounds are used up; what has one is always kept.
+    assert {f"w{i}" for i in good} & set(drawn) <= set(kept)
+    if not set(numbers) <= good:
+        assert batches[0].num_rounds == rounds
+    assert batches[0].frac_without_signal == pytest.approx(sum(n not in good for n in numbers) / len(numbers))
+    # Every process calls as often.
+    assert len({len(calls) for calls in sampled}) == 1
+
+
+# The trainer
+
+
+class RecordingTrainer(TreePOTrainer):
+    """Keeps which prompts were sampled and which reach the loss, with their advantages."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sampled: list[list[str]] = []
+        self.updated: list[tuple[list[str], torch.Tensor]] = []
+        sample = self.sampler.sample
+
+        def recording_sample(prompts: Any, seed: str, **kwargs: Any) -> Any:
+            self.sampled.append([self._tokenizer.decode(ids) for ids in prompts])
+            return sample(prompts, seed, **kwargs)
+
+        self.sampler.sample = recording_sample
+
+    def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
+        texts = self._tokenizer.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
+        self.updated.append((texts, inputs["advantages"].clone()))
+        return super()._compute_loss(model, inputs)
+
+
+def labelled(kinds: str) -> Dataset:
+    """A prompt for each letter: `v` has different rewards, `c` equal ones, `n` none at all."""
+    return Dataset.from_dict({"prompt": [f"w{i}" for i in range(len(kinds))], "kind": list(kinds)})
+
+
+def reward_by_kind(completion_ids: list[list[int]], kind: list[str], **_: Any) -> list[float | None]:
+    values = {"c": lambda i: 0.25, "n": lambda i: None, "v": lambda i: float(i % 2)}
+    return [values[k](i) for i, k in enumerate(kind)]
+
+
+def train(tmp_path: Path, model: str, kinds: str, rewards: Any = reward_by_kind, **changes: Any) -> Any:
+    config = make_config(tmp_path, **{"max_steps": 3, "dynamic_sampling_rounds": 4, **changes})
+    trainer = build(RecordingTrainer, model, config, train_dataset=labelled(kinds), reward_funcs=rewards)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("estimator", ["treepo", "grpo", "leave_one_out"])
+def test_prompts_without_signal_never_reach_the_update(tmp_path: Path, tiny_model_dir: str, estimator: str) -> None:
+    kinds = "cvnvccvvcvnv"
+    trainer = train(tmp_path, tiny_model_dir, kinds, advantage_estimator=estimator, max_steps=4)
+    varied = {f"w{i}" for i, kind in enumerate(kinds) if kind == "v"}
+    assert len(trainer.updated) == 4
+    for prompts, advantages in trainer.updated:
+        assert Counter(Counter(prompts).values()) == {4: 2}  # the batch is full: two whole trees
+        assert set(prompts) <= varied
+        assert advantages.abs().max() > 0
+    # Every prompt of the first pass is sampled once before any is sampled again.
+    drawn = [prompt for prompts in trainer.sampled for prompt in prompts]
+    assert len(drawn) >= len(kinds)
+    assert sorted(drawn[: len(kinds)]) == sorted(f"w{i}" for i in range(len(kinds)))
+    # What the pass has of varied prompts is trained on, none left out.
+    updated = {prompt for prompts, _ in trainer.updated for prompt in prompts}
+    assert updated == {prompt for prompt in drawn if prompt in varied}
+
+
+def test_metrics_of_dynamic_sampling(tmp_path: Path, tiny_model_dir: str) -> None:
+    """Batches of two in the dataset's order: v c, then v for the c; c c, then c v, then v."""
+    trainer = train(tmp_path, tiny_model_dir, "vcvcccvv", max_steps=2, shuffle_dataset=False, log_trees=True)
+    assert trainer.sampled == [["w0", "w1"], ["w2"], ["w3", "w4"], ["w5", "w6"], ["w7"]]
+    assert [sorted(set(prompts)) for prompts, _ in trainer.updated] == [["w0", "w2"], ["w6", "w7"]]
+    assert logs_of(trainer, "dynamic_sampling/rounds") == [1, 2]
+    assert logs_of(trainer, "dynamic_sampling/replaced_prompts") == [1, 3]
+    assert logs_of(trainer, "dynamic_sampling/frac_without_signal") == [0, 0]
+    # w0 and w2 have a mean of 1/2, w1 of 1/4; two of 1/2 and three of 1/4.
+    assert logs_of(trainer, "dynamic_sampling/reward") == pytest.approx([1.25 / 3, 1.75 / 5])
+    assert logs_of(trainer, "reward") == [0.5, 0.5]
+    files = sorted((tmp_path / "trees").iterdir())
+    trees = [
+        [SegmentTree.from_dict(r["tree"]) for r in map(json.loads, file.read_text().splitlines())] for file in files
+    ]
+    for kept, unique, discarded in zip(
+        trees,
+        logs_of(trainer, "tree/unique_tokens"),
+        logs_of(trainer, "dynamic_sampling/discarded_tokens"),
+        strict=True,
+    ):
+        assert len(kept) == 2
+        assert sum(tree.num_unique_tokens for tree in kept) + discarded == unique
+        assert discarded > 0
+    # GRPOTrainer's own count of tokens is that of the batches that it trains on.
+    completions = sum(tree.num_leaf_tokens for step in trees for tree in step)
+    assert logs_of(trainer, "num_tokens")[-1] == completions + 2 * 8  # a prompt has one token
+
+
+def test_a_batch_that_stays_without_signal_moves_nothing(tmp_path: Path, tiny_model_dir: str) -> None:
+    config = make_config(tmp_path, max_steps=2, dynamic_sampling_rounds=2)
+    trainer = build(
+        RecordingTrainer, tiny_model_dir, config, train_dataset=labelled("ccnc"), reward_funcs=reward_by_kind
+    )
+    before = parameters_of(trainer)
+    trainer.train()
+    assert_same_parameters(before, parameters_of(trainer), 0.0)
+    assert [len(prompts) for prompts in trainer.sampled] == [2, 2, 2] * 2
+    assert logs_of(trainer, "dynamic_sampling/frac_without_signal") == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_iterations": 2, "max_steps": 4},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "advantage_estimator": "treepo_segment"},
+        {"per_device_train_batch_size": 4, "steps_per_generation": 2, "shuffle_dataset": False, "max_steps": 4},
+    ],
+    ids=lambda changes: "-".join(changes) or "defaults",
+)
+def test_with_nothing_to_replace_it_is_the_run_without(
+    tmp_path: Path, tiny_model_dir: str, changes: dict[str, Any]
+) -> None:
+    """Also what is logged is logged once, for the same completions."""
+    runs = []
+    for rounds in (0, 3):
+        config = make_config(
+            tmp_path / str(rounds), **{"max_steps": 3, "dynamic_sampling_rounds": rounds, "log_trees": True, **changes}
+        )
+        runs.append(build(RecordingTrainer, tiny_model_dir, config))
+        runs[-1].train()
+    without, dynamic = runs
+    assert dynamic.sampled == without.sampled
+    assert_same_run(without, dynamic)
+    for a, b in zip(without.state.log_history, dynamic.state.log_history, strict=True):
+        assert {key for key in b if not key.startswith("dynamic_sampling/")} == set(a)
+        for key in a:
+            if not any(part in key for part in ("seconds", "time", "per_second", "profiling/")):
+                assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4, nan_ok=True), key
+    assert list(without._logs["completion"]) == list(dynamic._logs["completion"])
+    assert list(without._logs["advantages"]) == pytest.approx(list(dynamic._logs["advantages"]), abs=1e-4)
+    trees = [sorted((tmp_path / str(rounds) / "trees").iterdir()) for rounds in (0, 3)]
+    assert [file.name for file in trees[0]] == [file.name for file in trees[1]]
+    counts = [[len(file.read_text().splitlines()) for file in files] for files in trees]
+    assert counts[0] == counts[1]
+
+
+def test_reward_functions_are_called_once_per_completion(tmp_path: Path, tiny_model_dir: str) -> None:
+    calls: list[list[str]] = []
+
+    def noisy(completions: list[str], kind: list[str], prompts: list[str], **_: Any) -> list[float]:
+        calls.append(list(prompts))
+        return [0.25 if k == "c" else torch.rand(()).item() for k in kind]
+
+    trainer = train(tmp_path, tiny_model_dir, "cvvcvvcv", noisy, max_steps=2)
+    scored = [prompt for call in calls for prompt in call]
+    assert Counter(scored) == {p: 4 for prompts in trainer.sampled for p in prompts}
+
+
+def test_several_rewards_none_and_logged_columns(tmp_path: Path, tiny_model_dir: str) -> None:
+    """Columns and metrics that reward functions log belong to the completions that are kept."""
+
+    def first(
+        completion_ids: list[list[int]], kind: list[str], prompts: list[str], log_extra: Any, log_metric: Any, **_: Any
+    ) -> list[float | None]:
+        log_extra("from", [f"{prompt}/{i % 4}" for i, prompt in enumerate(prompts)])
+        if "c" not in kind:
+            log_extra("sometimes", list(kind))
+        log_metric("seen", float(len(prompts)))
+        return [None if k == "n" else 1.0 for k in kind]
+
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=3, shuffle_dataset=False)
+    trainer = build(
+        RecordingTrainer,
+        tiny_model_dir,
+        config,
+        train_dataset=labelled("cvnvv"),
+        reward_funcs=[first, reward_by_kind],
+    )
+    trainer.train()
+    assert trainer.sampled == [["w0", "w1"], ["w2"], ["w3"]]
+    extra = trainer._logs["extra"]
+    assert list(extra["from"]) == [f"{prompt}/{i}" for prompt in ("w3", "w1") for i in range(4)]
+    assert list(extra["sometimes"]) == ["v"] * 4 + [None] * 4
+    assert list(trainer._logs["prompt"]) == ["w3"] * 4 + ["w1"] * 4
+    assert list(trainer._logs["rewards"]["reward_by_kind"]) == [0.0, 1.0] * 4
+    assert logs_of(trainer, "seen") == pytest.approx([(8 + 4 + 4) / 3])
+    assert logs_of(trainer, "rewards/first/mean") == [1.0]
+
+
+@pytest.mark.parametrize("kind", ["map", "iterable"])
+def test_a_resumed_training_draws_on(tmp_path: Path, tiny_model_dir: str, kind: str) -> None:
+    kinds = "cvvcvcvvccv"
+
+    def make(name: str) -> Any:
+        dataset = labelled(kinds)
+        config = make_config(
+            tmp_path / name, max_steps=4, dynamic_sampling_rounds=4, save_strategy="steps", save_steps=2
+        )
+        return build(
+            RecordingTrainer,
+            tiny_model_dir,
+            config,
+            train_dataset=dataset if kind == "map" else dataset.to_iterable_dataset(),
+            reward_funcs=reward_by_kind,
+        )
+
+    whole, resumed = make("whole"), make("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    assert len(resumed.sampled) < len(whole.sampled)
+    assert whole.sampled[-len(resumed.sampled) :] == resumed.sampled
+    assert_same_parameters(parameters_of(whole), parameters_of(resumed), 1e-6)
+
+
+def test_a_training_resumed_inside_a_batch_samples_it_again(tmp_path: Path, tiny_model_dir: str) -> None:
+    def make(name: str) -> Any:
+        config = make_config(
+            tmp_path / name,
+            max_steps=4,
+            num_iterations=2,
+            dynamic_sampling_rounds=4,
+            save_strategy="steps",
+            save_steps=1,
+        )
+        return build(
+            RecordingTrainer,
+            tiny_model_dir,
+            config,
+            train_dataset=labelled("cvvcvcvvccvvvv"),
+            reward_funcs=reward_by_kind,
+        )
+
+    whole = make("whole")
+    whole.train()
+    starts = [0, next(i for i in range(1, len(whole.sampled)) if len(whole.sampled[i]) == 2)]
+    for checkpoint, start in ((1, starts[0]), (2, starts[1]), (3, starts[1])):
+        resumed = make(f"resumed{checkpoint}")
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{checkpoint}"))
+        rest = whole.sampled[start:]
+        assert resumed.sampled[: len(rest)] == rest[: len(resumed.sampled)], checkpoint
+
+
+def test_a_checkpoint_without_position_is_warned_about(
+    tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(name: str, rounds: int, checkpoint: str | None, **changes: Any) -> Any:
+        config = make_config(
+            tmp_path / name,
+            max_steps=2,
+            dynamic_sampling_rounds=rounds,
+            save_strategy="steps",
+            save_steps=1,
+            **changes,
+        )
+        trainer = build(RecordingTrainer, tiny_model_dir, config)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    plain = run("plain", 0, None)
+    checkpoint = str(tmp_path / "plain/checkpoint-1")
+    resumed = run("resumed", 2, checkpoint)
+    assert "does not say which prompts" in caplog.text
+    assert resumed.sampled[0] == plain.sampled[0]
+    caplog.clear()
+    skipping = run("skipping", 2, checkpoint, ignore_data_skip=True)
+    assert skipping.sampled[0] == plain.sampled[0]
+    assert "does not say which prompts" not in caplog.text
+
+
+def test_training_twice_starts_the_stream_again(tmp_path: Path, tiny_model_dir: str) -> None:
+    trainer = train(tmp_path, tiny_model_dir, "vvvvvvvvvvvv", max_steps=2, learning_rate=0.0)
+    first = list(trainer.sampled)
+    trainer.train()
+    assert trainer.sampled[len(first) :] == first
+
+
+def test_evaluation_is_not_touched(tmp_path: Path, tiny_model_dir: str) -> None:
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=2, eval_strategy="steps", eval_steps=1)
+    trainer = build(
+        RecordingTrainer,
+        tiny_model_dir,
+        config,
+        train_dataset=labelled("vvvv"),
+        eval_dataset=labelled("cc"),
+        reward_funcs=reward_by_kind,
+    )
+    trainer.train()
+    assert logs_of(trainer, "eval_reward") == [0.25]
+    assert not any(key.startswith("eval_dynamic_sampling") for log in trainer.state.log_history for key in log)
+
+
+def test_an_order_of_its_own_is_refused(tmp_path: Path, tiny_model_dir: str) -> None:
+    class Curriculum(TreePOTrainer):
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return super()._get_train_sampler(dataset)
+
+    with pytest.raises(
+        ValueError, match=r"`dynamic_sampling_rounds=1` .* `Curriculum` overrides `_get_train_sampler`"
+    ):
+        build(Curriculum, tiny_model_dir, make_config(tmp_path, dynamic_sampling_rounds=1))
+    build(Curriculum, tiny_model_dir, make_config(tmp_path))
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True])
+def test_rounds_are_a_number(tmp_path: Path, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="`dynamic_sampling_rounds`"):
+        make_config(tmp_path, dynamic_sampling_rounds=value)
