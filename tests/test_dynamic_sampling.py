@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import run_in_two_processes
 from test_treepo_trainer import assert_same_parameters, assert_same_run, build, logs_of, make_config, parameters_of
 from trl.trainer.utils import RepeatSampler
 
@@ -523,3 +524,75 @@ def test_an_order_of_its_own_is_refused(tmp_path: Path, tiny_model_dir: str) -> 
 def test_rounds_are_a_number(tmp_path: Path, value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="`dynamic_sampling_rounds`"):
         make_config(tmp_path, dynamic_sampling_rounds=value)
+
+
+SCRIPT = """
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+import test_dynamic_sampling as here
+
+model, folder = sys.argv[1:3]
+trainer = here.train(
+    Path(folder),
+    model,
+    here.TWO_PROCESSES,
+    rewards=here.reward_and_log,
+    max_steps=3,
+    shuffle_dataset=False,
+    log_trees=True,
+    ddp_backend="gloo",
+)
+rank = trainer.accelerator.process_index
+assert trainer.accelerator.num_processes == 2
+torch.save({n: p.detach() for n, p in trainer.model.named_parameters()}, f"{folder}/rank{rank}.pt")
+result = {
+    "sampled": trainer.sampled,
+    "updated": [prompts for prompts, _ in trainer.updated],
+    "largest": [advantages.abs().max().item() for _, advantages in trainer.updated],
+    "logs": trainer.state.log_history,
+    "extra": list(trainer._logs["extra"]["from"]),
+    "prompts": list(trainer._logs["prompt"]),
+    "rewards": list(trainer._logs["rewards"]["reward_and_log"]),
+}
+with open(f"{folder}/rank{rank}.json", "w") as file:
+    json.dump(result, file)
+distributed.destroy_process_group()
+"""
+# Four prompts per batch, two per process. First all of the second process's are replaced and one of the first's; then
+# none; then one place of the first process needs all four rounds.
+TWO_PROCESSES = "vcccvvv" + "vvvv" + "cvvvcccv"
+
+
+def reward_and_log(prompts: list[str], completion_ids: Any, kind: list[str], log_extra: Any, **_: Any) -> list:
+    log_extra("from", [f"{prompt}/{i % 4}" for i, prompt in enumerate(prompts)])
+    return reward_by_kind(completion_ids, kind)
+
+
+def test_two_processes_fill_one_batch(tmp_path: Path, tiny_model_dir: str) -> None:
+    ranks = run_in_two_processes(SCRIPT, tmp_path, tiny_model_dir, str(tmp_path))
+    assert ranks[0]["sampled"] == [["w0", "w1"], ["w4"], ["w7", "w8"], ["w11", "w12"], ["w15"], ["w16"], ["w17"], ["w18"]]
+    assert ranks[1]["sampled"] == [["w2", "w3"], ["w5", "w6"], ["w9", "w10"], ["w13", "w14"], [], [], [], []]
+    expected = [{"w0", "w4", "w5", "w6"}, {"w7", "w8", "w9", "w10"}, {"w18", "w12", "w13", "w14"}]
+    for first, second, prompts in zip(ranks[0]["updated"], ranks[1]["updated"], expected, strict=True):
+        assert Counter(first + second) == {prompt: 4 for prompt in prompts}
+    assert min(ranks[0]["largest"] + ranks[1]["largest"]) > 0
+    kept = ["w18", "w12", "w13", "w14"]  # the logs hold the last batch
+    for rank in ranks:
+        assert rank["prompts"][::4] == kept
+        assert rank["extra"] == [f"{prompt}/{i}" for prompt in kept for i in range(4)]
+        assert rank["rewards"] == [0.0, 1.0] * 8
+    logs = [log for log in ranks[0]["logs"] if "loss" in log]
+    assert [log["dynamic_sampling/rounds"] for log in logs] == [1, 0, 4]
+    assert [log["dynamic_sampling/replaced_prompts"] for log in logs] == [3, 0, 4]
+    parameters = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    assert_same_parameters(*parameters, 0.0)
+    for step, log in enumerate(logs):
+        lines = (tmp_path / f"trees/trees_{step:06d}.jsonl").read_text().splitlines()
+        unique = sum(SegmentTree.from_dict(json.loads(line)["tree"]).num_unique_tokens for line in lines)
+        assert len(lines) == 4
+        assert log["tree/unique_tokens"] == unique + log["dynamic_sampling/discarded_tokens"]
