@@ -575,11 +575,20 @@ def reward_and_log(prompts: list[str], completion_ids: Any, kind: list[str], log
 
 def test_two_processes_fill_one_batch(tmp_path: Path, tiny_model_dir: str) -> None:
     ranks = run_in_two_processes(SCRIPT, tmp_path, tiny_model_dir, str(tmp_path))
-    assert ranks[0]["sampled"] == [["w0", "w1"], ["w4"], ["w7", "w8"], ["w11", "w12"], ["w15"], ["w16"], ["w17"], ["w18"]]
+    assert ranks[0]["sampled"] == [
+        ["w0", "w1"],
+        ["w4"],
+        ["w7", "w8"],
+        ["w11", "w12"],
+        ["w15"],
+        ["w16"],
+        ["w17"],
+        ["w18"],
+    ]
     assert ranks[1]["sampled"] == [["w2", "w3"], ["w5", "w6"], ["w9", "w10"], ["w13", "w14"], [], [], [], []]
     expected = [{"w0", "w4", "w5", "w6"}, {"w7", "w8", "w9", "w10"}, {"w18", "w12", "w13", "w14"}]
     for first, second, prompts in zip(ranks[0]["updated"], ranks[1]["updated"], expected, strict=True):
-        assert Counter(first + second) == {prompt: 4 for prompt in prompts}
+        assert Counter(first + second) == dict.fromkeys(prompts, 4)
     assert min(ranks[0]["largest"] + ranks[1]["largest"]) > 0
     kept = ["w18", "w12", "w13", "w14"]  # the logs hold the last batch
     for rank in ranks:

@@ -386,7 +386,7 @@ class TreePOTrainer(GRPOTrainer):
 
     def _sample_dynamically(self, num_prompts: int) -> list[dict[str, Any]]:
         """
-        Fill this process's batch and keep its trees and rewards for `GRPOTrainer`, which then handles and logs it once.
+        Fill this process's batch and keep its trees and rewards for `GRPOTrainer`, which handles and logs them once.
 
         Returns the rows, as the data loader would give them.
         """
@@ -420,14 +420,15 @@ class TreePOTrainer(GRPOTrainer):
         """The stream of this training, at the position of the checkpoint that it resumes."""
         if self._stream is None or self._stream_state is not self.state:
             saved: Any = self.state.stateful_callbacks
-            position = None if self.args.ignore_data_skip else saved.get(_PROMPTS_DRAWN)
+            position = None if self.args.ignore_data_skip else saved.get(_PROMPTS_DRAWN)  # JSON makes lists of tuples
             if position is None and self.state.global_step > 0 and not self.args.ignore_data_skip:
                 logger.warning(
                     "The checkpoint comes from a training without `dynamic_sampling_rounds`: it does not say which "
                     "prompts that has drawn, so they are drawn from the start of the dataset."
                 )
             dataset: Any = self.train_dataset
-            self._stream = PromptStream(dataset, self.shuffle_dataset, self.args.seed, tuple(position or (0, 0)))
+            number, row = position or (0, 0)
+            self._stream = PromptStream(dataset, bool(self.shuffle_dataset), self.args.seed, (number, row))
             self._stream_state = self.state
         return self._stream
 

@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_args
 
 import numpy as np
@@ -32,19 +31,19 @@ _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @contextmanager
-def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: object, name: str, value: Any) -> Iterator[None]:
     """
-    Replace a name that TRL looks up in one of its modules while one of its methods runs.
+    Replace a name that TRL looks up in one of its modules or objects while one of its methods runs.
 
     Raises:
-        AttributeError: if the module does not have the name any more.
+        AttributeError: if the owner does not have the name any more.
     """
-    original = getattr(module, name)
-    setattr(module, name, value)
+    original = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(module, name, original)
+        setattr(owner, name, original)
 
 
 def check_adapter(peft_config: Any) -> None:
