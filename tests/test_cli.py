@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,12 +161,15 @@ def test_rewards_by_name() -> None:
     from trl.rewards import accuracy_reward, think_format_reward
 
     names = ["accuracy_reward", "think_format_reward", "get_soft_overlong_punishment", "trl.rewards.accuracy_reward"]
-    functions = load_reward_funcs(TreePOScriptArguments(dataset_name="x", reward_funcs=names))
+    lengths = SimpleNamespace(max_completion_length=20, segment_length=4)
+    functions = load_reward_funcs(TreePOScriptArguments(dataset_name="x", reward_funcs=names), lengths)
     assert functions[0] is accuracy_reward
     assert functions[1] is think_format_reward
+    # The last segment of 4 of 20 tokens: none up to 16, then a quarter more per token.
+    assert functions[2](completion_ids=[[0] * n for n in (1, 16, 17, 19, 20)]) == [0, 0, -0.25, -0.75, -1]
     assert functions[3] is accuracy_reward
     with_model = TreePOScriptArguments(dataset_name="x", reward_model_name_or_path="model", reward_funcs=names[:1])
-    assert load_reward_funcs(with_model) == ["model", accuracy_reward]
+    assert load_reward_funcs(with_model, lengths) == ["model", accuracy_reward]
 
 
 # Errors

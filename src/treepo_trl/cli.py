@@ -4,7 +4,7 @@ import argparse
 import importlib
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trl.scripts.grpo import GRPOScriptArguments
@@ -20,11 +20,22 @@ class TreePOScriptArguments(GRPOScriptArguments):
     Script arguments of the TreePO training script: those of TRL's GRPO script.
 
     `--dataset_name` also takes a local file (json, jsonl, csv, parquet or txt) or a folder written by
-    `Dataset.save_to_disk`.
+    `Dataset.save_to_disk`. The reward `get_soft_overlong_punishment` takes its lengths from the training:
+    `max_completion_length`, of which the last `segment_length` tokens are punished (the paper: the last 512 of 7168);
+    in TRL's script they are 1280 and 256 whatever the training.
     """
 
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions: accuracy_reward, reasoning_accuracy_reward, think_format_reward, "
+            "get_soft_overlong_punishment (of the last `segment_length` of `max_completion_length` tokens), or import "
+            "paths such as my_package.rewards.my_reward.",
+        },
+    )
 
-def load_reward_funcs(script_args: TreePOScriptArguments) -> list[Any]:
+
+def load_reward_funcs(script_args: TreePOScriptArguments, training_args: Any) -> list[Any]:
     """
     Reward functions by TRL's names or by import path, after the reward model if there is one.
 
@@ -38,7 +49,7 @@ def load_reward_funcs(script_args: TreePOScriptArguments) -> list[Any]:
         "reasoning_accuracy_reward": rewards.reasoning_accuracy_reward,
         "think_format_reward": rewards.think_format_reward,
         "get_soft_overlong_punishment": rewards.get_soft_overlong_punishment(
-            max_completion_len=1280, soft_punish_cache=256
+            max_completion_len=training_args.max_completion_length, soft_punish_cache=training_args.segment_length
         ),
     }
     functions: list[Any] = []
@@ -98,7 +109,7 @@ def train(script_args: TreePOScriptArguments, training_args: Any, model_args: An
     from .treepo_trainer import TreePOTrainer
 
     with user_errors():
-        reward_funcs = load_reward_funcs(script_args)
+        reward_funcs = load_reward_funcs(script_args, training_args)
         dataset = load_train_and_test(script_args, dataset_args)
         train_dataset = take_split(dataset, script_args.dataset_train_split, "--dataset_train_split")
         eval_dataset = None

@@ -1,0 +1,339 @@
+"""
+What the estimators learn from equally many decoded tokens: reward of held-out tasks against tokens, several seeds.
+
+    python benchmarks/learning.py                       # table and plot of docs/performance.md
+    python benchmarks/learning.py --model MODEL --dtype bfloat16 --use_vllm  # a real model on one GPU
+
+Two families of tasks from reasoning-gym, one reward: 1 if the last number is the answer. Without `--model` the policy
+is a Llama of 2.7 million parameters with a token per character, warmed up on worked solutions of the family (TRL's
+`SFTTrainer`) until it is right now and then; that takes seconds on two cores. A run stops when it has decoded its
+tokens; what the engine decoded counts, so a token that several leaves share counts once. Held-out reward is that of
+independent completions at temperature 1 for every trainer. Each run is a process of its own; finished runs are not
+repeated.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import reasoning_gym
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from treepo_trl import TreePOConfig, TreePOTrainer
+from treepo_trl.embedded import last_number
+
+
+ARMS = {
+    "independent, GRPO": None,
+    "tree, grpo": {"advantage_estimator": "grpo"},
+    "tree, treepo": {"advantage_estimator": "treepo"},
+    "tree, treepo_segment": {"advantage_estimator": "treepo_segment"},
+    "tree, value_difference": {"advantage_estimator": "value_difference"},
+    "tree, leave_one_out": {"advantage_estimator": "leave_one_out", "leaf_weighting": "inverse_branching"},
+}
+NUM_HELD_OUT = 64
+
+
+def chain_sum(entry: dict) -> tuple[str, str]:
+    """`47+23-12` and `47+23=70 70-12=58`."""
+    terms = entry["metadata"]["expression"].split()
+    steps, total = [], int(terms[0])
+    for sign, term in zip(terms[1::2], terms[2::2], strict=True):
+        result = total + int(sign + term)
+        steps.append(f"{total}{sign}{term}={result}")
+        total = result
+    return "".join(terms), " ".join(steps)
+
+
+def gcd(entry: dict) -> tuple[str, str]:
+    """`146,196` and Euclid's `146%196=146 196%146=50 ... 4%2=0 2`."""
+    a, b = entry["metadata"]["numbers"]
+    steps = []
+    while b:
+        steps.append(f"{a}%{b}={a % b}")
+        a, b = b, a % b
+    return ",".join(map(str, entry["metadata"]["numbers"])), " ".join([*steps, str(a)])
+
+
+def products(entry: dict) -> tuple[str, str]:
+    """`47*38` and `47*30=1410 47*8=376 1410+376=1786`."""
+    a, b = map(int, entry["metadata"]["expression"].split(" * "))
+    tens, units = a * (b - b % 10), a * (b % 10)
+    return f"{a}*{b}", f"{a}*{b - b % 10}={tens} {a}*{b % 10}={units} {tens}+{units}={tens + units}"
+
+
+# Short form and worked solution, options of the task, steps of the warm start.
+TASKS = {
+    "chain_sum": (chain_sum, {"min_terms": 3, "max_terms": 3, "min_digits": 2, "max_digits": 2}, 500),
+    "products": (products, {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}, 500),
+    "gcd": (gcd, {"min_numbers": 2, "max_numbers": 2, "min_value": 10, "max_value": 200}, 600),
+}
+
+
+def task_rows(task: str, size: int, seed: int) -> list[dict]:
+    """Question for people, its short form, a worked solution and the answer of `size` tasks."""
+    worked, options, _ = TASKS[task]
+    rows = []
+    for entry in reasoning_gym.create_dataset(task, size=size, seed=seed, **options):
+        short, solution = worked(entry)
+        rows.append({"question": entry["question"], "short": short, "solution": solution, "answer": entry["answer"]})
+    return rows
+
+
+def answer_reward(completions: list, answer: list[str], **_: object) -> list[float]:
+    """1 for each completion whose last number is the answer, else 0."""
+    texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
+    return [float(last_number(text) == expected) for text, expected in zip(texts, answer, strict=True)]
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each character of the short tasks."""
+    vocabulary = ["<eos>", "<pad>", "<unk>", *"0123456789+-*%=, \n"]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = None
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", padding_side="left"
+    )
+
+
+def warm_start(task: str, folder: Path) -> None:
+    """Train the small Llama on worked solutions, so that it has something to explore from."""
+    if (folder / "config.json").exists():
+        return
+    steps = TASKS[task][2]
+    tokenizer = character_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        max_position_embeddings=256,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    rows = task_rows(task, 64 * steps, seed=1)
+    args = SFTConfig(
+        output_dir=str(folder.with_name(folder.name + "-sft")),
+        max_steps=steps,
+        per_device_train_batch_size=64,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=20,
+        logging_steps=100,
+        save_strategy="no",
+        report_to="none",
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    trainer = SFTTrainer(
+        model=LlamaForCausalLM(config),
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": r["short"] + "\n", "completion": r["solution"]} for r in rows]),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model(str(folder))
+
+
+class TokenBudget(TrainerCallback):
+    """Counts decoded tokens, asks for an evaluation at equal distances, and stops when they are used up."""
+
+    def __init__(self, budget: int, completions: int, num_points: int) -> None:
+        self.budget, self.completions, self.every = budget, completions, budget / num_points
+        self.tokens = 0.0
+        self.curve: list[dict] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
+        """Take tokens from a training step's log and the reward from an evaluation's."""
+        logs = logs or {}
+        if "eval_reward" in logs:
+            self.curve.append({"tokens": self.tokens, "reward": logs["eval_reward"], "step": state.global_step})
+        elif "reward" in logs:
+            before = self.tokens // self.every
+            self.tokens += logs.get("tree/decoded_tokens", self.completions * logs["completions/mean_length"])
+            control.should_evaluate = self.tokens // self.every > before
+            control.should_training_stop = self.tokens >= self.budget
+
+
+def train(arm: str, task: str, seed: int, options: argparse.Namespace, folder: Path) -> None:
+    """One run; writes `result.json`."""
+    rows = task_rows(task, NUM_HELD_OUT, seed=2), task_rows(task, 4096, seed=100 + seed)
+    if options.model is None:
+        model_path = str(options.out / f"{task}-warm")
+        held_out, train_set = ([{"prompt": r["short"] + "\n", "answer": r["answer"]} for r in part] for part in rows)
+    else:
+        model_path = options.model
+        held_out, train_set = (
+            [{"prompt": [{"role": "user", "content": r["question"]}], "answer": r["answer"]} for r in part]
+            for part in rows
+        )
+    completions = options.prompts * options.width
+    settings = {
+        "output_dir": str(folder),
+        "seed": seed,
+        "max_steps": 100_000,  # the callback stops
+        "per_device_train_batch_size": completions,
+        "per_device_eval_batch_size": NUM_HELD_OUT * 4,
+        "num_generations_eval": 4,
+        "num_generations": options.width,
+        "max_completion_length": options.max_completion_length,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 10,  # Adam's first steps have the size of the learning rate, however noisy the gradient
+        "scale_rewards": "batch",
+        "epsilon_high": 0.28,
+        "eval_strategy": "no",
+        "eval_on_start": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "use_vllm": options.use_vllm,
+        "model_init_kwargs": {"dtype": options.dtype},
+    }
+    tree = ARMS[arm]
+    if tree is None:
+        trainer_class, args = GRPOTrainer, GRPOConfig(**settings)
+    else:
+        trainer_class, args = TreePOTrainer, TreePOConfig(segment_length=options.segment_length, **tree, **settings)
+    budget = TokenBudget(options.tokens, completions, options.points)
+    trainer = trainer_class(
+        model=model_path,
+        reward_funcs=answer_reward,
+        args=args,
+        train_dataset=Dataset.from_list(train_set),
+        eval_dataset=Dataset.from_list(held_out),
+        callbacks=[budget],
+    )
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    result = {
+        "arm": arm,
+        "task": task,
+        "seed": seed,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "curve": budget.curve,
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "log": [log for log in trainer.state.log_history if "reward" in log],
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def start(arm: str, task: str, seed: int, options: argparse.Namespace) -> dict:
+    """Result of one run, from its file if it is there."""
+    folder = options.out / f"{task}-{arm.replace(', ', '-')}-{seed}"
+    if not (folder / "result.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, *sys.argv, "--run", arm, task, str(seed)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
+        with open(folder / "log.txt", "w") as log:
+            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True, env=environment)
+        print(f"{task} {arm} seed {seed} done", file=sys.stderr, flush=True)
+    return json.loads((folder / "result.json").read_text())
+
+
+def print_table(task: str, runs: dict[str, list[dict]], budget: int) -> None:
+    """Held-out reward of each arm at fractions of the budget, mean and standard deviation over seeds."""
+    points = [budget * quarter / 4 for quarter in range(5)]
+    first = next(iter(runs.values()))[0]
+    print(f"\n`{task}`, {first['device']}, {len(next(iter(runs.values())))} seeds\n")
+    print("| arm | " + " | ".join(f"{point / 1000:.0f}k" for point in points) + " | mean of the curve | steps |")
+    print("|---|" + "---|" * (len(points) + 2))
+    for arm, results in runs.items():
+        curves = np.array([interpolate(result, points) for result in results])
+        means = np.array([interpolate(result, np.linspace(0, budget, 101)).mean() for result in results])
+        cells = [f"{column.mean():.3f} ± {column.std(ddof=1):.3f}" for column in [*curves.T, means]]
+        print(f"| {arm} | " + " | ".join(cells) + f" | {np.mean([result['steps'] for result in results]):.0f} |")
+
+
+def interpolate(result: dict, tokens: Any) -> np.ndarray:
+    """Held-out reward of a run at these numbers of decoded tokens, on lines between its evaluations."""
+    curve = result["curve"]
+    return np.interp(tokens, [point["tokens"] for point in curve], [point["reward"] for point in curve])
+
+
+def draw(results: dict[str, dict[str, list[dict]]], budget: int, file: Path) -> None:
+    """A panel per task, a line per arm: mean over seeds, and the range of the seeds as a band."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    tokens = np.linspace(0, budget, 101)
+    figure, panels = plt.subplots(1, len(results), figsize=(6 * len(results), 4.5), squeeze=False)
+    for panel, (task, runs) in zip(panels[0], results.items(), strict=True):
+        for arm, seeds in runs.items():
+            curves = np.array([interpolate(result, tokens) for result in seeds])
+            (line,) = panel.plot(tokens / 1000, curves.mean(0), label=arm)
+            panel.fill_between(tokens / 1000, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.1)
+        panel.set(title=task, xlabel="decoded tokens, thousands", ylabel="held-out reward")
+    panels[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    print(f"\n{file}", file=sys.stderr)
+
+
+def main() -> None:
+    """Run what is missing, print the table and draw the plot."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser.add_argument("--model", help="a chat model; without it the small one with a warm start")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--use_vllm", action="store_true")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=200_000, help="decoded tokens of a run")
+    parser.add_argument("--points", type=int, default=8, help="evaluations of a run")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts per step")
+    parser.add_argument("--width", type=int, default=8, help="completions per prompt")
+    parser.add_argument("--max_completion_length", type=int, default=64)
+    parser.add_argument("--segment_length", type=int, default=8)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/learning"))
+    parser.add_argument("--plot", type=Path, default=Path("outputs/benchmarks/learning/learning.png"))
+    parser.add_argument("--run", nargs=3, metavar=("ARM", "TASK", "SEED"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        arm, task, seed = options.run
+        train(arm, task, int(seed), options, options.out / f"{task}-{arm.replace(', ', '-')}-{seed}")
+        return
+    if options.model is None:
+        for task in options.tasks:
+            warm_start(task, options.out / f"{task}-warm")
+    runs = [(arm, task, seed) for seed in range(options.seeds) for task in options.tasks for arm in options.arms]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(lambda run: start(*run, options), runs))
+    by_run = dict(zip(runs, results, strict=True))
+    by_task = {
+        task: {arm: [by_run[arm, task, seed] for seed in range(options.seeds)] for arm in options.arms}
+        for task in options.tasks
+    }
+    for task, arms in by_task.items():
+        print_table(task, arms, options.tokens)
+    draw(by_task, options.tokens, options.plot)
+
+
+if __name__ == "__main__":
+    main()
