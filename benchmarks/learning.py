@@ -26,7 +26,7 @@ import numpy as np
 import reasoning_gym
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -42,18 +42,8 @@ ARMS = {
     "tree, value_difference": {"advantage_estimator": "value_difference"},
     "tree, leave_one_out": {"advantage_estimator": "leave_one_out", "leaf_weighting": "inverse_branching"},
 }
+WARM_START = "warm start"
 NUM_HELD_OUT = 64
-
-
-def chain_sum(entry: dict) -> tuple[str, str]:
-    """`47+23-12` and `47+23=70 70-12=58`."""
-    terms = entry["metadata"]["expression"].split()
-    steps, total = [], int(terms[0])
-    for sign, term in zip(terms[1::2], terms[2::2], strict=True):
-        result = total + int(sign + term)
-        steps.append(f"{total}{sign}{term}={result}")
-        total = result
-    return "".join(terms), " ".join(steps)
 
 
 def gcd(entry: dict) -> tuple[str, str]:
@@ -75,8 +65,7 @@ def products(entry: dict) -> tuple[str, str]:
 
 # Short form and worked solution, options of the task, steps of the warm start.
 TASKS = {
-    "chain_sum": (chain_sum, {"min_terms": 3, "max_terms": 3, "min_digits": 2, "max_digits": 2}, 500),
-    "products": (products, {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}, 500),
+    "products": (products, {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}, 420),
     "gcd": (gcd, {"min_numbers": 2, "max_numbers": 2, "min_value": 10, "max_value": 200}, 600),
 }
 
@@ -102,7 +91,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = ["<eos>", "<pad>", "<unk>", *"0123456789+-*%=, \n"]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = None
+    tokenizer.decoder = decoders.Fuse()  # no space between characters
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", padding_side="left"
     )
@@ -110,8 +99,6 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 def warm_start(task: str, folder: Path) -> None:
     """Train the small Llama on worked solutions, so that it has something to explore from."""
-    if (folder / "config.json").exists():
-        return
     steps = TASKS[task][2]
     tokenizer = character_tokenizer()
     torch.manual_seed(0)
@@ -175,7 +162,7 @@ def train(arm: str, task: str, seed: int, options: argparse.Namespace, folder: P
     """One run; writes `result.json`."""
     rows = task_rows(task, NUM_HELD_OUT, seed=2), task_rows(task, 4096, seed=100 + seed)
     if options.model is None:
-        model_path = str(options.out / f"{task}-warm")
+        model_path = str(run_folder(WARM_START, task, 0, options))
         held_out, train_set = ([{"prompt": r["short"] + "\n", "answer": r["answer"]} for r in part] for part in rows)
     else:
         model_path = options.model
@@ -240,17 +227,24 @@ def train(arm: str, task: str, seed: int, options: argparse.Namespace, folder: P
     (folder / "result.json").write_text(json.dumps(result))
 
 
-def start(arm: str, task: str, seed: int, options: argparse.Namespace) -> dict:
-    """Result of one run, from its file if it is there."""
-    folder = options.out / f"{task}-{arm.replace(', ', '-')}-{seed}"
-    if not (folder / "result.json").exists():
+def start(name: str, task: str, seed: int, options: argparse.Namespace, result: str = "result.json") -> Path:
+    """Folder of one run, which runs in a process of its own if its result is not there yet."""
+    folder = run_folder(name, task, seed, options)
+    if not (folder / result).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, *sys.argv, "--run", arm, task, str(seed)]
+        command = [sys.executable, *sys.argv, "--run", name, task, str(seed)]
         environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
         with open(folder / "log.txt", "w") as log:
-            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True, env=environment)
-        print(f"{task} {arm} seed {seed} done", file=sys.stderr, flush=True)
-    return json.loads((folder / "result.json").read_text())
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+        if code != 0:
+            raise SystemExit(f"{task} {name} seed {seed} failed: see {folder / 'log.txt'}")
+        print(f"{task} {name} seed {seed} done", file=sys.stderr, flush=True)
+    return folder
+
+
+def run_folder(name: str, task: str, seed: int, options: argparse.Namespace) -> Path:
+    """Where a run keeps its files."""
+    return options.out / f"{task}-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
 def print_table(task: str, runs: dict[str, list[dict]], budget: int) -> None:
@@ -316,16 +310,19 @@ def main() -> None:
     parser.add_argument("--run", nargs=3, metavar=("ARM", "TASK", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
-        arm, task, seed = options.run
-        train(arm, task, int(seed), options, options.out / f"{task}-{arm.replace(', ', '-')}-{seed}")
+        name, task, seed = options.run
+        folder = run_folder(name, task, int(seed), options)
+        if name == WARM_START:
+            warm_start(task, folder)
+        else:
+            train(name, task, int(seed), options, folder)
         return
-    if options.model is None:
-        for task in options.tasks:
-            warm_start(task, options.out / f"{task}-warm")
     runs = [(arm, task, seed) for seed in range(options.seeds) for task in options.tasks for arm in options.arms]
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda run: start(*run, options), runs))
-    by_run = dict(zip(runs, results, strict=True))
+        if options.model is None:
+            list(pool.map(lambda task: start(WARM_START, task, 0, options, "config.json"), options.tasks))
+        folders = list(pool.map(lambda run: start(*run, options), runs))
+    by_run = {run: json.loads((folder / "result.json").read_text()) for run, folder in zip(runs, folders, strict=True)}
     by_task = {
         task: {arm: [by_run[arm, task, seed] for seed in range(options.seeds)] for arm in options.arms}
         for task in options.tasks

@@ -24,7 +24,8 @@ ALLOWED = {
     "embedded": set(),
     "data": set(),
     "user_errors": set(),
-    "weight_sync": set(),
+    "base_weights": set(),
+    "weight_sync": {"base_weights"},
     "engines.base": set(),
     "branching": {"tree"},
     "advantages": {"tree"},
@@ -39,7 +40,7 @@ ALLOWED = {
     "dynamic_sampling": {"rewards", "tree"},
     "packed_forward": {"packing", "model_support", "tree_attention"},
     "evaluation": {"engines", "engines.transformers"},
-    "treepo_config": {"sampling_config", "advantages", "packing"},  # the choices of their fields
+    "treepo_config": {"sampling_config", "advantages", "packing", "base_weights"},  # the choices of their fields
     "validation": {"engines", "model_support", "treepo_config"},
     "treepo_trainer": {
         *("treepo_config", "validation", "sampler", "tree", "advantages", "rewards", "model_support"),
@@ -74,6 +75,7 @@ HEAVY_ALLOWED = {
     "packed_forward": {"torch", "accelerate"},
     "tree_attention": {"torch", "transformers"},
     "model_support": {"transformers"},
+    "base_weights": {"torch", "transformers", "vllm"},
     "metrics": {"torch"},
     "engines.vllm": {"vllm", "torch", "numpy"},
     "engines.row_states": {"torch", "transformers"},

@@ -34,6 +34,7 @@ NEW_FIELDS = {
     "tree_packing",
     "max_tokens_per_micro_batch",
     "vllm_lora_sync",
+    "vllm_base_weights",
     "log_trees",
 }
 # A value other than the default for each new field.
@@ -57,6 +58,7 @@ OTHER: dict[str, Any] = {
     "tree_packing": "sdpa",
     "max_tokens_per_micro_batch": 16384,
     "vllm_lora_sync": "merge",
+    "vllm_base_weights": "dequantized",
     "log_trees": True,
 }
 

@@ -221,7 +221,7 @@ def test_vllm_generation_signatures(name: str, expected: dict[str, Any]) -> None
 
 
 def test_adapter_generation_overrides_no_more() -> None:
-    assert overridden_methods(AdapterVLLMGeneration, VLLMGeneration) == {"_init_vllm", "sync_weights"}
+    assert overridden_methods(AdapterVLLMGeneration, VLLMGeneration) == {"__init__", "_init_vllm", "sync_weights"}
     for name in ("_init_vllm", "sync_weights"):
         assert parameters(getattr(AdapterVLLMGeneration, name)) == parameters(getattr(VLLMGeneration, name))
     source = inspect.getsource(VLLMGeneration)

@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from treepo_trl import TreePOConfig, TreePOTrainer, TreeSampler, TreeSamplingConfig
+from treepo_trl import TreePOConfig, TreePOTrainer, TreeSampler, TreeSamplingConfig, weight_sync
+from treepo_trl.base_weights import dequantized_state_dict
 from treepo_trl.embedded import addition_tasks
 from treepo_trl.engines import SamplingOptions, SegmentEngineError, SegmentRequest
 from treepo_trl.tree import SegmentTree
@@ -321,20 +324,25 @@ def test_trees_of_a_tiny_random_model(tiny_model_dir: str, tmp_path: Path) -> No
 class SyncProbe:
     """After every sync: the engine's and the policy's log-probabilities of one fixed text."""
 
-    def __init__(self, trainer: TreePOTrainer, text: list[int], num_scored: int) -> None:
+    def __init__(
+        self, trainer: TreePOTrainer, text: list[int], num_scored: int, in_training_mode: bool = False
+    ) -> None:
         self.trainer, self.text, self.num_scored = trainer, text, num_scored
+        self.in_training_mode = in_training_mode  # in evaluation bitsandbytes computes in bfloat16 on some CPUs
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def look(self) -> None:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        model.eval()
+        model.train(self.in_training_mode)
         policy = policy_logprobs(model, self.text, self.num_scored)
         model.train()
         llm = self.trainer.vllm_generation.llm
         self.pairs.append((engine_logprobs(llm, self.text, self.num_scored, llm.lora_request), policy))
 
 
-def lora_trainer(folder: str, tmp_path: Path, **kwargs: Any) -> TreePOTrainer:
+def lora_trainer(
+    folder: str, tmp_path: Path, quantization_config: BitsAndBytesConfig | None = None, **kwargs: Any
+) -> TreePOTrainer:
     dataset = Dataset.from_dict({"prompt": [f"w{i} w{i + 1} w{i + 2}" for i in range(32)]})
     return TreePOTrainer(
         model=folder,
@@ -349,13 +357,10 @@ def lora_trainer(folder: str, tmp_path: Path, **kwargs: Any) -> TreePOTrainer:
             vllm_mode="colocate",
             vllm_gpu_memory_utilization=0.2,
             vllm_max_model_length=128,
-            learning_rate=0.05,
-            max_steps=2,
-            logging_steps=1,
-            save_strategy="no",
-            **kwargs,
+            **{"learning_rate": 0.05, "max_steps": 2, "logging_steps": 1, "save_strategy": "no", **kwargs},
         ),
         train_dataset=dataset,
+        quantization_config=quantization_config,
         peft_config=LoraConfig(
             r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
         ),
@@ -436,3 +441,80 @@ def test_evaluation_samples_from_the_adapter(tiny_model_dir: str, tmp_path: Path
     assert len(seen) == 16
     assert all(request is not None and request.lora_name == "policy" for request in seen)
     assert metrics["eval_sampling/sampling_logp_difference/max"] < 0.02
+
+
+# QLoRA: the base in 4 bits in the policy, dequantized in the engine
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+def qlora_trainer(folder: str, tmp_path: Path, **kwargs: Any) -> TreePOTrainer:
+    """Everything but the 4-bit layers in float32, so that rounding cannot hide a wrong weight."""
+    four_bits = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.float32)
+    trainer = lora_trainer(
+        folder,
+        tmp_path,
+        quantization_config=four_bits,
+        gradient_checkpointing=True,
+        model_init_kwargs={"dtype": "float32"},
+        # Its check forwards in evaluation mode, where bitsandbytes re-packs the weights on CPUs with bfloat16, and
+        # rounds their scales.
+        tree_packing="off",
+        **kwargs,
+    )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # TRL has put the adapter into bfloat16
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+@pytest.mark.usefixtures("float32_engine")
+def test_qlora_policy_and_engine_agree_after_each_of_five_updates(tiny_model_dir: str, tmp_path: Path) -> None:
+    trainer = qlora_trainer(tiny_model_dir, tmp_path, max_steps=5)
+    generation = trainer.vllm_generation
+    assert generation.base_weights == "dequantized"
+    layer = trainer.model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    assert type(layer).__name__ == "Linear4bit"
+    before = dequantized_state_dict(trainer.model)
+    original = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype="float32").state_dict()
+    probe = SyncProbe(trainer, [10, 11, 12, 13, 14, 15, 16, 17], num_scored=6, in_training_mode=True)
+    sync_weights = generation.sync_weights
+
+    def sync_and_look() -> None:
+        sync_weights()
+        probe.look()
+
+    generation.sync_weights = sync_and_look
+    trainer.train()
+    generation.sync_weights()
+    assert len(probe.pairs) == 6
+    for engine, policy in probe.pairs:
+        torch.testing.assert_close(engine, policy, atol=5e-3, rtol=0)
+    for (_, first), (_, second) in pairwise(probe.pairs):
+        assert (first - second).abs().max() > 0.05  # each update moved the policy by far more than the tolerance
+    # The checkpoint before quantization is another model, by more than the tolerance: the engine has not loaded it.
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert (original[name] - before[name]).abs().max() > 0.05
+    after = dequantized_state_dict(trainer.model)
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    differences = [log["sampling/sampling_logp_difference/max"] for log in trainer.state.log_history if "loss" in log]
+    assert len(differences) == 5
+    assert max(differences) < 0.02
+
+
+@pytest.mark.usefixtures("float32_engine")
+def test_an_engine_on_the_unquantized_checkpoint_is_seen(
+    tiny_model_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the test above would see if the engine served the adapter on the checkpoint itself."""
+
+    @contextmanager
+    def checkpoint(model: Any) -> Iterator[str]:
+        yield tiny_model_dir
+
+    monkeypatch.setattr(weight_sync, "dequantized_checkpoint", checkpoint)
+    trainer = qlora_trainer(tiny_model_dir, tmp_path, max_steps=1)
+    trainer.train()
+    (log,) = [log for log in trainer.state.log_history if "loss" in log]
+    assert log["sampling/sampling_logp_difference/max"] > 0.1

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from trl.trainer.grpo_config import GRPOConfig
 
 from .advantages import AdvantageEstimator
+from .base_weights import BaseWeights
 from .packing import TreePacking
 from .sampling_config import TreeSamplingConfig, check_choice, check_int
 
@@ -56,6 +57,10 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         vllm_lora_sync (`str`, *optional*, defaults to `"adapter"`):
             How a LoRA policy reaches vLLM: `"adapter"` loads only the adapter into the engine, `"merge"` is TRL's way
             (merge into the base model and push every weight).
+        vllm_base_weights (`str`, *optional*, defaults to `"auto"`):
+            What vLLM serves the adapter of a QLoRA policy on: `"dequantized"`, the policy's 4-bit weights written out
+            in the precision of its other weights, `"quantized"`, the checkpoint in 4 bits by vLLM's own bitsandbytes
+            layers (least memory, slower), or `"auto"`, the first where it fits.
         log_trees (`bool`, *optional*, defaults to `False`):
             Whether to write every sampled tree to `output_dir/trees`, one JSON line per tree.
     """
@@ -102,6 +107,12 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "help": "Load only the adapter into vLLM, or merge it and push every weight as TRL does.",
         },
     )
+    vllm_base_weights: BaseWeights = field(
+        default="auto",
+        metadata={
+            "help": "What vLLM serves the adapter of a 4-bit policy on: its weights dequantized, or its own.",
+        },
+    )
     log_trees: bool = field(
         default=False,
         metadata={"help": "Whether to write every sampled tree to output_dir/trees, one JSON line per tree."},
@@ -115,6 +126,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             self.tree_packing = "off"
         check_choice("tree_packing", self.tree_packing, TreePacking)
         check_choice("vllm_lora_sync", self.vllm_lora_sync, LoraSync)
+        check_choice("vllm_base_weights", self.vllm_base_weights, BaseWeights)
         check_choice("leaf_weighting", self.leaf_weighting, LeafWeighting)
         if self.leaf_weighting == "inverse_branching" and self.beta != 0.0:
             raise ValueError(

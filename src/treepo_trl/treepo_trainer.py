@@ -143,7 +143,9 @@ class TreePOTrainer(GRPOTrainer):
         if uses_adapter_sync:
             wrapped: Any = model
             check_adapter(peft_config if peft_config is not None else wrapped.peft_config[wrapped.active_adapter])
-        vllm_generation = AdapterVLLMGeneration if uses_adapter_sync else grpo_trainer.VLLMGeneration
+        vllm_generation: Any = grpo_trainer.VLLMGeneration
+        if uses_adapter_sync:
+            vllm_generation = partial(AdapterVLLMGeneration, base_weights=args.vllm_base_weights)
         with replaced(grpo_trainer, "VLLMGeneration", vllm_generation):
             super().__init__(
                 model=model,

@@ -13,7 +13,7 @@ import tempfile
 import weakref
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +23,8 @@ from accelerate.utils import is_peft_model
 from transformers import set_seed
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache
+
+from .base_weights import BaseWeights, choose_base_weights, dequantized_checkpoint, is_4bit
 
 
 _ADAPTER_NAME = "policy"
@@ -102,11 +104,24 @@ class AdapterVLLMGeneration(VLLMGeneration):
     model: Any
     llm: Any
 
+    def __init__(self, *args: Any, base_weights: BaseWeights = "auto", **kwargs: Any) -> None:
+        self.base_weights: BaseWeights = base_weights
+        super().__init__(*args, **kwargs)
+
     def _init_vllm(self) -> None:
         peft_config = self.model.peft_config[self.model.active_adapter]
         self._adapter_dir = _memory_backed_directory()
         weakref.finalize(self, shutil.rmtree, self._adapter_dir, ignore_errors=True)
-        with replaced(vllm_generation, "LLM", _lora_llm_class(engine_lora_rank(peft_config.r))):
+        engine_options: dict[str, Any] = {"max_lora_rank": engine_lora_rank(peft_config.r)}
+        with ExitStack() as stack:
+            if is_4bit(self.model):
+                self.base_weights = choose_base_weights(
+                    self.base_weights, self.model, self.accelerator.device, self.gpu_memory_utilization
+                )
+                if self.base_weights == "dequantized":
+                    folder = stack.enter_context(dequantized_checkpoint(self.model))
+                    engine_options |= {"model": folder, "tokenizer": self.model.name_or_path, "quantization": None}
+            stack.enter_context(replaced(vllm_generation, "LLM", _lora_llm_class(engine_options)))
             super()._init_vllm()
 
     def sync_weights(self) -> None:
@@ -132,17 +147,20 @@ class AdapterVLLMGeneration(VLLMGeneration):
             )
 
 
-def _lora_llm_class(max_lora_rank: int) -> type:
-    """`vllm.LLM` with LoRA enabled and sleep that keeps the weights, to stand in where TRL builds its engine."""
+def _lora_llm_class(engine_options: dict[str, Any]) -> type:
+    """
+    `vllm.LLM` with LoRA enabled and sleep that keeps the weights, to stand in where TRL builds its engine.
+
+    `engine_options` go before what TRL passes.
+    """
     from vllm import LLM
 
     class LoraLLM(LLM):
         lora_request: Any = None  # the policy's adapter, from the first sync on
 
         def __init__(self, **kwargs: Any) -> None:
-            super().__init__(
-                **kwargs, enable_lora=True, max_lora_rank=max_lora_rank, max_loras=1, enable_prefix_caching=True
-            )
+            lora: dict[str, Any] = {"enable_lora": True, "max_loras": 1, "enable_prefix_caching": True}
+            super().__init__(**{**kwargs, **lora, **engine_options})
 
         def generate(self, *args: Any, **kwargs: Any) -> Any:
             kwargs.setdefault("lora_request", self.lora_request)

@@ -1,0 +1,131 @@
+"""
+The base model that a vLLM engine serves a QLoRA policy on.
+
+The engine must compute the function that the policy computes: the base model after quantization, not the checkpoint
+before it. Two ways: the engine quantizes the checkpoint itself, with the same settings, or it loads the policy's 4-bit
+weights written out in the policy's own precision, which is the same function at that precision's speed.
+"""
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+
+BaseWeights = Literal["auto", "quantized", "dequantized"]
+
+# Of what vLLM may take, the part for the weights of a dequantized base that `auto` accepts; the rest is for the cache.
+_LARGEST_SHARE = 0.75
+
+
+def is_4bit(model: Any) -> bool:
+    """Whether the base of a PEFT model has 4-bit linear layers of bitsandbytes."""
+    return bool(getattr(model.get_base_model(), "is_loaded_in_4bit", False))
+
+
+def choose_base_weights(
+    base_weights: BaseWeights, model: Any, device: torch.device, gpu_memory_utilization: float
+) -> Literal["quantized", "dequantized"]:
+    """
+    How the engine gets the base of a 4-bit PEFT model.
+
+    `auto` is `"dequantized"` where the engine cannot quantize, or would quantize otherwise than the policy, and where
+    the larger weights leave a quarter of the engine's memory to its cache.
+
+    Raises:
+        ValueError: for `"quantized"` where the engine's base would not be the policy's, with the reason.
+    """
+    reason = _why_not_quantized(model.get_base_model().config.quantization_config, device)
+    if base_weights == "auto":
+        if reason is not None:
+            return "dequantized"
+        room = gpu_memory_utilization * torch.cuda.get_device_properties(device).total_memory
+        return "dequantized" if dequantized_size(model) <= _LARGEST_SHARE * room else "quantized"
+    if base_weights == "quantized" and reason is not None:
+        raise ValueError(
+            f"`vllm_base_weights` is 'quantized', but {reason}. Set `vllm_base_weights='dequantized'`, which needs "
+            f"{dequantized_size(model) / 2**30:.1f} GiB for the engine's weights."
+        )
+    return base_weights
+
+
+def dequantized_size(model: Any) -> int:
+    """Bytes of the base of a PEFT model in the precision of its weights outside of the 4-bit layers."""
+    base = model.get_base_model()
+    return base.num_parameters() * base.dtype.itemsize
+
+
+def _why_not_quantized(config: Any, device: torch.device) -> str | None:
+    """Why vLLM cannot hold the policy's own 4-bit weights; nothing if it can."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+    from vllm.plugins import load_general_plugins
+
+    if device.type != "cuda":
+        return "vLLM has 4-bit layers of bitsandbytes on CUDA alone"
+    load_general_plugins()
+    if "bitsandbytes" not in QUANTIZATION_METHODS:
+        return "this vLLM has no bitsandbytes layers (from 0.28 on they are in the package `vllm-bnb-plugin`)"
+    if (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) != ("nf4", True):
+        return (
+            f"vLLM quantizes to 'nf4' with double quantization, the policy has {config.bnb_4bit_quant_type!r} and "
+            f"`bnb_4bit_use_double_quant={config.bnb_4bit_use_double_quant}`: they would be two different models"
+        )
+    return None
+
+
+def dequantized_state_dict(model: Any) -> dict[str, torch.Tensor]:
+    """
+    Weights of the base of a PEFT model on the CPU, 4-bit ones as the numbers they stand for, without any adapter.
+
+    Names are those of the base model's checkpoint; a tied weight comes once, under its first name.
+    """
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # loads bitsandbytes
+
+    # Not `named_parameters`: bitsandbytes brings weights that a CPU forward has re-packed back for `state_dict`.
+    entries = model.get_base_model().state_dict(keep_vars=True)
+    quantized = {name for name, value in entries.items() if type(value).__name__ == "Params4bit"}
+    state: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, value in entries.items():
+        weight_name = name[: name.find(".weight.") + len(".weight")]  # of a scale such as `...weight.absmax`
+        if model.prefix in name or id(value) in seen or (name not in quantized and weight_name in quantized):
+            continue
+        seen.add(id(value))
+        weight = dequantize_bnb_weight(value) if name in quantized else value
+        state[name.replace(".base_layer.", ".")] = weight.detach().cpu()
+    return state
+
+
+@contextmanager
+def dequantized_checkpoint(model: Any) -> Iterator[str]:
+    """
+    Folder with the base of a PEFT model as a plain checkpoint in the policy's precision; gone after the block.
+
+    It lies in the folder for temporary files (`TMPDIR`). While it is written, the weights are in CPU memory too.
+
+    Raises:
+        OSError: if the disk has no room for it.
+    """
+    base = model.get_base_model()
+    state = dequantized_state_dict(model)
+    config = copy.deepcopy(base.config)
+    del config.quantization_config
+    folder = tempfile.mkdtemp(prefix="treepo-base-")
+    try:
+        needed, free = sum(weight.nbytes for weight in state.values()), shutil.disk_usage(folder).free
+        if needed > free:
+            raise OSError(
+                f"The dequantized base model takes {needed / 2**30:.1f} GiB while the engine loads it, and {folder} "
+                f"has {free / 2**30:.1f} GiB free. Point the environment variable TMPDIR to a larger disk."
+            )
+        with torch.device("meta"):
+            skeleton = type(base)(config).to(base.dtype)
+        skeleton.generation_config = base.generation_config
+        skeleton.save_pretrained(folder, state_dict=state)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

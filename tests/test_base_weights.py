@@ -1,0 +1,147 @@
+"""The base of a QLoRA policy written out for the engine, and which form the engine gets."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from treepo_trl.base_weights import choose_base_weights, dequantized_checkpoint, dequantized_state_dict, is_4bit
+
+
+IDS = torch.tensor([[10, 11, 12, 13, 14, 15, 16]])
+
+
+def qlora(folder: str, dtype: str = "float32", **changes: Any) -> Any:
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, **changes}
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=getattr(torch, dtype), **settings)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    # In training mode: in evaluation bitsandbytes computes in bfloat16 on some CPUs.
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+@pytest.fixture(params=["tied", "untied"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    make_model(tie_word_embeddings=request.param == "tied").save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{}, {"bnb_4bit_use_double_quant": False}, {"bnb_4bit_quant_type": "fp4"}])
+def test_the_checkpoint_is_the_policys_base(folder: str, changes: dict[str, Any]) -> None:
+    policy = qlora(folder, **changes)
+    assert is_4bit(policy)
+    with dequantized_checkpoint(policy) as written:
+        loaded = AutoModelForCausalLM.from_pretrained(written)
+        assert not hasattr(loaded.config, "quantization_config")
+        assert loaded.dtype == torch.float32
+        assert loaded.generation_config.eos_token_id == 0
+        with policy.disable_adapter():
+            assert torch.equal(logits(policy), logits(loaded))
+        # Neither the adapter nor the checkpoint before quantization.
+        assert (logits(policy) - logits(loaded)).abs().max() > 0.1
+        assert (logits(AutoModelForCausalLM.from_pretrained(folder)) - logits(loaded)).abs().max() > 0.1
+    assert not os.path.exists(written)
+
+
+def test_names_are_those_of_a_plain_checkpoint(folder: str) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    state = dequantized_state_dict(qlora(folder))
+    assert set(state) == {name for name, _ in plain.named_parameters()}  # tied weights once
+    assert {name: weight.shape for name, weight in state.items()} == {n: p.shape for n, p in plain.named_parameters()}
+
+
+def test_precision_is_the_policys(folder: str) -> None:
+    policy = qlora(folder, "bfloat16")
+    assert {weight.dtype for weight in dequantized_state_dict(policy).values()} == {torch.bfloat16}
+    with dequantized_checkpoint(policy) as written:
+        assert AutoModelForCausalLM.from_pretrained(written).dtype == torch.bfloat16
+
+
+def test_the_folder_is_gone_after_an_error(folder: str) -> None:
+    with pytest.raises(KeyError), dequantized_checkpoint(qlora(folder)) as written:
+        raise KeyError
+    assert not os.path.exists(written)
+
+
+def test_a_full_disk_is_an_error_before_anything_is_written(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"takes 0\.0 GiB .* TMPDIR"), dequantized_checkpoint(qlora(folder)):
+        pass
+
+
+# The choice
+
+
+def choose(
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: Any,
+    *,
+    gib: float = 24,
+    methods: tuple[str, ...] = ("bitsandbytes",),
+    quant_type: str = "nf4",
+    double: bool = True,
+    device: str = "cuda",
+    parameters: float = 7.6e9,
+) -> str:
+    """The choice for a bfloat16 model on a card that this machine need not have."""
+    pytest.importorskip("vllm")
+    monkeypatch.setattr(
+        "torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=int(gib * 2**30)), raising=True
+    )
+    monkeypatch.setattr("vllm.model_executor.layers.quantization.QUANTIZATION_METHODS", list(methods))
+    monkeypatch.setattr("vllm.plugins.load_general_plugins", lambda: None)
+    quantization = SimpleNamespace(bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double)
+    base = SimpleNamespace(
+        config=SimpleNamespace(quantization_config=quantization),
+        num_parameters=lambda: int(parameters),
+        dtype=torch.bfloat16,
+    )
+    return choose_base_weights(wanted, SimpleNamespace(get_base_model=lambda: base), torch.device(device), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "quantized"),  # 14.2 GiB in 9 of the engine's 12
+        ({"gib": 48}, "dequantized"),  # in 18 of 24
+        ({"parameters": 1.5e9}, "dequantized"),  # 2.8 GiB
+        ({"methods": ()}, "dequantized"),
+        ({"double": False}, "dequantized"),
+        ({"quant_type": "fp4"}, "dequantized"),
+        ({"device": "cpu"}, "dequantized"),
+    ],
+)
+def test_auto(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: str) -> None:
+    assert choose(monkeypatch, "auto", **changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "cpu"}, "on CUDA alone"),
+        ({"methods": ()}, "the package `vllm-bnb-plugin`"),
+        ({"double": False}, "`bnb_4bit_use_double_quant=False`: they would be two different models"),
+        ({"quant_type": "fp4"}, "the policy has 'fp4'"),
+    ],
+)
+def test_quantized_is_refused_where_it_would_be_another_model(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        choose(monkeypatch, "quantized", **changes)
+    assert "Set `vllm_base_weights='dequantized'`, which needs 14.2 GiB" in str(error.value)
+
+
+def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(monkeypatch, "quantized", gib=80) == "quantized"
+    assert choose(monkeypatch, "dequantized", gib=8) == "dequantized"
