@@ -182,7 +182,7 @@ def train(arm: str, task: str, seed: int, options: argparse.Namespace, folder: P
         "max_completion_length": options.max_completion_length,
         "learning_rate": options.learning_rate,
         "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 10,  # Adam's first steps have the size of the learning rate, however noisy the gradient
+        "warmup_steps": 20,  # Adam's first steps have the size of the learning rate, however noisy the gradient
         "scale_rewards": "batch",
         "epsilon_high": 0.28,
         "eval_strategy": "no",
@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=200_000, help="decoded tokens of a run")
     parser.add_argument("--points", type=int, default=8, help="evaluations of a run")
-    parser.add_argument("--prompts", type=int, default=16, help="prompts per step")
+    parser.add_argument("--prompts", type=int, default=32, help="prompts per step")
     parser.add_argument("--width", type=int, default=8, help="completions per prompt")
     parser.add_argument("--max_completion_length", type=int, default=64)
     parser.add_argument("--segment_length", type=int, default=8)

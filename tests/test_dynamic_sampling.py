@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_in_two_processes
 from test_treepo_trainer import assert_same_parameters, assert_same_run, build, logs_of, make_config, parameters_of
+from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from treepo_trl import SegmentTree, TreePOTrainer
@@ -234,11 +235,13 @@ class RecordingTrainer(TreePOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sampled: list[list[str]] = []
+        self.seeds: list[str] = []
         self.updated: list[tuple[list[str], torch.Tensor]] = []
         sample = self.sampler.sample
 
         def recording_sample(prompts: Any, seed: str, **kwargs: Any) -> Any:
             self.sampled.append([self._tokenizer.decode(ids) for ids in prompts])
+            self.seeds.append(seed)
             return sample(prompts, seed, **kwargs)
 
         self.sampler.sample = recording_sample
@@ -406,6 +409,184 @@ def test_several_rewards_none_and_logged_columns(tmp_path: Path, tiny_model_dir:
     assert logs_of(trainer, "rewards/first/mean") == [1.0]
 
 
+def test_a_reward_function_may_change_what_it_is_given(tmp_path: Path, tiny_model_dir: str) -> None:
+    """Each completion has rows of its own: a judge that appends to the conversation does not meet its own words."""
+
+    def judge(prompts: list[list[dict]], completions: list[list[dict]], notes: list[list[str]], **_: Any) -> list:
+        for prompt, completion, note in zip(prompts, completions, notes, strict=True):
+            prompt += completion
+            note.append("seen")
+        return [float(len(p) + len(n)) for p, n in zip(prompts, notes, strict=True)]
+
+    messages = [[{"role": "user", "content": f"w{i}"}] for i in range(8)]
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1)
+    dataset = Dataset.from_list([{"prompt": message, "notes": ["a"]} for message in messages])
+    trainer = build(RecordingTrainer, tiny_model_dir, config, train_dataset=dataset, reward_funcs=judge)
+    trainer.train()
+    assert [len(prompts) for prompts in trainer.sampled] == [2, 2]  # all rewards are 2 + 2: no signal
+    assert logs_of(trainer, "dynamic_sampling/reward") == [4.0]
+    assert all(len(prompt) == 1 for prompt in trainer._logs["prompt"])
+
+
+class ShapingTrainer(RecordingTrainer):
+    """Squares what the reward functions give."""
+
+    calls = 0
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.calls += 1
+        return super()._calculate_rewards(*args, **kwargs) ** 2 + 1
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "treepo"])
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_shaped_rewards_are_shaped_once(tmp_path: Path, tiny_model_dir: str, estimator: str, rounds: int) -> None:
+    config = make_config(
+        tmp_path,
+        max_steps=1,
+        dynamic_sampling_rounds=rounds,
+        advantage_estimator=estimator,
+        branching_factor=1,  # one group: all estimators alike
+        scale_rewards="none",
+    )
+
+    def zero_or_two(completion_ids: list, **_: Any) -> list[float]:
+        return [2.0 * (i % 2) for i in range(len(completion_ids))]
+
+    trainer = build(ShapingTrainer, tiny_model_dir, config, reward_funcs=zero_or_two)
+    trainer.train()
+    assert trainer.calls == 1
+    assert logs_of(trainer, "reward") == [3.0]  # of 1 and 5
+    (_, advantages) = trainer.updated[0]
+    assert {abs(value) for value in advantages.flatten().tolist() if value} == {2.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sampled"),
+    [
+        # `w1` and `w3` differ in the second function alone. Of weight 0 it is only logged.
+        ({"reward_weights": [1.0, 0.0]}, [["w0", "w1"], ["w2", "w3"]]),
+        ({"reward_weights": [1.0, 0.5]}, [["w0", "w1"], ["w2"]]),
+        # The functions undo each other in the sum, and do not once each is normalized by its own deviation.
+        ({"reward_weights": [0.0, 1.0], "multi_objective_aggregation": "normalize_then_sum"}, [["w0", "w1"], ["w2"]]),
+    ],
+)
+def test_weights_decide_what_is_a_signal(
+    tmp_path: Path, tiny_model_dir: str, changes: dict[str, Any], sampled: list[list[str]]
+) -> None:
+    def constant(kind: list[str], **_: Any) -> list[float]:
+        return [1.0] * len(kind)
+
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1, shuffle_dataset=False, **changes)
+    trainer = build(
+        RecordingTrainer,
+        tiny_model_dir,
+        config,
+        train_dataset=labelled("cvcv"),
+        reward_funcs=[constant, reward_by_kind],
+    )
+    trainer.train()
+    assert trainer.sampled == sampled
+
+
+def test_aggregation_decides_what_is_a_signal(tmp_path: Path, tiny_model_dir: str) -> None:
+    """+1 and -2 of two functions: equal sums with weights 1 and 1/2, and no signal by sum alone."""
+
+    def up(completion_ids: list, **_: Any) -> list[float]:
+        return [float(i % 2) for i in range(len(completion_ids))]
+
+    def down(completion_ids: list, **_: Any) -> list[float]:
+        return [-2.0 * (i % 2) for i in range(len(completion_ids))]
+
+    rounds = {}
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        config = make_config(
+            tmp_path,
+            max_steps=1,
+            dynamic_sampling_rounds=1,
+            multi_objective_aggregation=aggregation,
+            reward_weights=[1.0, 0.5],
+        )
+        trainer = build(RecordingTrainer, tiny_model_dir, config, reward_funcs=[up, down])
+        trainer.train()
+        rounds[aggregation] = len(trainer.sampled)
+    assert rounds == {"sum_then_normalize": 2, "normalize_then_sum": 1}
+
+
+def test_an_infinite_reward_is_no_signal_and_is_logged(tmp_path: Path, tiny_model_dir: str) -> None:
+    def infinite(kind: list[str], **_: Any) -> list[float]:
+        return [-math.inf if k == "i" and i % 2 else 0.0 for i, k in enumerate(kind)]
+
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1)
+    trainer = build(RecordingTrainer, tiny_model_dir, config, train_dataset=labelled("iiiiiii"), reward_funcs=infinite)
+    before = parameters_of(trainer)
+    trainer.train()
+    assert len(trainer.sampled) == 2
+    assert logs_of(trainer, "dynamic_sampling/frac_without_signal") == [1.0]
+    assert -math.inf in trainer._logs["rewards"]["infinite"]
+    assert_same_parameters(before, parameters_of(trainer), 0.0)
+
+
+def test_unused_columns_are_removed_as_trl_does(tmp_path: Path, tiny_model_dir: str) -> None:
+    seen: list[set[str]] = []
+
+    def spy(prompts: list[str], **kwargs: Any) -> list[float]:
+        seen.append(set(kwargs) & {"kind"})
+        return [float(i % 2) for i in range(len(prompts))]
+
+    for remove in (False, True):
+        config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1, remove_unused_columns=remove)
+        dataset = labelled("vvvv")
+        build(RecordingTrainer, tiny_model_dir, config, train_dataset=dataset, reward_funcs=spy).train()
+    assert seen == [{"kind"}, set()]
+
+
+def test_rounds_branch_differently(tmp_path: Path, tiny_model_dir: str) -> None:
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=2)
+    trainer = build(
+        RecordingTrainer, tiny_model_dir, config, train_dataset=labelled("cccccccc"), reward_funcs=reward_by_kind
+    )
+    trainer.train()
+    assert trainer.seeds == ["7/0/0/0", "7/0/0/0/1", "7/0/0/0/2"]
+
+
+def test_an_iterable_dataset_is_read_once(tmp_path: Path, tiny_model_dir: str) -> None:
+    """A source that gives each prompt once loses none to the data loader."""
+    source = iter([f"w{i}" for i in range(20)])
+
+    def generate() -> Iterator[dict[str, str]]:
+        yield from ({"prompt": prompt, "kind": "v"} for prompt in source)
+
+    def train_on_source(steps: int) -> Any:
+        config = make_config(tmp_path, max_steps=steps, dynamic_sampling_rounds=2, shuffle_dataset=False)
+        dataset = IterableDataset.from_generator(generate)
+        trainer = build(RecordingTrainer, tiny_model_dir, config, train_dataset=dataset, reward_funcs=reward_by_kind)
+        trainer.train()
+        return trainer
+
+    assert train_on_source(3).sampled == [["w0", "w1"], ["w2", "w3"], ["w4", "w5"]]
+    with pytest.raises(ValueError, match="Pass 2 over the training dataset gave no example"):
+        train_on_source(20)
+
+
+def test_a_failed_batch_leaves_nothing_behind(tmp_path: Path, tiny_model_dir: str) -> None:
+    def fails_once(completion_ids: list, log_extra: Any, **_: Any) -> list[float]:
+        log_extra("column", ["x"] * len(completion_ids))
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("judge is down")
+        return [float(i % 2) for i in range(len(completion_ids))]
+
+    failed: list[bool] = []
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1, log_trees=True)
+    trainer = build(RecordingTrainer, tiny_model_dir, config, reward_funcs=fails_once)
+    with pytest.raises(RuntimeError, match="judge is down"):
+        trainer.train()
+    trainer.train()
+    assert logs_of(trainer, "dynamic_sampling/discarded_tokens") == [0]
+    assert len(trainer._logs["extra"]["column"]) == 8
+
+
 @pytest.mark.parametrize("kind", ["map", "iterable"])
 def test_a_resumed_training_draws_on(tmp_path: Path, tiny_model_dir: str, kind: str) -> None:
     kinds = "cvvcvcvvccv"
@@ -484,6 +665,39 @@ def test_a_checkpoint_without_position_is_warned_about(
     skipping = run("skipping", 2, checkpoint, ignore_data_skip=True)
     assert skipping.sampled[0] == plain.sampled[0]
     assert "does not say which prompts" not in caplog.text
+
+
+def test_a_part_without_dynamic_sampling_is_warned_about_too(
+    tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On, off, on: the position of the first part says nothing about what the second has drawn."""
+    checkpoint = None
+    for steps, rounds in ((1, 2), (2, 0), (3, 2)):
+        config = make_config(
+            tmp_path, max_steps=steps, dynamic_sampling_rounds=rounds, save_strategy="steps", save_steps=1
+        )
+        trainer = build(RecordingTrainer, tiny_model_dir, config)
+        caplog.clear()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        checkpoint = str(tmp_path / f"checkpoint-{steps}")
+    assert "does not say which prompts" in caplog.text
+
+
+def test_a_checkpoint_before_the_optimizer_step_does_not_lose_the_batch(tmp_path: Path, tiny_model_dir: str) -> None:
+    """As transformers writes one when the process is told to end."""
+
+    class SaveBeforeStep(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 1:
+                trainer._save_checkpoint(trainer.model, trial=None)
+
+    config = make_config(tmp_path, max_steps=2, dynamic_sampling_rounds=1)
+    trainer = build(RecordingTrainer, tiny_model_dir, config, callbacks=[SaveBeforeStep()])
+    trainer.train()
+    resumed = build(RecordingTrainer, tiny_model_dir, config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert len(trainer.sampled) == 2
+    assert resumed.sampled == trainer.sampled[1:]
 
 
 def test_training_twice_starts_the_stream_again(tmp_path: Path, tiny_model_dir: str) -> None:

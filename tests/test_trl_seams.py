@@ -32,13 +32,6 @@ SIGNATURES: dict[str, dict[str, Any]] = {
         "num_generations": EMPTY,
         "has_tool_images": False,
     },
-    "_calculate_rewards": {
-        "self": EMPTY,
-        "inputs": EMPTY,
-        "prompts": EMPTY,
-        "completions": EMPTY,
-        "completion_ids_list": EMPTY,
-    },
     "_generate_and_score_completions": {"self": EMPTY, "inputs": EMPTY},
     "_get_per_token_logps_and_entropies": {
         "self": EMPTY,
@@ -62,6 +55,15 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     },
     "_prepare_inputs": {"self": EMPTY, "generation_batch": EMPTY},
     "_save_checkpoint": {"self": EMPTY, "model": EMPTY, "trial": EMPTY},
+    "get_train_dataloader": {"self": EMPTY},
+}
+# What dynamic sampling calls, or replaces for a call.
+CALLED = {
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "_generate": ["self", "prompts"],
+    "_tokenize_prompts": ["self", "prompts"],
+    "_get_train_sampler": ["self", "dataset"],
+    "_get_collator_with_removed_columns": ["self", "data_collator", "description"],
 }
 INIT_PARAMETERS = [
     "self",
@@ -112,6 +114,17 @@ def test_override_takes_what_trl_passes(name: str) -> None:
     theirs = SIGNATURES[name]
     assert list(named.items()) == list(theirs.items())[: len(named)]
     assert takes_rest or len(named) == len(theirs)
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_signature_of_what_is_called(name: str) -> None:
+    assert list(parameters(getattr(GRPOTrainer, name))) == CALLED[name]
+
+
+def test_results_of_what_is_called() -> None:
+    """By position: the third of what `_generate` returns is the tool mask, the fourth are the completions."""
+    source = inspect.getsource(GRPOTrainer._generate)
+    assert "return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields" in source
 
 
 def test_init_parameters() -> None:
@@ -194,6 +207,8 @@ def test_attributes_that_the_trainer_reads() -> None:
         "_dist",
         "_logs",
         "_metrics",
+        "_pending_extra_logs",
+        "_step",
         "_tokenizer",
         "eos_token_ids",
         "reward_weights",

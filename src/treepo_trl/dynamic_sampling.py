@@ -6,12 +6,11 @@ From [DAPO](https://huggingface.co/papers/2503.14476) (section 3.2), which the T
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from trl.trainer.utils import RepeatSampler
 
 from .rewards import combine_rewards
 from .tree import SegmentTree
@@ -39,14 +38,13 @@ class PromptStream:
         self, dataset: Dataset | IterableDataset, shuffle: bool, seed: int, position: tuple[int, int] = (0, 0)
     ) -> None:
         self.position = position
+        self._dataset, self._shuffle = dataset, shuffle
+        self._generator = torch.Generator().manual_seed(seed)
         if isinstance(dataset, IterableDataset):
             self._dataset = dataset.shuffle(seed=seed) if shuffle else dataset
-            self._order = None
         else:
-            self._dataset = dataset
-            self._order = RepeatSampler(dataset, mini_repeat_count=1, shuffle=shuffle, seed=seed)
-            for _ in range(position[0]):  # each pass takes its order from the same generator
-                next(iter(self._order))
+            for _ in range(position[0]):  # the orders of all passes come from one generator, one after another
+                self._next_order()
         self._rest = self._pass(*position)
 
     def take(self, count: int) -> list[dict[str, Any]]:
@@ -65,17 +63,50 @@ class PromptStream:
             if len(examples) == count:
                 break
             if self.position[1] == 0:
-                raise ValueError("The training dataset gave no example. Check how it is loaded and filtered.")
+                raise ValueError(
+                    f"Pass {number + 1} over the training dataset gave no example. Check how it is loaded "
+                    "and filtered; a source that can be read only once must hold the prompts of all steps and replacements."
+                )
             self.position = (number + 1, 0)
             self._rest = self._pass(number + 1, 0)
         return examples
 
     def _pass(self, number: int, start: int) -> Iterator[dict[str, Any]]:
         dataset: Any = self._dataset
-        if self._order is not None:
-            return (dataset[index] for index in islice(self._order, start, None))
-        dataset.set_epoch(number)
-        return islice(dataset, start, None)
+        if isinstance(dataset, IterableDataset):
+            dataset.set_epoch(number)
+            return islice(dataset, start, None)
+        order = self._next_order()
+        return (dataset[int(index)] for index in order[start:])
+
+    def _next_order(self) -> torch.Tensor:
+        """Order of the next pass, as TRL's `RepeatSampler` draws it."""
+        size = len(self._dataset)  # pyright: ignore[reportArgumentType]
+        return torch.randperm(size, generator=self._generator) if self._shuffle else torch.arange(size)
+
+
+class Placeholders(torch.utils.data.Dataset):
+    """
+    As many empty examples as a dataset has.
+
+    The data loader that counts a training's steps reads these, so that nothing is loaded that is not used.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {}
+
+
+class EndlessPlaceholders(torch.utils.data.IterableDataset):
+    """[`Placeholders`] for an `IterableDataset`, whose steps are counted by `max_steps`."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return repeat({})
 
 
 @dataclass

@@ -1,11 +1,12 @@
 """
 `TreePOTrainer`: wiring between TRL's `GRPOTrainer`, the sampler, the advantages, the packed forward and the engines.
 
-The only file that overrides private methods of TRL (1.16): `_generate_single_turn`, `_calculate_rewards`,
-`_generate_and_score_completions`, `_get_per_token_logps_and_entropies`, `_prepare_inputs` and `_save_checkpoint`.
+The only file that overrides private methods of TRL (1.16): `_generate_single_turn`, `_generate_and_score_completions`,
+`_get_per_token_logps_and_entropies`, `_prepare_inputs` and `_save_checkpoint`.
 `tests/test_trl_seams.py` pins their signatures.
 """
 
+import copy
 import json
 import os
 import textwrap
@@ -20,6 +21,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model, send_to_device
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl.extras.profiling import profiling_context, profiling_decorator
 from trl.models.utils import unwrap_model_for_generation
@@ -28,7 +30,15 @@ from trl.trainer.grpo_trainer import GRPOTrainer, RewardFunc
 from trl.trainer.utils import get_config_model_id
 
 from .advantages import depth_first_weights, expand_to_tokens, leaf_paths, tree_advantages
-from .dynamic_sampling import Candidate, DynamicBatch, PromptStream, fill_batch, without_signal
+from .dynamic_sampling import (
+    Candidate,
+    DynamicBatch,
+    EndlessPlaceholders,
+    Placeholders,
+    PromptStream,
+    fill_batch,
+    without_signal,
+)
 from .engines import SamplingOptions
 from .metrics import add_totals, reduce_totals, tree_metrics, tree_totals
 from .model_support import why_not_packable
@@ -133,7 +143,7 @@ class TreePOTrainer(GRPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TreePOConfig(f"{model_name.split('/')[-1]}-TreePO")
         check_arguments(args, tools, rollout_func, environment_factory)
-        check_dynamic_sampling(args, type(self))
+        check_dynamic_sampling(args, type(self), TreePOTrainer)
         check_datasets(train_dataset, eval_dataset)
         uses_adapter_sync = (
             args.use_vllm
@@ -172,6 +182,7 @@ class TreePOTrainer(GRPOTrainer):
         self._stream: PromptStream | None = None
         self._stream_state: Any = None  # state of the training that the stream belongs to
         self._batch_start = (0, 0)  # the stream's position before the last batch
+        self._prepared_at = -1  # global step of the last inputs: behind once they have moved the policy
         self._rewards_per_func: torch.Tensor | None = None
         self._sampled_at = (-1, 0)  # global step of the last generation batch and how many it has seen
         self._num_evaluated = 0  # batches of completions that were sampled in evaluation
@@ -314,22 +325,16 @@ class TreePOTrainer(GRPOTrainer):
 
     # Rewards and advantages
 
-    def _calculate_rewards(
-        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
-    ) -> torch.Tensor:
-        rewards: Any = self._given_rewards
-        if rewards is None:
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._rewards_per_func = rewards
-        return rewards
-
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
+        self._totals.clear()  # what a sampling that failed has left
         try:
             if self.args.dynamic_sampling_rounds > 0:
                 inputs = self._sample_dynamically(len(inputs) // self.num_generations)
-            output = super()._generate_and_score_completions(inputs)
+            # Put around the method from outside: a subclass may shape rewards in an override of it.
+            with replaced(self, "_calculate_rewards", self._recording_rewards(self._calculate_rewards)):
+                output = super()._generate_and_score_completions(inputs)
         finally:
             self._given_trees = self._given_rewards = None
         self._log_tree_metrics()
@@ -352,6 +357,18 @@ class TreePOTrainer(GRPOTrainer):
         if self.args.log_trees:
             self._write_trees(rewards.tolist(), output)
         return output
+
+    def _recording_rewards(self, calculate_rewards: Any) -> Any:
+        """`calculate_rewards` that keeps its result, and gives the rewards that dynamic sampling has already."""
+
+        def record(*args: Any, **kwargs: Any) -> torch.Tensor:
+            rewards = self._given_rewards
+            if rewards is None:
+                rewards = calculate_rewards(*args, **kwargs)
+            self._rewards_per_func = rewards
+            return rewards
+
+        return record
 
     def _tree_advantages(self, rewards: torch.Tensor, divisors: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Advantages `(num_completions, num_tokens)` of this process's completions, scaled."""
@@ -395,16 +412,14 @@ class TreePOTrainer(GRPOTrainer):
         stream = self._prompt_stream()
         self._batch_start = stream.position
         self._start_batch()
+        self._pending_extra_logs.clear()  # of a batch that failed
+        weights = self.reward_weights.to(self.accelerator.device)
         batch = fill_batch(
             stream,
             num_prompts,
             self.args.dynamic_sampling_rounds,
             self._score_candidates,
-            partial(
-                without_signal,
-                weights=self.reward_weights.to(self.accelerator.device),
-                aggregation=self.multi_objective_aggregation,
-            ),
+            lambda rewards: without_signal(_finite(rewards), weights, self.multi_objective_aggregation),
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
@@ -435,10 +450,11 @@ class TreePOTrainer(GRPOTrainer):
         return self._stream
 
     def _rows(self, candidates: list[Candidate]) -> list[dict[str, Any]]:
+        """A row for each completion, of its own: reward functions may change what they are given."""
         collate: Any = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        examples = collate([candidate.example for candidate in candidates])
-        rows: Any = send_to_device(examples, self.accelerator.device)
-        return [row for row in rows for _ in range(self.num_generations)]
+        examples = [candidate.example for candidate in candidates for _ in range(self.num_generations)]
+        rows: Any = send_to_device(collate(copy.deepcopy(examples)), self.accelerator.device)
+        return rows
 
     def _score_candidates(self, candidates: list[Candidate], round_number: int) -> torch.Tensor:
         """Rewards of all processes' candidates; see [`fill_batch`]. Logs nothing, as most may yet be replaced."""
@@ -455,11 +471,12 @@ class TreePOTrainer(GRPOTrainer):
         num_tokens_seen = self.state.num_input_tokens_seen
         with replaced(self, "_metrics", {"train": defaultdict(list)}):
             _, completion_ids, _, completions, *_ = self._generate(prompts)
+        rewards = self._calculate_rewards(rows, prompts, completions, completion_ids)
         self.state.num_input_tokens_seen = num_tokens_seen
-        rewards = _finite(self._calculate_rewards(rows, prompts, completions, completion_ids))
         for column, values in self._pending_extra_logs.items():
             for i, candidate in enumerate(candidates):
-                candidate.extra[column] = values[i * self.num_generations : (i + 1) * self.num_generations]
+                if candidate in missing:  # the others are scored for company, their rewards are there
+                    candidate.extra[column] = values[i * self.num_generations : (i + 1) * self.num_generations]
         self._pending_extra_logs.clear()
         return rewards.view(self.accelerator.num_processes, len(candidates), self.num_generations, -1)
 
@@ -470,10 +487,22 @@ class TreePOTrainer(GRPOTrainer):
         metrics["dynamic_sampling/frac_without_signal"].append(batch.frac_without_signal)
         metrics["dynamic_sampling/reward"].append(batch.mean_reward)
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Data loader of the training; with dynamic sampling, which draws prompts itself, it only counts."""
+        if self.args.dynamic_sampling_rounds == 0:
+            return super().get_train_dataloader()
+        dataset: Any = self.train_dataset
+        is_endless = isinstance(dataset, IterableDataset)
+        with replaced(self, "train_dataset", EndlessPlaceholders() if is_endless else Placeholders(len(dataset))):
+            return super().get_train_dataloader()
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         saved: Any = self.state.stateful_callbacks
+        if self.args.dynamic_sampling_rounds == 0:
+            saved.pop(_PROMPTS_DRAWN, None)  # of an earlier part of the training; since then others were drawn
         drawn = saved.get(_PROMPTS_DRAWN)
-        if drawn is None or self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+        is_last = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        if drawn is None or (is_last and self.state.global_step > self._prepared_at):
             super()._save_checkpoint(model, trial)
             return
         # Completions are not saved: a resumed training samples the batch that is under way again.
@@ -557,6 +586,7 @@ class TreePOTrainer(GRPOTrainer):
         return reason
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        self._prepared_at = self.state.global_step
         if self._packed_forward is None:
             return super()._prepare_inputs(generation_batch)
         # GRPOTrainer shuffles single rows before it cuts micro-batches, which would part rows that share prefixes.

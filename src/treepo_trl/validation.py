@@ -5,7 +5,6 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from trl.import_utils import is_vllm_available
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from .engines import SamplingOptions
 from .model_support import has_attention_dropout
@@ -164,17 +163,17 @@ def check_datasets(*datasets: Any) -> None:
             )
 
 
-def check_dynamic_sampling(args: TreePOConfig, trainer_class: type) -> None:
+def check_dynamic_sampling(args: TreePOConfig, trainer_class: type, base_class: type) -> None:
     """
     Raise for a trainer class whose own order of prompts dynamic sampling would not follow.
 
     Raises:
-        ValueError: naming the method.
+        ValueError: naming the method that `trainer_class` has and `base_class` has not.
     """
     if args.dynamic_sampling_rounds == 0:
         return
     for name in ("_get_train_sampler", "get_train_dataloader"):
-        if getattr(trainer_class, name) is not getattr(GRPOTrainer, name):
+        if getattr(trainer_class, name) is not getattr(base_class, name):
             raise ValueError(
                 f"`dynamic_sampling_rounds={args.dynamic_sampling_rounds}` draws prompts from the dataset itself, but "
                 f"`{trainer_class.__name__}` overrides `{name}`. Order the dataset instead (`shuffle_dataset=False` "

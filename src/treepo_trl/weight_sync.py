@@ -40,12 +40,15 @@ def replaced(owner: object, name: str, value: Any) -> Iterator[None]:
     Raises:
         AttributeError: if the owner does not have the name any more.
     """
-    original = getattr(owner, name)
+    original, is_own = getattr(owner, name), name in vars(owner)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        if is_own:
+            setattr(owner, name, original)
+        else:  # an object's class has it
+            delattr(owner, name)
 
 
 def check_adapter(peft_config: Any) -> None:
