@@ -5,19 +5,22 @@ What the estimators learn from equally many decoded tokens: reward of held-out t
     python benchmarks/learning.py --model MODEL --dtype bfloat16 --use_vllm  # a real model on one GPU
 
 Two families of tasks from reasoning-gym, one reward: 1 if the last number is the answer. Without `--model` the policy
-is a Llama of 2.7 million parameters with a token per character, warmed up on worked solutions of the family (TRL's
-`SFTTrainer`) until it is right now and then; that takes seconds on two cores. A run stops when it has decoded its
-tokens; what the engine decoded counts, so a token that several leaves share counts once. Held-out reward is that of
-independent completions at temperature 1 for every trainer. Each run is a process of its own; finished runs are not
+is a Llama of 2.7 million parameters with a token per character, warmed up on demonstrations of the family (TRL's
+`SFTTrainer`, minutes on two cores). One step in five of a demonstration is wrong, and the rest follows from it: the
+model learns the task together with the habit to slip, and has something to unlearn. A run stops when it has decoded
+its tokens; what the engine decoded counts, so a token that several leaves share counts once. Held-out reward is that
+of independent completions at temperature 1 for every trainer. Each run is a process of its own; finished runs are not
 repeated.
 """
 
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,40 +46,48 @@ ARMS = {
     "tree, leave_one_out": {"advantage_estimator": "leave_one_out", "leaf_weighting": "inverse_branching"},
 }
 WARM_START = "warm start"
+WARM_STEPS = 500
+SLIPS = 0.2  # of a demonstration's steps, which goes on with the wrong result
 NUM_HELD_OUT = 64
+Slip = Callable[[], int]
 
 
-def gcd(entry: dict) -> tuple[str, str]:
-    """`146,196` and Euclid's `146%196=146 196%146=50 ... 4%2=0 2`."""
+def gcd(entry: dict, slip: Slip) -> tuple[str, str]:
+    """`96,64` and Euclid's `96%64=32 64%32=0 32`."""
     a, b = entry["metadata"]["numbers"]
-    steps = []
+    short, steps = f"{a},{b}", []
     while b:
-        steps.append(f"{a}%{b}={a % b}")
-        a, b = b, a % b
-    return ",".join(map(str, entry["metadata"]["numbers"])), " ".join([*steps, str(a)])
+        rest = (a % b + slip()) % b
+        steps.append(f"{a}%{b}={rest}")
+        a, b = b, rest
+    return short, " ".join([*steps, str(a)])
 
 
-def products(entry: dict) -> tuple[str, str]:
+def products(entry: dict, slip: Slip) -> tuple[str, str]:
     """`47*38` and `47*30=1410 47*8=376 1410+376=1786`."""
     a, b = map(int, entry["metadata"]["expression"].split(" * "))
-    tens, units = a * (b - b % 10), a * (b % 10)
-    return f"{a}*{b}", f"{a}*{b - b % 10}={tens} {a}*{b % 10}={units} {tens}+{units}={tens + units}"
+    tens, units = a * (b - b % 10) + slip(), a * (b % 10) + slip()
+    total = tens + units + slip()
+    return f"{a}*{b}", f"{a}*{b - b % 10}={tens} {a}*{b % 10}={units} {tens}+{units}={total}"
 
 
-# Short form and worked solution, options of the task, steps of the warm start.
+# Short form and worked solution, options of the task.
 TASKS = {
-    "products": (products, {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}, 420),
-    "gcd": (gcd, {"min_numbers": 2, "max_numbers": 2, "min_value": 10, "max_value": 200}, 600),
+    "products": (products, {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}),
+    "gcd": (gcd, {"min_numbers": 2, "max_numbers": 2, "min_value": 10, "max_value": 100}),
 }
 
 
 def task_rows(task: str, size: int, seed: int) -> list[dict]:
-    """Question for people, its short form, a worked solution and the answer of `size` tasks."""
-    worked, options, _ = TASKS[task]
+    """Question for people, its short form, a demonstration that slips now and then, and the answer."""
+    worked, options = TASKS[task]
+    rng = random.Random(seed)
     rows = []
     for entry in reasoning_gym.create_dataset(task, size=size, seed=seed, **options):
-        short, solution = worked(entry)
-        rows.append({"question": entry["question"], "short": short, "solution": solution, "answer": entry["answer"]})
+        short, demonstration = worked(entry, lambda: rng.randint(1, 9) if rng.random() < SLIPS else 0)
+        rows.append(
+            {"question": entry["question"], "short": short, "solution": demonstration, "answer": entry["answer"]}
+        )
     return rows
 
 
@@ -98,8 +109,8 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def warm_start(task: str, folder: Path) -> None:
-    """Train the small Llama on worked solutions, so that it has something to explore from."""
-    steps = TASKS[task][2]
+    """Train the small Llama on demonstrations: it learns the task and to slip as often as they do."""
+    steps = WARM_STEPS
     tokenizer = character_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(

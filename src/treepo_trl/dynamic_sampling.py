@@ -65,7 +65,8 @@ class PromptStream:
             if self.position[1] == 0:
                 raise ValueError(
                     f"Pass {number + 1} over the training dataset gave no example. Check how it is loaded "
-                    "and filtered; a source that can be read only once must hold the prompts of all steps and replacements."
+                    "and filtered; a source that can be read only once must hold the prompts of all steps and "
+                    "replacements."
                 )
             self.position = (number + 1, 0)
             self._rest = self._pass(number + 1, 0)
