@@ -341,7 +341,11 @@ class SyncProbe:
 
 
 def lora_trainer(
-    folder: str, tmp_path: Path, quantization_config: BitsAndBytesConfig | None = None, **kwargs: Any
+    folder: str,
+    tmp_path: Path,
+    quantization_config: BitsAndBytesConfig | None = None,
+    peft_changes: dict[str, Any] | None = None,
+    **kwargs: Any,
 ) -> TreePOTrainer:
     dataset = Dataset.from_dict({"prompt": [f"w{i} w{i + 1} w{i + 2}" for i in range(32)]})
     return TreePOTrainer(
@@ -356,13 +360,26 @@ def lora_trainer(
             use_vllm=True,
             vllm_mode="colocate",
             vllm_gpu_memory_utilization=0.2,
-            vllm_max_model_length=128,
-            **{"learning_rate": 0.05, "max_steps": 2, "logging_steps": 1, "save_strategy": "no", **kwargs},
+            **{
+                "vllm_max_model_length": 128,
+                "learning_rate": 0.05,
+                "max_steps": 2,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                **kwargs,
+            },
         ),
         train_dataset=dataset,
         quantization_config=quantization_config,
         peft_config=LoraConfig(
-            r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+            **{
+                "r": 4,
+                "lora_alpha": 8,
+                "target_modules": "all-linear",
+                "task_type": "CAUSAL_LM",
+                "init_lora_weights": False,
+                **(peft_changes or {}),
+            }
         ),
     )
 
@@ -378,7 +395,7 @@ def float32_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("float32_engine")
 def test_adapter_reaches_the_engine_after_each_update(tiny_model_dir: str, tmp_path: Path) -> None:
-    trainer = lora_trainer(tiny_model_dir, tmp_path)
+    trainer = lora_trainer(tiny_model_dir, tmp_path, max_steps=5)
     generation = trainer.vllm_generation
     assert isinstance(generation, AdapterVLLMGeneration)
     base = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
@@ -393,7 +410,7 @@ def test_adapter_reaches_the_engine_after_each_update(tiny_model_dir: str, tmp_p
     generation.sync_weights = sync_and_look
     trainer.train()
     trainer.vllm_generation.sync_weights()  # after the last update
-    assert len(probe.pairs) == 3
+    assert len(probe.pairs) == 6
     for engine, policy in probe.pairs:
         torch.testing.assert_close(engine, policy, atol=5e-3, rtol=0)
     for (_, before), (_, after) in zip(probe.pairs, probe.pairs[1:], strict=False):
@@ -402,7 +419,7 @@ def test_adapter_reaches_the_engine_after_each_update(tiny_model_dir: str, tmp_p
         if name in base:
             assert torch.equal(p, base[name]), f"{name} of the base model changed"
     logs = [log for log in trainer.state.log_history if "sampling/sampling_logp_difference/max" in log]
-    assert len(logs) == 2
+    assert len(logs) == 5
     assert all(log["sampling/sampling_logp_difference/max"] < 0.02 for log in logs)  # sampled from the policy itself
 
 
@@ -441,6 +458,95 @@ def test_evaluation_samples_from_the_adapter(tiny_model_dir: str, tmp_path: Path
     assert len(seen) == 16
     assert all(request is not None and request.lora_name == "policy" for request in seen)
     assert metrics["eval_sampling/sampling_logp_difference/max"] < 0.02
+
+
+@pytest.mark.usefixtures("float32_engine")
+def test_a_resumed_training_samples_from_the_resumed_adapter(tiny_model_dir: str, tmp_path: Path) -> None:
+    first = lora_trainer(tiny_model_dir, tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    first.train()
+    del first
+    resumed = lora_trainer(tiny_model_dir, tmp_path, max_steps=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    (log,) = [log for log in resumed.state.log_history if "loss" in log and log["step"] == 2]
+    assert log["sampling/sampling_logp_difference/max"] < 0.02  # a new adapter's would be far away, see above
+
+
+@pytest.mark.usefixtures("float32_engine")
+def test_an_adapter_leaves_nothing_of_its_predecessor(tiny_model_dir: str, tmp_path: Path) -> None:
+    """Neither weights nor cached prefixes: the same text, longer than two cache blocks, before and after."""
+    trainer = lora_trainer(tiny_model_dir, tmp_path, vllm_max_model_length=512)
+    generation = trainer.vllm_generation
+    text = [5 + i % 60 for i in range(300)]
+    policy: Any = trainer.accelerator.unwrap_model(trainer.model)
+    adapters = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+
+    def probabilities(adapter: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The engine's for the most probable tokens, the policy's for these, and the policy's for all."""
+        for name, parameter in policy.named_parameters():
+            if name in adapter:
+                parameter.data = adapter[name].clone()
+        generation.sync_weights()
+        request = generation.llm.lora_request
+        first, again = (most_probable_next(generation.llm, text, request) for _ in range(2))  # then from the cache
+        assert again == pytest.approx(first, abs=1e-4)
+        with torch.no_grad():
+            expected = policy.eval()(input_ids=torch.tensor([text])).logits[0, -1].log_softmax(-1)
+        return torch.tensor(list(first.values())), expected[list(first)], expected
+
+    smaller = {name: 0.5 * weight for name, weight in adapters.items()}
+    only_first = {
+        name: weight if ".layers.0." in name else torch.zeros_like(weight) for name, weight in adapters.items()
+    }
+    results = [probabilities(adapter) for adapter in (adapters, smaller, only_first, adapters)]
+    for engine, expected, _ in results:
+        torch.testing.assert_close(engine, expected, atol=5e-3, rtol=0)
+    for (_, _, one), (_, _, other) in pairwise(results):
+        assert (one - other).abs().max() > 0.5
+    assert generation.llm.llm_engine.list_loras() == {1}
+
+
+def most_probable_next(llm: Any, token_ids: list[int], lora_request: Any) -> dict[int, float]:
+    """Next tokens with their log-probabilities; unlike those of the prompt they let the engine use its cache."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, logprobs=20, temperature=1.0)
+    (output,) = llm.generate({"prompt_token_ids": token_ids}, params, lora_request=lora_request, use_tqdm=False)
+    (position,) = output.outputs[0].logprobs
+    return {token: value.logprob for token, value in position.items()}
+
+
+@pytest.mark.usefixtures("float32_engine")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_rslora": True},
+        {"target_modules": ["q_proj", "embed_tokens"]},  # the model ties its head to the embedding
+        {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
+    ],
+    ids=["rslora", "tied embedding", "one layer"],
+)
+def test_the_engine_computes_what_peft_does(tiny_model_dir: str, tmp_path: Path, changes: dict[str, Any]) -> None:
+    trainer = lora_trainer(tiny_model_dir, tmp_path, peft_changes=changes)
+    probe = SyncProbe(trainer, [10, 11, 12, 13, 14, 15, 16, 17], num_scored=6)
+    trainer.vllm_generation.sync_weights()
+    probe.look()
+    ((engine, policy),) = probe.pairs
+    torch.testing.assert_close(engine, policy, atol=5e-3, rtol=0)
+    with trainer.model.disable_adapter():
+        assert (policy_logprobs(trainer.model, probe.text, 6) - policy).abs().max() > 0.1
+
+
+def test_an_adapter_that_vllm_cannot_load_is_refused_at_construction(
+    tiny_model_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.lora import model_manager
+
+    supported = model_manager.get_supported_lora_modules
+    monkeypatch.setattr(
+        model_manager, "get_supported_lora_modules", lambda model: [m for m in supported(model) if m != "o_proj"]
+    )
+    with pytest.raises(ValueError, match=r"vLLM cannot serve this adapter: .*o_proj.* `vllm_lora_sync='merge'`"):
+        lora_trainer(tiny_model_dir, tmp_path)
 
 
 # QLoRA: the base in 4 bits in the policy, dequantized in the engine

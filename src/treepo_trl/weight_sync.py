@@ -126,6 +126,20 @@ class AdapterVLLMGeneration(VLLMGeneration):
                     engine_options |= {"model": folder, "tokenizer": self.model.name_or_path, "quantization": None}
             stack.enter_context(replaced(vllm_generation, "LLM", _lora_llm_class(engine_options)))
             super()._init_vllm()
+        self._try_adapter()
+
+    def _try_adapter(self) -> None:
+        """Load the untrained adapter: what vLLM cannot serve is an error now and not after the first step."""
+        try:
+            self.sync_weights()
+        except ValueError as error:
+            raise ValueError(
+                f"vLLM cannot serve this adapter: {error} Change its `target_modules`, or set "
+                "`vllm_lora_sync='merge'`."
+            ) from error
+        if self.enable_sleep_mode:
+            self.llm.sleep(level=2)
+            self._llm_weights_sleeping = True
 
     def sync_weights(self) -> None:
         """Load the policy's adapter into the engine and forget what its predecessor computed."""
