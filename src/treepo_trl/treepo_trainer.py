@@ -64,6 +64,9 @@ _EXPECTED_LENGTH = "treepo_expected_length"  # mean completion of the last batch
 _PROMPTS_DRAWN = "treepo_prompts_drawn"  # pass over the dataset and examples of it that dynamic sampling has drawn
 
 
+_LARGE_DIFFERENCE = 0.2  # nats per token; bfloat16 rounding gives 0.01 to 0.05
+
+
 class TreePOTrainer(GRPOTrainer):
     """
     Trainer for TreePO, from [TreePO: Bridging the Gap of Policy Optimization and Efficacy and Inference Efficiency
@@ -185,6 +188,7 @@ class TreePOTrainer(GRPOTrainer):
         self._prepared_at = -1  # global step of the last inputs: behind once they have moved the policy
         self._rewards_per_func: torch.Tensor | None = None
         self._sampled_at = (-1, 0)  # global step of the last generation batch and how many it has seen
+        self._has_compared = False  # the engine's log-probabilities with the policy's
         self._num_evaluated = 0  # batches of completions that were sampled in evaluation
         self._processes_per_engine = args.vllm_tensor_parallel_size if args.use_vllm else 1
         self._packed_forward = self._build_packed_forward()
@@ -338,6 +342,8 @@ class TreePOTrainer(GRPOTrainer):
         finally:
             self._given_trees = self._given_rewards = None
         self._log_tree_metrics()
+        if self.use_vllm and not self._has_compared:
+            self._compare_with_engine()
         num_completions, num_tokens = output["completion_ids"].shape
         local = slice(
             self.accelerator.process_index * num_completions, (self.accelerator.process_index + 1) * num_completions
@@ -357,6 +363,17 @@ class TreePOTrainer(GRPOTrainer):
         if self.args.log_trees:
             self._write_trees(rewards.tolist(), output)
         return output
+
+    def _compare_with_engine(self) -> None:
+        """Warn if the engine did not compute the policy in the first batch; TRL logs the difference of each."""
+        self._has_compared = True
+        differences = self._metrics["train"].get("sampling/sampling_logp_difference/mean", [])
+        if differences and differences[-1] > _LARGE_DIFFERENCE:
+            logger.warning(
+                f"vLLM's log-probabilities of the first batch differ from the policy's by {differences[-1]:.3f} nats "
+                "on average, far more than rounding: the engine does not compute the policy. With a quantized model see "
+                "`vllm_base_weights`; else compare the model's revision and dtype in both."
+            )
 
     def _recording_rewards(self, calculate_rewards: Any) -> Any:
         """`calculate_rewards` that keeps its result, and gives the rewards that dynamic sampling has already."""
