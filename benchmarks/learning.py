@@ -48,7 +48,7 @@ ARMS = {
 WARM_START = "warm start"
 WARM_STEPS = 500
 SLIPS = 0.2  # of a demonstration's steps, which goes on with the wrong result
-NUM_HELD_OUT = 64
+NUM_HELD_OUT = 128
 Slip = Callable[[], int]
 
 
@@ -308,8 +308,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=200_000, help="decoded tokens of a run")
-    parser.add_argument("--points", type=int, default=8, help="evaluations of a run")
+    parser.add_argument("--tokens", type=int, default=300_000, help="decoded tokens of a run")
+    parser.add_argument("--points", type=int, default=6, help="evaluations of a run")
     parser.add_argument("--prompts", type=int, default=32, help="prompts per step")
     parser.add_argument("--width", type=int, default=8, help="completions per prompt")
     parser.add_argument("--max_completion_length", type=int, default=64)

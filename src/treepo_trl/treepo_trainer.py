@@ -371,8 +371,8 @@ class TreePOTrainer(GRPOTrainer):
         if differences and differences[-1] > _LARGE_DIFFERENCE:
             logger.warning(
                 f"vLLM's log-probabilities of the first batch differ from the policy's by {differences[-1]:.3f} nats "
-                "on average, far more than rounding: the engine does not compute the policy. With a quantized model see "
-                "`vllm_base_weights`; else compare the model's revision and dtype in both."
+                "on average, far more than rounding: the engine does not compute the policy. With a quantized model "
+                "see `vllm_base_weights`; else compare the model's revision and dtype in both."
             )
 
     def _recording_rewards(self, calculate_rewards: Any) -> Any:
