@@ -41,6 +41,7 @@ ALLOWED = {
     "packed_forward": {"packing", "model_support", "tree_attention"},
     "evaluation": {"engines", "engines.transformers"},
     "treepo_config": {"sampling_config", "advantages", "packing", "base_weights"},  # the choices of their fields
+    "memory_plan": {"base_weights", "treepo_config"},
     "validation": {"engines", "model_support", "treepo_config"},
     "treepo_trainer": {
         *("treepo_config", "validation", "sampler", "tree", "advantages", "rewards", "model_support"),
@@ -54,7 +55,7 @@ ALLOWED = {
     },
     "cli": {
         *("", "data", "user_errors", "sample_command", "treepo_config"),  # the version is in __init__
-        *("treepo_trainer", "evaluation", "progress"),
+        *("treepo_trainer", "evaluation", "progress", "memory_plan"),
     },
     "": {"sampler", "sampling_config", "tree", "treepo_config", "treepo_trainer"},
 }

@@ -19,7 +19,7 @@ import torch
 BaseWeights = Literal["auto", "quantized", "dequantized"]
 
 # Of what vLLM may take, the part for the weights of a dequantized base that `auto` accepts; the rest is for the cache.
-_LARGEST_SHARE = 0.75
+LARGEST_SHARE = 0.75
 
 
 def is_4bit(model: Any) -> bool:
@@ -44,7 +44,7 @@ def choose_base_weights(
         if reason is not None:
             return "dequantized"
         room = gpu_memory_utilization * torch.cuda.get_device_properties(device).total_memory
-        return "dequantized" if dequantized_size(model) <= _LARGEST_SHARE * room else "quantized"
+        return "dequantized" if dequantized_size(model) <= LARGEST_SHARE * room else "quantized"
     if base_weights == "quantized" and reason is not None:
         raise ValueError(
             f"`vllm_base_weights` is 'quantized', but {reason}. Set `vllm_base_weights='dequantized'`, which needs "

@@ -1,4 +1,4 @@
-"""The command line: `treepo-trl train` and `treepo-trl sample`."""
+"""The command line: `treepo-trl train`, `treepo-trl plan` and `treepo-trl sample`."""
 
 import argparse
 import importlib
@@ -109,6 +109,7 @@ def train(script_args: TreePOScriptArguments, training_args: Any, model_args: An
     from .treepo_trainer import TreePOTrainer
 
     with user_errors():
+        check_memory(training_args, model_args)
         reward_funcs = load_reward_funcs(script_args, training_args)
         dataset = load_train_and_test(script_args, dataset_args)
         train_dataset = take_split(dataset, script_args.dataset_train_split, "--dataset_train_split")
@@ -138,20 +139,92 @@ def train(script_args: TreePOScriptArguments, training_args: Any, model_args: An
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
 
 
-def make_parser(prog: str | None = None) -> Any:
-    """Parser for the script arguments, [`TreePOConfig`] and TRL's model and dataset arguments."""
+@dataclass
+class PlanArguments:
+    """What `treepo-trl plan` takes beside the arguments of the training."""
+
+    card_gib: float | None = field(
+        default=None, metadata={"help": "Memory of the GPU in GiB; that of this machine's first GPU by default."}
+    )
+
+
+def make_parser(prog: str | None = None, *more: type) -> Any:
+    """Parser for the script arguments, [`TreePOConfig`], TRL's model and dataset arguments, and `more` dataclasses."""
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
     from .treepo_config import TreePOConfig
 
-    dataclass_types: Any = (TreePOScriptArguments, TreePOConfig, ModelConfig, DatasetMixtureConfig)
+    dataclass_types: Any = (TreePOScriptArguments, TreePOConfig, ModelConfig, DatasetMixtureConfig, *more)
     return TrlParser(dataclass_types, prog=prog)
 
 
-_USAGE = """usage: treepo-trl {train,sample} [--config FILE] [options]
+def plan(argv: list[str]) -> None:
+    """
+    Print what a training takes of one GPU's memory; exit with 1 and the reasons if it does not fit.
+
+    Loads no weights, and needs no GPU if `--card_gib` says how large it is.
+    """
+    import torch
+
+    from .memory_plan import GIB
+
+    if not torch.cuda.is_available():  # what the training would check on a machine that has one
+        argv = [*argv, "--use_cpu", "true", "--bf16", "false"]
+    with user_errors():
+        parser = make_parser("treepo-trl plan", PlanArguments)
+        _, training_args, model_args, _, plan_args = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+        if plan_args.card_gib is not None:
+            card = plan_args.card_gib * GIB
+        elif torch.cuda.is_available():
+            card = float(torch.cuda.get_device_properties(0).total_memory)
+        else:
+            raise ValueError("This machine has no GPU. Say how large the card is: `--card_gib 24`.")
+        result = _plan(training_args, model_args, card)
+    print(result.table())
+    problems = result.problems()
+    print("\n".join(problems) if problems else "It fits.")
+    if problems:
+        raise SystemExit(1)
+
+
+def _plan(training_args: Any, model_args: Any, card: float) -> Any:
+    from transformers import AutoConfig
+
+    from .memory_plan import plan_memory
+
+    config = AutoConfig.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+    return plan_memory(config, training_args, model_args, card)
+
+
+def check_memory(training_args: Any, model_args: Any) -> None:
+    """
+    Print the plan of a training on this machine's one GPU before anything is loaded.
+
+    Raises:
+        ValueError: if what is certain of it does not fit, with the settings to change.
+    """
+    import torch
+
+    if not torch.cuda.is_available() or training_args.use_cpu or training_args.world_size > 1:
+        return
+    result = _plan(training_args, model_args, float(torch.cuda.get_device_properties(0).total_memory))
+    print(result.table())
+    certain = result.problems(certain=True)
+    if certain:
+        raise ValueError(" ".join(certain))
+    for problem in result.problems():
+        print(f"May not fit: {problem}")
+
+
+_USAGE = """usage: treepo-trl {train,plan,sample} [--config FILE] [options]
 
 commands:
   train    fine-tune a model with TreePOTrainer
+  plan     what a training would take of a GPU's memory
   sample   sample trees of completions without training
 
 `treepo-trl COMMAND --help` lists a command's options."""
@@ -167,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"treepo-trl {__version__}")
         return
     parser = argparse.ArgumentParser(prog="treepo-trl", usage=_USAGE.partition("\n")[0].removeprefix("usage: "))
-    parser.add_argument("command", choices=["train", "sample"])
+    parser.add_argument("command", choices=["train", "plan", "sample"])
     command = parser.parse_args(argv[:1]).command
     if argv[-1] == "--config":  # TRL's parser takes the next argument without looking
         parser.error("argument --config: expected one argument")
@@ -175,6 +248,9 @@ def main(argv: list[str] | None = None) -> None:
         from .sample_command import main as sample
 
         sample(argv[1:])
+        return
+    if command == "plan":
+        plan(argv[1:])
         return
     with user_errors():
         arguments = make_parser(prog="treepo-trl train").parse_args_and_config(argv[1:], fail_with_unknown_args=True)

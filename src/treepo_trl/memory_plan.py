@@ -1,0 +1,311 @@
+"""
+What a training will take of one GPU's memory, counted before it starts: `treepo-trl plan`.
+
+Weights, adapter, optimizer and cache are counted exactly from the model's config. Activations are counted by running
+the update on the meta device, where tensors have shapes but no memory. What is left is a reserve, a plain assumption.
+"""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .base_weights import LARGEST_SHARE
+from .treepo_config import TreePOConfig
+
+
+GIB = 2**30
+RESERVE = 1.5 * GIB
+"""CUDA context, fragmentation, temporary buffers: an assumption, not a measurement."""
+
+_STAND_IN = "treepo_plan"  # attention whose memory is linear in the row, as that of fused kernels
+# 4 bits, and per block of 64 weights a scale: of 32 bits, or of 8 with one of 32 per 256 scales.
+_BYTES_4BIT = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
+
+
+@dataclass
+class MemoryPlan:
+    """
+    Bytes by part, and what follows from them.
+
+    Attributes:
+        card (`float`):
+            Memory of the GPU.
+        policy (`dict[str, float]`):
+            Parts of the policy: weights, adapter, gradients, optimizer, activations.
+        engine (`dict[str, float]`):
+            Parts of vLLM's share: weights and cache; empty without vLLM.
+        cache_tokens (`int`):
+            Tokens that fit the engine's cache.
+        micro_batch_tokens (`int`):
+            Tokens of the largest micro-batch that activations are counted for.
+        longest (`int`):
+            Tokens of the longest sequence that the engine must hold.
+        base_weights (`str` or `None`):
+            How the engine of a 4-bit policy would get its base.
+        sleeps (`bool`):
+            Whether the engine leaves the card during the update.
+    """
+
+    card: float
+    policy: dict[str, float]
+    engine: dict[str, float]
+    cache_tokens: int
+    micro_batch_tokens: int
+    longest: int
+    base_weights: str | None
+    sleeps: bool
+
+    @property
+    def rollout(self) -> float:
+        """Bytes while completions are sampled."""
+        return self._resident() + sum(self.engine.values()) + RESERVE
+
+    @property
+    def update(self) -> float:
+        """Bytes in the backward pass."""
+        return sum(self.policy.values()) + self._engine_in_update() + RESERVE
+
+    def problems(self, certain: bool = False) -> list[str]:
+        """
+        Why this cannot run, each with the settings to change; empty if nothing speaks against it.
+
+        Args:
+            certain (`bool`):
+                Whether to leave out what is estimated: activations and the reserve.
+        """
+        rollout, update = self.rollout, self.update
+        if certain:
+            rollout, update = rollout - RESERVE, update - RESERVE - self.policy["activations"]
+        found = []
+        if rollout > self.card:
+            found.append(
+                f"Sampling takes {rollout / GIB:.1f} GiB of the card's {self.card / GIB:.1f}: lower "
+                "`vllm_gpu_memory_utilization`, or load the policy in 4 bits (`load_in_4bit`)."
+            )
+        if update > self.card:
+            found.append(
+                f"The update takes {update / GIB:.1f} GiB of the card's {self.card / GIB:.1f}: set "
+                "`vllm_enable_sleep_mode=True` (vLLM leaves the card), `gradient_checkpointing=True`, a lower "
+                "`max_tokens_per_micro_batch` or `per_device_train_batch_size`, an 8-bit `optim`, or an adapter "
+                "(`use_peft`)."
+            )
+        if self.engine and self.cache_tokens < self.longest:
+            found.append(
+                f"vLLM's cache holds {max(self.cache_tokens, 0)} tokens, one prompt with its completion has up to "
+                f"{self.longest}: raise `vllm_gpu_memory_utilization`, lower `max_completion_length` or "
+                "`vllm_max_model_length`, or set `vllm_base_weights='quantized'`."
+            )
+        return found
+
+    def _resident(self) -> float:
+        return sum(size for name, size in self.policy.items() if name not in ("gradients", "activations"))
+
+    def _engine_in_update(self) -> float:
+        return 0.0 if self.sleeps else sum(self.engine.values())
+
+    def table(self) -> str:
+        """The parts as text, one per line, in GiB."""
+        lines = [("policy: " + name, size) for name, size in self.policy.items()]
+        lines += [("vLLM: " + name, size) for name, size in self.engine.items()]
+        lines += [("reserve", RESERVE), ("while sampling", self.rollout), ("in the update", self.update)]
+        lines.append(("card", self.card))
+        rows = [f"{name:<44}{size / GIB:>8.2f} GiB" for name, size in lines]
+        notes = [f"activations: {self.micro_batch_tokens} tokens per micro-batch"]
+        if self.engine:
+            notes.append(f"cache: {self.cache_tokens} tokens, the longest sequence has {self.longest}")
+        if self.base_weights:
+            notes.append(f"vLLM's base: {self.base_weights}")
+        if self.sleeps:
+            notes.append("vLLM's weights wait in CPU memory during the update")
+        return "\n".join([*rows, *notes])
+
+
+def plan_memory(config: Any, training_args: TreePOConfig, model_args: Any, card: float) -> MemoryPlan:
+    """
+    Count what a training takes on one GPU.
+
+    Args:
+        config ([`~transformers.PretrainedConfig`]):
+            Config of the model.
+        training_args ([`TreePOConfig`]):
+            Arguments of the training.
+        model_args ([`~trl.ModelConfig`]):
+            Precision, quantization and adapter, as TRL's scripts take them.
+        card (`float`):
+            The GPU's memory in bytes.
+
+    Raises:
+        ValueError: if the card is smaller than a tenth of a GiB, which is another unit.
+    """
+    if card < 0.1 * GIB:
+        raise ValueError(f"The card's memory is {card:.0f} bytes. Give it in GiB: `--card_gib 24`.")
+    dtype = getattr(torch, str(model_args.dtype or "bfloat16"), torch.bfloat16)
+    in_4bit = bool(model_args.load_in_4bit)
+    model, is_adapter = _build(config, dtype, model_args)
+    tokens = _micro_batch_tokens(training_args)
+    activations = _activation_bytes(model, tokens, bool(training_args.gradient_checkpointing))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    # TRL keeps the adapter of a 4-bit model in bfloat16, PEFT that of others in float32.
+    itemsize = (2 if in_4bit else 4) if is_adapter else dtype.itemsize
+    numel = sum(p.numel() for p in trainable)
+    base = model.get_base_model() if is_adapter else model
+    head = base.get_output_embeddings()
+    linear = {
+        id(module.weight): module.weight.numel()
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head and "lora_" not in name
+    }
+    plain = sum(p.numel() for name, p in base.named_parameters() if "lora_" not in name)
+    weights = float(plain * dtype.itemsize)
+    if in_4bit:
+        in_4bits = sum(linear.values())
+        weights = (plain - in_4bits) * dtype.itemsize + in_4bits * _BYTES_4BIT[bool(model_args.use_bnb_nested_quant)]
+        activations += max(linear.values()) * dtype.itemsize  # one layer's weights at a time, dequantized
+    policy = {"weights": weights}
+    if is_adapter:
+        policy["adapter"] = float(numel * itemsize)
+    policy |= {
+        "gradients": float(numel * itemsize),
+        "optimizer": numel * _optimizer_bytes(getattr(training_args.optim, "value", training_args.optim), itemsize),
+        "activations": float(activations),
+    }
+    return MemoryPlan(
+        card=card,
+        policy=policy,
+        micro_batch_tokens=tokens,
+        longest=_longest(training_args),
+        sleeps=bool(training_args.use_vllm and training_args.vllm_enable_sleep_mode),
+        **_engine(config, training_args, weights, float(plain * dtype.itemsize), in_4bit, card),
+    )
+
+
+def _engine(
+    config: Any, args: TreePOConfig, weights: float, plain_weights: float, in_4bit: bool, card: float
+) -> dict[str, Any]:
+    if not args.use_vllm:
+        return {"engine": {}, "cache_tokens": 0, "base_weights": None}
+    share = args.vllm_gpu_memory_utilization * card
+    base_weights = None
+    if in_4bit:
+        base_weights = args.vllm_base_weights
+        if base_weights == "auto":
+            base_weights = "dequantized" if plain_weights <= LARGEST_SHARE * share else "quantized"
+    engine_weights = weights if base_weights == "quantized" else plain_weights
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2  # keys and values, 16 bits
+    cache = share - engine_weights
+    return {
+        "engine": {"weights": engine_weights, "cache and buffers": max(cache, 0.0)},
+        "cache_tokens": int(cache // per_token),
+        "base_weights": base_weights,
+    }
+
+
+def _build(config: Any, dtype: torch.dtype, model_args: Any) -> tuple[Any, bool]:
+    """The policy on the meta device, and whether it has an adapter."""
+    from peft import get_peft_model
+    from transformers import AttentionInterface, AutoModelForCausalLM
+    from trl import get_peft_config
+
+    AttentionInterface.register(_STAND_IN, _attend)
+    peft_config = get_peft_config(model_args)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_STAND_IN)
+        if peft_config is None:
+            return model, False
+        return get_peft_model(model, peft_config), True
+
+
+def _longest(args: TreePOConfig) -> int:
+    """Tokens of the longest prompt with its completion; 512 for the prompt where nothing bounds it."""
+    return args.vllm_max_model_length or int(args.max_completion_length or 256) + 512
+
+
+def _micro_batch_tokens(args: TreePOConfig) -> int:
+    """Tokens of the largest micro-batch: its budget, else rows that share nothing."""
+    rows = args.per_device_train_batch_size * _longest(args)
+    budget = args.max_tokens_per_micro_batch
+    return rows if budget is None else min(rows, max(budget, _longest(args)))
+
+
+def _optimizer_bytes(optim: str, itemsize: int) -> float:
+    """Bytes of the optimizer's states per trainable weight: Adam's two moments, in its precision or in 8 bits."""
+    if "8bit" in optim:
+        return 2.0
+    return 0.0 if optim in ("sgd", "adafactor") else 2.0 * itemsize
+
+
+def _activation_bytes(model: Any, num_tokens: int, checkpointing: bool) -> int:
+    """Peak of what forward and backward pass of one row of `num_tokens` add to weights and gradients."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+    model.train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+    known = [t for p in model.parameters() for t in (p, p.grad) if t is not None] + list(model.buffers())
+    peak = _PeakBytes(known)
+    with torch.device("meta"), peak:
+        ids = torch.zeros(1, num_tokens, dtype=torch.long)
+        hidden = base.get_decoder()(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state
+        hidden.float().sum().backward()  # the fused LM head of TRL holds a few rows of logits at a time
+    return peak.peak
+
+
+class _PeakBytes(TorchDispatchMode):
+    """Bytes of all storages that operations make, at their largest; storages of `known` tensors do not count."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
+        for tensor in known:
+            self._seen[tensor.untyped_storage()] = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        if storage in self._seen:
+            return
+        self._seen[storage] = None
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+class _LinearAttention(torch.autograd.Function):
+    """Shapes and memory of fused attention: it keeps its inputs, its output and a number per row and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, torch.empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query, key, value = ctx.saved_tensors[:3]
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _attend(
+    _module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **_: Any
+) -> tuple[torch.Tensor, None]:
+    output: Any = _LinearAttention.apply(query, key, value)
+    return output.transpose(1, 2).contiguous(), None

@@ -1,0 +1,229 @@
+"""The plan's bytes against real tensors and by hand, and what it says of a card that is too small."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+from peft import LoraConfig, get_peft_model
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from trl import ModelConfig
+
+from treepo_trl import TreePOConfig
+from treepo_trl.cli import main
+from treepo_trl.memory_plan import (
+    _STAND_IN,
+    GIB,
+    RESERVE,
+    MemoryPlan,
+    _activation_bytes,
+    _attend,
+    _PeakBytes,
+    plan_memory,
+)
+
+
+def arguments(tmp_path: Path, **changes: Any) -> TreePOConfig:
+    settings = {"use_cpu": True, "bf16": False, "report_to": [], "gradient_checkpointing": True}
+    settings |= {"per_device_train_batch_size": 8, "max_completion_length": 100, "vllm_max_model_length": 120}
+    return TreePOConfig(output_dir=str(tmp_path), **{**settings, **changes})
+
+
+def plan(tmp_path: Path, folder: str, card_gib: float = 24, lora: bool = True, **changes: Any) -> MemoryPlan:
+    names = ("dtype", "load_in_4bit", "use_bnb_nested_quant", "lora_r")
+    model = {name: changes.pop(name) for name in names if name in changes}
+    if lora:
+        model |= {"use_peft": True, "lora_target_modules": ["all-linear"]}
+    config = AutoConfig.from_pretrained(folder)
+    model_args = ModelConfig(folder, **{"dtype": "bfloat16", **model})
+    return plan_memory(config, arguments(tmp_path, **changes), model_args, card_gib * GIB)
+
+
+# Weights, adapter and optimizer against the real ones
+
+
+def nbytes_4bit(model: Any) -> int:
+    """Everything that the weights of a loaded 4-bit model take."""
+    total = 0
+    for parameter in model.parameters():
+        total += parameter.nbytes
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            total += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+    return total
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_weights_in_4_bits(tmp_path: Path, small_model_dir: str, nested: bool) -> None:
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(small_model_dir, quantization_config=four_bits, dtype="bfloat16")
+    result = plan(tmp_path, small_model_dir, load_in_4bit=True, use_bnb_nested_quant=nested)
+    assert result.policy["weights"] == pytest.approx(nbytes_4bit(model), rel=1e-3)
+    # TRL keeps this adapter in bfloat16.
+    adapter = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+    assert result.policy["adapter"] == result.policy["gradients"] == 2 * trainable
+    assert result.policy["optimizer"] == 4 * trainable
+
+
+def test_weights_and_adapter_in_16_bits(tmp_path: Path, small_model_dir: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(small_model_dir, dtype="bfloat16")
+    weights = sum(p.nbytes for p in model.parameters())
+    adapter = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+    trainable = [p for p in adapter.parameters() if p.requires_grad]
+    assert {p.dtype for p in trainable} == {torch.float32}
+    result = plan(tmp_path, small_model_dir, lora_r=8)
+    assert result.policy["weights"] == weights
+    assert result.policy["adapter"] == sum(p.nbytes for p in trainable)
+    assert result.policy["optimizer"] == 2 * result.policy["adapter"]
+    eight_bits = plan(tmp_path, small_model_dir, lora_r=8, optim="adamw_8bit")
+    assert eight_bits.policy["optimizer"] == 2 * sum(p.numel() for p in trainable)
+
+
+def test_full_fine_tuning_has_gradients_and_moments_of_every_weight(tmp_path: Path, small_model_dir: str) -> None:
+    result = plan(tmp_path, small_model_dir, lora=False, dtype="float32")
+    assert "adapter" not in result.policy
+    assert result.policy["gradients"] == result.policy["weights"]
+    assert result.policy["optimizer"] == 2 * result.policy["weights"]
+
+
+# Activations
+
+
+def test_peak_of_a_chain_by_hand() -> None:
+    known = torch.zeros(1000)  # 4000 bytes, not counted
+    with _PeakBytes([known]) as peak:
+        a = known + 1  # 4000
+        b = a + 1  # 8000
+        del a  # 4000
+        c = b + b  # 8000
+        view = c.view(10, 100)  # shares the memory of c
+        del b  # 4000
+        d = torch.cat([c, view.flatten()])  # 12000
+        del c, view, d
+    assert peak.peak == 12000
+    assert peak.live == 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_meta_device_counts_what_real_tensors_take(checkpointing: bool) -> None:
+    """The same forward and backward pass with real tensors and real attention on the CPU."""
+    AttentionInterface.register(_STAND_IN, _attend)
+    sizes = []
+    for device, attention in (("meta", _STAND_IN), ("cpu", "sdpa")):
+        with torch.device(device):
+            model = make_model(attn_implementation=attention)
+            model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+        if device == "meta":
+            sizes.append(_activation_bytes(model, 64, checkpointing))
+            continue
+        if checkpointing:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+            model.get_base_model().enable_input_require_grads()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        tensors = [t for p in model.parameters() for t in (p, p.grad) if t is not None] + list(model.buffers())
+        with _PeakBytes(tensors) as peak:
+            ids = torch.zeros(1, 64, dtype=torch.long)
+            hidden = model.get_base_model().get_decoder()(input_ids=ids, position_ids=ids, use_cache=False)
+            hidden.last_hidden_state.float().sum().backward()
+        sizes.append(peak.peak)
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)  # attention on CPU makes some copies of its own
+
+
+def test_activations_grow_with_tokens_and_shrink_with_checkpoints(tmp_path: Path, small_model_dir: str) -> None:
+    def activations(**changes: Any) -> float:
+        return plan(tmp_path, small_model_dir, **changes).policy["activations"]
+
+    whole = activations()  # 8 rows of 120 tokens
+    assert plan(tmp_path, small_model_dir).micro_batch_tokens == 960
+    assert activations(per_device_train_batch_size=16) == pytest.approx(2 * whole, rel=0.05)
+    assert activations(max_tokens_per_micro_batch=480) == pytest.approx(whole / 2, rel=0.05)
+    assert activations(gradient_checkpointing=False) > 3 * whole
+    # A single row may be longer than the budget.
+    assert plan(tmp_path, small_model_dir, max_tokens_per_micro_batch=50).micro_batch_tokens == 120
+
+
+# The engine
+
+
+def test_engine_and_cache_by_hand(tmp_path: Path, small_model_dir: str) -> None:
+    result = plan(tmp_path, small_model_dir, card_gib=4, use_vllm=True, vllm_mode="colocate")
+    share = 0.3 * 4 * GIB  # TRL's default of `vllm_gpu_memory_utilization`
+    assert sum(result.engine.values()) == pytest.approx(share)
+    # SmolLM2-135M: 30 layers, 3 heads of 64 for keys and values, 2 bytes each.
+    per_token = 2 * 30 * 3 * 64 * 2
+    assert result.cache_tokens == int((share - result.engine["weights"]) // per_token)
+    assert result.engine["weights"] == result.policy["weights"]
+    assert result.update == pytest.approx(sum(result.policy.values()) + share + RESERVE)
+    asleep = plan(
+        tmp_path, small_model_dir, card_gib=4, use_vllm=True, vllm_mode="colocate", vllm_enable_sleep_mode=True
+    )
+    assert asleep.update == pytest.approx(sum(result.policy.values()) + RESERVE)
+    assert asleep.rollout == result.rollout
+
+
+@pytest.mark.parametrize(
+    ("card_gib", "wanted", "expected"),
+    [(24, "auto", "dequantized"), (0.9, "auto", "quantized"), (24, "quantized", "quantized")],
+)
+def test_base_of_a_4_bit_policy(
+    tmp_path: Path, small_model_dir: str, card_gib: float, wanted: str, expected: str
+) -> None:
+    result = plan(
+        tmp_path,
+        small_model_dir,
+        card_gib=card_gib,
+        load_in_4bit=True,
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_base_weights=wanted,
+    )
+    assert result.base_weights == expected
+    plain = plan(tmp_path, small_model_dir).policy["weights"]
+    assert result.engine["weights"] == (plain if expected == "dequantized" else result.policy["weights"])
+
+
+# What it says
+
+
+def test_what_does_not_fit_names_the_settings(tmp_path: Path, small_model_dir: str) -> None:
+    changes = {"use_vllm": True, "vllm_mode": "colocate"}
+    assert plan(tmp_path, small_model_dir, card_gib=4, **changes).problems() == []
+    tight = plan(tmp_path, small_model_dir, card_gib=2.7, **changes)
+    (problem,) = tight.problems()
+    assert "The update takes" in problem
+    assert "of the card's 2.7" in problem
+    assert "`vllm_enable_sleep_mode=True`" in problem
+    assert tight.problems(certain=True) == []  # without activations and the reserve it fits
+    tiny = plan(tmp_path, small_model_dir, card_gib=0.3, **changes)
+    assert len(tiny.problems(certain=True)) == 3
+    assert "vLLM's cache holds 0 tokens, one prompt with its completion has up to 120" in tiny.problems()[2]
+
+
+def test_a_card_in_bytes_is_an_error(tmp_path: Path, small_model_dir: str) -> None:
+    with pytest.raises(ValueError, match="`--card_gib 24`"):
+        plan(tmp_path, small_model_dir, card_gib=24 / GIB)
+
+
+def test_command(tmp_path: Path, small_model_dir: str, capsys: pytest.CaptureFixture) -> None:
+    command = ["plan", "--model_name_or_path", small_model_dir, "--output_dir", str(tmp_path), "--use_vllm", "true"]
+    command += ["--dtype", "bfloat16", "--per_device_train_batch_size", "8", "--dataset_name", "unused"]
+    main([*command, "--card_gib", "24"])
+    output = capsys.readouterr().out
+    assert "policy: weights" in output
+    assert output.strip().endswith("It fits.")
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--card_gib", "1"])
+    assert exit_.value.code == 1
+    assert "The update takes" in capsys.readouterr().out
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="This machine has no GPU"):
+            main(command)
