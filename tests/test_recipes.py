@@ -3,12 +3,15 @@
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen3Config
 
 from treepo_trl import TreePOConfig
 from treepo_trl.cli import make_parser
+from treepo_trl.memory_plan import GIB, plan_memory
 
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +26,64 @@ def parse(name: str) -> tuple:
 
 
 def test_there_are_recipes() -> None:
-    assert RECIPES == ["paper-qwen2.5-7b.yaml", "qwen2.5-1.5b-lora-24gb.yaml", "qwen2.5-7b-qlora-24gb.yaml"]
+    assert RECIPES == [
+        "paper-qwen2.5-7b.yaml",
+        "qwen2.5-1.5b-lora-12gb.yaml",
+        "qwen2.5-7b-qlora-24gb.yaml",
+        "qwen3-4b-lora-24gb.yaml",
+    ]
+
+
+# The models' configs, as on the hub.
+QWEN25_1_5B = Qwen2Config(
+    vocab_size=151936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+QWEN25_7B = Qwen2Config(
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+)
+QWEN3_4B = Qwen3Config(
+    vocab_size=151936,
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "billions"),
+    [
+        ("qwen2.5-1.5b-lora-12gb", QWEN25_1_5B, 1.54),
+        ("qwen2.5-7b-qlora-24gb", QWEN25_7B, 7.62),
+        ("qwen3-4b-lora-24gb", QWEN3_4B, 4.02),
+    ],
+)
+def test_the_plan_of_a_recipe_is_what_it_says(name: str, config: Any, billions: float) -> None:
+    """It fits the card in its name, and the figure in its first lines is the plan's."""
+    _, training_args, model_args, _ = parse(f"{name}.yaml")
+    gib = int(re.findall(r"(\d+)gb", name)[0])
+    plan = plan_memory(config, training_args, model_args, gib * GIB)
+    assert plan.problems() == []
+    text = (ROOT / f"examples/cli_configs/{name}.yaml").read_text()
+    (said,) = re.findall(r"`treepo-trl plan` counts ([\d.]+) GiB", text)
+    assert float(said) == pytest.approx(max(plan.update, plan.rollout) / GIB, abs=0.06)
+    if not model_args.load_in_4bit:
+        assert plan.policy["weights"] == pytest.approx(2e9 * billions, rel=0.01)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -7,7 +7,7 @@ Train with TreePO: full fine-tuning, LoRA or QLoRA by flags, like TRL's own scri
 
 LoRA on one GPU with vLLM:
 
-    python examples/scripts/treepo.py --config examples/cli_configs/qwen2.5-1.5b-lora-24gb.yaml
+    python examples/scripts/treepo.py --config examples/cli_configs/qwen2.5-1.5b-lora-12gb.yaml
 
 QLoRA on one GPU:
 
