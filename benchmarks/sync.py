@@ -1,0 +1,138 @@
+"""
+Seconds from an optimizer step to an engine that answers with the new policy: the adapter alone against TRL's way.
+
+    python benchmarks/sync.py                              # SmolLM2-135M, on a CPU or a GPU
+    python benchmarks/sync.py --architecture qwen2.5-1.5b  # random weights, for a GPU
+
+Each way in a trainer of its own in one process, one after the other; the adapter changes before each synchronization,
+and the first one, which compiles and allocates, is left out. TRL's way merges the adapter and pushes every weight,
+which vLLM for CPUs cannot take. Then the same prompts are sampled from both engines: with LoRA layers, and merged.
+"""
+
+import argparse
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from treepo_trl import TreePOConfig, TreePOTrainer
+from treepo_trl.embedded import small_model
+
+
+ARCHITECTURES = {
+    "qwen2.5-1.5b": Qwen2Config(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+}
+
+
+def model_folder(architecture: str | None, folder: Path) -> str:
+    """SmolLM2-135M-Instruct, or random weights of an architecture with its tokenizer."""
+    small = small_model(Path(".cache/smollm2-135m-instruct"))
+    if architecture is None:
+        return str(small)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        Qwen2ForCausalLM._from_config(ARCHITECTURES[architecture], dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(small).save_pretrained(folder)
+    return str(folder)
+
+
+def build(model: str, way: str, options: argparse.Namespace) -> TreePOTrainer:
+    """A trainer whose engine gets a LoRA policy in this way."""
+    use_cpu = not torch.cuda.is_available()
+    args = TreePOConfig(
+        output_dir="outputs/benchmarks/sync",
+        use_cpu=use_cpu,
+        bf16=not use_cpu,
+        report_to=[],
+        per_device_train_batch_size=8,
+        max_completion_length=64,
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_lora_sync=way,
+        vllm_gpu_memory_utilization=0.3,
+        vllm_max_model_length=1024,
+        model_init_kwargs={"dtype": "bfloat16"},
+    )
+    return TreePOTrainer(
+        model=model,
+        args=args,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        train_dataset=Dataset.from_dict({"prompt": ["Hello"] * 8}),
+        peft_config=LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear"),
+    )
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall time of a call, with the device's work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def measure(trainer: TreePOTrainer, options: argparse.Namespace) -> tuple[list[float], float]:
+    """Seconds of each synchronization, and tokens per second of the engine afterwards."""
+    from vllm import SamplingParams
+
+    generation: Any = trainer.vllm_generation
+    times = []
+    for _ in range(options.repeats + 1):
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn_like(parameter), alpha=1e-3)
+        times.append(seconds(generation.sync_weights))
+    params = SamplingParams(max_tokens=options.tokens, ignore_eos=True, temperature=1.0)
+    prompts = [{"prompt_token_ids": [100 + i] * 32} for i in range(options.prompts)]
+    generation.llm.generate(prompts, params, use_tqdm=False)
+    speed = seconds(lambda: generation.llm.generate(prompts, params, use_tqdm=False))
+    return times[1:], options.prompts * options.tokens / speed
+
+
+def main() -> None:
+    """Print a row for each way."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser.add_argument("--architecture", choices=ARCHITECTURES, help="random weights; SmolLM2-135M without it")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--prompts", type=int, default=64, help="completions sampled at a time")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of each")
+    options = parser.parse_args()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    print(f"{options.architecture or 'SmolLM2-135M'}, rank {options.rank} on all linear layers, {device}\n")
+    print("| way | ms per synchronization, median (range) | tokens/s of the engine |")
+    print("|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        model = model_folder(options.architecture, Path(folder))
+        for way in ("adapter", "merge"):
+            trainer = build(model, way, options)
+            try:
+                times, speed = measure(trainer, options)
+            except (AttributeError, KeyError, RuntimeError) as error:
+                print(f"| {way} | this engine takes no pushed weights: {type(error).__name__}: {str(error)[:80]} | |")
+                continue
+            low, mid, high = (1000 * value for value in (min(times), statistics.median(times), max(times)))
+            print(f"| {way} | {mid:.1f} ({low:.1f} to {high:.1f}) | {speed:.0f} |", flush=True)
+            del trainer
+            gc.collect()
+
+
+if __name__ == "__main__":
+    main()
