@@ -26,7 +26,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from markov_gradients import estimated_gradient, exact_gradient, sample_trees
 
 
-ESTIMATORS = ("grpo", "treepo", "treepo_size_weighted", "treepo_segment", "value_difference", "leave_one_out")
+ESTIMATORS = (
+    "grpo",
+    "treepo",
+    "treepo_size_weighted",
+    "treepo_segment",
+    "value_difference",
+    "treerl",
+    "leave_one_out",
+)
 
 
 def quality(trees: list[SegmentTree], estimator: str, weighting: str, cap: int) -> tuple[float, float, float, float]:

@@ -13,7 +13,7 @@ from treepo_trl.tree import SegmentTree
 
 
 PER_LEAF = ["treepo", "treepo_size_weighted", "grpo"]  # the same value in all segments of a leaf
-ESTIMATORS = [*PER_LEAF, "treepo_segment", "value_difference", "leave_one_out"]
+ESTIMATORS = [*PER_LEAF, "treepo_segment", "value_difference", "treerl", "leave_one_out"]
 nan = math.nan
 
 # Figure 3 of the paper. Nodes: a 0, b 1, c 2, c1 3, c2 4, and the leaves of c1, c2 and c.
@@ -80,6 +80,10 @@ def test_figure_3_of_the_paper(estimator: str, subgroup_rejection: bool, expecte
 #   (-3/4 - 2/3)/2 = -17/24, c21, c22 (5/4 + 4/3)/2 = 31/24; with c1 or c2 at depth 2: as "treepo".
 # value_difference: a -1 + 1/4, b 1 + 1/4, c -1/3 + 1/4 = -1/12; c1 -1 + 1/3 = -2/3, c2 1/3 + 1/3 = 2/3, c3 -2/3;
 #   c11, c12 -1 + 1 = 0, c21, c22 1 - 1/3 = 2/3, c23 -1 - 1/3 = -4/3.
+# treerl: with V(query) -1/4, twice V(node) minus V(query) minus V(parent), over the root of the leaves below:
+#   a -3/2, b 5/2, c (-2/3 + 1/4 + 1/4)/sqrt(6) = -1/6/sqrt(6); c1 (-2 + 1/4 + 1/3)/sqrt(2) = -17/12/sqrt(2),
+#   c2 (2/3 + 1/4 + 1/3)/sqrt(3) = 5/4/sqrt(3), c3 -17/12; c11, c12 -2 + 1/4 + 1 = -3/4,
+#   c21, c22 2 + 1/4 - 1/3 = 23/12, c23 -2 + 1/4 - 1/3 = -25/12.
 # leave_one_out: rewards sum to -2 over 8 leaves, to -2 over 6 below c, to -2 over 2 below c1, to 1 over 3 below c2.
 #   a: -1 - (-1)/7 = -6/7; b: 1 - (-3)/7 = 10/7; c: -1/3 - 0/2 = -1/3
 #   c1: -1 - (0 + 0)/(6 + 4) = -1; c2: 1/3 - (-3 - 3)/(5 + 3) = 13/12; c3: -1 - (-1 - 1)/(7 + 5) = -5/6
@@ -106,6 +110,15 @@ def test_figure_3_of_the_paper(estimator: str, subgroup_rejection: bool, expecte
                 *([-1 / 12, -2 / 3, 0], [-1 / 12, -2 / 3, 0]),
                 *([-1 / 12, 2 / 3, 2 / 3], [-1 / 12, 2 / 3, 2 / 3], [-1 / 12, 2 / 3, -4 / 3]),
                 [-1 / 12, -2 / 3, 0],
+            ],
+        ),
+        (
+            "treerl",
+            [
+                *([-3 / 2, 0, 0], [5 / 2, 0, 0]),
+                *([-1 / 6 / 6**0.5, -17 / 12 / 2**0.5, -3 / 4], [-1 / 6 / 6**0.5, -17 / 12 / 2**0.5, -3 / 4]),
+                *([-1 / 6 / 6**0.5, 5 / 4 / 3**0.5, 23 / 12], [-1 / 6 / 6**0.5, 5 / 4 / 3**0.5, 23 / 12]),
+                *([-1 / 6 / 6**0.5, 5 / 4 / 3**0.5, -25 / 12], [-1 / 6 / 6**0.5, -17 / 12, 0]),
             ],
         ),
         (
@@ -196,6 +209,10 @@ def slow_reference(
             if estimator == "value_difference":
                 result[i, d] = mean(own) - mean(above[-1])
                 continue
+            if estimator == "treerl":
+                signal = (mean(own) - mean(scorable)) + (mean(own) - mean(above[-1]))
+                result[i, d] = signal / math.sqrt(len(own))
+                continue
             if estimator == "leave_one_out":
                 others = [k for group in above for k in group if k not in own]
                 result[i, d] = mean(own) - mean(others) if others else 0.0
@@ -281,6 +298,8 @@ def test_a_tree_of_depth_one_is_grpo(values: list[float], options: dict) -> None
     expected = rewards - rewards.mean()
     if options["estimator"] == "leave_one_out":  # RLOO: r - (n m - r)/(n - 1) = (r - m) n/(n - 1)
         expected = expected * len(rewards) / max(len(rewards) - 1, 1)
+    if options["estimator"] == "treerl":  # parent and query are one: the difference counts twice
+        expected = 2 * expected
     torch.testing.assert_close(advantages_of(rewards, ancestors, **options), expected)
 
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_tokenizer
 from datasets import Dataset, IterableDataset
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig
 from processes import run_in_two_processes
 from test_treepo_trainer import assert_same_parameters, assert_same_run, build, logs_of, make_config, parameters_of
-from transformers import TrainerCallback
+from transformers import Qwen2Config, Qwen2ForSequenceClassification, TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from treepo_trl import SegmentTree, TreePOTrainer
@@ -459,6 +461,45 @@ def test_shaped_rewards_are_shaped_once(tmp_path: Path, tiny_model_dir: str, est
     assert logs_of(trainer, "reward") == [3.0]  # of 1 and 5
     (_, advantages) = trainer.updated[0]
     assert {abs(value) for value in advantages.flatten().tolist() if value} == {2.0}
+
+
+def test_async_and_model_rewards_with_chat_prompts_and_lora(tmp_path: Path, tiny_model_dir: str) -> None:
+    """A reward model differs between completions, so every prompt has a signal until it is weighted with 0."""
+    torch.manual_seed(0)
+    reward_model = Qwen2ForSequenceClassification(
+        Qwen2Config(
+            vocab_size=65,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_labels=1,
+            pad_token_id=1,
+            initializer_range=0.5,
+        )
+    )
+
+    async def constant(completions: list, **_: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    sampled = []
+    for weight in (1.0, 0.0):
+        config = make_config(
+            tmp_path, max_steps=1, dynamic_sampling_rounds=1, reward_weights=[1.0, weight], log_completions=True
+        )
+        trainer = build(
+            RecordingTrainer,
+            tiny_model_dir,
+            config,
+            train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": f"w{i}"}] for i in range(8)]}),
+            reward_funcs=[constant, reward_model],
+            reward_processing_classes=[None, make_tokenizer()],
+            peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        )
+        trainer.train()
+        sampled.append([len(prompts) for prompts in trainer.sampled])
+    assert sampled == [[2], [2, 2]]
 
 
 @pytest.mark.parametrize(

@@ -57,3 +57,9 @@ def test_baselines_that_hold_the_segment_itself_shorten_the_gradient(estimator: 
     scores, along = z_scores(estimator, "inverse_branching")
     assert along < 0.9
     assert scores.abs().max() > 8
+
+
+def test_treerl_has_another_gradient_too() -> None:
+    """Twice as long as a single difference, so it is not shorter; but it is turned."""
+    scores, _ = z_scores("treerl", "inverse_branching")
+    assert scores.abs().max() > 8

@@ -14,7 +14,7 @@ from .tree import SegmentTree
 
 
 AdvantageEstimator = Literal[
-    "treepo", "treepo_size_weighted", "treepo_segment", "value_difference", "leave_one_out", "grpo"
+    "treepo", "treepo_size_weighted", "treepo_segment", "value_difference", "treerl", "leave_one_out", "grpo"
 ]
 
 
@@ -68,6 +68,8 @@ def tree_advantages(
     - `"treepo_segment"`: for each segment the mean of `a_ij` over the groups that hold alternatives to it: the query
       group and those of the ancestors above it. Deeper groups share the segment and say nothing about it.
     - `"value_difference"`: `V` of the segment's node minus `V` of its parent.
+    - `"treerl"`: `V` of the segment's node minus `V` of its parent, plus `V` of the node minus the mean of all leaves,
+      divided by the square root of the number of leaves below the node.
     - `"leave_one_out"`: `V` of the segment's node minus the mean reward of the leaves that are not below it, near
       relatives counting most. No baseline depends on the segment that it judges, so with `leaf_weights` of a tree
       without fallback the expected update is the policy gradient.
@@ -84,8 +86,8 @@ def tree_advantages(
         estimator (`str`):
             One of the names above.
         subgroup_rejection (`bool`, *optional*, defaults to `False`):
-            Leave out subgroups whose rewards are all equal (Eq. 7). The query group stays. No effect on `"grpo"`,
-            `"value_difference"` and `"leave_one_out"`, in which such groups give 0 by themselves.
+            Leave out subgroups whose rewards are all equal (Eq. 7). The query group stays. Only for the three with
+            `treepo` in their names: the others have no terms of groups.
         leaf_weights (`torch.Tensor` of the shape of `rewards`, *optional*):
             Weight of each leaf in the group means and group sizes, such as `SegmentTree.leaf_weights`. `None` weights
             all leaves equally.
@@ -180,6 +182,17 @@ def _value_difference(groups: _Groups) -> torch.Tensor:
     return groups.means.diff(dim=-1)
 
 
+def _treerl(groups: _Groups) -> torch.Tensor:
+    """
+    `(V(node) - V(query) + V(node) - V(parent)) / sqrt(leaves below the node)`, as in TreeRL (arXiv 2506.11902).
+
+    The root makes up for a segment's part in the update, which grows with the leaves that share it.
+    """
+    values = groups.means
+    numerators = 2 * values[:, :, 1:] - values[:, :, :1] - values[:, :, :-1]
+    return numerators / groups.counts[:, :, 1:].clamp(min=1).sqrt()
+
+
 def _leave_one_out(groups: _Groups) -> torch.Tensor:
     """
     `V(node) - sum_j S_j / sum_j N_j` over the groups above the segment; `S_j` and `N_j` sum the weighted rewards and
@@ -205,6 +218,7 @@ _ESTIMATORS: dict[str, Callable[[_Groups], torch.Tensor]] = {
     "treepo_size_weighted": _treepo_size_weighted,
     "treepo_segment": _treepo_segment,
     "value_difference": _value_difference,
+    "treerl": _treerl,
     "leave_one_out": _leave_one_out,
 }
 

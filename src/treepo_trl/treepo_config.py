@@ -31,11 +31,12 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         advantage_estimator (`str`, *optional*, defaults to `"treepo"`):
             `"treepo"` (Eq. 5), `"treepo_size_weighted"` (Eq. 6), or `"grpo"` (the query group alone), which give a
             completion one value; `"treepo_segment"` (groups that hold alternatives to the segment),
-            `"value_difference"` (value of the segment's node minus its parent's), or `"leave_one_out"` (value of the
-            node minus that of the leaves that are not below it), which give a value to each segment.
+            `"value_difference"` (value of the segment's node minus its parent's), `"treerl"` (that plus the node's
+            value minus the query's, over the root of its leaves), or `"leave_one_out"` (value of the node minus that
+            of the leaves that are not below it), which give a value to each segment.
         subgroup_rejection (`bool`, *optional*, defaults to `False`):
-            Leave out subgroups whose rewards are all equal (Eq. 7). In `"grpo"`, `"value_difference"` and
-            `"leave_one_out"` such subgroups add nothing anyway.
+            Leave out subgroups whose rewards are all equal (Eq. 7). Only for the three estimators with `treepo` in
+            their names.
         leaf_weighting (`str`, *optional*, defaults to `"uniform"`):
             `"inverse_branching"` weights each leaf by the product of 1/children along its path, in the group means and
             in its advantages, which undoes the tilt that branching puts on the leaf distribution. Not with a KL term
@@ -72,7 +73,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         default="treepo",
         metadata={
             "help": "Advantage of each segment: treepo (Eq. 5), treepo_size_weighted (Eq. 6), grpo, treepo_segment, "
-            "value_difference, or leave_one_out.",
+            "value_difference, treerl, or leave_one_out.",
         },
     )
     subgroup_rejection: bool = field(
