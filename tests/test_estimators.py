@@ -60,6 +60,6 @@ def test_baselines_that_hold_the_segment_itself_shorten_the_gradient(estimator: 
 
 
 def test_treerl_has_another_gradient_too() -> None:
-    """Twice as long as a single difference, so it is not shorter; but it is turned."""
+    """A sum of two differences, so it is not shorter; but it is turned. 4.5 is what an exact one stays below above."""
     scores, _ = z_scores("treerl", "inverse_branching")
-    assert scores.abs().max() > 8
+    assert scores.abs().max() > 6
