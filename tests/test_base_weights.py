@@ -92,6 +92,9 @@ def choose(
     double: bool = True,
     device: str = "cuda",
     parameters: float = 7.6e9,
+    processes: int = 1,
+    pre_quantized: bool = False,
+    model: Any = None,
 ) -> str:
     """The choice for a bfloat16 model on a card that this machine need not have."""
     pytest.importorskip("vllm")
@@ -104,9 +107,13 @@ def choose(
     base = SimpleNamespace(
         config=SimpleNamespace(quantization_config=quantization),
         num_parameters=lambda: int(parameters),
-        dtype=torch.bfloat16,
+        hf_quantizer=SimpleNamespace(pre_quantized=pre_quantized),
+        get_output_embeddings=lambda: None,
+        named_modules=list,
+        named_parameters=list,
     )
-    return choose_base_weights(wanted, SimpleNamespace(get_base_model=lambda: base), torch.device(device), 0.5)
+    policy = model or SimpleNamespace(get_base_model=lambda: base)
+    return choose_base_weights(wanted, policy, torch.device(device), 0.5, processes)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +126,8 @@ def choose(
         ({"double": False}, "dequantized"),
         ({"quant_type": "fp4"}, "dequantized"),
         ({"device": "cpu"}, "dequantized"),
+        ({"processes": 2}, "dequantized"),
+        ({"double": False, "pre_quantized": True}, "quantized"),  # vLLM loads what the checkpoint has
     ],
 )
 def test_auto(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: str) -> None:
@@ -132,6 +141,7 @@ def test_auto(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected
         ({"methods": ()}, "the package `vllm-bnb-plugin`"),
         ({"double": False}, "`bnb_4bit_use_double_quant=False`: they would be two different models"),
         ({"quant_type": "fp4"}, "the policy has 'fp4'"),
+        ({"processes": 2}, "with tensor parallelism"),
     ],
 )
 def test_quantized_is_refused_where_it_would_be_another_model(
@@ -140,6 +150,27 @@ def test_quantized_is_refused_where_it_would_be_another_model(
     with pytest.raises(ValueError, match=message) as error:
         choose(monkeypatch, "quantized", **changes)
     assert "Set `vllm_base_weights='dequantized'`, which needs 14.2 GiB" in str(error.value)
+
+
+@pytest.mark.parametrize("skipped", [None, ["k_proj", "lm_head"]])
+def test_layers_that_the_policy_keeps_in_full_precision(
+    monkeypatch: pytest.MonkeyPatch, folder: str, skipped: list[str] | None
+) -> None:
+    """vLLM knows no exceptions when it quantizes a checkpoint itself."""
+    policy = qlora(folder, llm_int8_skip_modules=skipped)
+    if skipped is None:
+        assert choose(monkeypatch, "quantized", model=policy) == "quantized"
+        return
+    assert choose(monkeypatch, "auto", model=policy) == "dequantized"
+    with pytest.raises(ValueError, match=r"has model\.layers\.0\.self_attn\.k_proj in full precision"):
+        choose(monkeypatch, "quantized", model=policy)
+
+
+def test_experts_that_the_policy_keeps_in_full_precision(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    policy = qlora(folder)
+    layer = policy.get_base_model().model.layers[1].mlp
+    layer.register_parameter("experts", torch.nn.Parameter(torch.zeros(2, 4, 4), requires_grad=False))
+    assert choose(monkeypatch, "auto", model=policy) == "dequantized"
 
 
 def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

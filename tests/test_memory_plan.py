@@ -1,17 +1,18 @@
 """The plan's bytes against real tensors and by hand, and what it says of a card that is too small."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_model
 from peft import LoraConfig, get_peft_model
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, FalconConfig
 from trl import ModelConfig
 
 from treepo_trl import TreePOConfig
-from treepo_trl.cli import main
+from treepo_trl.cli import check_memory, main
 from treepo_trl.memory_plan import (
     _STAND_IN,
     GIB,
@@ -31,7 +32,7 @@ def arguments(tmp_path: Path, **changes: Any) -> TreePOConfig:
 
 
 def plan(tmp_path: Path, folder: str, card_gib: float = 24, lora: bool = True, **changes: Any) -> MemoryPlan:
-    names = ("dtype", "load_in_4bit", "use_bnb_nested_quant", "lora_r")
+    names = ("dtype", "load_in_4bit", "load_in_8bit", "use_bnb_nested_quant", "lora_r")
     model = {name: changes.pop(name) for name in names if name in changes}
     if lora:
         model |= {"use_peft": True, "lora_target_modules": ["all-linear"]}
@@ -188,7 +189,33 @@ def test_base_of_a_4_bit_policy(
     )
     assert result.base_weights == expected
     plain = plan(tmp_path, small_model_dir).policy["weights"]
-    assert result.engine["weights"] == (plain if expected == "dequantized" else result.policy["weights"])
+    # vLLM keeps the scales of its 4-bit weights in float32, as a policy without double quantization does.
+    in_4bit = plan(tmp_path, small_model_dir, load_in_4bit=True).policy["weights"]
+    assert result.engine["weights"] == pytest.approx(plain if expected == "dequantized" else in_4bit)
+
+
+def test_engine_holds_16_bits_of_a_float32_policy_and_the_models_whole_context(
+    tmp_path: Path, small_model_dir: str
+) -> None:
+    changes = {"use_vllm": True, "vllm_mode": "colocate"}
+    wide = plan(tmp_path, small_model_dir, dtype="float32", vllm_max_model_length=None, **changes)
+    assert wide.engine["weights"] == wide.policy["weights"] / 2
+    assert wide.longest == AutoConfig.from_pretrained(small_model_dir).max_position_embeddings
+    # What the trainer loads the model with goes before the script's own argument.
+    narrow = plan(tmp_path, small_model_dir, dtype="float32", model_init_kwargs={"dtype": "bfloat16"})
+    assert narrow.policy["weights"] == wide.policy["weights"] / 2
+
+
+def test_a_kl_term_needs_a_reference_model_without_an_adapter(tmp_path: Path, small_model_dir: str) -> None:
+    full = plan(tmp_path, small_model_dir, lora=False, beta=0.1)
+    assert full.policy["reference model"] == full.policy["weights"]
+    assert "reference model" not in plan(tmp_path, small_model_dir, beta=0.1).policy
+
+
+@pytest.mark.parametrize("changes", [{"load_in_8bit": True}, {"model_init_kwargs": {"quantization_config": {}}}])
+def test_other_quantizations_are_not_planned(tmp_path: Path, small_model_dir: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="not planned yet"):
+        plan(tmp_path, small_model_dir, **changes)
 
 
 # What it says
@@ -202,10 +229,11 @@ def test_what_does_not_fit_names_the_settings(tmp_path: Path, small_model_dir: s
     assert "The update takes" in problem
     assert "of the card's 2.7" in problem
     assert "`vllm_enable_sleep_mode=True`" in problem
-    assert tight.problems(certain=True) == []  # without activations and the reserve it fits
-    tiny = plan(tmp_path, small_model_dir, card_gib=0.3, **changes)
-    assert len(tiny.problems(certain=True)) == 3
-    assert "vLLM's cache holds 0 tokens, one prompt with its completion has up to 120" in tiny.problems()[2]
+    assert tight.impossible() is None  # what is certain fits
+    tiny = plan(tmp_path, small_model_dir, card_gib=0.2, **changes)
+    assert len(tiny.problems()) == 3
+    assert "vLLM's cache holds at most 0 tokens, one prompt with its completion may have 120" in tiny.problems()[2]
+    assert "weights and gradients take 0.3 GiB, the card has 0.2" in str(tiny.impossible())
 
 
 def test_a_card_in_bytes_is_an_error(tmp_path: Path, small_model_dir: str) -> None:
@@ -227,3 +255,54 @@ def test_command(tmp_path: Path, small_model_dir: str, capsys: pytest.CaptureFix
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="This machine has no GPU"):
             main(command)
+
+
+# Before a training
+
+
+@pytest.fixture
+def one_small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with one GPU of 0.2 GiB."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    properties = SimpleNamespace(total_memory=int(0.2 * GIB))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: properties)
+
+
+def script_arguments(tmp_path: Path, model: str, **changes: Any) -> tuple[Any, ModelConfig]:
+    settings = {"use_cpu": False, "world_size": 1, "deepspeed": None, "fsdp": None, **changes}
+    args = arguments(tmp_path)
+    training = SimpleNamespace(**{**vars(args), **settings, "trust_remote_code": False})
+    return training, ModelConfig(model, dtype="bfloat16", use_peft=True, lora_target_modules=["all-linear"])
+
+
+@pytest.mark.usefixtures("one_small_gpu")
+def test_a_training_that_cannot_fit_is_refused(tmp_path: Path, small_model_dir: str) -> None:
+    with pytest.raises(ValueError, match=r"weights and gradients take 0\.3 GiB, the card has 0\.2"):
+        check_memory(*script_arguments(tmp_path, small_model_dir))
+
+
+@pytest.mark.usefixtures("one_small_gpu")
+@pytest.mark.parametrize(
+    "changes", [{"use_cpu": True}, {"world_size": 2}, {"deepspeed": "zero3.json"}, {"fsdp": "full_shard"}]
+)
+def test_other_machines_are_not_planned(
+    tmp_path: Path, small_model_dir: str, changes: dict[str, Any], capsys: pytest.CaptureFixture
+) -> None:
+    check_memory(*script_arguments(tmp_path, small_model_dir, **changes))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("one_small_gpu")
+def test_a_model_that_cannot_be_planned_is_trained_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    check_memory(*script_arguments(tmp_path, str(tmp_path)))
+    assert "Memory is not planned for this training" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("one_small_gpu")
+def test_an_estimate_does_not_stop_a_training(
+    tmp_path: Path, tiny_model_dir: str, capsys: pytest.CaptureFixture
+) -> None:
+    check_memory(*script_arguments(tmp_path, tiny_model_dir))
+    assert "May not fit: The update takes" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -341,7 +342,7 @@ class SyncProbe:
 
 
 def lora_trainer(
-    folder: str,
+    model: Any,
     tmp_path: Path,
     quantization_config: BitsAndBytesConfig | None = None,
     peft_changes: dict[str, Any] | None = None,
@@ -349,7 +350,8 @@ def lora_trainer(
 ) -> TreePOTrainer:
     dataset = Dataset.from_dict({"prompt": [f"w{i} w{i + 1} w{i + 2}" for i in range(32)]})
     return TreePOTrainer(
-        model=folder,
+        model=model,
+        processing_class=make_tokenizer(),
         # More often one of the first words: a reward that random completions get now and then.
         reward_funcs=lambda completions, **_: [
             sum(word in ("w1", "w2", "w3", "w4") for word in c.split()) / 4 for c in completions
@@ -547,6 +549,25 @@ def test_an_adapter_that_vllm_cannot_load_is_refused_at_construction(
     )
     with pytest.raises(ValueError, match=r"vLLM cannot serve this adapter: .*o_proj.* `vllm_lora_sync='merge'`"):
         lora_trainer(tiny_model_dir, tmp_path)
+
+
+def test_the_engine_loads_the_policys_commit(
+    tiny_model_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def capture(engine_options: dict[str, Any]) -> Any:
+        seen.update(engine_options)
+        raise Stop
+
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(weight_sync, "_lora_llm_class", capture)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.config._commit_hash = "abc123"  # as transformers notes it for a model of the hub
+    with pytest.raises(Stop):
+        lora_trainer(model, tmp_path)
+    assert (seen["revision"], seen["tokenizer_revision"]) == ("abc123", "abc123")
 
 
 # QLoRA: the base in 4 bits in the policy, dequantized in the engine

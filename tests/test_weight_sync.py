@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from treepo_trl.weight_sync import awake, gather_prompts, same_draws
+from treepo_trl.weight_sync import AdapterVLLMGeneration, awake, gather_prompts, same_draws
 
 
 class Generation:
@@ -93,3 +93,21 @@ def test_an_engine_of_its_own_leaves_numbers_and_prompts_alone() -> None:
     with same_draws(generation, "7/3"):
         assert draws()[2] == expected
     assert gather_prompts(generation, [[1], [2, 3]]) == ([[1], [2, 3]], slice(0, 2))
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_an_adapter_is_tried_at_construction_and_the_engine_sleeps_as_before(sleeps: bool) -> None:
+    generation = object.__new__(AdapterVLLMGeneration)
+    calls: list[Any] = []
+    generation.enable_sleep_mode = sleeps
+    generation._llm_weights_sleeping = sleeps
+    generation.llm = SimpleNamespace(sleep=lambda level: calls.append(("sleep", level)))
+
+    def sync_weights() -> None:
+        calls.append("sync")
+        generation._llm_weights_sleeping = False
+
+    generation.sync_weights = sync_weights
+    generation._try_adapter()
+    assert calls == (["sync", ("sleep", 2)] if sleeps else ["sync"])
+    assert generation._llm_weights_sleeping is sleeps

@@ -3,7 +3,7 @@ The base model that a vLLM engine serves a QLoRA policy on.
 
 The engine must compute the function that the policy computes: the base model after quantization, not the checkpoint
 before it. Two ways: the engine quantizes the checkpoint itself, with the same settings, or it loads the policy's 4-bit
-weights written out in the policy's own precision, which is the same function at that precision's speed.
+weights written out as the numbers that they stand for, which is the same function at 16 bits' speed.
 """
 
 import copy
@@ -28,7 +28,11 @@ def is_4bit(model: Any) -> bool:
 
 
 def choose_base_weights(
-    base_weights: BaseWeights, model: Any, device: torch.device, gpu_memory_utilization: float
+    base_weights: BaseWeights,
+    model: Any,
+    device: torch.device,
+    gpu_memory_utilization: float,
+    tensor_parallel_size: int = 1,
 ) -> Literal["quantized", "dequantized"]:
     """
     How the engine gets the base of a 4-bit PEFT model.
@@ -39,7 +43,7 @@ def choose_base_weights(
     Raises:
         ValueError: for `"quantized"` where the engine's base would not be the policy's, with the reason.
     """
-    reason = _why_not_quantized(model.get_base_model().config.quantization_config, device)
+    reason = _why_not_quantized(model.get_base_model(), device, tensor_parallel_size)
     if base_weights == "auto":
         if reason is not None:
             return "dequantized"
@@ -54,12 +58,11 @@ def choose_base_weights(
 
 
 def dequantized_size(model: Any) -> int:
-    """Bytes of the base of a PEFT model in the precision of its weights outside of the 4-bit layers."""
-    base = model.get_base_model()
-    return base.num_parameters() * base.dtype.itemsize
+    """Bytes of the base of a PEFT model in the engine: in 16 bits, to which vLLM rounds float32 checkpoints too."""
+    return 2 * model.get_base_model().num_parameters()
 
 
-def _why_not_quantized(config: Any, device: torch.device) -> str | None:
+def _why_not_quantized(base: Any, device: torch.device, tensor_parallel_size: int) -> str | None:
     """Why vLLM cannot hold the policy's own 4-bit weights; nothing if it can."""
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
     from vllm.plugins import load_general_plugins
@@ -69,11 +72,32 @@ def _why_not_quantized(config: Any, device: torch.device) -> str | None:
     load_general_plugins()
     if "bitsandbytes" not in QUANTIZATION_METHODS:
         return "this vLLM has no bitsandbytes layers (from 0.28 on they are in the package `vllm-bnb-plugin`)"
+    if tensor_parallel_size > 1:
+        return "with tensor parallelism vLLM quantizes each process's part of a weight by itself"
+    if base.hf_quantizer.pre_quantized:  # vLLM loads the same 4-bit weights from the checkpoint
+        return None
+    config = base.config.quantization_config
     if (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) != ("nf4", True):
         return (
             f"vLLM quantizes to 'nf4' with double quantization, the policy has {config.bnb_4bit_quant_type!r} and "
             f"`bnb_4bit_use_double_quant={config.bnb_4bit_use_double_quant}`: they would be two different models"
         )
+    left_out = _weights_left_out(base)
+    if left_out:
+        return f"vLLM quantizes all linear layers and experts, and the policy has {left_out} in full precision"
+    return None
+
+
+def _weights_left_out(base: Any) -> str | None:
+    """Name of a weight that vLLM quantizes and the policy does not."""
+    head = base.get_output_embeddings()
+    for name, module in base.named_modules():
+        is_plain = type(module) is torch.nn.Linear and module is not head and "lora_" not in name
+        if is_plain:
+            return name.replace(".base_layer", "")
+    for name, parameter in base.named_parameters():
+        if parameter.dim() > 2:  # experts in one tensor
+            return name
     return None
 
 
@@ -126,6 +150,7 @@ def dequantized_checkpoint(model: Any) -> Iterator[str]:
             skeleton = type(base)(config).to(base.dtype)
         skeleton.generation_config = base.generation_config
         skeleton.save_pretrained(folder, state_dict=state)
+        del state, skeleton  # the engine may need their memory
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -204,18 +204,25 @@ def check_memory(training_args: Any, model_args: Any) -> None:
     """
     Print the plan of a training on this machine's one GPU before anything is loaded.
 
+    Says so where it cannot count: what it does not know must not stop a training.
+
     Raises:
-        ValueError: if what is certain of it does not fit, with the settings to change.
+        ValueError: if weights and gradients alone are more than the card has, with the settings to change.
     """
     import torch
 
-    if not torch.cuda.is_available() or training_args.use_cpu or training_args.world_size > 1:
+    is_one_gpu = torch.cuda.is_available() and torch.cuda.device_count() == 1 and training_args.world_size == 1
+    if not is_one_gpu or training_args.use_cpu or training_args.deepspeed or training_args.fsdp:
         return
-    result = _plan(training_args, model_args, float(torch.cuda.get_device_properties(0).total_memory))
+    try:
+        result = _plan(training_args, model_args, float(torch.cuda.get_device_properties(0).total_memory))
+    except Exception as error:
+        print(f"Memory is not planned for this training: {type(error).__name__}: {error}")
+        return
     print(result.table())
-    certain = result.problems(certain=True)
-    if certain:
-        raise ValueError(" ".join(certain))
+    reason = result.impossible()
+    if reason is not None:
+        raise ValueError(reason)
     for problem in result.problems():
         print(f"May not fit: {problem}")
 

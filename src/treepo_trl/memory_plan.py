@@ -6,7 +6,7 @@ the update on the meta device, where tensors have shapes but no memory. What is 
 """
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,13 +35,13 @@ class MemoryPlan:
         card (`float`):
             Memory of the GPU.
         policy (`dict[str, float]`):
-            Parts of the policy: weights, adapter, gradients, optimizer, activations.
-        engine (`dict[str, float]`):
-            Parts of vLLM's share: weights and cache; empty without vLLM.
-        cache_tokens (`int`):
-            Tokens that fit the engine's cache.
+            Parts of the policy: weights, adapter or reference model, gradients, optimizer, activations.
         micro_batch_tokens (`int`):
             Tokens of the largest micro-batch that activations are counted for.
+        engine (`dict[str, float]`):
+            Parts of vLLM's share: weights, and what they leave to cache and buffers; empty without vLLM.
+        cache_tokens (`int`):
+            Tokens that fit the cache at most: vLLM's own buffers take a part of it.
         longest (`int`):
             Tokens of the longest sequence that the engine must hold.
         base_weights (`str` or `None`):
@@ -52,12 +52,12 @@ class MemoryPlan:
 
     card: float
     policy: dict[str, float]
-    engine: dict[str, float]
-    cache_tokens: int
     micro_batch_tokens: int
-    longest: int
-    base_weights: str | None
-    sleeps: bool
+    engine: dict[str, float] = field(default_factory=dict)
+    cache_tokens: int = 0
+    longest: int = 0
+    base_weights: str | None = None
+    sleeps: bool = False
 
     @property
     def rollout(self) -> float:
@@ -69,37 +69,44 @@ class MemoryPlan:
         """Bytes in the backward pass."""
         return sum(self.policy.values()) + self._engine_in_update() + RESERVE
 
-    def problems(self, certain: bool = False) -> list[str]:
-        """
-        Why this cannot run, each with the settings to change; empty if nothing speaks against it.
-
-        Args:
-            certain (`bool`):
-                Whether to leave out what is estimated: activations and the reserve.
-        """
-        rollout, update = self.rollout, self.update
-        if certain:
-            rollout, update = rollout - RESERVE, update - RESERVE - self.policy["activations"]
+    def problems(self) -> list[str]:
+        """Why this will hardly run, each with the settings to change; empty if nothing speaks against it."""
         found = []
-        if rollout > self.card:
+        if self.rollout > self.card:
             found.append(
-                f"Sampling takes {rollout / GIB:.1f} GiB of the card's {self.card / GIB:.1f}: lower "
+                f"Sampling takes {self.rollout / GIB:.1f} GiB of the card's {self.card / GIB:.1f}: lower "
                 "`vllm_gpu_memory_utilization`, or load the policy in 4 bits (`load_in_4bit`)."
             )
-        if update > self.card:
+        if self.update > self.card:
             found.append(
-                f"The update takes {update / GIB:.1f} GiB of the card's {self.card / GIB:.1f}: set "
+                f"The update takes {self.update / GIB:.1f} GiB of the card's {self.card / GIB:.1f}: set "
                 "`vllm_enable_sleep_mode=True` (vLLM leaves the card), `gradient_checkpointing=True`, a lower "
                 "`max_tokens_per_micro_batch` or `per_device_train_batch_size`, an 8-bit `optim`, or an adapter "
                 "(`use_peft`)."
             )
         if self.engine and self.cache_tokens < self.longest:
             found.append(
-                f"vLLM's cache holds {max(self.cache_tokens, 0)} tokens, one prompt with its completion has up to "
-                f"{self.longest}: raise `vllm_gpu_memory_utilization`, lower `max_completion_length` or "
-                "`vllm_max_model_length`, or set `vllm_base_weights='quantized'`."
+                f"vLLM's cache holds at most {max(self.cache_tokens, 0)} tokens, one prompt with its completion may "
+                f"have {self.longest}: raise `vllm_gpu_memory_utilization`, lower `vllm_max_model_length`, or set "
+                "`vllm_base_weights='quantized'`."
             )
         return found
+
+    def impossible(self) -> str | None:
+        """
+        Why this cannot run, from weights and gradients alone; nothing where that is open.
+
+        Optimizers may page, activations and the reserve are estimates, and caches differ by model: they may make a
+        training fail that this lets pass, and never refuse one that runs.
+        """
+        resident = self.policy["weights"] + self.policy["gradients"]
+        if resident <= self.card:
+            return None
+        return (
+            f"The policy's weights and gradients take {resident / GIB:.1f} GiB, the card has {self.card / GIB:.1f}. "
+            "Train an adapter (`use_peft=True`), load the base in 4 bits (`load_in_4bit=True`), or take a smaller "
+            "model."
+        )
 
     def _resident(self) -> float:
         return sum(size for name, size in self.policy.items() if name not in ("gradients", "activations"))
@@ -116,11 +123,11 @@ class MemoryPlan:
         rows = [f"{name:<44}{size / GIB:>8.2f} GiB" for name, size in lines]
         notes = [f"activations: {self.micro_batch_tokens} tokens per micro-batch"]
         if self.engine:
-            notes.append(f"cache: {self.cache_tokens} tokens, the longest sequence has {self.longest}")
+            notes.append(f"cache: at most {self.cache_tokens} tokens, the longest sequence may have {self.longest}")
         if self.base_weights:
             notes.append(f"vLLM's base: {self.base_weights}")
         if self.sleeps:
-            notes.append("vLLM's weights wait in CPU memory during the update")
+            notes.append("vLLM leaves the card during the update")
         return "\n".join([*rows, *notes])
 
 
@@ -139,74 +146,91 @@ def plan_memory(config: Any, training_args: TreePOConfig, model_args: Any, card:
             The GPU's memory in bytes.
 
     Raises:
-        ValueError: if the card is smaller than a tenth of a GiB, which is another unit.
+        ValueError: if the card is smaller than a tenth of a GiB, which is another unit, or for weights that are not
+            counted yet: in 8 bits, or quantized in the checkpoint. Models that transformers cannot build on the meta
+            device raise what it raises.
     """
     if card < 0.1 * GIB:
         raise ValueError(f"The card's memory is {card:.0f} bytes. Give it in GiB: `--card_gib 24`.")
-    dtype = getattr(torch, str(model_args.dtype or "bfloat16"), torch.bfloat16)
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    if model_args.load_in_8bit or is_quantized or "quantization_config" in (training_args.model_init_kwargs or {}):
+        raise ValueError("Weights in 8 bits and checkpoints that are quantized already are not planned yet.")
+    dtype = _dtype(config, training_args, model_args)
     in_4bit = bool(model_args.load_in_4bit)
-    model, is_adapter = _build(config, dtype, model_args)
+    model, is_adapter = _build(config, dtype, model_args, bool(training_args.trust_remote_code))
     tokens = _micro_batch_tokens(training_args)
     activations = _activation_bytes(model, tokens, bool(training_args.gradient_checkpointing))
-    trainable = [p for p in model.parameters() if p.requires_grad]
     # TRL keeps the adapter of a 4-bit model in bfloat16, PEFT that of others in float32.
     itemsize = (2 if in_4bit else 4) if is_adapter else dtype.itemsize
-    numel = sum(p.numel() for p in trainable)
+    numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = model.get_base_model() if is_adapter else model
-    head = base.get_output_embeddings()
-    linear = {
-        id(module.weight): module.weight.numel()
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head and "lora_" not in name
-    }
     plain = sum(p.numel() for name, p in base.named_parameters() if "lora_" not in name)
-    weights = float(plain * dtype.itemsize)
+    weights, quantized_by_engine = float(plain * dtype.itemsize), 0.0
     if in_4bit:
-        in_4bits = sum(linear.values())
-        weights = (plain - in_4bits) * dtype.itemsize + in_4bits * _BYTES_4BIT[bool(model_args.use_bnb_nested_quant)]
-        activations += max(linear.values()) * dtype.itemsize  # one layer's weights at a time, dequantized
+        linear = _linear_sizes(base)
+        rest = (plain - sum(linear)) * dtype.itemsize
+        weights = rest + sum(linear) * _BYTES_4BIT[bool(model_args.use_bnb_nested_quant)]
+        quantized_by_engine = rest + sum(linear) * _BYTES_4BIT[False]  # vLLM keeps the scales in float32
+        activations += max(linear) * dtype.itemsize  # one layer's weights at a time, dequantized
     policy = {"weights": weights}
     if is_adapter:
         policy["adapter"] = float(numel * itemsize)
+    elif training_args.beta != 0:
+        policy["reference model"] = weights
     policy |= {
         "gradients": float(numel * itemsize),
         "optimizer": numel * _optimizer_bytes(getattr(training_args.optim, "value", training_args.optim), itemsize),
         "activations": float(activations),
     }
-    return MemoryPlan(
-        card=card,
-        policy=policy,
-        micro_batch_tokens=tokens,
-        longest=_longest(training_args),
-        sleeps=bool(training_args.use_vllm and training_args.vllm_enable_sleep_mode),
-        **_engine(config, training_args, weights, float(plain * dtype.itemsize), in_4bit, card),
-    )
+    plan = MemoryPlan(card=card, policy=policy, micro_batch_tokens=tokens)
+    if training_args.use_vllm:
+        plan.longest = training_args.vllm_max_model_length or config.get_text_config().max_position_embeddings
+        plan.sleeps = bool(training_args.vllm_enable_sleep_mode)
+        # vLLM rounds float32 checkpoints to 16 bits.
+        _add_engine(plan, config, training_args, 2.0 * plain, quantized_by_engine if in_4bit else None)
+    return plan
 
 
-def _engine(
-    config: Any, args: TreePOConfig, weights: float, plain_weights: float, in_4bit: bool, card: float
-) -> dict[str, Any]:
-    if not args.use_vllm:
-        return {"engine": {}, "cache_tokens": 0, "base_weights": None}
-    share = args.vllm_gpu_memory_utilization * card
-    base_weights = None
-    if in_4bit:
-        base_weights = args.vllm_base_weights
-        if base_weights == "auto":
-            base_weights = "dequantized" if plain_weights <= LARGEST_SHARE * share else "quantized"
-    engine_weights = weights if base_weights == "quantized" else plain_weights
+def _add_engine(
+    plan: MemoryPlan, config: Any, args: TreePOConfig, plain_weights: float, quantized_weights: float | None
+) -> None:
+    """Fill in vLLM's share of the card; `quantized_weights` for a 4-bit policy."""
+    share = args.vllm_gpu_memory_utilization * plan.card
+    weights = plain_weights
+    if quantized_weights is not None:
+        plan.base_weights = args.vllm_base_weights
+        if plan.base_weights == "auto":
+            plan.base_weights = "dequantized" if plain_weights <= LARGEST_SHARE * share else "quantized"
+        if plan.base_weights == "quantized":
+            weights = quantized_weights
     text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 2  # keys and values, 16 bits
-    cache = share - engine_weights
-    return {
-        "engine": {"weights": engine_weights, "cache and buffers": max(cache, 0.0)},
-        "cache_tokens": int(cache // per_token),
-        "base_weights": base_weights,
-    }
+    per_token = 2 * text.num_hidden_layers * heads * head_dim * 2  # keys and values, 16 bits, in every layer
+    plan.cache_tokens = int((share - weights) // per_token)
+    plan.engine = {"weights": weights, "cache and buffers": max(share - weights, 0.0)}
 
 
-def _build(config: Any, dtype: torch.dtype, model_args: Any) -> tuple[Any, bool]:
+def _dtype(config: Any, args: TreePOConfig, model_args: Any) -> torch.dtype:
+    """Precision that the policy is loaded in: `model_init_kwargs` go before `--dtype`, as in the trainer."""
+    options: Any = args.model_init_kwargs or {}
+    dtype = options.get("dtype", model_args.dtype)
+    if dtype in (None, "auto"):
+        dtype = getattr(config, "dtype", None) or torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+
+
+def _linear_sizes(base: Any) -> list[int]:
+    """Weights of each linear layer that bitsandbytes quantizes: all but the output head."""
+    head = base.get_output_embeddings()
+    return [
+        module.weight.numel()
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head and "lora_" not in name
+    ]
+
+
+def _build(config: Any, dtype: torch.dtype, model_args: Any, trust_remote_code: bool) -> tuple[Any, bool]:
     """The policy on the meta device, and whether it has an adapter."""
     from peft import get_peft_model
     from transformers import AttentionInterface, AutoModelForCausalLM
@@ -215,22 +239,20 @@ def _build(config: Any, dtype: torch.dtype, model_args: Any) -> tuple[Any, bool]
     AttentionInterface.register(_STAND_IN, _attend)
     peft_config = get_peft_config(model_args)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_STAND_IN)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=_STAND_IN, trust_remote_code=trust_remote_code
+        )
         if peft_config is None:
             return model, False
         return get_peft_model(model, peft_config), True
 
 
-def _longest(args: TreePOConfig) -> int:
-    """Tokens of the longest prompt with its completion; 512 for the prompt where nothing bounds it."""
-    return args.vllm_max_model_length or int(args.max_completion_length or 256) + 512
-
-
 def _micro_batch_tokens(args: TreePOConfig) -> int:
-    """Tokens of the largest micro-batch: its budget, else rows that share nothing."""
-    rows = args.per_device_train_batch_size * _longest(args)
+    """Tokens of the largest micro-batch: its budget, else rows that share nothing; 512 for a prompt without bound."""
+    row = args.vllm_max_model_length or int(args.max_completion_length or 256) + 512
+    rows = args.per_device_train_batch_size * row
     budget = args.max_tokens_per_micro_batch
-    return rows if budget is None else min(rows, max(budget, _longest(args)))
+    return rows if budget is None else min(rows, max(budget, row))
 
 
 def _optimizer_bytes(optim: str, itemsize: int) -> float:
@@ -294,7 +316,7 @@ class _LinearAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        output = torch.empty_like(query)
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
         ctx.save_for_backward(query, key, value, output, torch.empty(query.shape[:-1], dtype=torch.float32))
         return output
 

@@ -19,7 +19,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from transformers import set_seed
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache
@@ -115,18 +115,44 @@ class AdapterVLLMGeneration(VLLMGeneration):
         peft_config = self.model.peft_config[self.model.active_adapter]
         self._adapter_dir = _memory_backed_directory()
         weakref.finalize(self, shutil.rmtree, self._adapter_dir, ignore_errors=True)
-        engine_options: dict[str, Any] = {"max_lora_rank": engine_lora_rank(peft_config.r)}
+        # The commit that the policy was loaded from; TRL gives the engine the name alone.
+        revision = getattr(self.model.get_base_model().config, "_commit_hash", None)
+        engine_options: dict[str, Any] = {
+            "max_lora_rank": engine_lora_rank(peft_config.r),
+            "revision": revision,
+            "tokenizer_revision": revision,
+        }
         with ExitStack() as stack:
             if is_4bit(self.model):
                 self.base_weights = choose_base_weights(
-                    self.base_weights, self.model, self.accelerator.device, self.gpu_memory_utilization
+                    self.base_weights,
+                    self.model,
+                    self.accelerator.device,
+                    self.gpu_memory_utilization,
+                    self.tensor_parallel_size,
                 )
                 if self.base_weights == "dequantized":
-                    folder = stack.enter_context(dequantized_checkpoint(self.model))
-                    engine_options |= {"model": folder, "tokenizer": self.model.name_or_path, "quantization": None}
+                    folder = stack.enter_context(self._shared_checkpoint())
+                    engine_options |= {
+                        "model": folder,
+                        "revision": None,
+                        "tokenizer": self.model.name_or_path,
+                        "quantization": None,
+                    }
             stack.enter_context(replaced(vllm_generation, "LLM", _lora_llm_class(engine_options)))
-            super()._init_vllm()
+            super()._init_vllm()  # ends with all processes waiting for each other: the checkpoint is read
         self._try_adapter()
+
+    @contextmanager
+    def _shared_checkpoint(self) -> Iterator[str]:
+        """Folder with the dequantized base, written by one process of each machine."""
+        accelerator = self.accelerator
+        with ExitStack() as stack:
+            folder = None
+            if accelerator.is_local_main_process:
+                folder = stack.enter_context(dequantized_checkpoint(self.model))
+            folders = gather_object([folder])
+            yield folders[accelerator.process_index - accelerator.local_process_index]
 
     def _try_adapter(self) -> None:
         """Load the untrained adapter: what vLLM cannot serve is an error now and not after the first step."""
