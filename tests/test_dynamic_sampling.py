@@ -582,6 +582,21 @@ def test_unused_columns_are_removed_as_trl_does(tmp_path: Path, tiny_model_dir: 
     assert seen == [{"kind"}, set()]
 
 
+def test_examples_may_hold_tensors(tmp_path: Path, tiny_model_dir: str) -> None:
+    def reward(numbers: list[torch.Tensor], log_extra: Any, **_: Any) -> list[float]:
+        assert all(isinstance(n, torch.Tensor) for n in numbers)
+        log_extra("sum", [n.sum().item() for n in numbers])
+        return [float(n.sum()) * (i % 2) for i, n in enumerate(numbers)]
+
+    rows_with_numbers = [{"prompt": f"w{i}", "numbers": [0, 0] if i < 3 else [i, i]} for i in range(6)]
+    dataset = Dataset.from_list(rows_with_numbers).with_format("torch")
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=2, shuffle_dataset=False)
+    trainer = build(RecordingTrainer, tiny_model_dir, config, train_dataset=dataset, reward_funcs=reward)
+    trainer.train()
+    assert trainer.sampled == [["w0", "w1"], ["w2", "w3"], ["w4"]]
+    assert list(trainer._logs["extra"]["sum"]) == [8] * 4 + [6] * 4
+
+
 def test_rounds_branch_differently(tmp_path: Path, tiny_model_dir: str) -> None:
     config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=2)
     trainer = build(

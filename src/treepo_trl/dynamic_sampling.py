@@ -110,7 +110,7 @@ class EndlessPlaceholders(torch.utils.data.IterableDataset):
         return repeat({})
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself alone: examples may hold tensors, whose comparison is no truth
 class Candidate:
     """An example, its tree once that is sampled, and the columns that reward functions log about its completions."""
 
