@@ -238,7 +238,7 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
 def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main(argv)
-    assert "treepo-trl {train,sample}" in capsys.readouterr().out
+    assert "treepo-trl {train,plan,sample}" in capsys.readouterr().out
 
 
 def test_help_of_train(capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,7 +294,7 @@ def test_installed_command(tmp_path: Path) -> None:
         pytest.skip("treepo-trl is not installed in this environment")
     result = subprocess.run([command], capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
     assert result.returncode == 0
-    assert "usage: treepo-trl {train,sample}" in result.stdout
+    assert "usage: treepo-trl {train,plan,sample}" in result.stdout
 
 
 def test_a_broken_config_is_one_line(folder: Path, tiny_model_dir: str) -> None:
