@@ -48,7 +48,6 @@ ARMS = {
 WARM_START = "warm start"
 WARM_STEPS = 500
 SLIPS = 0.2  # of a demonstration's steps, which goes on with the wrong result
-NUM_HELD_OUT = 128
 Slip = Callable[[], int]
 
 
@@ -171,7 +170,7 @@ class TokenBudget(TrainerCallback):
 
 def train(arm: str, task: str, seed: int, options: argparse.Namespace, folder: Path) -> None:
     """One run; writes `result.json`."""
-    rows = task_rows(task, NUM_HELD_OUT, seed=2), task_rows(task, 4096, seed=100 + seed)
+    rows = task_rows(task, options.held_out, seed=2), task_rows(task, 4096, seed=100 + seed)
     if options.model is None:
         model_path = str(run_folder(WARM_START, task, 0, options))
         held_out, train_set = ([{"prompt": r["short"] + "\n", "answer": r["answer"]} for r in part] for part in rows)
@@ -187,7 +186,7 @@ def train(arm: str, task: str, seed: int, options: argparse.Namespace, folder: P
         "seed": seed,
         "max_steps": 100_000,  # the callback stops
         "per_device_train_batch_size": completions,
-        "per_device_eval_batch_size": NUM_HELD_OUT * 4,
+        "per_device_eval_batch_size": options.held_out * 4,
         "num_generations_eval": 4,
         "num_generations": options.width,
         "max_completion_length": options.max_completion_length,
@@ -268,7 +267,8 @@ def print_table(task: str, runs: dict[str, list[dict]], budget: int) -> None:
     for arm, results in runs.items():
         curves = np.array([interpolate(result, points) for result in results])
         means = np.array([interpolate(result, np.linspace(0, budget, 101)).mean() for result in results])
-        cells = [f"{column.mean():.3f} ± {column.std(ddof=1):.3f}" for column in [*curves.T, means]]
+        freedom = min(1, len(results) - 1)
+        cells = [f"{column.mean():.3f} ± {column.std(ddof=freedom):.3f}" for column in [*curves.T, means]]
         print(f"| {arm} | " + " | ".join(cells) + f" | {np.mean([result['steps'] for result in results]):.0f} |")
 
 
@@ -310,6 +310,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=300_000, help="decoded tokens of a run")
     parser.add_argument("--points", type=int, default=6, help="evaluations of a run")
+    parser.add_argument("--held_out", type=int, default=128, help="tasks of an evaluation, four completions each")
     parser.add_argument("--prompts", type=int, default=32, help="prompts per step")
     parser.add_argument("--width", type=int, default=8, help="completions per prompt")
     parser.add_argument("--max_completion_length", type=int, default=64)
