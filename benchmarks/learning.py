@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from treepo_trl import TreePOConfig, TreePOTrainer
-from treepo_trl.embedded import last_number
+from treepo_trl.embedded import answer_reward
 
 
 ARMS = {
@@ -88,12 +88,6 @@ def task_rows(task: str, size: int, seed: int) -> list[dict]:
             {"question": entry["question"], "short": short, "solution": demonstration, "answer": entry["answer"]}
         )
     return rows
-
-
-def answer_reward(completions: list, answer: list[str], **_: object) -> list[float]:
-    """1 for each completion whose last number is the answer, else 0."""
-    texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
-    return [float(last_number(text) == expected) for text, expected in zip(texts, answer, strict=True)]
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

@@ -21,23 +21,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from update import MODELS
 
 from treepo_trl import TreePOConfig, TreePOTrainer
 from treepo_trl.embedded import small_model
-
-
-ARCHITECTURES = {
-    "qwen2.5-1.5b": Qwen2Config(
-        vocab_size=151936,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-}
 
 
 def model_folder(architecture: str | None, folder: Path) -> str:
@@ -46,7 +34,7 @@ def model_folder(architecture: str | None, folder: Path) -> str:
     if architecture is None:
         return str(small)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        Qwen2ForCausalLM._from_config(ARCHITECTURES[architecture], dtype=torch.bfloat16).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(MODELS[architecture], dtype=torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(small).save_pretrained(folder)
     return str(folder)
 
@@ -109,7 +97,7 @@ def measure(trainer: TreePOTrainer, options: argparse.Namespace) -> tuple[list[f
 def main() -> None:
     """Print a row for each way."""
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
-    parser.add_argument("--architecture", choices=ARCHITECTURES, help="random weights; SmolLM2-135M without it")
+    parser.add_argument("--architecture", choices=["qwen2.5-1.5b"], help="random weights; SmolLM2-135M without it")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=64, help="completions sampled at a time")

@@ -19,7 +19,7 @@ import torch
 BaseWeights = Literal["auto", "quantized", "dequantized"]
 
 # Of what vLLM may take, the part for the weights of a dequantized base that `auto` accepts; the rest is for the cache.
-LARGEST_SHARE = 0.75
+_LARGEST_SHARE = 0.75
 
 
 def is_4bit(model: Any) -> bool:
@@ -48,13 +48,26 @@ def choose_base_weights(
         if reason is not None:
             return "dequantized"
         room = gpu_memory_utilization * torch.cuda.get_device_properties(device).total_memory
-        return "dequantized" if dequantized_size(model) <= LARGEST_SHARE * room else "quantized"
+        return by_size(dequantized_size(model), room)
     if base_weights == "quantized" and reason is not None:
         raise ValueError(
             f"`vllm_base_weights` is 'quantized', but {reason}. Set `vllm_base_weights='dequantized'`, which needs "
             f"{dequantized_size(model) / 2**30:.1f} GiB for the engine's weights."
         )
     return base_weights
+
+
+def by_size(dequantized: float, room: float) -> Literal["quantized", "dequantized"]:
+    """What `auto` takes for a base of `dequantized` bytes in an engine that may take `room`, if it can choose."""
+    return "dequantized" if dequantized <= _LARGEST_SHARE * room else "quantized"
+
+
+def linear_layers(base: Any) -> Iterator[tuple[str, torch.nn.Linear]]:
+    """Names and linear layers that bitsandbytes quantizes by default: all of the base but the output head."""
+    head = base.get_output_embeddings()
+    for name, module in base.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not head and "lora_" not in name:
+            yield name, module
 
 
 def dequantized_size(model: Any) -> int:
@@ -90,10 +103,8 @@ def _why_not_quantized(base: Any, device: torch.device, tensor_parallel_size: in
 
 def _weights_left_out(base: Any) -> str | None:
     """Name of a weight that vLLM quantizes and the policy does not."""
-    head = base.get_output_embeddings()
-    for name, module in base.named_modules():
-        is_plain = type(module) is torch.nn.Linear and module is not head and "lora_" not in name
-        if is_plain:
+    for name, module in linear_layers(base):
+        if type(module) is torch.nn.Linear:  # not a 4-bit layer, which is one too
             return name.replace(".base_layer", "")
     for name, parameter in base.named_parameters():
         if parameter.dim() > 2:  # experts in one tensor

@@ -216,12 +216,10 @@ def fill_batch(
     drawn = stream.take(num_local * num_processes)
     batch = [Candidate(example) for example in drawn[process_index * num_local :][:num_local]]
     rewards = score(batch, 0)
-    scored = [is_without_signal(rewards.flatten(0, 1))[1]]
+    is_equal, sums = is_without_signal(rewards.flatten(0, 1))
+    is_replaced, scored = is_equal.view(num_processes, num_local), [sums]
     num_replaced, used = 0, 0
-    while True:
-        is_replaced = is_without_signal(rewards.flatten(0, 1))[0].view(num_processes, num_local)
-        if used == num_rounds or not is_replaced.any():
-            break
+    while used < num_rounds and is_replaced.any():
         used += 1
         counts = is_replaced.sum(1).tolist()
         fresh = stream.take(sum(counts))[sum(counts[:process_index]) :][: counts[process_index]]
@@ -233,7 +231,8 @@ def fill_batch(
         new = score([batch[place] for place in places[process_index].tolist()], used)
         for process, count in enumerate(counts):
             rewards[process, places[process, :count]] = new[process, :count]
-            scored.append(is_without_signal(new[process, :count])[1])
+            is_replaced[process, places[process, :count]], sums = is_without_signal(new[process, :count])
+            scored.append(sums)
         num_replaced += sum(counts)
     return DynamicBatch(
         batch,

@@ -128,7 +128,7 @@ def last_number(text: str) -> str:
     return numbers[-1] if numbers else ""
 
 
-def answer_reward(completions: list[list[dict[str, str]]], answer: list[str], **_: Any) -> list[float]:
-    """1 for each completion whose last number is the answer, else 0."""
-    texts = [completion[0]["content"] for completion in completions]
+def answer_reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+    """1 for each completion, a text or a conversation, whose last number is the answer, else 0."""
+    texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
     return [float(last_number(text) == expected) for text, expected in zip(texts, answer, strict=True)]

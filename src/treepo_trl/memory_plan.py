@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .base_weights import LARGEST_SHARE
+from .base_weights import by_size, linear_layers
 from .treepo_config import TreePOConfig
 
 
@@ -62,12 +62,14 @@ class MemoryPlan:
     @property
     def rollout(self) -> float:
         """Bytes while completions are sampled."""
-        return self._resident() + sum(self.engine.values()) + RESERVE
+        resident = sum(size for name, size in self.policy.items() if name not in ("gradients", "activations"))
+        return resident + sum(self.engine.values()) + RESERVE
 
     @property
     def update(self) -> float:
         """Bytes in the backward pass."""
-        return sum(self.policy.values()) + self._engine_in_update() + RESERVE
+        engine = 0.0 if self.sleeps else sum(self.engine.values())
+        return sum(self.policy.values()) + engine + RESERVE
 
     def problems(self) -> list[str]:
         """Why this will hardly run, each with the settings to change; empty if nothing speaks against it."""
@@ -107,12 +109,6 @@ class MemoryPlan:
             "Train an adapter (`use_peft=True`), load the base in 4 bits (`load_in_4bit=True`), or take a smaller "
             "model."
         )
-
-    def _resident(self) -> float:
-        return sum(size for name, size in self.policy.items() if name not in ("gradients", "activations"))
-
-    def _engine_in_update(self) -> float:
-        return 0.0 if self.sleeps else sum(self.engine.values())
 
     def table(self) -> str:
         """The parts as text, one per line, in GiB."""
@@ -165,9 +161,9 @@ def plan_memory(config: Any, training_args: TreePOConfig, model_args: Any, card:
     numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = model.get_base_model() if is_adapter else model
     plain = sum(p.numel() for name, p in base.named_parameters() if "lora_" not in name)
-    weights, quantized_by_engine = float(plain * dtype.itemsize), 0.0
+    weights, quantized_by_engine = float(plain * dtype.itemsize), None
     if in_4bit:
-        linear = _linear_sizes(base)
+        linear = [layer.weight.numel() for _, layer in linear_layers(base)]
         rest = (plain - sum(linear)) * dtype.itemsize
         weights = rest + sum(linear) * _BYTES_4BIT[bool(model_args.use_bnb_nested_quant)]
         quantized_by_engine = rest + sum(linear) * _BYTES_4BIT[False]  # vLLM keeps the scales in float32
@@ -187,7 +183,7 @@ def plan_memory(config: Any, training_args: TreePOConfig, model_args: Any, card:
         plan.longest = training_args.vllm_max_model_length or config.get_text_config().max_position_embeddings
         plan.sleeps = bool(training_args.vllm_enable_sleep_mode)
         # vLLM rounds float32 checkpoints to 16 bits.
-        _add_engine(plan, config, training_args, 2.0 * plain, quantized_by_engine if in_4bit else None)
+        _add_engine(plan, config, training_args, 2.0 * plain, quantized_by_engine)
     return plan
 
 
@@ -200,7 +196,7 @@ def _add_engine(
     if quantized_weights is not None:
         plan.base_weights = args.vllm_base_weights
         if plan.base_weights == "auto":
-            plan.base_weights = "dequantized" if plain_weights <= LARGEST_SHARE * share else "quantized"
+            plan.base_weights = by_size(plain_weights, share)
         if plan.base_weights == "quantized":
             weights = quantized_weights
     text = config.get_text_config()
@@ -218,16 +214,6 @@ def _dtype(config: Any, args: TreePOConfig, model_args: Any) -> torch.dtype:
     if dtype in (None, "auto"):
         dtype = getattr(config, "dtype", None) or torch.float32
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
-
-
-def _linear_sizes(base: Any) -> list[int]:
-    """Weights of each linear layer that bitsandbytes quantizes: all but the output head."""
-    head = base.get_output_embeddings()
-    return [
-        module.weight.numel()
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head and "lora_" not in name
-    ]
 
 
 def _build(config: Any, dtype: torch.dtype, model_args: Any, trust_remote_code: bool) -> tuple[Any, bool]:
