@@ -11,7 +11,7 @@ from conftest import make_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from treepo_trl.base_weights import choose_base_weights, dequantized_checkpoint, dequantized_state_dict, is_4bit
+from treepo_trl.base_weights import base_checkpoint, base_state_dict, choose_base_weights, is_4bit
 
 
 IDS = torch.tensor([[10, 11, 12, 13, 14, 15, 16]])
@@ -37,10 +37,10 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("changes", [{}, {"bnb_4bit_use_double_quant": False}, {"bnb_4bit_quant_type": "fp4"}])
-def test_the_checkpoint_is_the_policys_base(folder: str, changes: dict[str, Any]) -> None:
+def test_the_dequantized_checkpoint_is_the_policys_base(folder: str, changes: dict[str, Any]) -> None:
     policy = qlora(folder, **changes)
     assert is_4bit(policy)
-    with dequantized_checkpoint(policy) as written:
+    with base_checkpoint(policy, "dequantized") as written:
         loaded = AutoModelForCausalLM.from_pretrained(written)
         assert not hasattr(loaded.config, "quantization_config")
         assert loaded.dtype == torch.float32
@@ -53,29 +53,42 @@ def test_the_checkpoint_is_the_policys_base(folder: str, changes: dict[str, Any]
     assert not os.path.exists(written)
 
 
+@pytest.mark.parametrize("changes", [{}, {"bnb_4bit_use_double_quant": False}, {"bnb_4bit_quant_type": "fp4"}])
+def test_the_quantized_checkpoint_has_the_policys_own_4_bits(folder: str, changes: dict[str, Any]) -> None:
+    policy = qlora(folder, **changes)
+    with base_checkpoint(policy, "quantized") as written:
+        loaded = AutoModelForCausalLM.from_pretrained(written).train()
+    layer, own = loaded.model.layers[0].mlp.up_proj, policy.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    assert torch.equal(layer.weight, own.weight)
+    assert layer.weight.quant_state.quant_type == changes.get("bnb_4bit_quant_type", "nf4")
+    assert layer.weight.quant_state.nested is changes.get("bnb_4bit_use_double_quant", True)
+    with policy.disable_adapter():
+        assert torch.equal(logits(policy), logits(loaded))
+
+
 def test_names_are_those_of_a_plain_checkpoint(folder: str) -> None:
     plain = AutoModelForCausalLM.from_pretrained(folder)
-    state = dequantized_state_dict(qlora(folder))
+    state = base_state_dict(qlora(folder), "dequantized")
     assert set(state) == {name for name, _ in plain.named_parameters()}  # tied weights once
     assert {name: weight.shape for name, weight in state.items()} == {n: p.shape for n, p in plain.named_parameters()}
 
 
 def test_precision_is_the_policys(folder: str) -> None:
     policy = qlora(folder, "bfloat16")
-    assert {weight.dtype for weight in dequantized_state_dict(policy).values()} == {torch.bfloat16}
-    with dequantized_checkpoint(policy) as written:
+    assert {weight.dtype for weight in base_state_dict(policy, "dequantized").values()} == {torch.bfloat16}
+    with base_checkpoint(policy, "dequantized") as written:
         assert AutoModelForCausalLM.from_pretrained(written).dtype == torch.bfloat16
 
 
 def test_the_folder_is_gone_after_an_error(folder: str) -> None:
-    with pytest.raises(KeyError), dequantized_checkpoint(qlora(folder)) as written:
+    with pytest.raises(KeyError), base_checkpoint(qlora(folder), "quantized") as written:
         raise KeyError
     assert not os.path.exists(written)
 
 
 def test_a_full_disk_is_an_error_before_anything_is_written(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(OSError, match=r"takes 0\.0 GiB .* TMPDIR"), dequantized_checkpoint(qlora(folder)):
+    with pytest.raises(OSError, match=r"takes 0\.0 GiB .* TMPDIR"), base_checkpoint(qlora(folder), "quantized"):
         pass
 
 
@@ -88,12 +101,9 @@ def choose(
     *,
     gib: float = 24,
     methods: tuple[str, ...] = ("bitsandbytes",),
-    quant_type: str = "nf4",
-    double: bool = True,
     device: str = "cuda",
     parameters: float = 7.6e9,
     processes: int = 1,
-    pre_quantized: bool = False,
     model: Any = None,
 ) -> str:
     """The choice for a bfloat16 model on a card that this machine need not have."""
@@ -103,11 +113,8 @@ def choose(
     )
     monkeypatch.setattr("vllm.model_executor.layers.quantization.QUANTIZATION_METHODS", list(methods))
     monkeypatch.setattr("vllm.plugins.load_general_plugins", lambda: None)
-    quantization = SimpleNamespace(bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double)
     base = SimpleNamespace(
-        config=SimpleNamespace(quantization_config=quantization),
         num_parameters=lambda: int(parameters),
-        hf_quantizer=SimpleNamespace(pre_quantized=pre_quantized),
         get_output_embeddings=lambda: None,
         named_modules=list,
         named_parameters=list,
@@ -123,11 +130,8 @@ def choose(
         ({"gib": 48}, "dequantized"),  # in 18 of 24
         ({"parameters": 1.5e9}, "dequantized"),  # 2.8 GiB
         ({"methods": ()}, "dequantized"),
-        ({"double": False}, "dequantized"),
-        ({"quant_type": "fp4"}, "dequantized"),
         ({"device": "cpu"}, "dequantized"),
         ({"processes": 2}, "dequantized"),
-        ({"double": False, "pre_quantized": True}, "quantized"),  # vLLM loads what the checkpoint has
     ],
 )
 def test_auto(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: str) -> None:
@@ -137,14 +141,11 @@ def test_auto(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"device": "cpu"}, "on CUDA alone"),
         ({"methods": ()}, "the package `vllm-bnb-plugin`"),
-        ({"double": False}, "`bnb_4bit_use_double_quant=False`: they would be two different models"),
-        ({"quant_type": "fp4"}, "the policy has 'fp4'"),
         ({"processes": 2}, "with tensor parallelism"),
     ],
 )
-def test_quantized_is_refused_where_it_would_be_another_model(
+def test_quantized_is_refused_where_vllm_cannot_hold_the_policys_weights(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as error:
@@ -156,7 +157,7 @@ def test_quantized_is_refused_where_it_would_be_another_model(
 def test_layers_that_the_policy_keeps_in_full_precision(
     monkeypatch: pytest.MonkeyPatch, folder: str, skipped: list[str] | None
 ) -> None:
-    """vLLM knows no exceptions when it quantizes a checkpoint itself."""
+    """vLLM joins q, k and v in one layer, in one precision."""
     policy = qlora(folder, llm_int8_skip_modules=skipped)
     if skipped is None:
         assert choose(monkeypatch, "quantized", model=policy) == "quantized"
@@ -173,6 +174,16 @@ def test_experts_that_the_policy_keeps_in_full_precision(monkeypatch: pytest.Mon
     assert choose(monkeypatch, "auto", model=policy) == "dequantized"
 
 
+def test_a_head_in_4_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    policy = qlora(str(tmp_path), llm_int8_skip_modules=["none"])
+    assert type(policy.get_base_model().lm_head).__name__ == "Linear4bit"
+    assert choose(monkeypatch, "auto", model=policy) == "dequantized"
+    with pytest.raises(ValueError, match="output head is in 4 bits"):
+        choose(monkeypatch, "quantized", model=policy)
+
+
 def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(monkeypatch, "quantized", gib=80) == "quantized"
+    assert choose(monkeypatch, "quantized", device="cpu") == "quantized"
     assert choose(monkeypatch, "dequantized", gib=8) == "dequantized"

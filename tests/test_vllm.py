@@ -15,7 +15,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from treepo_trl import TreePOConfig, TreePOTrainer, TreeSampler, TreeSamplingConfig, weight_sync
-from treepo_trl.base_weights import dequantized_state_dict
+from treepo_trl.base_weights import base_state_dict
 from treepo_trl.embedded import addition_tasks
 from treepo_trl.engines import SamplingOptions, SegmentEngineError, SegmentRequest
 from treepo_trl.tree import SegmentTree
@@ -570,21 +570,22 @@ def test_the_engine_loads_the_policys_commit(
     assert (seen["revision"], seen["tokenizer_revision"]) == ("abc123", "abc123")
 
 
-# QLoRA: the base in 4 bits in the policy, dequantized in the engine
+# QLoRA: the base in 4 bits in the policy, and in the engine dequantized or as it is
 
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
-def qlora_trainer(folder: str, tmp_path: Path, **kwargs: Any) -> TreePOTrainer:
-    """Everything but the 4-bit layers in float32, so that rounding cannot hide a wrong weight."""
-    four_bits = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.float32)
+def qlora_trainer(
+    folder: str, tmp_path: Path, dtype: str = "float32", four_bits: dict[str, Any] = NF4, **kwargs: Any
+) -> TreePOTrainer:
+    """Everything but the 4-bit layers in float32 by default, so that rounding cannot hide a wrong weight."""
     trainer = lora_trainer(
         folder,
         tmp_path,
-        quantization_config=four_bits,
+        quantization_config=BitsAndBytesConfig(**four_bits, bnb_4bit_compute_dtype=getattr(torch, dtype)),
         gradient_checkpointing=True,
-        model_init_kwargs={"dtype": "float32"},
+        model_init_kwargs={"dtype": dtype},
         # Its check forwards in evaluation mode, where bitsandbytes re-packs the weights on CPUs with bfloat16, and
         # rounds their scales.
         tree_packing="off",
@@ -592,7 +593,7 @@ def qlora_trainer(folder: str, tmp_path: Path, **kwargs: Any) -> TreePOTrainer:
     )
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL has put the adapter into bfloat16
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(getattr(torch, dtype))
     return trainer
 
 
@@ -605,7 +606,7 @@ def test_qlora_policy_and_engine_agree_after_each_of_five_updates(
     assert generation.base_weights == "dequantized"
     layer = trainer.model.base_model.model.model.layers[0].mlp.up_proj.base_layer
     assert type(layer).__name__ == "Linear4bit"
-    before = dequantized_state_dict(trainer.model)
+    before = base_state_dict(trainer.model, "dequantized")
     original = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype="float32").state_dict()
     probe = SyncProbe(trainer, [10, 11, 12, 13, 14, 15, 16, 17], num_scored=6, in_training_mode=True)
     sync_weights = generation.sync_weights
@@ -625,7 +626,7 @@ def test_qlora_policy_and_engine_agree_after_each_of_five_updates(
     # The checkpoint before quantization is another model, by more than the tolerance: the engine has not loaded it.
     name = "model.layers.0.mlp.up_proj.weight"
     assert (original[name] - before[name]).abs().max() > 0.05
-    after = dequantized_state_dict(trainer.model)
+    after = base_state_dict(trainer.model, "dequantized")
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
     differences = [log["sampling/sampling_logp_difference/max"] for log in trainer.state.log_history if "loss" in log]
     assert len(differences) == 5
@@ -640,12 +641,55 @@ def test_an_engine_on_the_unquantized_checkpoint_is_seen(
     """What the test above would see if the engine served the adapter on the checkpoint itself."""
 
     @contextmanager
-    def checkpoint(model: Any) -> Iterator[str]:
+    def checkpoint(model: Any, base_weights: str) -> Iterator[str]:
         yield tiny_model_dir
 
-    monkeypatch.setattr(weight_sync, "dequantized_checkpoint", checkpoint)
+    monkeypatch.setattr(weight_sync, "base_checkpoint", checkpoint)
     trainer = qlora_trainer(tiny_model_dir, tmp_path, max_steps=1)
     trainer.train()
     (log,) = [log for log in trainer.state.log_history if "loss" in log]
     assert log["sampling/sampling_logp_difference/mean"] > 0.2
     assert "the engine does not compute the policy" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "four_bits",
+    [NF4, {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}],
+    ids=["nf4, double quantization", "fp4"],
+)
+def test_an_engine_on_the_policys_own_4_bits(tiny_model_dir: str, tmp_path: Path, four_bits: dict[str, Any]) -> None:
+    trainer = qlora_trainer(
+        tiny_model_dir,
+        tmp_path,
+        "bfloat16",  # vLLM's 4-bit layers compute in nothing else
+        four_bits,
+        vllm_base_weights="quantized",
+        max_steps=5,
+        lr_scheduler_type="constant",
+    )
+    generation = trainer.vllm_generation
+    engine = generation.llm.llm_engine.model_executor.driver_worker.get_model()
+    layer = trainer.model.base_model.model.model.layers[0].self_attn
+    parts = [p.base_layer.weight for p in (layer.q_proj, layer.k_proj, layer.v_proj)]
+    held = engine.model.layers[0].self_attn.qkv_proj.base_layer.weight
+    before = held.clone()
+    assert torch.equal(held, torch.cat([p.data for p in parts]))
+    probe = SyncProbe(trainer, [10, 11, 12, 13, 14, 15, 16, 17], num_scored=6, in_training_mode=True)
+    sync_weights = generation.sync_weights
+
+    def sync_and_look() -> None:
+        sync_weights()
+        probe.look()
+
+    generation.sync_weights = sync_and_look
+    trainer.train()
+    generation.sync_weights()
+    assert len(probe.pairs) == 6
+    for rounded, policy in probe.pairs:
+        torch.testing.assert_close(rounded, policy, atol=0.2, rtol=0)  # bfloat16 in both, on logits of up to 20
+    for (_, first), (_, second) in pairwise(probe.pairs):
+        assert (first - second).abs().max() > 0.4
+    differences = [log["sampling/sampling_logp_difference/mean"] for log in trainer.state.log_history if "loss" in log]
+    assert len(differences) == 5
+    assert max(differences) < 0.06  # on the plain checkpoint 0.2 and more, see above
+    assert torch.equal(held, before)

@@ -2,8 +2,8 @@
 The base model that a vLLM engine serves a QLoRA policy on.
 
 The engine must compute the function that the policy computes: the base model after quantization, not the checkpoint
-before it. Two ways: the engine quantizes the checkpoint itself, with the same settings, or it loads the policy's 4-bit
-weights written out as the numbers that they stand for, which is the same function at 16 bits' speed.
+before it. So it loads the policy's own 4-bit weights, from a checkpoint that lives as long as the loading: as they are,
+or written out as the numbers that they stand for, which is the same function at 16 bits' speed.
 """
 
 import copy
@@ -37,15 +37,15 @@ def choose_base_weights(
     """
     How the engine gets the base of a 4-bit PEFT model.
 
-    `auto` is `"dequantized"` where the engine cannot quantize, or would quantize otherwise than the policy, and where
-    the larger weights leave a quarter of the engine's memory to its cache.
+    `auto` is `"dequantized"` where the engine cannot hold these 4-bit weights, on a processor, and where the larger
+    weights leave a quarter of the engine's memory to its cache.
 
     Raises:
-        ValueError: for `"quantized"` where the engine's base would not be the policy's, with the reason.
+        ValueError: for `"quantized"` where the engine cannot hold the policy's 4-bit weights, with the reason.
     """
-    reason = _why_not_quantized(model.get_base_model(), device, tensor_parallel_size)
+    reason = _why_not_quantized(model.get_base_model(), tensor_parallel_size)
     if base_weights == "auto":
-        if reason is not None:
+        if reason is not None or device.type != "cuda":
             return "dequantized"
         room = gpu_memory_utilization * torch.cuda.get_device_properties(device).total_memory
         return by_size(dequantized_size(model), room)
@@ -75,34 +75,26 @@ def dequantized_size(model: Any) -> int:
     return 2 * model.get_base_model().num_parameters()
 
 
-def _why_not_quantized(base: Any, device: torch.device, tensor_parallel_size: int) -> str | None:
+def _why_not_quantized(base: Any, tensor_parallel_size: int) -> str | None:
     """Why vLLM cannot hold the policy's own 4-bit weights; nothing if it can."""
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
     from vllm.plugins import load_general_plugins
 
-    if device.type != "cuda":
-        return "vLLM has 4-bit layers of bitsandbytes on CUDA alone"
     load_general_plugins()
     if "bitsandbytes" not in QUANTIZATION_METHODS:
         return "this vLLM has no bitsandbytes layers (from 0.28 on they are in the package `vllm-bnb-plugin`)"
     if tensor_parallel_size > 1:
-        return "with tensor parallelism vLLM quantizes each process's part of a weight by itself"
-    if base.hf_quantizer.pre_quantized:  # vLLM loads the same 4-bit weights from the checkpoint
-        return None
-    config = base.config.quantization_config
-    if (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) != ("nf4", True):
-        return (
-            f"vLLM quantizes to 'nf4' with double quantization, the policy has {config.bnb_4bit_quant_type!r} and "
-            f"`bnb_4bit_use_double_quant={config.bnb_4bit_use_double_quant}`: they would be two different models"
-        )
+        return "with tensor parallelism vLLM cannot split weights that are quantized already"
     left_out = _weights_left_out(base)
     if left_out:
-        return f"vLLM quantizes all linear layers and experts, and the policy has {left_out} in full precision"
+        return f"vLLM's linear layers and experts must all be in 4 bits, and the policy has {left_out} in full precision"
+    if type(getattr(base.get_output_embeddings(), "weight", None)).__name__ == "Params4bit":
+        return "the policy's output head is in 4 bits, which vLLM has in full precision"
     return None
 
 
 def _weights_left_out(base: Any) -> str | None:
-    """Name of a weight that vLLM quantizes and the policy does not."""
+    """Name of a weight that would have to be in 4 bits in vLLM and is not in the policy."""
     for name, module in linear_layers(base):
         if type(module) is torch.nn.Linear:  # not a 4-bit layer, which is one too
             return name.replace(".base_layer", "")
@@ -112,11 +104,12 @@ def _weights_left_out(base: Any) -> str | None:
     return None
 
 
-def dequantized_state_dict(model: Any) -> dict[str, torch.Tensor]:
+def base_state_dict(model: Any, base_weights: Literal["quantized", "dequantized"]) -> dict[str, torch.Tensor]:
     """
-    Weights of the base of a PEFT model on the CPU, 4-bit ones as the numbers they stand for, without any adapter.
+    Weights of the base of a 4-bit PEFT model on the CPU, without any adapter.
 
-    Names are those of the base model's checkpoint; a tied weight comes once, under its first name.
+    Names are those of the base model's checkpoint; a tied weight comes once, under its first name. `"dequantized"`
+    has 4-bit weights as the numbers they stand for, `"quantized"` as they are, with the entries for their scales.
     """
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # loads bitsandbytes
 
@@ -127,34 +120,38 @@ def dequantized_state_dict(model: Any) -> dict[str, torch.Tensor]:
     seen: set[int] = set()
     for name, value in entries.items():
         weight_name = name[: name.find(".weight.") + len(".weight")]  # of a scale such as `...weight.absmax`
-        if model.prefix in name or id(value) in seen or (name not in quantized and weight_name in quantized):
+        is_scale = name not in quantized and weight_name in quantized
+        if model.prefix in name or id(value) in seen or (is_scale and base_weights == "dequantized"):
             continue
         seen.add(id(value))
-        weight = dequantize_bnb_weight(value) if name in quantized else value
+        dequantize = name in quantized and base_weights == "dequantized"
+        weight = dequantize_bnb_weight(value) if dequantize else value
         state[name.replace(".base_layer.", ".")] = weight.detach().cpu()
     return state
 
 
 @contextmanager
-def dequantized_checkpoint(model: Any) -> Iterator[str]:
+def base_checkpoint(model: Any, base_weights: Literal["quantized", "dequantized"]) -> Iterator[str]:
     """
-    Folder with the base of a PEFT model as a plain checkpoint in the policy's precision; gone after the block.
+    Folder with the base of a 4-bit PEFT model as a checkpoint; gone after the block.
 
     It lies in the folder for temporary files (`TMPDIR`). While it is written, the weights are in CPU memory too.
+    `"dequantized"` is a plain checkpoint in the policy's precision, `"quantized"` one that is in 4 bits already.
 
     Raises:
         OSError: if the disk has no room for it.
     """
     base = model.get_base_model()
-    state = dequantized_state_dict(model)
+    state = base_state_dict(model, base_weights)
     config = copy.deepcopy(base.config)
-    del config.quantization_config
+    if base_weights == "dequantized":
+        del config.quantization_config
     folder = tempfile.mkdtemp(prefix="treepo-base-")
     try:
         needed, free = sum(weight.nbytes for weight in state.values()), shutil.disk_usage(folder).free
         if needed > free:
             raise OSError(
-                f"The dequantized base model takes {needed / 2**30:.1f} GiB while the engine loads it, and {folder} "
+                f"The {base_weights} base model takes {needed / 2**30:.1f} GiB while the engine loads it, and {folder} "
                 f"has {free / 2**30:.1f} GiB free. Point the environment variable TMPDIR to a larger disk."
             )
         with torch.device("meta"):

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from transformers import set_seed
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache
 
-from .base_weights import BaseWeights, choose_base_weights, dequantized_checkpoint, is_4bit
+from .base_weights import BaseWeights, base_checkpoint, choose_base_weights, is_4bit
 
 
 _ADAPTER_NAME = "policy"
@@ -131,26 +131,24 @@ class AdapterVLLMGeneration(VLLMGeneration):
                     self.gpu_memory_utilization,
                     self.tensor_parallel_size,
                 )
-                if self.base_weights == "dequantized":
-                    folder = stack.enter_context(self._shared_checkpoint())
-                    engine_options |= {
-                        "model": folder,
-                        "revision": None,
-                        "tokenizer": self.model.name_or_path,
-                        "quantization": None,
-                    }
+                engine_options |= {
+                    "model": stack.enter_context(self._shared_checkpoint(self.base_weights)),
+                    "revision": None,
+                    "tokenizer": self.model.name_or_path,
+                    "quantization": "bitsandbytes" if self.base_weights == "quantized" else None,
+                }
             stack.enter_context(replaced(vllm_generation, "LLM", _lora_llm_class(engine_options)))
             super()._init_vllm()  # ends with all processes waiting for each other: the checkpoint is read
         self._try_adapter()
 
     @contextmanager
-    def _shared_checkpoint(self) -> Iterator[str]:
-        """Folder with the dequantized base, written by one process of each machine."""
+    def _shared_checkpoint(self, base_weights: Literal["quantized", "dequantized"]) -> Iterator[str]:
+        """Folder with the policy's 4-bit base for the engine, written by one process of each machine."""
         accelerator = self.accelerator
         with ExitStack() as stack:
             folder = None
             if accelerator.is_local_main_process:
-                folder = stack.enter_context(dequantized_checkpoint(self.model))
+                folder = stack.enter_context(base_checkpoint(self.model, base_weights))
             folders = gather_object([folder])
             yield folders[accelerator.process_index - accelerator.local_process_index]
 
