@@ -35,6 +35,8 @@ NEW_FIELDS = {
     "max_tokens_per_micro_batch",
     "vllm_lora_sync",
     "vllm_base_weights",
+    "vllm_share_base_weights",
+    "vllm_sleep_keeps_weights",
     "log_trees",
 }
 # A value other than the default for each new field.
@@ -61,6 +63,9 @@ OTHER: dict[str, Any] = {
     "vllm_base_weights": "dequantized",
     "log_trees": True,
 }
+# What only the engine of an adapter has, and `vllm_lora_sync="merge"` not.
+ENGINE_WEIGHTS: dict[str, Any] = {"vllm_share_base_weights": True, "vllm_sleep_keeps_weights": True}
+LORA_ENGINE: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True}
 
 
 def make(folder: Path, **changes: Any) -> TreePOConfig:
@@ -69,7 +74,7 @@ def make(folder: Path, **changes: Any) -> TreePOConfig:
 
 def test_new_fields_are_all_covered_here() -> None:
     new = {f.name for f in fields(TreePOConfig)} - {f.name for f in fields(GRPOConfig)}
-    assert new == NEW_FIELDS == {*OTHER, "max_tree_tokens"}  # which training refuses
+    assert new == NEW_FIELDS == {*OTHER, *ENGINE_WEIGHTS, "max_tree_tokens"}  # the last is refused in training
 
 
 def test_every_new_field_has_help() -> None:
@@ -172,6 +177,23 @@ def test_max_tree_depth(tmp_path: Path, length: int, segment: int | None, depth:
             ["`max_tokens_per_micro_batch=99`", "`tree_packing` is 'off'", "Set `tree_packing='auto'`"],
         ),
         ({"leaf_weighting": "length"}, ["`leaf_weighting` is 'length'", "'uniform'", "'inverse_branching'"]),
+        ({"vllm_share_base_weights": True}, ["`vllm_share_base_weights=True`", "`use_vllm=True`"]),
+        (
+            {**LORA_ENGINE, **ENGINE_WEIGHTS, "vllm_lora_sync": "merge"},
+            ["`vllm_share_base_weights=True`", "`vllm_lora_sync='adapter'`"],
+        ),
+        (
+            {"use_vllm": True, "vllm_mode": "colocate", "vllm_sleep_keeps_weights": True},
+            ["`vllm_sleep_keeps_weights=True`", "does not sleep", "`vllm_enable_sleep_mode=True`"],
+        ),
+        (
+            {**LORA_ENGINE, **ENGINE_WEIGHTS, "vllm_base_weights": "dequantized"},
+            ["`vllm_share_base_weights=True`", "in 4 and in 16 bits", "'quantized'"],
+        ),
+        (
+            {**LORA_ENGINE, **ENGINE_WEIGHTS, "vllm_tensor_parallel_size": 2},
+            ["`vllm_share_base_weights=True`", "`vllm_tensor_parallel_size` is 2"],
+        ),
         ({"vllm_lora_sync": "none"}, ["`vllm_lora_sync` is 'none'", "'adapter'", "'merge'"]),
         ({"stop_pattern": "(unclosed"}, ["`stop_pattern` is '(unclosed'", "no regular expression", "boxed"]),
         ({"stop_pattern": ""}, ["`stop_pattern` is ''", "empty text"]),
@@ -239,6 +261,14 @@ def test_command_line(tmp_path: Path) -> None:
         arguments += [f"--{name}", *map(str, values)]
     (config,) = TrlParser(TreePOConfig).parse_args_and_config(arguments, fail_with_unknown_args=True)
     assert_holds(config, OTHER)
+
+
+def test_command_line_of_a_lora_engine(tmp_path: Path) -> None:
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
+    for name, value in {**LORA_ENGINE, **ENGINE_WEIGHTS}.items():
+        arguments += [f"--{name}", str(value)]
+    (config,) = TrlParser(TreePOConfig).parse_args_and_config(arguments, fail_with_unknown_args=True)
+    assert_holds(config, ENGINE_WEIGHTS)
 
 
 def test_command_line_takes_one_initial_branching_factor(tmp_path: Path) -> None:

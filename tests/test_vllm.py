@@ -395,27 +395,33 @@ def float32_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LLM, "__init__", lambda self, **kwargs: original(self, dtype="float32", **kwargs))
 
 
+def pairs_after_each_update(trainer: TreePOTrainer, **kwargs: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Log-probabilities of a text by engine and policy, after each synchronization of a training and after it."""
+    generation: Any = trainer.vllm_generation
+    probe = SyncProbe(trainer, [10, 11, 12, 13, 14, 15, 16, 17], num_scored=6, **kwargs)
+    sync_weights = generation.sync_weights
+
+    def sync_and_look() -> None:
+        sync_weights()
+        probe.look()
+
+    generation.sync_weights = sync_and_look
+    trainer.train()
+    generation.sync_weights()  # after the last update
+    return probe.pairs
+
+
 @pytest.mark.usefixtures("float32_engine")
 def test_adapter_reaches_the_engine_after_each_update(tiny_model_dir: str, tmp_path: Path) -> None:
     trainer = lora_trainer(tiny_model_dir, tmp_path, max_steps=5)
     generation = trainer.vllm_generation
     assert isinstance(generation, AdapterVLLMGeneration)
     base = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
-    text = [10, 11, 12, 13, 14, 15, 16, 17]
-    probe = SyncProbe(trainer, text, num_scored=6)
-    original = generation.sync_weights
-
-    def sync_and_look() -> None:
-        original()
-        probe.look()
-
-    generation.sync_weights = sync_and_look
-    trainer.train()
-    trainer.vllm_generation.sync_weights()  # after the last update
-    assert len(probe.pairs) == 6
-    for engine, policy in probe.pairs:
+    pairs = pairs_after_each_update(trainer)
+    assert len(pairs) == 6
+    for engine, policy in pairs:
         torch.testing.assert_close(engine, policy, atol=5e-3, rtol=0)
-    for (_, before), (_, after) in zip(probe.pairs, probe.pairs[1:], strict=False):
+    for (_, before), (_, after) in pairwise(pairs):
         assert (before - after).abs().max() > 0.05  # each update moved the policy by far more than the tolerance
     for name, p in trainer.model.named_parameters():
         if name in base:
@@ -608,20 +614,11 @@ def test_qlora_policy_and_engine_agree_after_each_of_five_updates(
     assert type(layer).__name__ == "Linear4bit"
     before = base_state_dict(trainer.model, "dequantized")
     original = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype="float32").state_dict()
-    probe = SyncProbe(trainer, [10, 11, 12, 13, 14, 15, 16, 17], num_scored=6, in_training_mode=True)
-    sync_weights = generation.sync_weights
-
-    def sync_and_look() -> None:
-        sync_weights()
-        probe.look()
-
-    generation.sync_weights = sync_and_look
-    trainer.train()
-    generation.sync_weights()
-    assert len(probe.pairs) == 6
-    for engine, policy in probe.pairs:
+    pairs = pairs_after_each_update(trainer, in_training_mode=True)
+    assert len(pairs) == 6
+    for engine, policy in pairs:
         torch.testing.assert_close(engine, policy, atol=5e-3, rtol=0)
-    for (_, first), (_, second) in pairwise(probe.pairs):
+    for (_, first), (_, second) in pairwise(pairs):
         assert (first - second).abs().max() > 0.05  # each update moved the policy by far more than the tolerance
     # The checkpoint before quantization is another model, by more than the tolerance: the engine has not loaded it.
     name = "model.layers.0.mlp.up_proj.weight"
@@ -667,29 +664,80 @@ def test_an_engine_on_the_policys_own_4_bits(tiny_model_dir: str, tmp_path: Path
         max_steps=5,
         lr_scheduler_type="constant",
     )
-    generation = trainer.vllm_generation
-    engine = generation.llm.llm_engine.model_executor.driver_worker.get_model()
     layer = trainer.model.base_model.model.model.layers[0].self_attn
     parts = [p.base_layer.weight for p in (layer.q_proj, layer.k_proj, layer.v_proj)]
-    held = engine.model.layers[0].self_attn.qkv_proj.base_layer.weight
+    held = engine_model(trainer).model.layers[0].self_attn.qkv_proj.base_layer.weight
     before = held.clone()
     assert torch.equal(held, torch.cat([p.data for p in parts]))
-    probe = SyncProbe(trainer, [10, 11, 12, 13, 14, 15, 16, 17], num_scored=6, in_training_mode=True)
-    sync_weights = generation.sync_weights
-
-    def sync_and_look() -> None:
-        sync_weights()
-        probe.look()
-
-    generation.sync_weights = sync_and_look
-    trainer.train()
-    generation.sync_weights()
-    assert len(probe.pairs) == 6
-    for rounded, policy in probe.pairs:
+    pairs = pairs_after_each_update(trainer, in_training_mode=True)
+    assert len(pairs) == 6
+    for rounded, policy in pairs:
         torch.testing.assert_close(rounded, policy, atol=0.2, rtol=0)  # bfloat16 in both, on logits of up to 20
-    for (_, first), (_, second) in pairwise(probe.pairs):
+    for (_, first), (_, second) in pairwise(pairs):
         assert (first - second).abs().max() > 0.4
     differences = [log["sampling/sampling_logp_difference/mean"] for log in trainer.state.log_history if "loss" in log]
     assert len(differences) == 5
     assert max(differences) < 0.06  # on the plain checkpoint 0.2 and more, see above
     assert torch.equal(held, before)
+
+
+# One copy of the base for policy and engine
+
+
+def engine_model(trainer: TreePOTrainer) -> Any:
+    return trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
+
+
+def memory_of(weight: torch.Tensor) -> int:
+    return weight.untyped_storage().data_ptr()
+
+
+@pytest.fixture
+def plain_cpu_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor vLLM packs the weights of linear layers for faster kernels; on CUDA it keeps them as they are."""
+    from vllm.model_executor.layers import utils
+
+    monkeypatch.setattr(utils.ops, "_supports_onednn", False)
+    monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *args: False)
+
+
+@pytest.mark.usefixtures("float32_engine", "plain_cpu_layers")
+def test_policy_and_engine_share_the_base(tiny_model_dir: str, tmp_path: Path) -> None:
+    options: Any = {"max_steps": 5, "model_init_kwargs": {"dtype": "float32"}}
+    trainer = lora_trainer(tiny_model_dir, tmp_path, vllm_share_base_weights=True, **options)
+    engine = {memory_of(p) for p in engine_model(trainer).parameters()}
+    frozen = {name: p for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    assert all(memory_of(p) in engine for p in frozen.values())
+    before = {name: p.clone() for name, p in frozen.items()}
+    pairs = pairs_after_each_update(trainer)
+    assert len(pairs) == 6
+    for from_engine, from_policy in pairs:
+        torch.testing.assert_close(from_engine, from_policy, atol=5e-3, rtol=0)
+    for (_, first), (_, second) in pairwise(pairs):
+        assert (first - second).abs().max() > 0.05
+    assert all(torch.equal(p, before[name]) for name, p in frozen.items())
+    assert all(memory_of(p) in engine for p in frozen.values())
+
+
+def test_policy_and_engine_share_4_bits(tiny_model_dir: str, tmp_path: Path) -> None:
+    trainer = qlora_trainer(
+        tiny_model_dir, tmp_path, "bfloat16", vllm_share_base_weights=True, max_steps=5, lr_scheduler_type="constant"
+    )
+    assert trainer.vllm_generation.base_weights == "quantized"  # what `auto` becomes
+    engine = {memory_of(p) for p in engine_model(trainer).parameters()}
+    linear = [p for p in trainer.model.parameters() if type(p).__name__ == "Params4bit"]
+    assert len(linear) == 14
+    assert all(memory_of(p) in engine for p in linear)
+    before = [p.data.clone() for p in linear]
+    pairs = pairs_after_each_update(trainer, in_training_mode=True)
+    assert len(pairs) == 6
+    for from_engine, from_policy in pairs:
+        torch.testing.assert_close(from_engine, from_policy, atol=0.2, rtol=0)
+    for (_, first), (_, second) in pairwise(pairs):
+        assert (first - second).abs().max() > 0.4
+    assert all(torch.equal(p.data, weight) for p, weight in zip(linear, before, strict=True))
+
+
+def test_a_policy_in_another_precision_shares_nothing(tiny_model_dir: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"engine \(torch\.bfloat16\) equals the policy's \(torch\.float32\)"):
+        lora_trainer(tiny_model_dir, tmp_path, vllm_share_base_weights=True, model_init_kwargs={"dtype": "float32"})

@@ -1,12 +1,15 @@
 """What happens around a generation with vLLM: sleep mode, and ranks that share an engine. Without an engine."""
 
+import inspect
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from trl.generation.vllm_generation import VLLMGeneration
 
 from treepo_trl.weight_sync import AdapterVLLMGeneration, awake, gather_prompts, same_draws
 
@@ -111,3 +114,45 @@ def test_an_adapter_is_tried_at_construction_and_the_engine_sleeps_as_before(sle
     generation._try_adapter()
     assert calls == (["sync", ("sleep", 2)] if sleeps else ["sync"])
     assert generation._llm_weights_sleeping is sleeps
+
+
+# An engine that sleeps without its cache alone
+
+
+@pytest.mark.parametrize(
+    ("device", "sleeps", "keeps", "shares", "other_worker"),
+    [
+        ("cuda", True, True, False, True),
+        ("cuda", True, False, True, True),  # the policy computes with these weights
+        ("cuda", True, False, False, False),
+        ("cuda", False, False, True, False),
+        ("cpu", True, True, True, False),
+    ],
+)
+def test_whose_weights_stay(
+    monkeypatch: pytest.MonkeyPatch, device: str, sleeps: bool, keeps: bool, shares: bool, other_worker: bool
+) -> None:
+    monkeypatch.setattr(VLLMGeneration, "__init__", lambda self: None)
+    generation: Any = AdapterVLLMGeneration(share_base_weights=shares, sleep_keeps_weights=keeps)
+    generation.enable_sleep_mode = sleeps
+    generation.accelerator = SimpleNamespace(device=torch.device(device))
+    expected = {"worker_cls": "treepo_trl.engine_worker.KeepWeightsWorker"} if other_worker else {}
+    assert generation._worker_options() == expected
+
+
+def test_weights_lie_outside_the_memory_that_sleep_frees(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_worker = pytest.importorskip("vllm.v1.worker.gpu_worker")
+    from treepo_trl.engine_worker import KeepWeightsWorker
+
+    monkeypatch.setattr(gpu_worker.Worker, "_maybe_get_memory_pool_context", lambda self, tag: ("pool", tag))
+    worker = object.__new__(KeepWeightsWorker)
+    assert isinstance(worker._maybe_get_memory_pool_context("weights"), nullcontext)
+    assert worker._maybe_get_memory_pool_context("kv_cache") == ("pool", "kv_cache")
+
+
+def test_vllm_allocates_its_weights_as_the_worker_expects() -> None:
+    gpu_worker = pytest.importorskip("vllm.v1.worker.gpu_worker")
+    pools = inspect.signature(gpu_worker.Worker._maybe_get_memory_pool_context)
+    assert list(pools.parameters) == ["self", "tag"]
+    assert '_maybe_get_memory_pool_context(tag="weights")' in inspect.getsource(gpu_worker.Worker.load_model)
+    assert '_maybe_get_memory_pool_context(tag="kv_cache")' in inspect.getsource(gpu_worker.Worker)

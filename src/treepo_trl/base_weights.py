@@ -2,8 +2,8 @@
 The base model that a vLLM engine serves a QLoRA policy on.
 
 The engine must compute the function that the policy computes: the base model after quantization, not the checkpoint
-before it. So it loads the policy's own 4-bit weights, from a checkpoint that lives as long as the loading: as they are,
-or written out as the numbers that they stand for, which is the same function at 16 bits' speed.
+before it. So it loads the policy's own 4-bit weights, from a temporary checkpoint: as they are, or written out as the
+numbers that they stand for, which is the same function at 16 bits' speed.
 """
 
 import copy
@@ -87,7 +87,7 @@ def _why_not_quantized(base: Any, tensor_parallel_size: int) -> str | None:
         return "with tensor parallelism vLLM cannot split weights that are quantized already"
     left_out = _weights_left_out(base)
     if left_out:
-        return f"vLLM's linear layers and experts must all be in 4 bits, and the policy has {left_out} in full precision"
+        return f"vLLM needs all linear layers and experts in 4 bits, and the policy has {left_out} in full precision"
     if type(getattr(base.get_output_embeddings(), "weight", None)).__name__ == "Params4bit":
         return "the policy's output head is in 4 bits, which vLLM has in full precision"
     return None
@@ -151,8 +151,8 @@ def base_checkpoint(model: Any, base_weights: Literal["quantized", "dequantized"
         needed, free = sum(weight.nbytes for weight in state.values()), shutil.disk_usage(folder).free
         if needed > free:
             raise OSError(
-                f"The {base_weights} base model takes {needed / 2**30:.1f} GiB while the engine loads it, and {folder} "
-                f"has {free / 2**30:.1f} GiB free. Point the environment variable TMPDIR to a larger disk."
+                f"The {base_weights} base model takes {needed / 2**30:.1f} GiB while the engine loads it, and "
+                f"{folder} has {free / 2**30:.1f} GiB free. Point the environment variable TMPDIR to a larger disk."
             )
         with torch.device("meta"):
             skeleton = type(base)(config).to(base.dtype)

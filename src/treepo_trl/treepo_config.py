@@ -60,8 +60,16 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             (merge into the base model and push every weight).
         vllm_base_weights (`str`, *optional*, defaults to `"auto"`):
             What vLLM serves the adapter of a QLoRA policy on: `"dequantized"`, the policy's 4-bit weights written out
-            in the precision of its other weights, `"quantized"`, the checkpoint in 4 bits by vLLM's own bitsandbytes
-            layers (least memory, slower), or `"auto"`, the first where it fits.
+            in the precision of its other weights, `"quantized"`, these 4-bit weights themselves (least memory,
+            slower), or `"auto"`, the first where it fits.
+        vllm_share_base_weights (`bool`, *optional*, defaults to `False`):
+            Whether a LoRA or QLoRA policy computes with the engine's copy of the frozen base, so that the card holds
+            the base once. Weights are shared where both are equal bit for bit: the policy must be loaded in the
+            engine's precision. A QLoRA engine is then `"quantized"`.
+        vllm_sleep_keeps_weights (`bool`, *optional*, defaults to `False`):
+            Whether a sleeping engine (`vllm_enable_sleep_mode`) frees its cache alone and its weights stay on the
+            card, instead of moving to the processor's memory and back at each generation. Shared weights stay in any
+            case.
         log_trees (`bool`, *optional*, defaults to `False`):
             Whether to write every sampled tree to `output_dir/trees`, one JSON line per tree.
     """
@@ -114,6 +122,14 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "help": "What vLLM serves the adapter of a 4-bit policy on: its weights dequantized, or its own.",
         },
     )
+    vllm_share_base_weights: bool = field(
+        default=False,
+        metadata={"help": "Whether a LoRA or QLoRA policy computes with the engine's copy of the frozen base."},
+    )
+    vllm_sleep_keeps_weights: bool = field(
+        default=False,
+        metadata={"help": "Whether a sleeping engine frees its cache alone and its weights stay on the card."},
+    )
     log_trees: bool = field(
         default=False,
         metadata={"help": "Whether to write every sampled tree to output_dir/trees, one JSON line per tree."},
@@ -137,6 +153,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         self._check_training()
         self._check_micro_batches()
         self._check_supported()
+        self._check_engine_weights()
 
     def _check_training(self) -> None:
         if not self.temperature > 0:
@@ -200,4 +217,30 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             raise ValueError(
                 "`use_transformers_continuous_batching=True` is not supported: trees are sampled by an engine of "
                 "their own. Leave it out, or set `use_vllm=True`."
+            )
+
+    def _check_engine_weights(self) -> None:
+        for name in ("vllm_share_base_weights", "vllm_sleep_keeps_weights"):
+            if getattr(self, name) and not (self.use_vllm and self.vllm_lora_sync == "adapter"):
+                raise ValueError(
+                    f"`{name}=True` is about the vLLM engine of a LoRA policy. It needs `use_vllm=True` and "
+                    "`vllm_lora_sync='adapter'`."
+                )
+        if self.vllm_sleep_keeps_weights and not self.vllm_enable_sleep_mode:
+            raise ValueError(
+                "`vllm_sleep_keeps_weights=True` says how the engine sleeps, but it does not sleep. Set "
+                "`vllm_enable_sleep_mode=True`, or leave it out."
+            )
+        if not self.vllm_share_base_weights:
+            return
+        if self.vllm_base_weights == "dequantized":
+            raise ValueError(
+                "`vllm_share_base_weights=True` needs the same weights in policy and engine, but "
+                "`vllm_base_weights='dequantized'` has them in 4 and in 16 bits. Set `vllm_base_weights='quantized'`, "
+                "or unset one of the two."
+            )
+        if self.vllm_tensor_parallel_size > 1:
+            raise ValueError(
+                "`vllm_share_base_weights=True` needs an engine that holds whole weights, but "
+                f"`vllm_tensor_parallel_size` is {self.vllm_tensor_parallel_size}. Unset one of the two."
             )

@@ -48,7 +48,13 @@ from .sampler import TreeSampler
 from .tree import SegmentTree
 from .tree_attention import why_no_trees
 from .treepo_config import TreePOConfig
-from .validation import check_arguments, check_datasets, check_dynamic_sampling, check_packing
+from .validation import (
+    check_arguments,
+    check_datasets,
+    check_dynamic_sampling,
+    check_engine_weights,
+    check_packing,
+)
 from .weight_sync import AdapterVLLMGeneration, awake, check_adapter, gather_prompts, replaced, same_draws
 
 
@@ -156,9 +162,15 @@ class TreePOTrainer(GRPOTrainer):
         if uses_adapter_sync:
             wrapped: Any = model
             check_adapter(peft_config if peft_config is not None else wrapped.peft_config[wrapped.active_adapter])
+        check_engine_weights(args, uses_adapter_sync)
         vllm_generation: Any = grpo_trainer.VLLMGeneration
         if uses_adapter_sync:
-            vllm_generation = partial(AdapterVLLMGeneration, base_weights=args.vllm_base_weights)
+            vllm_generation = partial(
+                AdapterVLLMGeneration,
+                base_weights=args.vllm_base_weights,
+                share_base_weights=args.vllm_share_base_weights,
+                sleep_keeps_weights=args.vllm_sleep_keeps_weights,
+            )
         with replaced(grpo_trainer, "VLLMGeneration", vllm_generation):
             super().__init__(
                 model=model,

@@ -179,3 +179,18 @@ def check_dynamic_sampling(args: TreePOConfig, trainer_class: type, base_class: 
                 f"`{trainer_class.__name__}` overrides `{name}`. Order the dataset instead (`shuffle_dataset=False` "
                 "keeps that order), or set `dynamic_sampling_rounds=0`."
             )
+
+
+def check_engine_weights(args: TreePOConfig, uses_adapter_sync: bool) -> None:
+    """
+    Raise for settings of a LoRA engine's weights where there is no LoRA engine.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for name in ("vllm_share_base_weights", "vllm_sleep_keeps_weights"):
+        if getattr(args, name) and not uses_adapter_sync:
+            raise ValueError(
+                f"`{name}=True`, but the policy has no adapter: vLLM gets all its weights at each step. Pass a "
+                "`peft_config` (`--use_peft`), or unset it."
+            )

@@ -19,16 +19,21 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType, gather_object, is_peft_model
 from transformers import set_seed
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache
 
 from .base_weights import BaseWeights, base_checkpoint, choose_base_weights, is_4bit
+from .shared_weights import share_weights
 
+
+logger = get_logger(__name__)
 
 _ADAPTER_NAME = "policy"
 _ADAPTER_ID = 1
+_KEEPS_WEIGHTS = "treepo_trl.engine_worker.KeepWeightsWorker"
 _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -102,16 +107,40 @@ class AdapterVLLMGeneration(VLLMGeneration):
     Only for `mode="colocate"` and a model with one LoRA adapter. The engine sleeps at level 1, since a LoRA engine's
     wrapped weights cannot be pushed again after level 2. `llm.lora_request` is what every request must carry to be
     answered by the policy; `generate` does so by itself.
+
+    Args:
+        base_weights (`str`):
+            `vllm_base_weights` of [`TreePOConfig`].
+        share_base_weights (`bool`):
+            Let the policy compute with the engine's copy of the frozen base.
+        sleep_keeps_weights (`bool`):
+            Whether a sleeping engine frees its cache alone. Shared weights stay in any case.
     """
 
     model: Any
     llm: Any
 
-    def __init__(self, *args: Any, base_weights: BaseWeights = "auto", **kwargs: Any) -> None:
-        self.base_weights: BaseWeights = base_weights
+    def __init__(
+        self,
+        *args: Any,
+        base_weights: BaseWeights = "auto",
+        share_base_weights: bool = False,
+        sleep_keeps_weights: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        # Shared weights in 16 bits would have to be the policy's too, which are in 4.
+        self.base_weights: BaseWeights = "quantized" if share_base_weights and base_weights == "auto" else base_weights
+        self.share_base_weights = share_base_weights
+        self.sleep_keeps_weights = sleep_keeps_weights or share_base_weights
         super().__init__(*args, **kwargs)
 
     def _init_vllm(self) -> None:
+        sharding = self.accelerator.distributed_type
+        if self.share_base_weights and sharding in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"`vllm_share_base_weights=True`, but {sharding.value} splits the policy's weights over processes, "
+                "and the engine holds whole ones. Unset it, or train without sharding."
+            )
         peft_config = self.model.peft_config[self.model.active_adapter]
         self._adapter_dir = _memory_backed_directory()
         weakref.finalize(self, shutil.rmtree, self._adapter_dir, ignore_errors=True)
@@ -121,6 +150,7 @@ class AdapterVLLMGeneration(VLLMGeneration):
             "max_lora_rank": engine_lora_rank(peft_config.r),
             "revision": revision,
             "tokenizer_revision": revision,
+            **self._worker_options(),
         }
         with ExitStack() as stack:
             if is_4bit(self.model):
@@ -139,7 +169,28 @@ class AdapterVLLMGeneration(VLLMGeneration):
                 }
             stack.enter_context(replaced(vllm_generation, "LLM", _lora_llm_class(engine_options)))
             super()._init_vllm()  # ends with all processes waiting for each other: the checkpoint is read
+        if self.share_base_weights:
+            shared, own = self._share_base_weights()
+            logger.info(f"The policy uses {shared / 2**30:.2f} GiB of the engine's weights. Its own: {own or 'none'}.")
+            empty_cache()
         self._try_adapter()
+
+    def _worker_options(self) -> dict[str, str]:
+        keeps_weights = self.enable_sleep_mode and self.sleep_keeps_weights
+        # On a processor vLLM does not sleep, and has another worker.
+        return {"worker_cls": _KEEPS_WEIGHTS} if keeps_weights and self.accelerator.device.type == "cuda" else {}
+
+    def _share_base_weights(self) -> tuple[int, list[str]]:
+        base = self.model.get_base_model()
+        engine_model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        shared, own = share_weights(base, engine_model)
+        if not shared:
+            raise ValueError(
+                f"`vllm_share_base_weights=True`, but no weight of the engine "
+                f"({self.llm.llm_engine.model_config.dtype}) equals the policy's ({base.dtype}). Load the policy in "
+                'the engine\'s precision (`model_init_kwargs={"dtype": "bfloat16"}`, `--dtype bfloat16`), or unset it.'
+            )
+        return shared, own
 
     @contextmanager
     def _shared_checkpoint(self, base_weights: Literal["quantized", "dequantized"]) -> Iterator[str]:
@@ -169,6 +220,8 @@ class AdapterVLLMGeneration(VLLMGeneration):
         """Load the policy's adapter into the engine and forget what its predecessor computed."""
         from vllm.lora.request import LoRARequest
 
+        if self.share_base_weights:
+            self._share_base_weights()  # again: preparing the policy for training may have copied it
         adapter = self.model.active_adapter
         parameters = [p for name, p in self.model.named_parameters() if f".{adapter}." in name]
         with self._dist.gather_params(parameters):

@@ -1,0 +1,69 @@
+"""
+One copy of the frozen base in the process: the policy computes with the weights that the vLLM engine holds.
+
+vLLM joins some layers (query, key and value; gate and up) by stacking their rows, so each of the policy's weights is a
+slice of one of the engine's. A slice takes a weight's place only if it holds the same numbers, bit for bit: whatever
+else an engine does to its weights costs memory and never changes the policy.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+def share_weights(base: torch.nn.Module, engine_model: torch.nn.Module) -> tuple[int, list[str]]:
+    """
+    Let the frozen weights of `base` be views of the engine's, where both are equal.
+
+    From then on neither may change them in place: merging an adapter into the base would change the engine too. To
+    call it again is cheap, and takes back what has been copied since, as `Module.to` does.
+
+    Args:
+        base (`torch.nn.Module`):
+            The policy without its adapter's wrapper, on the engine's device.
+        engine_model (`torch.nn.Module`):
+            The model in the vLLM engine, with LoRA layers or without.
+
+    Returns:
+        Bytes of the base that the engine holds for both, and the names of frozen weights that it still does.
+    """
+    frozen = {name.replace(".base_layer.", "."): p for name, p in base.named_parameters() if not p.requires_grad}
+    own = dict.fromkeys(frozen)
+    shared = 0
+    for name, held in _slices(engine_model, frozen):
+        weight = frozen[name]
+        if name not in own:
+            continue
+        if weight.data_ptr() != held.data_ptr():
+            if not _interchangeable(weight, held):
+                continue
+            weight.data = held
+        shared += weight.nbytes
+        del own[name]
+    return shared, list(own)
+
+
+def _slices(engine_model: Any, frozen: dict[str, torch.nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names of the policy's weights with the part of an engine's weight that should be the same."""
+    packed: dict[str, list[str]] = getattr(engine_model, "packed_modules_mapping", {})
+    for engine_name, weight in engine_model.named_parameters():
+        path = engine_name.replace(".base_layer.", ".").split(".")
+        parts = packed.get(path[-2], [path[-2]]) if len(path) > 1 else []
+        start = 0
+        for part in parts:
+            name = ".".join([*path[:-2], part, path[-1]])
+            if name not in frozen:
+                break  # where the next part would begin is not known either
+            rows = len(frozen[name])
+            yield name, weight.data[start : start + rows]  # an embedding of the engine may have more rows
+            start += rows
+
+
+def _interchangeable(weight: torch.Tensor, held: torch.Tensor) -> bool:
+    return (
+        (weight.shape, weight.dtype, weight.device) == (held.shape, held.dtype, held.device)
+        and weight.stride() == held.stride()
+        and not held.is_inference()  # which no backward pass can use
+        and torch.equal(weight.data, held)
+    )

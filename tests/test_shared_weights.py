@@ -1,0 +1,145 @@
+"""A policy that computes with the weights of an engine: which it takes, and that nothing but memory changes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+from peft import LoraConfig, get_peft_model
+from torch.nn import Parameter
+from transformers import AutoModelForCausalLM
+
+from treepo_trl.shared_weights import share_weights
+
+
+IDS = torch.tensor([[10, 11, 12, 13, 14, 15, 16]])
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+class Engine(torch.nn.Module):
+    """The weights of a model as vLLM holds them: some stacked, the embedding padded, layers in LoRA wrappers."""
+
+    packed_modules_mapping = PACKED
+
+    def __init__(self, model: Any, padding: int = 63) -> None:
+        super().__init__()
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for name in [name for name in weights if "embed_tokens" in name]:
+            weights[name] = torch.cat([weights[name], torch.zeros(padding, weights[name].shape[1])])
+        for packed, parts in PACKED.items():
+            for first in [name for name in weights if f".{parts[0]}." in name]:
+                names = [first.replace(parts[0], part) for part in parts]
+                weights[first.replace(parts[0], packed)] = torch.cat([weights.pop(name) for name in names])
+        self.weights = {name.replace("proj.", "proj.base_layer."): Parameter(w, False) for name, w in weights.items()}
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return iter(self.weights.items())
+
+
+def make_policy(**changes: Any) -> Any:
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(make_model(**changes), config)
+
+
+def holds(engine: Engine, weight: torch.Tensor) -> bool:
+    return any(weight.untyped_storage().data_ptr() == w.untyped_storage().data_ptr() for w in engine.weights.values())
+
+
+def step(policy: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss, and the gradients of the adapter."""
+    policy.zero_grad()
+    loss = policy(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_of_the_base_is_shared_and_nothing_else_changes(tied: bool) -> None:
+    policy = make_policy(tie_word_embeddings=tied, attention_bias=True)
+    base = policy.get_base_model()
+    engine = Engine(make_model(tie_word_embeddings=tied, attention_bias=True))
+    loss, gradients = step(policy)
+    adapter = {name: p.data_ptr() for name, p in policy.named_parameters() if p.requires_grad}
+    frozen = [p for p in base.parameters() if not p.requires_grad]
+    expected = sum(p.nbytes for p in frozen)
+    assert share_weights(base, engine) == (expected, [])
+    assert all(holds(engine, p) for p in frozen)
+    assert (base.lm_head.weight is base.model.embed_tokens.weight) is tied
+    assert adapter == {name: p.data_ptr() for name, p in policy.named_parameters() if p.requires_grad}
+    again, same = step(policy)
+    assert torch.equal(again, loss)
+    assert all(torch.equal(same[name], gradients[name]) for name in gradients)
+
+
+def test_what_was_copied_since_is_shared_again() -> None:
+    base = make_policy().get_base_model()
+    engine = Engine(make_model())
+    first = share_weights(base, engine)
+    norm, up = base.model.norm.weight, base.model.layers[0].mlp.up_proj.base_layer.weight
+    norm.data = norm.data.clone()
+    up.data = up.data + 1  # no longer the engine's
+    assert share_weights(base, engine) == (first[0] - up.nbytes, ["model.layers.0.mlp.up_proj.weight"])
+    assert holds(engine, norm)
+
+
+def test_a_weight_that_differs_in_one_number_stays_the_policys() -> None:
+    policy = make_policy()
+    base = policy.get_base_model()
+    engine = Engine(make_model())
+    name = "model.layers.1.self_attn.qkv_proj.base_layer.weight"
+    engine.weights[name].data[70, 3] += 1e-6  # k_proj comes after the 64 rows of q_proj
+    own = base.model.layers[1].self_attn.k_proj.base_layer.weight
+    before = own.clone()
+    shared, names = share_weights(base, engine)
+    assert names == ["model.layers.1.self_attn.k_proj.weight"]
+    assert shared == sum(p.nbytes for p in base.parameters() if not p.requires_grad) - own.nbytes
+    assert not holds(engine, own)
+    assert torch.equal(own, before)
+    assert holds(engine, base.model.layers[1].self_attn.v_proj.base_layer.weight)
+
+
+def test_the_engines_weights_in_another_precision_or_memory_are_not_taken() -> None:
+    base = make_policy().get_base_model()
+    engine = Engine(make_model())
+    for name, weight in engine.weights.items():
+        engine.weights[name] = Parameter(weight.bfloat16().float().bfloat16(), False)
+    assert share_weights(base, engine)[0] == 0
+    engine = Engine(make_model())
+    for weight in engine.weights.values():
+        weight.data = weight.data.t().contiguous().t()  # the same numbers, by columns
+    kept = share_weights(base, engine)[1]
+    assert "model.layers.0.mlp.up_proj.weight" in kept
+    assert "model.norm.weight" not in kept  # a vector has one order
+    with torch.inference_mode():
+        engine = Engine(make_model())
+    assert share_weights(make_policy().get_base_model(), engine)[0] == 0
+
+
+def test_weights_that_are_trained_are_never_shared() -> None:
+    base = make_policy().get_base_model()
+    base.model.norm.weight.requires_grad_(True)
+    engine = Engine(make_model())
+    shared, own = share_weights(base, engine)
+    assert shared > 0
+    assert own == []  # all that is frozen
+    assert not holds(engine, base.model.norm.weight)
+
+
+def test_a_layer_that_the_policy_does_not_have_ends_its_row(tmp_path: Path) -> None:
+    """The places of later parts are unknown then."""
+    base = make_policy().get_base_model()
+    engine = Engine(make_model())
+    engine.packed_modules_mapping = {**PACKED, "qkv_proj": ["other_proj", "k_proj", "v_proj"]}
+    own = share_weights(base, engine)[1]
+    assert {name.split(".")[-2] for name in own} == {"q_proj", "k_proj", "v_proj"}
+
+
+def test_a_merged_model_is_saved_whole(tmp_path: Path) -> None:
+    """Shared weights are slices of one memory; a checkpoint has each once."""
+    policy = make_policy()
+    share_weights(policy.get_base_model(), Engine(make_model()))
+    expected = policy.eval()(input_ids=IDS).logits
+    policy.merge_and_unload().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, atol=1e-3, rtol=1e-4)
