@@ -94,6 +94,58 @@ def test_full_fine_tuning_has_gradients_and_moments_of_every_weight(tmp_path: Pa
     assert result.policy["optimizer"] == 2 * result.policy["weights"]
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_shared_base_is_in_the_engine_alone(tmp_path: Path, small_model_dir: str, nested: bool) -> None:
+    vllm = {"use_vllm": True, "vllm_mode": "colocate"}
+    model = {"load_in_4bit": True, "use_bnb_nested_quant": nested}
+    twice = plan(tmp_path, small_model_dir, **vllm, **model, vllm_base_weights="quantized")
+    once = plan(tmp_path, small_model_dir, **vllm, **model, vllm_share_base_weights=True)
+    assert (twice.shares, once.shares) == (False, True)
+    assert once.base_weights == "quantized"
+    assert once.engine == twice.engine
+    # What is left are the scales: one of 8 bits per block of 64 weights or of 32, and a second level.
+    linear = 106_168_320  # of SmolLM2-135M: 30 layers of 576 x (2 x 576 + 2 x 192 + 3 x 1536)
+    assert linear == 30 * 576 * (2 * 576 + 2 * 192 + 3 * 1536)
+    assert once.policy["weights"] == pytest.approx(linear * ((1 + 4 / 256) if nested else 4) / 64, rel=1e-6)
+    assert twice.rollout - once.rollout == twice.policy["weights"] - once.policy["weights"]
+    assert plan(tmp_path, small_model_dir, **vllm, vllm_share_base_weights=True).policy["weights"] == 0
+
+
+def test_sharing_needs_the_engines_precision(tmp_path: Path, small_model_dir: str) -> None:
+    with pytest.raises(ValueError, match=r"16 bits, and it is torch\.float32\. Set `--dtype bfloat16`"):
+        plan(
+            tmp_path,
+            small_model_dir,
+            dtype="float32",
+            use_vllm=True,
+            vllm_mode="colocate",
+            vllm_share_base_weights=True,
+        )
+
+
+def test_what_a_sleeping_engine_leaves(tmp_path: Path, small_model_dir: str) -> None:
+    vllm = {"use_vllm": True, "vllm_mode": "colocate"}
+    awake = plan(tmp_path, small_model_dir, **vllm)
+    asleep = plan(tmp_path, small_model_dir, **vllm, vllm_enable_sleep_mode=True)
+    kept = plan(tmp_path, small_model_dir, **vllm, vllm_enable_sleep_mode=True, vllm_sleep_keeps_weights=True)
+    shared = plan(tmp_path, small_model_dir, **vllm, vllm_enable_sleep_mode=True, vllm_share_base_weights=True)
+    assert awake.update - asleep.update == sum(awake.engine.values())
+    assert kept.update - asleep.update == kept.engine["weights"]
+    assert shared.update == asleep.update  # one copy in either: the engine's, or the policy's own
+    assert "vLLM's cache leaves the card" in kept.table()
+    assert "vLLM leaves the card" in asleep.table()
+
+
+def test_advice_to_share_where_it_helps(tmp_path: Path, small_model_dir: str) -> None:
+    vllm = {"use_vllm": True, "vllm_mode": "colocate"}
+    advice = "`vllm_share_base_weights"
+    small = plan(tmp_path, small_model_dir, 0.5, **vllm)
+    assert len(small.problems()) >= 2
+    assert all(advice in problem for problem in small.problems()[:2])
+    assert advice not in str(plan(tmp_path, small_model_dir, 0.5, **vllm, vllm_share_base_weights=True).problems())
+    assert advice not in str(plan(tmp_path, small_model_dir, 0.5, **vllm, lora=False).problems())
+
+
 # Activations
 
 

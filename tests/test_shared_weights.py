@@ -1,5 +1,6 @@
 """A policy that computes with the weights of an engine: which it takes, and that nothing but memory changes."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import Parameter
 from transformers import AutoModelForCausalLM
 
-from treepo_trl.shared_weights import share_weights
+from treepo_trl.shared_weights import parked, share_weights
 
 
 IDS = torch.tensor([[10, 11, 12, 13, 14, 15, 16]])
+CPU = torch.device("cpu")
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
@@ -63,7 +65,7 @@ def test_all_of_the_base_is_shared_and_nothing_else_changes(tied: bool) -> None:
     adapter = {name: p.data_ptr() for name, p in policy.named_parameters() if p.requires_grad}
     frozen = [p for p in base.parameters() if not p.requires_grad]
     expected = sum(p.nbytes for p in frozen)
-    assert share_weights(base, engine) == (expected, [])
+    assert share_weights(base, engine, CPU) == (expected, [])
     assert all(holds(engine, p) for p in frozen)
     assert (base.lm_head.weight is base.model.embed_tokens.weight) is tied
     assert adapter == {name: p.data_ptr() for name, p in policy.named_parameters() if p.requires_grad}
@@ -72,14 +74,34 @@ def test_all_of_the_base_is_shared_and_nothing_else_changes(tied: bool) -> None:
     assert all(torch.equal(same[name], gradients[name]) for name in gradients)
 
 
+def test_parked_weights_come_back_or_stay_replaced() -> None:
+    policy = make_policy()
+    base = policy.get_base_model()
+    engine = Engine(make_model())
+    engine.weights["model.norm.weight"].data += 1
+    loss, _ = step(policy)
+    with contextlib.suppress(KeyError), parked(base):
+        share_weights(base, engine, CPU)
+        raise KeyError
+    assert {p.device.type for p in base.parameters()} == {"cpu"}
+    assert holds(engine, base.model.embed_tokens.weight)
+    assert not holds(engine, base.model.norm.weight)
+    assert torch.equal(step(policy)[0], loss)
+
+
+def test_an_engine_on_another_device_shares_nothing() -> None:
+    base = make_policy().get_base_model()
+    assert share_weights(base, Engine(make_model()), torch.device("cuda"))[0] == 0
+
+
 def test_what_was_copied_since_is_shared_again() -> None:
     base = make_policy().get_base_model()
     engine = Engine(make_model())
-    first = share_weights(base, engine)
+    first = share_weights(base, engine, CPU)
     norm, up = base.model.norm.weight, base.model.layers[0].mlp.up_proj.base_layer.weight
     norm.data = norm.data.clone()
     up.data = up.data + 1  # no longer the engine's
-    assert share_weights(base, engine) == (first[0] - up.nbytes, ["model.layers.0.mlp.up_proj.weight"])
+    assert share_weights(base, engine, CPU) == (first[0] - up.nbytes, ["model.layers.0.mlp.up_proj.weight"])
     assert holds(engine, norm)
 
 
@@ -91,7 +113,7 @@ def test_a_weight_that_differs_in_one_number_stays_the_policys() -> None:
     engine.weights[name].data[70, 3] += 1e-6  # k_proj comes after the 64 rows of q_proj
     own = base.model.layers[1].self_attn.k_proj.base_layer.weight
     before = own.clone()
-    shared, names = share_weights(base, engine)
+    shared, names = share_weights(base, engine, CPU)
     assert names == ["model.layers.1.self_attn.k_proj.weight"]
     assert shared == sum(p.nbytes for p in base.parameters() if not p.requires_grad) - own.nbytes
     assert not holds(engine, own)
@@ -104,23 +126,23 @@ def test_the_engines_weights_in_another_precision_or_memory_are_not_taken() -> N
     engine = Engine(make_model())
     for name, weight in engine.weights.items():
         engine.weights[name] = Parameter(weight.bfloat16().float().bfloat16(), False)
-    assert share_weights(base, engine)[0] == 0
+    assert share_weights(base, engine, CPU)[0] == 0
     engine = Engine(make_model())
     for weight in engine.weights.values():
         weight.data = weight.data.t().contiguous().t()  # the same numbers, by columns
-    kept = share_weights(base, engine)[1]
+    kept = share_weights(base, engine, CPU)[1]
     assert "model.layers.0.mlp.up_proj.weight" in kept
     assert "model.norm.weight" not in kept  # a vector has one order
     with torch.inference_mode():
         engine = Engine(make_model())
-    assert share_weights(make_policy().get_base_model(), engine)[0] == 0
+    assert share_weights(make_policy().get_base_model(), engine, CPU)[0] == 0
 
 
 def test_weights_that_are_trained_are_never_shared() -> None:
     base = make_policy().get_base_model()
     base.model.norm.weight.requires_grad_(True)
     engine = Engine(make_model())
-    shared, own = share_weights(base, engine)
+    shared, own = share_weights(base, engine, CPU)
     assert shared > 0
     assert own == []  # all that is frozen
     assert not holds(engine, base.model.norm.weight)
@@ -131,14 +153,14 @@ def test_a_layer_that_the_policy_does_not_have_ends_its_row(tmp_path: Path) -> N
     base = make_policy().get_base_model()
     engine = Engine(make_model())
     engine.packed_modules_mapping = {**PACKED, "qkv_proj": ["other_proj", "k_proj", "v_proj"]}
-    own = share_weights(base, engine)[1]
+    own = share_weights(base, engine, CPU)[1]
     assert {name.split(".")[-2] for name in own} == {"q_proj", "k_proj", "v_proj"}
 
 
 def test_a_merged_model_is_saved_whole(tmp_path: Path) -> None:
     """Shared weights are slices of one memory; a checkpoint has each once."""
     policy = make_policy()
-    share_weights(policy.get_base_model(), Engine(make_model()))
+    share_weights(policy.get_base_model(), Engine(make_model()), CPU)
     expected = policy.eval()(input_ids=IDS).logits
     policy.merge_and_unload().save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

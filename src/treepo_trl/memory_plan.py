@@ -35,7 +35,8 @@ class MemoryPlan:
         card (`float`):
             Memory of the GPU.
         policy (`dict[str, float]`):
-            Parts of the policy: weights, adapter or reference model, gradients, optimizer, activations.
+            Parts of the policy: weights, adapter or reference model, gradients, optimizer, activations. Weights that
+            it shares with the engine are counted there.
         micro_batch_tokens (`int`):
             Tokens of the largest micro-batch that activations are counted for.
         engine (`dict[str, float]`):
@@ -48,6 +49,10 @@ class MemoryPlan:
             How the engine of a 4-bit policy would get its base.
         sleeps (`bool`):
             Whether the engine leaves the card during the update.
+        keeps_weights (`bool`):
+            Whether a sleeping engine frees its cache alone.
+        shares (`bool`):
+            Whether policy and engine share the base.
     """
 
     card: float
@@ -58,6 +63,8 @@ class MemoryPlan:
     longest: int = 0
     base_weights: str | None = None
     sleeps: bool = False
+    keeps_weights: bool = False
+    shares: bool = False
 
     @property
     def rollout(self) -> float:
@@ -68,20 +75,28 @@ class MemoryPlan:
     @property
     def update(self) -> float:
         """Bytes in the backward pass."""
-        engine = 0.0 if self.sleeps else sum(self.engine.values())
+        engine = sum(self.engine.values())
+        if self.sleeps:
+            engine = self.engine["weights"] if self.keeps_weights else 0.0
         return sum(self.policy.values()) + engine + RESERVE
+
+    @property
+    def _could_share(self) -> bool:
+        return bool(self.engine) and "adapter" in self.policy and not self.shares
 
     def problems(self) -> list[str]:
         """Why this will hardly run, each with the settings to change; empty if nothing speaks against it."""
         found = []
         if self.rollout > self.card:
+            once = ", let it share the base with vLLM (`vllm_share_base_weights`)" if self._could_share else ""
             found.append(
                 f"Sampling takes {self.rollout / GIB:.1f} GiB of the card's {self.card / GIB:.1f}: lower "
-                "`vllm_gpu_memory_utilization`, or load the policy in 4 bits (`load_in_4bit`)."
+                f"`vllm_gpu_memory_utilization`, or load the policy in 4 bits (`load_in_4bit`){once}."
             )
         if self.update > self.card:
+            once = "`vllm_share_base_weights=True`, " if self._could_share else ""
             found.append(
-                f"The update takes {self.update / GIB:.1f} GiB of the card's {self.card / GIB:.1f}: set "
+                f"The update takes {self.update / GIB:.1f} GiB of the card's {self.card / GIB:.1f}: set {once}"
                 "`vllm_enable_sleep_mode=True` (vLLM leaves the card), `gradient_checkpointing=True`, a lower "
                 "`max_tokens_per_micro_batch` or `per_device_train_batch_size`, an 8-bit `optim`, or an adapter "
                 "(`use_peft`)."
@@ -122,8 +137,11 @@ class MemoryPlan:
             notes.append(f"cache: at most {self.cache_tokens} tokens, the longest sequence may have {self.longest}")
         if self.base_weights:
             notes.append(f"vLLM's base: {self.base_weights}")
+        if self.shares:
+            notes.append("policy and vLLM share the base")
         if self.sleeps:
-            notes.append("vLLM leaves the card during the update")
+            what = "vLLM's cache leaves" if self.keeps_weights else "vLLM leaves"
+            notes.append(f"{what} the card during the update")
         return "\n".join([*rows, *notes])
 
 
@@ -162,11 +180,13 @@ def plan_memory(config: Any, training_args: TreePOConfig, model_args: Any, card:
     base = model.get_base_model() if is_adapter else model
     plain = sum(p.numel() for name, p in base.named_parameters() if "lora_" not in name)
     weights, quantized_by_engine = float(plain * dtype.itemsize), None
+    quantized, rest = 0, 0
     if in_4bit:
         linear = [layer.weight.numel() for _, layer in linear_layers(base)]
-        rest = (plain - sum(linear)) * dtype.itemsize
-        weights = rest + sum(linear) * _BYTES_4BIT[bool(model_args.use_bnb_nested_quant)]
-        quantized_by_engine = rest + sum(linear) * _BYTES_4BIT[False]  # vLLM keeps the scales in float32
+        quantized = sum(linear)
+        rest = (plain - quantized) * dtype.itemsize
+        weights = rest + quantized * _BYTES_4BIT[bool(model_args.use_bnb_nested_quant)]
+        quantized_by_engine = rest + quantized * _BYTES_4BIT[False]  # vLLM keeps the scales in float32
         activations += max(linear) * dtype.itemsize  # one layer's weights at a time, dequantized
     policy = {"weights": weights}
     if is_adapter:
@@ -179,9 +199,19 @@ def plan_memory(config: Any, training_args: TreePOConfig, model_args: Any, card:
         "activations": float(activations),
     }
     plan = MemoryPlan(card=card, policy=policy, micro_batch_tokens=tokens)
+    if training_args.vllm_share_base_weights:
+        if dtype.itemsize != 2:
+            raise ValueError(
+                f"`vllm_share_base_weights=True` needs the policy in the engine's 16 bits, and it is {dtype}. Set "
+                "`--dtype bfloat16`."
+            )
+        plan.shares = True
+        # All but the scales of 4-bit weights.
+        policy["weights"] -= rest + quantized / 2 if in_4bit else weights
     if training_args.use_vllm:
         plan.longest = training_args.vllm_max_model_length or config.get_text_config().max_position_embeddings
         plan.sleeps = bool(training_args.vllm_enable_sleep_mode)
+        plan.keeps_weights = training_args.vllm_sleep_keeps_weights or training_args.vllm_share_base_weights
         # vLLM rounds float32 checkpoints to 16 bits.
         _add_engine(plan, config, training_args, 2.0 * plain, quantized_by_engine)
     return plan
@@ -195,6 +225,8 @@ def _add_engine(
     weights = plain_weights
     if quantized_weights is not None:
         plan.base_weights = args.vllm_base_weights
+        if plan.shares:
+            plan.base_weights = "quantized"
         if plan.base_weights == "auto":
             plan.base_weights = by_size(plain_weights, share)
         if plan.base_weights == "quantized":

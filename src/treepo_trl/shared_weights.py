@@ -7,12 +7,30 @@ else an engine does to its weights costs memory and never changes the policy.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 
-def share_weights(base: torch.nn.Module, engine_model: torch.nn.Module) -> tuple[int, list[str]]:
+@contextmanager
+def parked(base: torch.nn.Module) -> Iterator[None]:
+    """
+    Keep the frozen weights of a model in the processor's memory for a block, to build an engine in their place.
+
+    Afterwards they are back on their devices, unless they were replaced there.
+    """
+    devices = [(p, p.device) for p in base.parameters() if not p.requires_grad]
+    try:
+        for parameter, _ in devices:
+            parameter.data = parameter.data.cpu()
+        yield
+    finally:
+        for parameter, device in devices:
+            parameter.data = parameter.data.to(device)
+
+
+def share_weights(base: torch.nn.Module, engine_model: torch.nn.Module, device: torch.device) -> tuple[int, list[str]]:
     """
     Let the frozen weights of `base` be views of the engine's, where both are equal.
 
@@ -21,9 +39,11 @@ def share_weights(base: torch.nn.Module, engine_model: torch.nn.Module) -> tuple
 
     Args:
         base (`torch.nn.Module`):
-            The policy without its adapter's wrapper, on the engine's device.
+            The policy without its adapter's wrapper, on `device` or [`parked`].
         engine_model (`torch.nn.Module`):
             The model in the vLLM engine, with LoRA layers or without.
+        device (`torch.device`):
+            Where the policy computes. Weights that the engine has elsewhere are not shared.
 
     Returns:
         Bytes of the base that the engine holds for both, and the names of frozen weights that it still does.
@@ -36,7 +56,7 @@ def share_weights(base: torch.nn.Module, engine_model: torch.nn.Module) -> tuple
         if name not in own:
             continue
         if weight.data_ptr() != held.data_ptr():
-            if not _interchangeable(weight, held):
+            if held.device.type != device.type or not _interchangeable(weight, held):
                 continue
             weight.data = held
         shared += weight.nbytes
@@ -62,8 +82,7 @@ def _slices(engine_model: Any, frozen: dict[str, torch.nn.Parameter]) -> Iterato
 
 def _interchangeable(weight: torch.Tensor, held: torch.Tensor) -> bool:
     return (
-        (weight.shape, weight.dtype, weight.device) == (held.shape, held.dtype, held.device)
-        and weight.stride() == held.stride()
+        (weight.shape, weight.dtype, weight.stride()) == (held.shape, held.dtype, held.stride())
         and not held.is_inference()  # which no backward pass can use
-        and torch.equal(weight.data, held)
+        and torch.equal(weight.data.to(held.device), held)
     )

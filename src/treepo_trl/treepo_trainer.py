@@ -154,7 +154,7 @@ class TreePOTrainer(GRPOTrainer):
         check_arguments(args, tools, rollout_func, environment_factory)
         check_dynamic_sampling(args, type(self), TreePOTrainer)
         check_datasets(train_dataset, eval_dataset)
-        uses_adapter_sync = (
+        uses_adapter_sync = bool(
             args.use_vllm
             and args.vllm_lora_sync == "adapter"
             and (peft_config is not None or (not isinstance(model, str) and is_peft_model(model)))

@@ -26,7 +26,7 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache
 
 from .base_weights import BaseWeights, base_checkpoint, choose_base_weights, is_4bit
-from .shared_weights import share_weights
+from .shared_weights import parked, share_weights
 
 
 logger = get_logger(__name__)
@@ -168,11 +168,13 @@ class AdapterVLLMGeneration(VLLMGeneration):
                     "quantization": "bitsandbytes" if self.base_weights == "quantized" else None,
                 }
             stack.enter_context(replaced(vllm_generation, "LLM", _lora_llm_class(engine_options)))
+            if self.share_base_weights:  # the card need not hold the base twice, not even while the engine is built
+                stack.enter_context(parked(self.model.get_base_model()))
+                empty_cache()
             super()._init_vllm()  # ends with all processes waiting for each other: the checkpoint is read
-        if self.share_base_weights:
-            shared, own = self._share_base_weights()
-            logger.info(f"The policy uses {shared / 2**30:.2f} GiB of the engine's weights. Its own: {own or 'none'}.")
-            empty_cache()
+            if self.share_base_weights:
+                shared, own = self._share_base_weights()
+                logger.info(f"Policy and engine share {shared / 2**30:.2f} GiB. The policy's own: {own or 'nothing'}.")
         self._try_adapter()
 
     def _worker_options(self) -> dict[str, str]:
@@ -183,7 +185,7 @@ class AdapterVLLMGeneration(VLLMGeneration):
     def _share_base_weights(self) -> tuple[int, list[str]]:
         base = self.model.get_base_model()
         engine_model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
-        shared, own = share_weights(base, engine_model)
+        shared, own = share_weights(base, engine_model, self.accelerator.device)
         if not shared:
             raise ValueError(
                 f"`vllm_share_base_weights=True`, but no weight of the engine "
