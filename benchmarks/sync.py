@@ -21,22 +21,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from update import MODELS
+from random_models import MODELS, random_checkpoint
 
 from treepo_trl import TreePOConfig, TreePOTrainer
 from treepo_trl.embedded import small_model
 
 
 def model_folder(architecture: str | None, folder: Path) -> str:
-    """SmolLM2-135M-Instruct, or random weights of an architecture with its tokenizer."""
-    small = small_model(Path(".cache/smollm2-135m-instruct"))
+    """SmolLM2-135M-Instruct, or random weights of an architecture."""
     if architecture is None:
-        return str(small)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        AutoModelForCausalLM.from_config(MODELS[architecture], dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(small).save_pretrained(folder)
-    return str(folder)
+        return str(small_model(Path(".cache/smollm2-135m-instruct")))
+    return random_checkpoint(architecture, folder)
 
 
 def build(model: str, way: str, options: argparse.Namespace) -> TreePOTrainer:
@@ -97,7 +92,7 @@ def measure(trainer: TreePOTrainer, options: argparse.Namespace) -> tuple[list[f
 def main() -> None:
     """Print a row for each way."""
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
-    parser.add_argument("--architecture", choices=["qwen2.5-1.5b"], help="random weights; SmolLM2-135M without it")
+    parser.add_argument("--architecture", choices=MODELS, help="random weights; SmolLM2-135M without it")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=64, help="completions sampled at a time")

@@ -1,0 +1,266 @@
+"""
+Peak memory of full steps of a recipe (rollout, scoring, update): stock TRL, and this package's ways to hold the base.
+
+    python benchmarks/memory.py --card_gib 12                                       # the 1.5B recipe, on a GPU
+    python benchmarks/memory.py --recipe qwen2.5-7b-qlora-24gb --architecture qwen2.5-7b --card_gib 24
+    python benchmarks/memory.py --architecture smollm2-135m --length 64 --trees 1   # the plumbing, on a CPU
+
+Random weights of the architecture, everything else from the recipe but the batch: `--trees` trees of `--leaves` leaves
+and at most `--length` tokens, one tree per micro-batch; stock TRL forwards one row at a time. On CUDA the process may
+take `--card_gib` and no more (torch's limit, and the engine's share is of that card), whatever the card has. Each way
+is a process of its own. Peaks are of the whole device, context included, looked at every few milliseconds in each
+part of a step; on a CPU of the process's resident memory, in which vLLM's cache counts as far as it was touched.
+"planned" is what `treepo-trl plan` says. Prints a Markdown table; a way that fails has its error there.
+"""
+
+import argparse
+import json
+import multiprocessing
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from random_models import MODELS, random_checkpoint
+
+
+ROOT = Path(__file__).parent.parent
+GIB = 2**30
+SLEEPS = {"vllm_enable_sleep_mode": True}
+WAYS: dict[str, dict[str, Any]] = {
+    "stock TRL": {},
+    "stock TRL, engine sleeps": SLEEPS,
+    "treepo": {},
+    "treepo, engine sleeps": SLEEPS,
+    "treepo, engine sleeps, weights stay": {**SLEEPS, "vllm_sleep_keeps_weights": True},
+    "treepo, shared base": {"vllm_share_base_weights": True},
+    "treepo, shared base, engine sleeps": {**SLEEPS, "vllm_share_base_weights": True},
+}
+PARTS = ("loading", "rollout", "scoring", "update")
+
+
+class PeakMemory:
+    """Highest memory in use in each part of the work, looked at by a thread."""
+
+    def __init__(self, interval: float = 0.003) -> None:
+        self.part = "loading"
+        self.peaks = dict.fromkeys(PARTS, 0)
+        self._interval = interval
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    @contextmanager
+    def during(self, part: str) -> Iterator[None]:
+        """What is in use in this block counts for `part`."""
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
+
+    def wrap(self, owner: Any, name: str, part: str) -> None:
+        """Let each call of a method count for `part`."""
+        method: Callable[..., Any] = getattr(owner, name)
+
+        @wraps(method)
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            with self.during(part):
+                return method(*args, **kwargs)
+
+        setattr(owner, name, measured)
+
+    def _watch(self) -> None:
+        while not self._done.wait(self._interval):
+            part = self.part
+            self.peaks[part] = max(self.peaks[part], used_bytes())
+
+
+def used_bytes() -> int:
+    """Memory in use: of the device with all that is on it, or of this process on a CPU."""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+    with open("/proc/self/statm") as file:
+        return 4096 * int(file.read().split()[1])
+
+
+def parse_recipe(way: str, options: argparse.Namespace, model: str) -> tuple[Any, Any]:
+    """The recipe's arguments of training and model, with the batch and the way of this benchmark."""
+    from treepo_trl.cli import make_parser
+
+    stock = way.startswith("stock")
+    share = 1.0
+    if torch.cuda.is_available():
+        share = options.card_gib * GIB / torch.cuda.get_device_properties(0).total_memory
+    rows = 1 if stock else options.leaves
+    changes = {
+        "model_name_or_path": model,
+        "output_dir": "outputs/benchmarks/memory",
+        "num_generations": options.leaves,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": options.trees * options.leaves // rows,
+        "max_completion_length": options.length,
+        "segment_length": -(-options.length // 14),
+        "vllm_max_model_length": options.length + 512,
+        "max_steps": options.steps,
+        "save_strategy": "no",
+        "report_to": "none",
+        **WAYS[way],
+    }
+    if not torch.cuda.is_available():
+        changes |= {"use_cpu": True, "bf16": False, "optim": "adamw_torch"}
+    arguments = ["--config", str(ROOT / f"examples/cli_configs/{options.recipe}.yaml")]
+    for name, value in changes.items():
+        arguments += [f"--{name}", str(value)]
+    _, training_args, model_args, _ = make_parser().parse_args_and_config(arguments, fail_with_unknown_args=True)
+    training_args.vllm_gpu_memory_utilization *= share
+    return training_args, model_args
+
+
+def build(way: str, training_args: Any, model_args: Any) -> Any:
+    """A trainer of TRL or of this package."""
+    from trl import GRPOConfig, GRPOTrainer, get_peft_config, get_quantization_config
+
+    from treepo_trl import TreePOTrainer
+
+    trainer_class: Any = TreePOTrainer
+    if way.startswith("stock"):
+        trainer_class = GRPOTrainer
+        names = GRPOConfig.__dataclass_fields__
+        values = {name: value for name, value in vars(training_args).items() if name in names and value is not None}
+        values.pop("generation_batch_size", None)  # follows from the others
+        values.pop("distributed_state", None)
+        training_args = GRPOConfig(**values)
+    training_args.model_init_kwargs = {"dtype": model_args.dtype}
+    words = [" ".join(f"w{i + j}" for j in range(128)) for i in range(64)]
+    return trainer_class(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        reward_funcs=lambda completion_ids, **_: [float(ids[-1] % 2) for ids in completion_ids],
+        train_dataset=Dataset.from_dict({"prompt": words}),
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def planned_gib(training_args: Any, model_args: Any, options: argparse.Namespace) -> float:
+    """What the planner says of these arguments on the card of `--card_gib`."""
+    from treepo_trl.memory_plan import plan_memory
+
+    share = training_args.vllm_gpu_memory_utilization
+    if torch.cuda.is_available():  # the engine's share of the card that is planned for
+        total = torch.cuda.get_device_properties(0).total_memory
+        training_args.vllm_gpu_memory_utilization = share * total / (options.card_gib * GIB)
+    plan = plan_memory(MODELS[options.architecture], training_args, model_args, options.card_gib * GIB)
+    training_args.vllm_gpu_memory_utilization = share
+    return max(plan.rollout, plan.update) / GIB
+
+
+def measure(way: str, options: argparse.Namespace, model: str) -> dict[str, Any]:
+    """Peaks of each part in GiB, and seconds of the last step."""
+    training_args, model_args = parse_recipe(way, options, model)
+    planned = None if way.startswith("stock") else planned_gib(training_args, model_args, options)
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(options.card_gib * GIB / total, 1.0))
+    with PeakMemory() as memory:
+        trainer = build(way, training_args, model_args)
+        memory.wrap(trainer, "training_step", "update")
+        memory.wrap(trainer, "_generate_and_score_completions", "scoring")
+        memory.wrap(trainer, "_generate", "rollout")
+        started = []
+        inner = trainer.training_step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            started.append(time.perf_counter())
+            return inner(*args, **kwargs)
+
+        trainer.training_step = step
+        with memory.during("update"):  # the optimizer's step too
+            trainer.train()
+        seconds = time.perf_counter() - started[-training_args.gradient_accumulation_steps]
+    peaks = {part: peak / GIB for part, peak in memory.peaks.items()}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"peaks": peaks, "planned": planned, "seconds": seconds, "device": device}
+
+
+def run(way: str, options: argparse.Namespace, model: str) -> dict[str, Any]:
+    """Measure a way in a process of its own; its last line, or why it ended."""
+    command = [sys.executable, __file__, "--only", way, "--model_folder", model]
+    for name in ("recipe", "architecture", "card_gib", "leaves", "length", "trees", "steps"):
+        command += [f"--{name}", str(getattr(options, name))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"peaks"')]
+    if done.returncode == 0 and lines:
+        return json.loads(lines[-1])
+    _, found, message = done.stderr.rpartition("Error")  # of the exception that ended it
+    text = f"Error{message}" if found else f"exit status {done.returncode}"
+    return {"error": " ".join(text.split()).replace("|", "/")[:160]}
+
+
+def report(way: str, result: dict[str, Any], card: float) -> None:
+    """Print a row of the table."""
+    if "error" in result:
+        print(f"| {way} | - | - | - | - | - | {result['error']} |", flush=True)
+        return
+    peaks = result["peaks"]
+    fits = "yes" if max(peaks.values()) <= card or not torch.cuda.is_available() else "no"
+    planned = "-" if result["planned"] is None else f"{result['planned']:.1f}"
+    cells = [f"{peaks[part]:.2f}" for part in PARTS]
+    print(f"| {way} | {' | '.join(cells)} | {planned} | {fits}, {result['seconds']:.1f} s |", flush=True)
+
+
+def main() -> None:
+    """Run every way and print a row of each."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser.add_argument("--recipe", default="qwen2.5-1.5b-lora-12gb", help="a file in examples/cli_configs")
+    parser.add_argument("--architecture", default="qwen2.5-1.5b", choices=MODELS)
+    parser.add_argument("--card_gib", type=float, default=12, help="memory that the process may take on CUDA")
+    parser.add_argument("--leaves", type=int, default=16)
+    parser.add_argument("--length", type=int, default=2048, help="max_completion_length")
+    parser.add_argument("--trees", type=int, default=2, help="per step")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="all; on a CPU those whose engine does not sleep")
+    parser.add_argument("--only", choices=WAYS, help="measure one way in this process and print JSON")
+    parser.add_argument("--model_folder", help="checkpoint to use; random weights are written without it")
+    options = parser.parse_args()
+    if options.only:
+        print(json.dumps(measure(options.only, options, options.model_folder)))
+        return
+    print(f"{options.recipe} on {options.architecture}, a card of {options.card_gib:g} GiB: ", end="")
+    print(f"{options.trees} trees of {options.leaves} leaves, {options.length} tokens each at most. Peaks in GiB.\n")
+    print(f"| way | {' | '.join(PARTS)} | planned | fits, s of the last step |\n|{'---|' * 7}", flush=True)
+    devices = set()
+    with tempfile.TemporaryDirectory() as folder:
+        if not options.model_folder:  # in another process: a CUDA context here would count in every peak
+            writer = multiprocessing.get_context("spawn").Process(
+                target=random_checkpoint, args=(options.architecture, Path(folder))
+            )
+            writer.start()
+            writer.join()
+        on_cuda = torch.cuda.is_available()
+        for way in options.ways or [way for way in WAYS if on_cuda or SLEEPS.items().isdisjoint(WAYS[way].items())]:
+            result = run(way, options, options.model_folder or folder)
+            report(way, result, options.card_gib)
+            devices.add(result.get("device"))
+    print(f"\nDevice: {', '.join(filter(None, devices)) or 'unknown, every way failed'}")
+
+
+if __name__ == "__main__":
+    main()
