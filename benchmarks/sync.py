@@ -3,10 +3,12 @@ Seconds from an optimizer step to an engine that answers with the new policy: th
 
     python benchmarks/sync.py                              # SmolLM2-135M, on a CPU or a GPU
     python benchmarks/sync.py --architecture qwen2.5-1.5b  # random weights, for a GPU
+    python benchmarks/sync.py --load_in_4bit               # QLoRA: the engine's base in 4 bits, and dequantized
 
 Each way in a trainer of its own in one process, one after the other; the adapter changes before each synchronization,
 and the first one, which compiles and allocates, is left out. TRL's way merges the adapter and pushes every weight,
 which vLLM for CPUs cannot take. Then the same prompts are sampled from both engines: with LoRA layers, and merged.
+In 4 bits both ways load the adapter alone, on the two kinds of base that `vllm_base_weights` has.
 """
 
 import argparse
@@ -22,9 +24,18 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from random_models import MODELS, random_checkpoint
+from transformers import BitsAndBytesConfig
 
 from treepo_trl import TreePOConfig, TreePOTrainer
 from treepo_trl.embedded import small_model
+
+
+FOUR_BITS = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)
 
 
 def model_folder(architecture: str | None, folder: Path) -> str:
@@ -46,7 +57,7 @@ def build(model: str, way: str, options: argparse.Namespace) -> TreePOTrainer:
         max_completion_length=64,
         use_vllm=True,
         vllm_mode="colocate",
-        vllm_lora_sync=way,
+        **({"vllm_base_weights": way} if options.load_in_4bit else {"vllm_lora_sync": way}),
         vllm_gpu_memory_utilization=0.3,
         vllm_max_model_length=1024,
         model_init_kwargs={"dtype": "bfloat16"},
@@ -56,6 +67,7 @@ def build(model: str, way: str, options: argparse.Namespace) -> TreePOTrainer:
         args=args,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         train_dataset=Dataset.from_dict({"prompt": ["Hello"] * 8}),
+        quantization_config=FOUR_BITS if options.load_in_4bit else None,
         peft_config=LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear"),
     )
 
@@ -93,6 +105,7 @@ def main() -> None:
     """Print a row for each way."""
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("--architecture", choices=MODELS, help="random weights; SmolLM2-135M without it")
+    parser.add_argument("--load_in_4bit", action="store_true", help="a QLoRA policy, and its engines")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=64, help="completions sampled at a time")
@@ -104,7 +117,7 @@ def main() -> None:
     print("|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         model = model_folder(options.architecture, Path(folder))
-        for way in ("adapter", "merge"):
+        for way in ("quantized", "dequantized") if options.load_in_4bit else ("adapter", "merge"):
             trainer = build(model, way, options)
             try:
                 times, speed = measure(trainer, options)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import make_model
 from peft import LoraConfig, get_peft_model
+from processes import run_in_two_processes
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from treepo_trl.base_weights import base_checkpoint, base_state_dict, choose_base_weights, is_4bit
@@ -90,6 +91,38 @@ def test_a_full_disk_is_an_error_before_anything_is_written(folder: str, monkeyp
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match=r"takes 0\.0 GiB .* TMPDIR"), base_checkpoint(qlora(folder), "quantized"):
         pass
+
+
+SCRIPT = """
+import json
+import os
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+
+import test_base_weights as here
+from treepo_trl.weight_sync import AdapterVLLMGeneration
+
+model, folder, base_weights = sys.argv[1:]
+generation = object.__new__(AdapterVLLMGeneration)
+generation.accelerator = Accelerator()
+generation.model = here.qlora(model)
+rank = generation.accelerator.process_index
+with generation._shared_checkpoint(base_weights) as path:
+    files = sorted(os.listdir(path))
+    generation.accelerator.wait_for_everyone()
+generation.accelerator.wait_for_everyone()
+result = {"path": path, "files": files, "left": os.path.exists(path)}
+Path(folder, f"rank{rank}.json").write_text(json.dumps(result))
+"""
+
+
+def test_processes_of_a_machine_share_one_checkpoint(tmp_path: Path, tiny_model_dir: str) -> None:
+    first, second = run_in_two_processes(SCRIPT, tmp_path, tiny_model_dir, str(tmp_path), "quantized")
+    assert first == second
+    assert {"config.json", "model.safetensors"} <= set(first["files"])
+    assert not first["left"]
 
 
 # The choice

@@ -15,6 +15,7 @@ from treepo_trl.memory_plan import GIB, plan_memory
 
 
 ROOT = Path(__file__).parent.parent
+DOCUMENTATION = (ROOT / "docs/configuration.md").read_text()
 RECIPES = sorted(
     path.name for path in (ROOT / "examples/cli_configs").glob("*.yaml") if path.name != "quickstart.yaml"
 )
@@ -84,6 +85,33 @@ def test_the_plan_of_a_recipe_is_what_it_says(name: str, config: Any, billions: 
     assert float(said) == pytest.approx(max(plan.update, plan.rollout) / GIB, abs=0.06)
     if not model_args.load_in_4bit:
         assert plan.policy["weights"] == pytest.approx(2e9 * billions, rel=0.01)
+
+
+HALF = {"num_generations": 16, "per_device_train_batch_size": 16, "vllm_gpu_memory_utilization": 0.5}
+LONG = {**HALF, "max_completion_length": 2048, "vllm_max_model_length": 2560}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "card", "changes", "row"),
+    [
+        ("qwen2.5-1.5b-lora-12gb", QWEN25_1_5B, 12, {}, "`qwen2.5-1.5b-lora-12gb`"),
+        ("qwen3-4b-lora-24gb", QWEN3_4B, 24, {}, "`qwen3-4b-lora-24gb`"),
+        ("qwen2.5-7b-qlora-24gb", QWEN25_7B, 24, {}, "`qwen2.5-7b-qlora-24gb`"),
+        ("qwen2.5-1.5b-lora-12gb", QWEN25_1_5B, 8, LONG, "1.5B LoRA, 16 x 2048, card of 8 GiB"),
+        ("qwen2.5-7b-qlora-24gb", QWEN25_7B, 18, LONG, "7B QLoRA, 16 x 2048, card of 18 GiB"),
+    ],
+)
+def test_the_documentations_plans(name: str, config: Any, card: int, changes: dict[str, Any], row: str) -> None:
+    """The table in docs/configuration.md, and that each fits its card with a shared base."""
+    said = re.findall(rf"\| {re.escape(row)} \| ([\d.]+) GiB \| ([\d.]+) GiB \|", DOCUMENTATION)
+    assert len(said) == 1
+    for figure, shares in zip(said[0], (False, True), strict=True):
+        _, training_args, model_args, _ = parse(f"{name}.yaml")
+        for key, value in {**changes, "vllm_share_base_weights": shares}.items():
+            setattr(training_args, key, value)
+        plan = plan_memory(config, training_args, model_args, card * GIB)
+        assert float(figure) == pytest.approx(max(plan.update, plan.rollout) / GIB, abs=0.06)
+    assert plan.problems() == []
 
 
 @pytest.mark.parametrize("name", RECIPES)
