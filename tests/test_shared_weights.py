@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import Parameter
 from transformers import AutoModelForCausalLM
 
-from treepo_trl.shared_weights import parked, share_weights
+from treepo_trl.shared_weights import different_weights, parked, share_weights
 
 
 IDS = torch.tensor([[10, 11, 12, 13, 14, 15, 16]])
@@ -165,3 +165,28 @@ def test_a_merged_model_is_saved_whole(tmp_path: Path) -> None:
     policy.merge_and_unload().save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, atol=1e-3, rtol=1e-4)
+
+
+# Whether the engine has loaded the policy's base
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_engine_on_the_same_base_differs_in_nothing(dtype: torch.dtype) -> None:
+    engine = Engine(make_model())
+    for name, weight in engine.weights.items():
+        engine.weights[name] = Parameter(weight.to(dtype), False)
+    engine.weights["model.layers.0.mlp.down_proj.base_layer.weight"].data = torch.empty(0)  # packed for other kernels
+    rows = engine.weights["model.layers.1.self_attn.o_proj.base_layer.weight"]
+    rows.data = rows.data[torch.randperm(len(rows))]  # in an order of the engine's own
+    assert different_weights(make_policy().get_base_model(), engine) == []
+
+
+def test_a_merged_adapter_and_more_tokens_are_seen() -> None:
+    """Changes in memory that the engine's checkpoint does not have."""
+    engine = Engine(make_model(), padding=0)
+    changed = make_policy().merge_and_unload()
+    changed.resize_token_embeddings(70)
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    names = different_weights(get_peft_model(changed, config).get_base_model(), engine)
+    linear = [name for name, _ in make_model().named_parameters() if "proj" in name]
+    assert set(names) == {*linear, "model.embed_tokens.weight", "lm_head.weight"}

@@ -738,6 +738,20 @@ def test_policy_and_engine_share_4_bits(tiny_model_dir: str, tmp_path: Path) -> 
     assert all(torch.equal(p.data, weight) for p, weight in zip(linear, before, strict=True))
 
 
+@pytest.mark.usefixtures("plain_cpu_layers")
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_base_that_was_changed_in_memory_is_seen(
+    tiny_model_dir: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, changed: bool
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype="float32")  # the engine's is bfloat16
+    if changed:
+        model.model.layers[1].mlp.up_proj.weight.data[3] *= 1.5
+    lora_trainer(model, tmp_path)
+    seen = "1 weights of the policy's base differ" in caplog.text and "layers.1.mlp.up_proj" in caplog.text
+    assert seen is changed
+    assert ("differ from those that vLLM has loaded" in caplog.text) is changed
+
+
 def test_a_policy_in_another_precision_shares_nothing(tiny_model_dir: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"engine \(torch\.bfloat16\) equals the policy's \(torch\.float32\)"):
         lora_trainer(tiny_model_dir, tmp_path, vllm_share_base_weights=True, model_init_kwargs={"dtype": "float32"})

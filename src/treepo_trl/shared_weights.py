@@ -1,5 +1,5 @@
 """
-One copy of the frozen base in the process: the policy computes with the weights that the vLLM engine holds.
+The policy's frozen weights against those of the vLLM engine: whether they are the same, and one copy of them for both.
 
 vLLM joins some layers (query, key and value; gate and up) by stacking their rows, so each of the policy's weights is a
 slice of one of the engine's. A slice takes a weight's place only if it holds the same numbers, bit for bit: whatever
@@ -86,3 +86,24 @@ def _interchangeable(weight: torch.Tensor, held: torch.Tensor) -> bool:
         and not held.is_inference()  # which no backward pass can use
         and torch.equal(weight.data.to(held.device), held)
     )
+
+
+def different_weights(base: torch.nn.Module, engine_model: torch.nn.Module) -> list[str]:
+    """
+    Names of frozen weights that hold other numbers in the engine, up to its rounding, in whatever order.
+
+    What cannot be compared is left out: weights that the engine has packed, or in another number of bits.
+    """
+    frozen = {name.replace(".base_layer.", "."): p for name, p in base.named_parameters() if not p.requires_grad}
+    return [name for name, held in _slices(engine_model, frozen) if not _same_numbers(frozen[name], held)]
+
+
+def _same_numbers(weight: torch.Tensor, held: torch.Tensor) -> bool:
+    if not (weight.is_floating_point() and held.is_floating_point()):
+        return True
+    if weight.shape != held.shape:
+        return held.numel() == 0  # packed elsewhere
+    rounded = weight.data.to(held)
+    if torch.equal(rounded, held):
+        return True
+    return torch.equal(rounded.flatten().sort().values, held.flatten().sort().values)

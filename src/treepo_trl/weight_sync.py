@@ -26,7 +26,7 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache
 
 from .base_weights import BaseWeights, base_checkpoint, choose_base_weights, is_4bit
-from .shared_weights import parked, share_weights
+from .shared_weights import different_weights, parked, share_weights
 
 
 logger = get_logger(__name__)
@@ -34,6 +34,7 @@ logger = get_logger(__name__)
 _ADAPTER_NAME = "policy"
 _ADAPTER_ID = 1
 _KEEPS_WEIGHTS = "treepo_trl.engine_worker.KeepWeightsWorker"
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -136,7 +137,7 @@ class AdapterVLLMGeneration(VLLMGeneration):
 
     def _init_vllm(self) -> None:
         sharding = self.accelerator.distributed_type
-        if self.share_base_weights and sharding in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if self.share_base_weights and sharding in _SHARDED:
             raise ValueError(
                 f"`vllm_share_base_weights=True`, but {sharding.value} splits the policy's weights over processes, "
                 "and the engine holds whole ones. Unset it, or train without sharding."
@@ -172,6 +173,7 @@ class AdapterVLLMGeneration(VLLMGeneration):
                 stack.enter_context(parked(self.model.get_base_model()))
                 empty_cache()
             super()._init_vllm()  # ends with all processes waiting for each other: the checkpoint is read
+            self._compare_base_weights()
             if self.share_base_weights:
                 shared, own = self._share_base_weights()
                 logger.info(f"Policy and engine share {shared / 2**30:.2f} GiB. The policy's own: {own or 'nothing'}.")
@@ -182,10 +184,26 @@ class AdapterVLLMGeneration(VLLMGeneration):
         # On a processor vLLM does not sleep, and has another worker.
         return {"worker_cls": _KEEPS_WEIGHTS} if keeps_weights and self.accelerator.device.type == "cuda" else {}
 
+    @property
+    def _engine_model(self) -> Any:
+        return self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+
+    def _compare_base_weights(self) -> None:
+        """Warn of a base that was changed in memory: the engine has loaded the checkpoint."""
+        if self.tensor_parallel_size > 1 or self.accelerator.distributed_type in _SHARDED:
+            return  # neither side has whole weights
+        different = different_weights(self.model.get_base_model(), self._engine_model)
+        if different:
+            logger.warning(
+                f"{len(different)} weights of the policy's base differ from those that vLLM has loaded from "
+                f"{self.model.name_or_path!r}, {different[0]} for example: it samples from another model. If the base "
+                "was changed in memory (a merged adapter, resized embeddings), save it and load it from there, or set "
+                "`vllm_lora_sync='merge'`."
+            )
+
     def _share_base_weights(self) -> tuple[int, list[str]]:
         base = self.model.get_base_model()
-        engine_model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
-        shared, own = share_weights(base, engine_model, self.accelerator.device)
+        shared, own = share_weights(base, self._engine_model, self.accelerator.device)
         if not shared:
             raise ValueError(
                 f"`vllm_share_base_weights=True`, but no weight of the engine "
