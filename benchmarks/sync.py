@@ -7,7 +7,8 @@ Seconds from an optimizer step to an engine that answers with the new policy: th
 
 Each way in a trainer of its own in one process, one after the other; the adapter changes before each synchronization,
 and the first one, which compiles and allocates, is left out. TRL's way merges the adapter and pushes every weight,
-which vLLM for CPUs cannot take. Then the same prompts are sampled from both engines: with LoRA layers, and merged.
+which vLLM for CPUs cannot take. Before that the same prompts are sampled from both engines: with LoRA layers, and with
+the plain layers of a merged model.
 In 4 bits both ways load the adapter alone, on the two kinds of base that `vllm_base_weights` has.
 """
 
@@ -83,22 +84,40 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def measure(trainer: TreePOTrainer, options: argparse.Namespace) -> tuple[list[float], float]:
-    """Seconds of each synchronization, and tokens per second of the engine afterwards."""
+def measure_speed(trainer: TreePOTrainer, options: argparse.Namespace) -> float:
+    """Tokens per second of the engine; they do not depend on what its weights are."""
     from vllm import SamplingParams
 
     generation: Any = trainer.vllm_generation
+    params = SamplingParams(max_tokens=options.tokens, ignore_eos=True, temperature=1.0)
+    prompts = [{"prompt_token_ids": [100 + i] * 32} for i in range(options.prompts)]
+    generation.llm.generate(prompts, params, use_tqdm=False)
+    taken = [
+        seconds(lambda: generation.llm.generate(prompts, params, use_tqdm=False)) for _ in range(options.generations)
+    ]
+    return options.prompts * options.tokens / statistics.median(taken)
+
+
+def measure_syncs(trainer: TreePOTrainer, options: argparse.Namespace) -> list[float]:
+    """Seconds of each synchronization."""
     times = []
     for _ in range(options.repeats + 1):
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data.add_(torch.randn_like(parameter), alpha=1e-3)
-        times.append(seconds(generation.sync_weights))
-    params = SamplingParams(max_tokens=options.tokens, ignore_eos=True, temperature=1.0)
-    prompts = [{"prompt_token_ids": [100 + i] * 32} for i in range(options.prompts)]
-    generation.llm.generate(prompts, params, use_tqdm=False)
-    speed = seconds(lambda: generation.llm.generate(prompts, params, use_tqdm=False))
-    return times[1:], options.prompts * options.tokens / speed
+        times.append(seconds(trainer.vllm_generation.sync_weights))
+    return times[1:]
+
+
+def row(way: str, trainer: TreePOTrainer, options: argparse.Namespace) -> str:
+    """The way's line of the table."""
+    speed = f"{measure_speed(trainer, options):.0f}"
+    try:
+        times = measure_syncs(trainer, options)
+    except (AttributeError, KeyError, RuntimeError) as error:
+        return f"| {way} | this engine takes no pushed weights: {type(error).__name__}: {str(error)[:80]} | {speed} |"
+    low, mid, high = (1000 * value for value in (min(times), statistics.median(times), max(times)))
+    return f"| {way} | {mid:.1f} ({low:.1f} to {high:.1f}) | {speed} |"
 
 
 def main() -> None:
@@ -110,6 +129,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=64, help="completions sampled at a time")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each")
+    parser.add_argument("--generations", type=int, default=3, help="times that these are sampled; the median counts")
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"{options.architecture or 'SmolLM2-135M'}, rank {options.rank} on all linear layers, {device}\n")
@@ -119,13 +139,7 @@ def main() -> None:
         model = model_folder(options.architecture, Path(folder))
         for way in ("quantized", "dequantized") if options.load_in_4bit else ("adapter", "merge"):
             trainer = build(model, way, options)
-            try:
-                times, speed = measure(trainer, options)
-            except (AttributeError, KeyError, RuntimeError) as error:
-                print(f"| {way} | this engine takes no pushed weights: {type(error).__name__}: {str(error)[:80]} | |")
-                continue
-            low, mid, high = (1000 * value for value in (min(times), statistics.median(times), max(times)))
-            print(f"| {way} | {mid:.1f} ({low:.1f} to {high:.1f}) | {speed:.0f} |", flush=True)
+            print(row(way, trainer, options), flush=True)
             del trainer
             gc.collect()
 

@@ -174,7 +174,7 @@ def test_auto(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ()}, "the package `vllm-bnb-plugin`"),
+        ({"methods": ()}, "`pip install vllm-bnb-plugin`"),
         ({"processes": 2}, "with tensor parallelism"),
     ],
 )

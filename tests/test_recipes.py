@@ -81,8 +81,10 @@ def test_the_plan_of_a_recipe_is_what_it_says(name: str, config: Any, billions: 
     plan = plan_memory(config, training_args, model_args, gib * GIB)
     assert plan.problems() == []
     text = (ROOT / f"examples/cli_configs/{name}.yaml").read_text()
-    (said,) = re.findall(r"`treepo-trl plan` counts ([\d.]+) GiB", text)
+    ((said, once),) = re.findall(r"`treepo-trl plan` counts ([\d.]+) GiB,\n# and ([\d.]+) GiB with", text)
     assert float(said) == pytest.approx(max(plan.update, plan.rollout) / GIB, abs=0.06)
+    (row,) = re.findall(rf"\| `{name}` \| ([\d.]+) GiB \| ([\d.]+) GiB \|", DOCUMENTATION)
+    assert row == (said, once)
     if not model_args.load_in_4bit:
         assert plan.policy["weights"] == pytest.approx(2e9 * billions, rel=0.01)
 

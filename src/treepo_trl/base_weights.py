@@ -82,7 +82,7 @@ def _why_not_quantized(base: Any, tensor_parallel_size: int) -> str | None:
 
     load_general_plugins()
     if "bitsandbytes" not in QUANTIZATION_METHODS:
-        return "this vLLM has no bitsandbytes layers (from 0.28 on they are in the package `vllm-bnb-plugin`)"
+        return "this vLLM has no bitsandbytes layers (from 0.28 on: `pip install vllm-bnb-plugin`)"
     if tensor_parallel_size > 1:
         return "with tensor parallelism vLLM cannot split weights that are quantized already"
     left_out = _weights_left_out(base)

@@ -206,8 +206,9 @@ def plan_memory(config: Any, training_args: TreePOConfig, model_args: Any, card:
                 "`--dtype bfloat16`."
             )
         plan.shares = True
-        # All but the scales of 4-bit weights.
-        policy["weights"] -= rest + quantized / 2 if in_4bit else weights
+        # All but the scales of 4-bit weights, and experts in one tensor, which vLLM arranges otherwise.
+        experts = sum(p.numel() * dtype.itemsize for p in base.parameters() if p.dim() > 2)
+        policy["weights"] -= (rest + quantized / 2 if in_4bit else weights) - experts
     if training_args.use_vllm:
         plan.longest = training_args.vllm_max_model_length or config.get_text_config().max_position_embeddings
         plan.sleeps = bool(training_args.vllm_enable_sleep_mode)
