@@ -67,6 +67,19 @@ def test_the_quantized_checkpoint_has_the_policys_own_4_bits(folder: str, change
         assert torch.equal(logits(policy), logits(loaded))
 
 
+@pytest.mark.parametrize("base_weights", ["quantized", "dequantized"])
+def test_a_policy_that_was_loaded_in_4_bits(folder: str, tmp_path: Path, base_weights: Any) -> None:
+    """Its config says how it is quantized, in the checkpoint's own words."""
+    qlora(folder).unload().save_pretrained(tmp_path / "4bit")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "4bit")
+    policy = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
+    with base_checkpoint(policy, base_weights) as written:
+        loaded = AutoModelForCausalLM.from_pretrained(written).train()
+    assert getattr(loaded, "is_loaded_in_4bit", False) is (base_weights == "quantized")
+    with policy.disable_adapter():
+        assert torch.equal(logits(policy), logits(loaded))
+
+
 def test_names_are_those_of_a_plain_checkpoint(folder: str) -> None:
     plain = AutoModelForCausalLM.from_pretrained(folder)
     state = base_state_dict(qlora(folder), "dequantized")

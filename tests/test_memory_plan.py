@@ -73,6 +73,26 @@ def test_weights_in_4_bits(tmp_path: Path, small_model_dir: str, nested: bool) -
     assert result.policy["optimizer"] == 4 * trainable
 
 
+@pytest.mark.parametrize("skipped", [None, ["lm_head", "model.layers.3", "down_proj"]])
+def test_a_checkpoint_in_4_bits(tmp_path: Path, small_model_dir: str, skipped: list[str] | None) -> None:
+    """Given as the model, with `llm_int8_skip_modules` or without."""
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="fp4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=skipped,
+    )
+    model = AutoModelForCausalLM.from_pretrained(small_model_dir, quantization_config=four_bits, dtype="bfloat16")
+    model.save_pretrained(tmp_path / "model")
+    vllm = {"use_vllm": True, "vllm_mode": "colocate"}
+    result = plan(tmp_path, str(tmp_path / "model"), 0.6, **vllm)
+    assert result.policy["weights"] == pytest.approx(nbytes_4bit(model), rel=1e-3)
+    assert result.base_weights == (
+        "quantized" if skipped is None else "dequantized"
+    )  # of a mixture vLLM has no layers
+
+
 def test_weights_and_adapter_in_16_bits(tmp_path: Path, small_model_dir: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(small_model_dir, dtype="bfloat16")
     weights = sum(p.nbytes for p in model.parameters())
@@ -268,6 +288,13 @@ def test_a_kl_term_needs_a_reference_model_without_an_adapter(tmp_path: Path, sm
 def test_other_quantizations_are_not_planned(tmp_path: Path, small_model_dir: str, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="not planned yet"):
         plan(tmp_path, small_model_dir, **changes)
+
+
+def test_checkpoints_quantized_by_others_are_not_planned(tmp_path: Path, small_model_dir: str) -> None:
+    config = AutoConfig.from_pretrained(small_model_dir)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(ValueError, match="quantized by 'gptq'; only 4 bits of bitsandbytes are planned yet"):
+        plan_memory(config, arguments(tmp_path), ModelConfig(small_model_dir), 24 * GIB)
 
 
 # What it says

@@ -5,6 +5,7 @@ Weights, adapter, optimizer and cache are counted exactly from the model's confi
 the update on the meta device, where tensors have shapes but no memory. What is left is a reserve, a plain assumption.
 """
 
+import copy
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import BitsAndBytesConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .base_weights import by_size, linear_layers
 from .treepo_config import TreePOConfig
@@ -161,16 +164,16 @@ def plan_memory(config: Any, training_args: TreePOConfig, model_args: Any, card:
 
     Raises:
         ValueError: if the card is smaller than a tenth of a GiB, which is another unit, or for weights that are not
-            counted yet: in 8 bits, or quantized in the checkpoint. Models that transformers cannot build on the meta
-            device raise what it raises.
+            counted yet: in 8 bits, or in a checkpoint that is quantized otherwise than by bitsandbytes to 4 bits.
+            Models that transformers cannot build on the meta device raise what it raises.
     """
     if card < 0.1 * GIB:
         raise ValueError(f"The card's memory is {card:.0f} bytes. Give it in GiB: `--card_gib 24`.")
-    is_quantized = getattr(config, "quantization_config", None) is not None
-    if model_args.load_in_8bit or is_quantized or "quantization_config" in (training_args.model_init_kwargs or {}):
-        raise ValueError("Weights in 8 bits and checkpoints that are quantized already are not planned yet.")
+    four_bits = _four_bits(config, model_args)
+    if model_args.load_in_8bit or "quantization_config" in (training_args.model_init_kwargs or {}):
+        raise ValueError("Weights in 8 bits and `quantization_config` in `model_init_kwargs` are not planned yet.")
     dtype = _dtype(config, training_args, model_args)
-    in_4bit = bool(model_args.load_in_4bit)
+    in_4bit = four_bits is not None
     model, is_adapter = _build(config, dtype, model_args, bool(training_args.trust_remote_code))
     tokens = _micro_batch_tokens(training_args)
     activations = _activation_bytes(model, tokens, bool(training_args.gradient_checkpointing))
@@ -181,12 +184,14 @@ def plan_memory(config: Any, training_args: TreePOConfig, model_args: Any, card:
     plain = sum(p.numel() for name, p in base.named_parameters() if "lora_" not in name)
     weights, quantized_by_engine = float(plain * dtype.itemsize), None
     quantized, rest = 0, 0
-    if in_4bit:
-        linear = [layer.weight.numel() for _, layer in linear_layers(base)]
+    if four_bits is not None:
+        layers = [(name.replace(".base_layer", ""), layer.weight.numel()) for name, layer in linear_layers(base)]
+        linear = [numel for name, numel in layers if should_convert_module(name, four_bits.llm_int8_skip_modules)]
         quantized = sum(linear)
         rest = (plain - quantized) * dtype.itemsize
-        weights = rest + quantized * _BYTES_4BIT[bool(model_args.use_bnb_nested_quant)]
-        quantized_by_engine = rest + quantized * _BYTES_4BIT[False]  # vLLM keeps the scales in float32
+        weights = rest + quantized * _BYTES_4BIT[bool(four_bits.bnb_4bit_use_double_quant)]
+        if len(linear) == len(layers):  # else vLLM cannot hold the policy's 4-bit weights
+            quantized_by_engine = rest + quantized * _BYTES_4BIT[False]  # it keeps the scales in float32
         activations += max(linear) * dtype.itemsize  # one layer's weights at a time, dequantized
     policy = {"weights": weights}
     if is_adapter:
@@ -214,24 +219,39 @@ def plan_memory(config: Any, training_args: TreePOConfig, model_args: Any, card:
         plan.sleeps = bool(training_args.vllm_enable_sleep_mode)
         plan.keeps_weights = training_args.vllm_sleep_keeps_weights or training_args.vllm_share_base_weights
         # vLLM rounds float32 checkpoints to 16 bits.
+        plan.base_weights = training_args.vllm_base_weights if in_4bit else None
         _add_engine(plan, config, training_args, 2.0 * plain, quantized_by_engine)
     return plan
+
+
+def _four_bits(config: Any, model_args: Any) -> Any:
+    """How the policy is quantized to 4 bits, by the arguments or in its checkpoint; `None` if it is not."""
+    from trl import get_quantization_config
+
+    in_checkpoint: Any = getattr(config, "quantization_config", None)
+    if in_checkpoint is None:
+        return get_quantization_config(model_args) if model_args.load_in_4bit else None
+    if not isinstance(in_checkpoint, dict):
+        in_checkpoint = in_checkpoint.to_dict()
+    if in_checkpoint.get("quant_method") != "bitsandbytes" or not in_checkpoint.get("load_in_4bit"):
+        raise ValueError(
+            f"The checkpoint is quantized by {in_checkpoint.get('quant_method')!r}; only 4 bits of bitsandbytes are "
+            "planned yet."
+        )
+    return BitsAndBytesConfig.from_dict(in_checkpoint)
 
 
 def _add_engine(
     plan: MemoryPlan, config: Any, args: TreePOConfig, plain_weights: float, quantized_weights: float | None
 ) -> None:
-    """Fill in vLLM's share of the card; `quantized_weights` for a 4-bit policy."""
+    """Fill in vLLM's share of the card; `quantized_weights` if it can hold those of a 4-bit policy."""
     share = args.vllm_gpu_memory_utilization * plan.card
     weights = plain_weights
-    if quantized_weights is not None:
-        plan.base_weights = args.vllm_base_weights
-        if plan.shares:
-            plan.base_weights = "quantized"
-        if plan.base_weights == "auto":
-            plan.base_weights = by_size(plain_weights, share)
-        if plan.base_weights == "quantized":
-            weights = quantized_weights
+    if plan.base_weights == "auto":
+        choice = "quantized" if plan.shares else by_size(plain_weights, share)
+        plan.base_weights = "dequantized" if quantized_weights is None else choice
+    if plan.base_weights == "quantized" and quantized_weights is not None:
+        weights = quantized_weights
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -256,6 +276,9 @@ def _build(config: Any, dtype: torch.dtype, model_args: Any, trust_remote_code: 
     from trl import get_peft_config
 
     AttentionInterface.register(_STAND_IN, _attend)
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # layers are counted as what they stand for
     peft_config = get_peft_config(model_args)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
