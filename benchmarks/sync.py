@@ -6,10 +6,11 @@ Seconds from an optimizer step to an engine that answers with the new policy: th
     python benchmarks/sync.py --load_in_4bit               # QLoRA: the engine's base in 4 bits, and dequantized
 
 Each way in a trainer of its own in one process, one after the other; the adapter changes before each synchronization,
-and the first one, which compiles and allocates, is left out. TRL's way merges the adapter and pushes every weight,
-which vLLM for CPUs cannot take. Before that the same prompts are sampled from both engines: with LoRA layers, and with
-the plain layers of a merged model.
-In 4 bits both ways load the adapter alone, on the two kinds of base that `vllm_base_weights` has.
+and the first one, which compiles and allocates, is left out. TRL's way merges the adapter and pushes every weight.
+vLLM for CPUs packs its weights for its kernels and can take none after that: there TRL's way comes twice, the second
+time with layers as they are on CUDA. Before that the same prompts are sampled from both engines: with LoRA layers, and
+with the plain layers of a merged model. In 4 bits both ways load the adapter alone, on the two kinds of base that
+`vllm_base_weights` has.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,10 @@ from transformers import BitsAndBytesConfig
 
 from treepo_trl import TreePOConfig, TreePOTrainer
 from treepo_trl.embedded import small_model
+from treepo_trl.weight_sync import replaced
 
 
+UNPACKED = "merge, layers not packed"
 FOUR_BITS = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
@@ -46,6 +50,15 @@ def model_folder(architecture: str | None, folder: Path) -> str:
     return random_checkpoint(architecture, folder)
 
 
+@contextmanager
+def plain_layers() -> Iterator[None]:
+    """Let vLLM for CPUs keep the weights of linear layers as they are loaded, with slower kernels."""
+    from vllm.model_executor.layers import utils
+
+    with replaced(utils.ops, "_supports_onednn", False), replaced(utils, "check_cpu_sgl_kernel", lambda *_: False):
+        yield
+
+
 def build(model: str, way: str, options: argparse.Namespace) -> TreePOTrainer:
     """A trainer whose engine gets a LoRA policy in this way."""
     use_cpu = not torch.cuda.is_available()
@@ -58,7 +71,7 @@ def build(model: str, way: str, options: argparse.Namespace) -> TreePOTrainer:
         max_completion_length=64,
         use_vllm=True,
         vllm_mode="colocate",
-        **({"vllm_base_weights": way} if options.load_in_4bit else {"vllm_lora_sync": way}),
+        **({"vllm_base_weights": way} if options.load_in_4bit else {"vllm_lora_sync": way.split(",")[0]}),
         vllm_gpu_memory_utilization=0.3,
         vllm_max_model_length=1024,
         model_init_kwargs={"dtype": "bfloat16"},
@@ -120,6 +133,13 @@ def row(way: str, trainer: TreePOTrainer, options: argparse.Namespace) -> str:
     return f"| {way} | {mid:.1f} ({low:.1f} to {high:.1f}) | {speed} |"
 
 
+def ways(options: argparse.Namespace) -> list[str]:
+    """How an engine's policy is updated, or in 4 bits what base it has."""
+    if options.load_in_4bit:
+        return ["quantized", "dequantized"]
+    return ["adapter", "merge"] if torch.cuda.is_available() else ["adapter", "merge", UNPACKED]
+
+
 def main() -> None:
     """Print a row for each way."""
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
@@ -137,8 +157,9 @@ def main() -> None:
     print("|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         model = model_folder(options.architecture, Path(folder))
-        for way in ("quantized", "dequantized") if options.load_in_4bit else ("adapter", "merge"):
-            trainer = build(model, way, options)
+        for way in ways(options):
+            with plain_layers() if way == UNPACKED else nullcontext():
+                trainer = build(model, way, options)
             print(row(way, trainer, options), flush=True)
             del trainer
             gc.collect()
