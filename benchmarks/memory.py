@@ -7,10 +7,12 @@ Peak memory of full steps of a recipe (rollout, scoring, update): stock TRL, and
 
 Random weights of the architecture, everything else from the recipe but the batch: `--trees` trees of `--leaves` leaves
 and at most `--length` tokens, one tree per micro-batch; stock TRL forwards one row at a time. On CUDA the process may
-take `--card_gib` and no more (torch's limit, and the engine's share is of that card), whatever the card has. Each way
-is a process of its own. Peaks are of the whole device, context included, looked at every few milliseconds in each
-part of a step; on a CPU of the process's resident memory, in which vLLM's cache counts as far as it was touched.
-"planned" is what `treepo-trl plan` says. Prints a Markdown table; a way that fails has its error there.
+take `--card_gib` and no more (torch's limit, and the engine's share is of that card), whatever the card has. A way
+whose engine sleeps has no such limit, since torch goes on counting what a sleeping engine has given back: whether it
+fits is judged by its peaks alone. Each way is a process of its own. Peaks are of the whole device, context included,
+looked at every few milliseconds in each part of a step; on a CPU of the process's resident memory, in which vLLM's
+cache counts as far as it was touched. "planned" is what `treepo-trl plan` says. Prints a Markdown table; a way that
+fails has its error there.
 """
 
 import argparse
@@ -176,7 +178,7 @@ def measure(way: str, options: argparse.Namespace, model: str) -> dict[str, Any]
     """Peaks of each part in GiB, and seconds of the last step."""
     training_args, model_args = parse_recipe(way, options, model)
     planned = None if way.startswith("stock") else planned_gib(training_args, model_args, options)
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and SLEEPS.items().isdisjoint(WAYS[way].items()):
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(options.card_gib * GIB / total, 1.0))
     with PeakMemory() as memory:

@@ -151,6 +151,7 @@ def choose(
     parameters: float = 7.6e9,
     processes: int = 1,
     model: Any = None,
+    share: bool = False,
 ) -> str:
     """The choice for a bfloat16 model on a card that this machine need not have."""
     pytest.importorskip("vllm")
@@ -166,7 +167,7 @@ def choose(
         named_parameters=list,
     )
     policy = model or SimpleNamespace(get_base_model=lambda: base)
-    return choose_base_weights(wanted, policy, torch.device(device), 0.5, processes)
+    return choose_base_weights(wanted, policy, torch.device(device), 0.5, processes, share)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +228,26 @@ def test_a_head_in_4_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert choose(monkeypatch, "auto", model=policy) == "dequantized"
     with pytest.raises(ValueError, match="output head is in 4 bits"):
         choose(monkeypatch, "quantized", model=policy)
+
+
+def test_4_bits_in_a_storage_that_vllm_does_not_have(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    """As for FSDP, which shards floating-point weights alone."""
+    policy = qlora(folder, "bfloat16", bnb_4bit_quant_storage="bfloat16")
+    assert choose(monkeypatch, "auto", model=policy) == "dequantized"
+    with pytest.raises(ValueError, match=r"stored as uint8, and the policy's as torch\.bfloat16 \(model\.layers"):
+        choose(monkeypatch, "quantized", model=policy)
+    with base_checkpoint(policy, "dequantized") as written, policy.disable_adapter():
+        assert torch.equal(logits(policy), logits(AutoModelForCausalLM.from_pretrained(written)))
+
+
+def test_a_shared_base_is_quantized_or_refused_by_its_own_name(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    assert choose(monkeypatch, "auto", gib=80, share=True) == "quantized"
+    assert choose(monkeypatch, "auto", device="cpu", share=True) == "quantized"
+    policy = qlora(folder, llm_int8_skip_modules=["k_proj", "lm_head"])
+    with pytest.raises(ValueError, match=r"`vllm_share_base_weights=True` needs .* k_proj|k_proj") as error:
+        choose(monkeypatch, "auto", model=policy, share=True)
+    assert "Unset it" in str(error.value)
+    assert "dequantized" not in str(error.value)  # which sharing excludes
 
 
 def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

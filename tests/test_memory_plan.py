@@ -131,16 +131,28 @@ def test_a_shared_base_is_in_the_engine_alone(tmp_path: Path, small_model_dir: s
     assert plan(tmp_path, small_model_dir, **vllm, vllm_share_base_weights=True).policy["weights"] == 0
 
 
-def test_sharing_needs_the_engines_precision(tmp_path: Path, small_model_dir: str) -> None:
-    with pytest.raises(ValueError, match=r"16 bits, and it is torch\.float32\. Set `--dtype bfloat16`"):
-        plan(
-            tmp_path,
-            small_model_dir,
-            dtype="float32",
-            use_vllm=True,
-            vllm_mode="colocate",
-            vllm_share_base_weights=True,
-        )
+@pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"lora": False}])
+def test_sharing_is_planned_where_the_trainer_has_it(
+    tmp_path: Path, small_model_dir: str, changes: dict[str, Any]
+) -> None:
+    vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_share_base_weights": True}
+    with pytest.raises(ValueError, match=r"needs an adapter \(`--use_peft`\) on a base that vLLM has alike"):
+        plan(tmp_path, small_model_dir, **vllm, **changes)
+    # In 4 bits these weights are shared, and embeddings and norms in float32 are not.
+    mixed = plan(tmp_path, small_model_dir, **vllm, dtype="float32", load_in_4bit=True, use_bnb_nested_quant=False)
+    embeddings_and_norms = 49152 * 576 + 61 * 576
+    assert mixed.policy["weights"] == 4 * embeddings_and_norms + 106_168_320 / 16
+    assert mixed.engine["weights"] == 2 * embeddings_and_norms + 106_168_320 * (1 / 2 + 1 / 16)
+
+
+def test_layers_in_full_precision_keep_a_4_bit_policy_from_sharing(tmp_path: Path, small_model_dir: str) -> None:
+    config = AutoConfig.from_pretrained(small_model_dir)
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head", "down_proj"])
+    config.quantization_config = four_bits.to_dict()
+    args = arguments(tmp_path, use_vllm=True, vllm_mode="colocate", vllm_share_base_weights=True)
+    model_args = ModelConfig(small_model_dir, dtype="bfloat16", use_peft=True, lora_target_modules=["all-linear"])
+    with pytest.raises(ValueError, match="all linear layers in 4 bits"):
+        plan_memory(config, args, model_args, 24 * GIB)
 
 
 def test_what_a_sleeping_engine_leaves(tmp_path: Path, small_model_dir: str) -> None:
@@ -163,7 +175,13 @@ def test_advice_to_share_where_it_helps(tmp_path: Path, small_model_dir: str) ->
     assert len(small.problems()) >= 2
     assert all(advice in problem for problem in small.problems()[:2])
     assert advice not in str(plan(tmp_path, small_model_dir, 0.5, **vllm, vllm_share_base_weights=True).problems())
-    assert advice not in str(plan(tmp_path, small_model_dir, 0.5, **vllm, lora=False).problems())
+    # Nor where it would be refused.
+    refused = [{"lora": False}, {"dtype": "float32"}, {"vllm_lora_sync": "merge"}, {"vllm_tensor_parallel_size": 2}]
+    refused.append({"load_in_4bit": True, "vllm_base_weights": "dequantized"})
+    for changes in refused:
+        tight = plan(tmp_path, small_model_dir, 0.5, **vllm, **changes)
+        assert tight.problems()
+        assert advice not in str(tight.problems()), changes
 
 
 # Activations

@@ -2,12 +2,14 @@
 
 import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_model
 from peft import LoraConfig, get_peft_model
+from test_base_weights import qlora
 from torch.nn import Parameter
 from transformers import AutoModelForCausalLM
 
@@ -65,7 +67,7 @@ def test_all_of_the_base_is_shared_and_nothing_else_changes(tied: bool) -> None:
     adapter = {name: p.data_ptr() for name, p in policy.named_parameters() if p.requires_grad}
     frozen = [p for p in base.parameters() if not p.requires_grad]
     expected = sum(p.nbytes for p in frozen)
-    assert share_weights(base, engine, CPU) == (expected, [])
+    assert share_weights(base, engine, CPU) == (expected, {})
     assert all(holds(engine, p) for p in frozen)
     assert (base.lm_head.weight is base.model.embed_tokens.weight) is tied
     assert adapter == {name: p.data_ptr() for name, p in policy.named_parameters() if p.requires_grad}
@@ -74,16 +76,36 @@ def test_all_of_the_base_is_shared_and_nothing_else_changes(tied: bool) -> None:
     assert all(torch.equal(same[name], gradients[name]) for name in gradients)
 
 
-def test_parked_weights_come_back_or_stay_replaced() -> None:
+def test_parked_weights_leave_their_device_and_come_back() -> None:
+    class Data:
+        def __init__(self, place: str) -> None:
+            self.place = place
+
+        def cpu(self) -> "Data":
+            return Data("cpu")
+
+        def to(self, device: str) -> "Data":
+            return Data(device)
+
+    def weight(requires_grad: bool = False) -> Any:
+        return SimpleNamespace(data=Data("cuda:1"), device="cuda:1", requires_grad=requires_grad)
+
+    frozen, trained = weight(), weight(requires_grad=True)
+    base: Any = SimpleNamespace(parameters=lambda: [frozen, trained])
+    with contextlib.suppress(KeyError), parked(base):
+        assert (frozen.data.place, trained.data.place) == ("cpu", "cuda:1")
+        raise KeyError
+    assert (frozen.data.place, trained.data.place) == ("cuda:1", "cuda:1")
+
+
+def test_parked_weights_stay_replaced() -> None:
     policy = make_policy()
     base = policy.get_base_model()
     engine = Engine(make_model())
     engine.weights["model.norm.weight"].data += 1
     loss, _ = step(policy)
-    with contextlib.suppress(KeyError), parked(base):
+    with parked(base):
         share_weights(base, engine, CPU)
-        raise KeyError
-    assert {p.device.type for p in base.parameters()} == {"cpu"}
     assert holds(engine, base.model.embed_tokens.weight)
     assert not holds(engine, base.model.norm.weight)
     assert torch.equal(step(policy)[0], loss)
@@ -101,7 +123,7 @@ def test_what_was_copied_since_is_shared_again() -> None:
     norm, up = base.model.norm.weight, base.model.layers[0].mlp.up_proj.base_layer.weight
     norm.data = norm.data.clone()
     up.data = up.data + 1  # no longer the engine's
-    assert share_weights(base, engine, CPU) == (first[0] - up.nbytes, ["model.layers.0.mlp.up_proj.weight"])
+    assert share_weights(base, engine, CPU) == (first[0] - up.nbytes, {"model.layers.0.mlp.up_proj.weight": up.nbytes})
     assert holds(engine, norm)
 
 
@@ -114,7 +136,7 @@ def test_a_weight_that_differs_in_one_number_stays_the_policys() -> None:
     own = base.model.layers[1].self_attn.k_proj.base_layer.weight
     before = own.clone()
     shared, names = share_weights(base, engine, CPU)
-    assert names == ["model.layers.1.self_attn.k_proj.weight"]
+    assert names == {"model.layers.1.self_attn.k_proj.weight": own.nbytes}
     assert shared == sum(p.nbytes for p in base.parameters() if not p.requires_grad) - own.nbytes
     assert not holds(engine, own)
     assert torch.equal(own, before)
@@ -144,8 +166,37 @@ def test_weights_that_are_trained_are_never_shared() -> None:
     engine = Engine(make_model())
     shared, own = share_weights(base, engine, CPU)
     assert shared > 0
-    assert own == []  # all that is frozen
+    assert own == {}  # all that is frozen
     assert not holds(engine, base.model.norm.weight)
+
+
+def test_other_adapters_are_no_part_of_the_base() -> None:
+    policy = make_policy()
+    policy.add_adapter("ref", LoraConfig(r=2, target_modules=["q_proj"]))  # frozen while another one is trained
+    assert any("lora_A.ref" in name and not p.requires_grad for name, p in policy.named_parameters())
+    assert share_weights(policy.get_base_model(), Engine(make_model()), CPU)[1] == {}
+
+
+class Mapper:
+    """As vLLM's for models that it names otherwise."""
+
+    def apply_list(self, names: list[str]) -> list[str]:
+        return [name.replace("model.", "language_model.model.", 1) for name in names if "lm_head" not in name]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_an_engine_with_names_of_its_own(stacked: bool) -> None:
+    base = make_policy().get_base_model()
+    engine = Engine(make_model())
+    engine.weights = {name.replace("model.", "language_model.model.", 1): w for name, w in engine.weights.items()}
+    assert share_weights(base, engine, CPU)[0] == base.lm_head.weight.nbytes  # the only name that is the same
+    # A mapper may join layers too; what it only renames is asked for.
+    joined = SimpleNamespace(get_rename_mapper=Mapper, apply_list=lambda names: ["model.qkv_proj.weight"])
+    engine.hf_to_vllm_mapper = joined if stacked else Mapper()
+    assert list(share_weights(base, engine, CPU)[1]) == ["lm_head.weight"]
+    engine.weights["language_model.model.norm.weight"].data = torch.zeros(64)
+    base.model.norm.weight.data = torch.ones(64)
+    assert different_weights(base, engine) == ["model.norm.weight"]
 
 
 def test_a_layer_that_the_policy_does_not_have_ends_its_row(tmp_path: Path) -> None:
@@ -153,7 +204,7 @@ def test_a_layer_that_the_policy_does_not_have_ends_its_row(tmp_path: Path) -> N
     base = make_policy().get_base_model()
     engine = Engine(make_model())
     engine.packed_modules_mapping = {**PACKED, "qkv_proj": ["other_proj", "k_proj", "v_proj"]}
-    own = share_weights(base, engine, CPU)[1]
+    own = list(share_weights(base, engine, CPU)[1])
     assert {name.split(".")[-2] for name in own} == {"q_proj", "k_proj", "v_proj"}
 
 
@@ -179,6 +230,29 @@ def test_an_engine_on_the_same_base_differs_in_nothing(dtype: torch.dtype) -> No
     rows = engine.weights["model.layers.1.self_attn.o_proj.base_layer.weight"]
     rows.data = rows.data[torch.randperm(len(rows))]  # in an order of the engine's own
     assert different_weights(make_policy().get_base_model(), engine) == []
+
+
+@pytest.mark.parametrize(
+    ("policy", "engine"),
+    [
+        (torch.bfloat16, torch.float16),  # a checkpoint in one of the two is rounded in the other
+        (torch.float16, torch.bfloat16),
+        (torch.bfloat16, torch.float8_e4m3fn),
+        (torch.float32, torch.float8_e4m3fn),
+    ],
+)
+def test_precisions_that_cannot_be_compared_say_nothing(policy: torch.dtype, engine: torch.dtype) -> None:
+    base = make_policy().get_base_model().to(policy)
+    holder = Engine(make_model())
+    holder.weights = {name: Parameter(weight.to(engine), False) for name, weight in holder.weights.items()}
+    assert different_weights(base, holder) == []
+
+
+def test_4_bits_stored_as_floats_are_no_weights_in_16_bits(tmp_path: Path) -> None:
+    make_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    policy = qlora(str(tmp_path), "bfloat16", bnb_4bit_quant_storage="bfloat16").get_base_model()
+    engine = Engine(make_model().to(torch.bfloat16), padding=0)
+    assert different_weights(policy, engine) == []
 
 
 def test_a_merged_adapter_and_more_tokens_are_seen() -> None:

@@ -717,6 +717,10 @@ def test_policy_and_engine_share_the_base(tiny_model_dir: str, tmp_path: Path) -
         assert (first - second).abs().max() > 0.05
     assert all(torch.equal(p, before[name]) for name, p in frozen.items())
     assert all(memory_of(p) in engine for p in frozen.values())
+    moved = frozen["base_model.model.model.layers.1.mlp.down_proj.base_layer.weight"]
+    moved.data = moved.data.clone()  # as `Module.to` does for another device and back
+    trainer.vllm_generation.sync_weights()
+    assert memory_of(moved) in engine
 
 
 def test_policy_and_engine_share_4_bits(tiny_model_dir: str, tmp_path: Path) -> None:
@@ -753,5 +757,5 @@ def test_a_base_that_was_changed_in_memory_is_seen(
 
 
 def test_a_policy_in_another_precision_shares_nothing(tiny_model_dir: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"engine \(torch\.bfloat16\) equals the policy's \(torch\.float32\)"):
+    with pytest.raises(ValueError, match=r"engine \(bfloat16\) was found equal to the policy's \(float32\)"):
         lora_trainer(tiny_model_dir, tmp_path, vllm_share_base_weights=True, model_init_kwargs={"dtype": "float32"})

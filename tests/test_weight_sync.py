@@ -2,15 +2,19 @@
 
 import inspect
 import random
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from trl.generation.vllm_generation import VLLMGeneration
 
+from treepo_trl import weight_sync
 from treepo_trl.weight_sync import AdapterVLLMGeneration, awake, gather_prompts, same_draws
 
 
@@ -98,10 +102,24 @@ def test_an_engine_of_its_own_leaves_numbers_and_prompts_alone() -> None:
     assert gather_prompts(generation, [[1], [2, 3]]) == ([[1], [2, 3]], slice(0, 2))
 
 
+def parts_of_a_generation(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    """An `AdapterVLLMGeneration` without an engine; `calls` has what it was asked to do."""
+    monkeypatch.setattr(VLLMGeneration, "__init__", lambda self: None)
+    generation: Any = AdapterVLLMGeneration(**options)
+    generation.calls = []
+    generation.tensor_parallel_size = 1
+    generation.accelerator = SimpleNamespace(device=torch.device("cpu"), distributed_type=DistributedType.NO)
+    generation.model = SimpleNamespace(get_base_model=lambda: SimpleNamespace(hf_device_map={"": 0}))
+    return generation
+
+
 @pytest.mark.parametrize("sleeps", [False, True])
-def test_an_adapter_is_tried_at_construction_and_the_engine_sleeps_as_before(sleeps: bool) -> None:
-    generation = object.__new__(AdapterVLLMGeneration)
-    calls: list[Any] = []
+def test_an_adapter_is_tried_at_construction_and_the_engine_sleeps_as_before(
+    monkeypatch: pytest.MonkeyPatch, sleeps: bool
+) -> None:
+    """Its weights are read while it is awake: those of a sleeping engine are not in memory."""
+    generation = parts_of_a_generation(monkeypatch)
+    calls = generation.calls
     generation.enable_sleep_mode = sleeps
     generation._llm_weights_sleeping = sleeps
     generation.llm = SimpleNamespace(sleep=lambda level: calls.append(("sleep", level)))
@@ -111,9 +129,48 @@ def test_an_adapter_is_tried_at_construction_and_the_engine_sleeps_as_before(sle
         generation._llm_weights_sleeping = False
 
     generation.sync_weights = sync_weights
+    generation._compare_base_weights = lambda: calls.append("compare")
     generation._try_adapter()
-    assert calls == (["sync", ("sleep", 2)] if sleeps else ["sync"])
+    assert calls == ["sync", "compare"] + ([("sleep", 2)] if sleeps else [])
     assert generation._llm_weights_sleeping is sleeps
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [(False, ["engine, asleep", "try"]), (True, ["parked", "engine, asleep", "share", "report", "back", "try"])],
+)
+def test_order_of_construction(monkeypatch: pytest.MonkeyPatch, shares: bool, expected: list[str]) -> None:
+    """
+    The engine is built while the policy's base is out of its way, and no weights are read when it is built.
+
+    TRL's part ends with an engine that sleeps; shared weights are there then too.
+    """
+    generation = parts_of_a_generation(monkeypatch, share_base_weights=shares)
+    calls = generation.calls
+    generation.model.active_adapter = "default"
+    generation.model.peft_config = {"default": SimpleNamespace(r=4)}
+    base = SimpleNamespace(config=SimpleNamespace(_commit_hash=None), is_loaded_in_4bit=False)
+    generation.model.get_base_model = lambda: base
+    generation.enable_sleep_mode = True
+    monkeypatch.setattr(weight_sync, "engine_lora_rank", lambda rank: 8)
+    monkeypatch.setattr(weight_sync, "_lora_llm_class", lambda options: None)
+    monkeypatch.setattr(VLLMGeneration, "_init_vllm", lambda self: calls.append("engine, asleep"))
+    monkeypatch.setattr(weight_sync, "different_weights", lambda *_: calls.append("weights read"))
+    monkeypatch.setattr(weight_sync, "empty_cache", lambda: None)
+
+    @contextmanager
+    def parked(of: Any) -> Iterator[None]:
+        assert of is base
+        calls.append("parked")
+        yield
+        calls.append("back")
+
+    monkeypatch.setattr(weight_sync, "parked", parked)
+    generation._share_base_weights = lambda: calls.append("share") or (1, {})
+    generation._report_sharing = lambda *_: calls.append("report")
+    generation._try_adapter = lambda: calls.append("try")
+    generation._init_vllm()
+    assert calls == expected
 
 
 # An engine that sleeps without its cache alone
@@ -132,10 +189,9 @@ def test_an_adapter_is_tried_at_construction_and_the_engine_sleeps_as_before(sle
 def test_whose_weights_stay(
     monkeypatch: pytest.MonkeyPatch, device: str, sleeps: bool, keeps: bool, shares: bool, other_worker: bool
 ) -> None:
-    monkeypatch.setattr(VLLMGeneration, "__init__", lambda self: None)
-    generation: Any = AdapterVLLMGeneration(share_base_weights=shares, sleep_keeps_weights=keeps)
+    generation = parts_of_a_generation(monkeypatch, share_base_weights=shares, sleep_keeps_weights=keeps)
     generation.enable_sleep_mode = sleeps
-    generation.accelerator = SimpleNamespace(device=torch.device(device))
+    generation.accelerator.device = torch.device(device)
     expected = {"worker_cls": "treepo_trl.engine_worker.KeepWeightsWorker"} if other_worker else {}
     assert generation._worker_options() == expected
 
@@ -156,3 +212,47 @@ def test_vllm_allocates_its_weights_as_the_worker_expects() -> None:
     assert list(pools.parameters) == ["self", "tag"]
     assert '_maybe_get_memory_pool_context(tag="weights")' in inspect.getsource(gpu_worker.Worker.load_model)
     assert '_maybe_get_memory_pool_context(tag="kv_cache")' in inspect.getsource(gpu_worker.Worker)
+
+
+def test_other_devices_have_another_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    generation = parts_of_a_generation(monkeypatch, share_base_weights=True)
+    generation.enable_sleep_mode = True
+    generation.accelerator.device = torch.device("xpu")
+    with pytest.raises(ValueError, match=r"are for CUDA, this is 'xpu'\. Unset `vllm_enable_sleep_mode`"):
+        generation._worker_options()
+
+
+# One copy of the base
+
+
+@pytest.mark.parametrize("sharding", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_a_policy_in_parts_shares_nothing(monkeypatch: pytest.MonkeyPatch, sharding: DistributedType) -> None:
+    generation = parts_of_a_generation(monkeypatch, share_base_weights=True)
+    generation.accelerator.distributed_type = sharding
+    with pytest.raises(ValueError, match=f"{sharding.value} splits the policy's weights"):
+        generation._init_vllm()
+
+
+def test_a_policy_on_several_cards_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    generation = parts_of_a_generation(monkeypatch, share_base_weights=True)
+    device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu"}
+    generation.model = SimpleNamespace(get_base_model=lambda: SimpleNamespace(hf_device_map=device_map))
+    with pytest.raises(ValueError, match=r"spread over 0, 1, cpu and .*`CUDA_VISIBLE_DEVICES=0`"):
+        generation._init_vllm()
+
+
+def test_what_is_held_twice_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    PartialState()  # accelerate's logger wants it
+    generation = parts_of_a_generation(monkeypatch, share_base_weights=True)
+    generation.model = SimpleNamespace(get_base_model=lambda: SimpleNamespace(dtype=torch.bfloat16))
+    generation.llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float16)),
+    )
+    generation._report_sharing(900 * 2**20, {"norm": 100 * 2**20})
+    assert caplog.text == ""
+    own = {"norm": 2**10, "experts": 3 * 2**30, "embed": 2**30, "head": 2**29}
+    generation._report_sharing(2**30, own)
+    assert "share 1.00 GiB of the base. 4.50 GiB are held twice, experts, embed, head for example" in caplog.text
+    assert "(policy bfloat16, engine float16)" in caplog.text
+    with pytest.raises(ValueError, match=r"`--dtype float16`"):
+        generation._report_sharing(0, own)

@@ -33,17 +33,26 @@ def choose_base_weights(
     device: torch.device,
     gpu_memory_utilization: float,
     tensor_parallel_size: int = 1,
+    share: bool = False,
 ) -> Literal["quantized", "dequantized"]:
     """
     How the engine gets the base of a 4-bit PEFT model.
 
     `auto` is `"dequantized"` where the engine cannot hold these 4-bit weights, on a processor, and where the larger
-    weights leave a quarter of the engine's memory to its cache.
+    weights leave a quarter of the engine's memory to its cache. With `share` policy and engine have the same weights,
+    so it is `"quantized"`.
 
     Raises:
         ValueError: for `"quantized"` where the engine cannot hold the policy's 4-bit weights, with the reason.
     """
     reason = _why_not_quantized(model.get_base_model(), tensor_parallel_size)
+    if share:
+        if reason is not None:
+            raise ValueError(
+                f"`vllm_share_base_weights=True` needs the policy's 4-bit weights in the engine, but {reason}. Unset "
+                "it."
+            )
+        return "quantized"
     if base_weights == "auto":
         if reason is not None or device.type != "cuda":
             return "dequantized"
@@ -90,6 +99,9 @@ def _why_not_quantized(base: Any, tensor_parallel_size: int) -> str | None:
         return f"vLLM needs all linear layers and experts in 4 bits, and the policy has {left_out} in full precision"
     if type(getattr(base.get_output_embeddings(), "weight", None)).__name__ == "Params4bit":
         return "the policy's output head is in 4 bits, which vLLM has in full precision"
+    for name, parameter in base.named_parameters():
+        if type(parameter).__name__ == "Params4bit" and parameter.dtype != torch.uint8:
+            return f"vLLM's 4-bit weights are stored as uint8, and the policy's as {parameter.dtype} ({name})"
     return None
 
 

@@ -56,6 +56,8 @@ class MemoryPlan:
             Whether a sleeping engine frees its cache alone.
         shares (`bool`):
             Whether policy and engine share the base.
+        could_share (`bool`):
+            Whether they do not, but could.
     """
 
     card: float
@@ -68,6 +70,7 @@ class MemoryPlan:
     sleeps: bool = False
     keeps_weights: bool = False
     shares: bool = False
+    could_share: bool = False
 
     @property
     def rollout(self) -> float:
@@ -83,21 +86,17 @@ class MemoryPlan:
             engine = self.engine["weights"] if self.keeps_weights else 0.0
         return sum(self.policy.values()) + engine + RESERVE
 
-    @property
-    def _could_share(self) -> bool:
-        return bool(self.engine) and "adapter" in self.policy and not self.shares
-
     def problems(self) -> list[str]:
         """Why this will hardly run, each with the settings to change; empty if nothing speaks against it."""
         found = []
         if self.rollout > self.card:
-            once = ", let it share the base with vLLM (`vllm_share_base_weights`)" if self._could_share else ""
+            once = ", let it share the base with vLLM (`vllm_share_base_weights`)" if self.could_share else ""
             found.append(
                 f"Sampling takes {self.rollout / GIB:.1f} GiB of the card's {self.card / GIB:.1f}: lower "
                 f"`vllm_gpu_memory_utilization`, or load the policy in 4 bits (`load_in_4bit`){once}."
             )
         if self.update > self.card:
-            once = "`vllm_share_base_weights=True`, " if self._could_share else ""
+            once = "`vllm_share_base_weights=True`, " if self.could_share else ""
             found.append(
                 f"The update takes {self.update / GIB:.1f} GiB of the card's {self.card / GIB:.1f}: set {once}"
                 "`vllm_enable_sleep_mode=True` (vLLM leaves the card), `gradient_checkpointing=True`, a lower "
@@ -169,59 +168,101 @@ def plan_memory(config: Any, training_args: TreePOConfig, model_args: Any, card:
     """
     if card < 0.1 * GIB:
         raise ValueError(f"The card's memory is {card:.0f} bytes. Give it in GiB: `--card_gib 24`.")
-    four_bits = _four_bits(config, model_args)
     if model_args.load_in_8bit or "quantization_config" in (training_args.model_init_kwargs or {}):
         raise ValueError("Weights in 8 bits and `quantization_config` in `model_init_kwargs` are not planned yet.")
+    four_bits = _four_bits(config, model_args)
     dtype = _dtype(config, training_args, model_args)
-    in_4bit = four_bits is not None
     model, is_adapter = _build(config, dtype, model_args, bool(training_args.trust_remote_code))
+    base = _Base.of(model.get_base_model() if is_adapter else model, dtype, four_bits)
     tokens = _micro_batch_tokens(training_args)
     activations = _activation_bytes(model, tokens, bool(training_args.gradient_checkpointing))
+    activations += base.largest_in_4bit * dtype.itemsize  # one layer's weights at a time, dequantized
     # TRL keeps the adapter of a 4-bit model in bfloat16, PEFT that of others in float32.
-    itemsize = (2 if in_4bit else 4) if is_adapter else dtype.itemsize
+    itemsize = (2 if four_bits else 4) if is_adapter else dtype.itemsize
     numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    base = model.get_base_model() if is_adapter else model
-    plain = sum(p.numel() for name, p in base.named_parameters() if "lora_" not in name)
-    weights, quantized_by_engine = float(plain * dtype.itemsize), None
-    quantized, rest = 0, 0
-    if four_bits is not None:
-        layers = [(name.replace(".base_layer", ""), layer.weight.numel()) for name, layer in linear_layers(base)]
-        linear = [numel for name, numel in layers if should_convert_module(name, four_bits.llm_int8_skip_modules)]
-        quantized = sum(linear)
-        rest = (plain - quantized) * dtype.itemsize
-        weights = rest + quantized * _BYTES_4BIT[bool(four_bits.bnb_4bit_use_double_quant)]
-        if len(linear) == len(layers):  # else vLLM cannot hold the policy's 4-bit weights
-            quantized_by_engine = rest + quantized * _BYTES_4BIT[False]  # it keeps the scales in float32
-        activations += max(linear) * dtype.itemsize  # one layer's weights at a time, dequantized
-    policy = {"weights": weights}
+    policy = {"weights": base.in_policy}
     if is_adapter:
         policy["adapter"] = float(numel * itemsize)
     elif training_args.beta != 0:
-        policy["reference model"] = weights
+        policy["reference model"] = base.in_policy
     policy |= {
         "gradients": float(numel * itemsize),
         "optimizer": numel * _optimizer_bytes(getattr(training_args.optim, "value", training_args.optim), itemsize),
         "activations": float(activations),
     }
     plan = MemoryPlan(card=card, policy=policy, micro_batch_tokens=tokens)
-    if training_args.vllm_share_base_weights:
-        if dtype.itemsize != 2:
-            raise ValueError(
-                f"`vllm_share_base_weights=True` needs the policy in the engine's 16 bits, and it is {dtype}. Set "
-                "`--dtype bfloat16`."
-            )
-        plan.shares = True
-        # All but the scales of 4-bit weights, and experts in one tensor, which vLLM arranges otherwise.
-        experts = sum(p.numel() * dtype.itemsize for p in base.parameters() if p.dim() > 2)
-        policy["weights"] -= (rest + quantized / 2 if in_4bit else weights) - experts
     if training_args.use_vllm:
-        plan.longest = training_args.vllm_max_model_length or config.get_text_config().max_position_embeddings
-        plan.sleeps = bool(training_args.vllm_enable_sleep_mode)
-        plan.keeps_weights = training_args.vllm_sleep_keeps_weights or training_args.vllm_share_base_weights
-        # vLLM rounds float32 checkpoints to 16 bits.
-        plan.base_weights = training_args.vllm_base_weights if in_4bit else None
-        _add_engine(plan, config, training_args, 2.0 * plain, quantized_by_engine)
+        _add_engine(plan, config, training_args, base, is_adapter)
     return plan
+
+
+@dataclass
+class _Base:
+    """
+    Numbers of weights of the base model, and how the policy holds them.
+
+    Attributes:
+        numel (`int`):
+            All of them.
+        in_4bit (`int`):
+            Those in 4 bits.
+        largest_in_4bit (`int`):
+            Those of the largest of these layers.
+        in_experts (`int`):
+            Those of experts in one tensor.
+        dtype (`torch.dtype`):
+            Of the others than those in 4 bits.
+        double (`bool` or `None`):
+            Whether the scales of 4-bit weights are quantized too; `None` without 4-bit weights.
+        engine_can_hold (`bool`):
+            Whether vLLM can have the same weights: all linear layers in 4 bits, or all in 16.
+    """
+
+    numel: int
+    in_4bit: int
+    largest_in_4bit: int
+    in_experts: int
+    dtype: torch.dtype
+    double: bool | None
+    engine_can_hold: bool
+
+    @classmethod
+    def of(cls, base: Any, dtype: torch.dtype, four_bits: Any) -> "_Base":
+        layers = [(name.replace(".base_layer", ""), layer.weight.numel()) for name, layer in linear_layers(base)]
+        linear = []
+        if four_bits is not None:
+            linear = [numel for name, numel in layers if should_convert_module(name, four_bits.llm_int8_skip_modules)]
+        return cls(
+            numel=sum(p.numel() for name, p in base.named_parameters() if "lora_" not in name),
+            in_4bit=sum(linear),
+            largest_in_4bit=max(linear, default=0),
+            in_experts=sum(p.numel() for p in base.parameters() if p.dim() > 2),
+            dtype=dtype,
+            double=None if four_bits is None else bool(four_bits.bnb_4bit_use_double_quant),
+            engine_can_hold=dtype.itemsize == 2 if four_bits is None else len(linear) == len(layers),
+        )
+
+    @property
+    def in_policy(self) -> float:
+        """Bytes."""
+        return (self.numel - self.in_4bit) * self.dtype.itemsize + self.in_4bit * _BYTES_4BIT[bool(self.double)]
+
+    @property
+    def shared(self) -> float:
+        """
+        Bytes that need not be the policy's own.
+
+        Not the scales of 4-bit weights, nor weights in another precision than the engine's 16 bits, nor experts, which
+        vLLM arranges otherwise.
+        """
+        others = self.numel - self.in_4bit - self.in_experts if self.dtype.itemsize == 2 else 0
+        return self.in_4bit / 2 + 2 * others
+
+    def in_engine(self, quantized: bool) -> float:
+        """Bytes; vLLM has float32 checkpoints in 16 bits, and the scales of 4-bit weights in float32."""
+        if not quantized:
+            return 2.0 * self.numel
+        return 2 * (self.numel - self.in_4bit) + self.in_4bit * _BYTES_4BIT[False]
 
 
 def _four_bits(config: Any, model_args: Any) -> Any:
@@ -241,17 +282,29 @@ def _four_bits(config: Any, model_args: Any) -> Any:
     return BitsAndBytesConfig.from_dict(in_checkpoint)
 
 
-def _add_engine(
-    plan: MemoryPlan, config: Any, args: TreePOConfig, plain_weights: float, quantized_weights: float | None
-) -> None:
-    """Fill in vLLM's share of the card; `quantized_weights` if it can hold those of a 4-bit policy."""
+def _add_engine(plan: MemoryPlan, config: Any, args: TreePOConfig, base: _Base, is_adapter: bool) -> None:
+    """Fill in vLLM's share of the card, and what of the base it holds for the policy too."""
+    plan.longest = args.vllm_max_model_length or config.get_text_config().max_position_embeddings
+    plan.sleeps = bool(args.vllm_enable_sleep_mode)
+    plan.keeps_weights = args.vllm_sleep_keeps_weights or args.vllm_share_base_weights
     share = args.vllm_gpu_memory_utilization * plan.card
-    weights = plain_weights
-    if plan.base_weights == "auto":
-        choice = "quantized" if plan.shares else by_size(plain_weights, share)
-        plan.base_weights = "dequantized" if quantized_weights is None else choice
-    if plan.base_weights == "quantized" and quantized_weights is not None:
-        weights = quantized_weights
+    can_share = is_adapter and base.engine_can_hold
+    if args.vllm_share_base_weights:
+        if not can_share:
+            raise ValueError(
+                "`vllm_share_base_weights=True` needs an adapter (`--use_peft`) on a base that vLLM has alike: all "
+                f"linear layers in 4 bits, or 16 bits (`--dtype bfloat16`; this is {base.dtype})."
+            )
+        plan.shares = True
+        plan.policy["weights"] -= base.shared
+    elif (args.vllm_lora_sync, args.vllm_tensor_parallel_size) == ("adapter", 1):
+        plan.could_share = can_share and args.vllm_base_weights != "dequantized"
+    if base.double is not None:
+        plan.base_weights = args.vllm_base_weights
+        if plan.base_weights == "auto":
+            choice = "quantized" if plan.shares else by_size(base.in_engine(quantized=False), share)
+            plan.base_weights = choice if base.engine_can_hold else "dequantized"
+    weights = base.in_engine(quantized=plan.base_weights == "quantized")
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -30,7 +30,9 @@ def parked(base: torch.nn.Module) -> Iterator[None]:
             parameter.data = parameter.data.to(device)
 
 
-def share_weights(base: torch.nn.Module, engine_model: torch.nn.Module, device: torch.device) -> tuple[int, list[str]]:
+def share_weights(
+    base: torch.nn.Module, engine_model: torch.nn.Module, device: torch.device
+) -> tuple[int, dict[str, int]]:
     """
     Let the frozen weights of `base` be views of the engine's, where both are equal.
 
@@ -46,10 +48,11 @@ def share_weights(base: torch.nn.Module, engine_model: torch.nn.Module, device: 
             Where the policy computes. Weights that the engine has elsewhere are not shared.
 
     Returns:
-        Bytes of the base that the engine holds for both, and the names of frozen weights that it still does.
+        Bytes of the base that the engine holds for both, and the frozen weights that the policy still holds itself,
+        by name, with their bytes.
     """
-    frozen = {name.replace(".base_layer.", "."): p for name, p in base.named_parameters() if not p.requires_grad}
-    own = dict.fromkeys(frozen)
+    frozen = _frozen_weights(base)
+    own = {name: weight.nbytes for name, weight in frozen.items()}
     shared = 0
     for name, held in _slices(engine_model, frozen):
         weight = frozen[name]
@@ -59,25 +62,55 @@ def share_weights(base: torch.nn.Module, engine_model: torch.nn.Module, device: 
             if held.device.type != device.type or not _interchangeable(weight, held):
                 continue
             weight.data = held
-        shared += weight.nbytes
-        del own[name]
-    return shared, list(own)
+        shared += own.pop(name)
+    return shared, own
+
+
+def different_weights(base: torch.nn.Module, engine_model: torch.nn.Module) -> list[str]:
+    """
+    Names of frozen weights that hold other numbers in the engine, up to its rounding, in whatever order.
+
+    What cannot be compared is left out: weights that the engine has packed, in another number of bits, or under a name
+    that is not found, and 16-bit weights of two types.
+    """
+    frozen = _frozen_weights(base)
+    return [name for name, held in _slices(engine_model, frozen) if not _same_numbers(frozen[name], held)]
+
+
+def _frozen_weights(base: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Frozen weights of the base by their names without an adapter; of adapters none, which may be frozen too."""
+    return {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in base.named_parameters()
+        if not parameter.requires_grad and parameter.dim() > 0 and ".lora_" not in name
+    }
 
 
 def _slices(engine_model: Any, frozen: dict[str, torch.nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
     """Names of the policy's weights with the part of an engine's weight that should be the same."""
     packed: dict[str, list[str]] = getattr(engine_model, "packed_modules_mapping", {})
+    names = _names_in_engine(engine_model, frozen)
     for engine_name, weight in engine_model.named_parameters():
         path = engine_name.replace(".base_layer.", ".").split(".")
         parts = packed.get(path[-2], [path[-2]]) if len(path) > 1 else []
         start = 0
         for part in parts:
-            name = ".".join([*path[:-2], part, path[-1]])
-            if name not in frozen:
+            name = names.get(".".join([*path[:-2], part, path[-1]]))
+            if name is None:
                 break  # where the next part would begin is not known either
             rows = len(frozen[name])
             yield name, weight.data[start : start + rows]  # an embedding of the engine may have more rows
             start += rows
+
+
+def _names_in_engine(engine_model: Any, frozen: dict[str, torch.nn.Parameter]) -> dict[str, str]:
+    """The policy's names by those that vLLM gives the same layers; it renames those of some architectures."""
+    mapper = getattr(engine_model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return {name: name for name in frozen}
+    if hasattr(mapper, "get_rename_mapper"):  # without the joining of layers, from vLLM 0.31 on in the same mapper
+        mapper = mapper.get_rename_mapper()
+    return {renamed: name for name in frozen for renamed in mapper.apply_list([name])}
 
 
 def _interchangeable(weight: torch.Tensor, held: torch.Tensor) -> bool:
@@ -88,18 +121,11 @@ def _interchangeable(weight: torch.Tensor, held: torch.Tensor) -> bool:
     )
 
 
-def different_weights(base: torch.nn.Module, engine_model: torch.nn.Module) -> list[str]:
-    """
-    Names of frozen weights that hold other numbers in the engine, up to its rounding, in whatever order.
-
-    What cannot be compared is left out: weights that the engine has packed, or in another number of bits.
-    """
-    frozen = {name.replace(".base_layer.", "."): p for name, p in base.named_parameters() if not p.requires_grad}
-    return [name for name, held in _slices(engine_model, frozen) if not _same_numbers(frozen[name], held)]
-
-
 def _same_numbers(weight: torch.Tensor, held: torch.Tensor) -> bool:
-    if not (weight.is_floating_point() and held.is_floating_point()):
+    if weight.is_meta or hasattr(weight, "quant_state") or weight.data_ptr() == held.data_ptr():
+        return True
+    comparable = held.is_floating_point() and held.itemsize >= 2 and weight.dtype in (held.dtype, torch.float32)
+    if not comparable:
         return True
     if weight.shape != held.shape:
         return held.numel() == 0  # packed elsewhere

@@ -129,19 +129,14 @@ class AdapterVLLMGeneration(VLLMGeneration):
         sleep_keeps_weights: bool = False,
         **kwargs: Any,
     ) -> None:
-        # Shared weights in 16 bits would have to be the policy's too, which are in 4.
-        self.base_weights: BaseWeights = "quantized" if share_base_weights and base_weights == "auto" else base_weights
+        self.base_weights: BaseWeights = base_weights
         self.share_base_weights = share_base_weights
         self.sleep_keeps_weights = sleep_keeps_weights or share_base_weights
         super().__init__(*args, **kwargs)
 
     def _init_vllm(self) -> None:
-        sharding = self.accelerator.distributed_type
-        if self.share_base_weights and sharding in _SHARDED:
-            raise ValueError(
-                f"`vllm_share_base_weights=True`, but {sharding.value} splits the policy's weights over processes, "
-                "and the engine holds whole ones. Unset it, or train without sharding."
-            )
+        if self.share_base_weights:
+            self._check_sharing()
         peft_config = self.model.peft_config[self.model.active_adapter]
         self._adapter_dir = _memory_backed_directory()
         weakref.finalize(self, shutil.rmtree, self._adapter_dir, ignore_errors=True)
@@ -161,6 +156,7 @@ class AdapterVLLMGeneration(VLLMGeneration):
                     self.accelerator.device,
                     self.gpu_memory_utilization,
                     self.tensor_parallel_size,
+                    self.share_base_weights,
                 )
                 engine_options |= {
                     "model": stack.enter_context(self._shared_checkpoint(self.base_weights)),
@@ -173,25 +169,75 @@ class AdapterVLLMGeneration(VLLMGeneration):
                 stack.enter_context(parked(self.model.get_base_model()))
                 empty_cache()
             super()._init_vllm()  # ends with all processes waiting for each other: the checkpoint is read
-            self._compare_base_weights()
             if self.share_base_weights:
-                shared, own = self._share_base_weights()
-                logger.info(f"Policy and engine share {shared / 2**30:.2f} GiB. The policy's own: {own or 'nothing'}.")
+                self._report_sharing(*self._share_base_weights())
         self._try_adapter()
 
+    def _check_sharing(self) -> None:
+        sharding = self.accelerator.distributed_type
+        if sharding in _SHARDED:
+            raise ValueError(
+                f"`vllm_share_base_weights=True`, but {sharding.value} splits the policy's weights over processes, "
+                "and the engine holds whole ones. Unset it, or train without sharding."
+            )
+        places = set(getattr(self.model.get_base_model(), "hf_device_map", {}).values())
+        if len(places) > 1:
+            raise ValueError(
+                f"`vllm_share_base_weights=True`, but the policy is spread over {', '.join(sorted(map(str, places)))} "
+                "and the engine is on one device. Unset it, or let the process see one GPU (`CUDA_VISIBLE_DEVICES=0`)."
+            )
+
     def _worker_options(self) -> dict[str, str]:
-        keeps_weights = self.enable_sleep_mode and self.sleep_keeps_weights
-        # On a processor vLLM does not sleep, and has another worker.
-        return {"worker_cls": _KEEPS_WEIGHTS} if keeps_weights and self.accelerator.device.type == "cuda" else {}
+        device = self.accelerator.device.type
+        if not (self.enable_sleep_mode and self.sleep_keeps_weights) or device == "cpu":  # where vLLM never sleeps
+            return {}
+        if device != "cuda":
+            raise ValueError(
+                f"`vllm_sleep_keeps_weights` and `vllm_share_base_weights` with `vllm_enable_sleep_mode=True` are for "
+                f"CUDA, this is {device!r}. Unset `vllm_enable_sleep_mode`."
+            )
+        return {"worker_cls": _KEEPS_WEIGHTS}
 
     @property
     def _engine_model(self) -> Any:
         return self.llm.llm_engine.model_executor.driver_worker.model_runner.model
 
+    def _share_base_weights(self) -> tuple[int, dict[str, int]]:
+        return share_weights(self.model.get_base_model(), self._engine_model, self.accelerator.device)
+
+    def _report_sharing(self, shared: int, own: dict[str, int]) -> None:
+        """
+        Log how much of the base there is once; a warning if it is less than nine tenths.
+
+        Raises:
+            ValueError: if it is nothing.
+        """
+        policy, engine = (
+            str(dtype).removeprefix("torch.")
+            for dtype in (self.model.get_base_model().dtype, self.llm.llm_engine.model_config.dtype)
+        )
+        if not shared:
+            raise ValueError(
+                f"`vllm_share_base_weights=True`, but no weight of the engine ({engine}) was found equal to the "
+                f"policy's ({policy}). Load the policy in the engine's precision "
+                f'(`model_init_kwargs={{"dtype": "{engine}"}}`, `--dtype {engine}`). If it is, vLLM arranges this '
+                "model's weights otherwise: unset it."
+            )
+        kept = sum(own.values())
+        message = f"Policy and engine share {shared / 2**30:.2f} GiB of the base."
+        if kept <= 0.1 * (shared + kept):
+            logger.info(message)
+            return
+        largest = sorted(own, key=lambda name: -own[name])[:3]
+        logger.warning(
+            f"{message} {kept / 2**30:.2f} GiB are held twice, {', '.join(largest)} for example: their numbers or "
+            f"their precision (policy {policy}, engine {engine}) differ, or vLLM arranges them otherwise."
+        )
+
     def _compare_base_weights(self) -> None:
-        """Warn of a base that was changed in memory: the engine has loaded the checkpoint."""
+        """Warn of a base that was changed in memory: the engine, which must be awake, has loaded the checkpoint."""
         if self.tensor_parallel_size > 1 or self.accelerator.distributed_type in _SHARDED:
-            return  # neither side has whole weights
+            return  # one of the two has no whole weights
         different = different_weights(self.model.get_base_model(), self._engine_model)
         if different:
             logger.warning(
@@ -200,17 +246,6 @@ class AdapterVLLMGeneration(VLLMGeneration):
                 "was changed in memory (a merged adapter, resized embeddings), save it and load it from there, or set "
                 "`vllm_lora_sync='merge'`."
             )
-
-    def _share_base_weights(self) -> tuple[int, list[str]]:
-        base = self.model.get_base_model()
-        shared, own = share_weights(base, self._engine_model, self.accelerator.device)
-        if not shared:
-            raise ValueError(
-                f"`vllm_share_base_weights=True`, but no weight of the engine "
-                f"({self.llm.llm_engine.model_config.dtype}) equals the policy's ({base.dtype}). Load the policy in "
-                'the engine\'s precision (`model_init_kwargs={"dtype": "bfloat16"}`, `--dtype bfloat16`), or unset it.'
-            )
-        return shared, own
 
     @contextmanager
     def _shared_checkpoint(self, base_weights: Literal["quantized", "dequantized"]) -> Iterator[str]:
@@ -232,6 +267,7 @@ class AdapterVLLMGeneration(VLLMGeneration):
                 f"vLLM cannot serve this adapter: {error} Change its `target_modules`, or set "
                 "`vllm_lora_sync='merge'`."
             ) from error
+        self._compare_base_weights()
         if self.enable_sleep_mode:
             self.llm.sleep(level=2)
             self._llm_weights_sleeping = True
