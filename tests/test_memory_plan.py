@@ -8,7 +8,14 @@ import pytest
 import torch
 from conftest import make_model
 from peft import LoraConfig, get_peft_model
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, FalconConfig
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    DeepseekV3Config,
+    FalconConfig,
+)
 from trl import ModelConfig
 
 from treepo_trl import TreePOConfig
@@ -300,6 +307,35 @@ def test_a_kl_term_needs_a_reference_model_without_an_adapter(tmp_path: Path, sm
     full = plan(tmp_path, small_model_dir, lora=False, beta=0.1)
     assert full.policy["reference model"] == full.policy["weights"]
     assert "reference model" not in plan(tmp_path, small_model_dir, beta=0.1).policy
+
+
+def test_latent_attention_and_experts(tmp_path: Path) -> None:
+    """Its cache is one vector per token and layer; experts are counted with the weights."""
+    config = DeepseekV3Config(
+        vocab_size=65,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        first_k_dense_replace=1,
+    )
+    with torch.device("meta"):
+        numel = AutoModelForCausalLM.from_config(config).num_parameters()
+    args = arguments(tmp_path, use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.5)
+    model_args = ModelConfig("x", dtype="bfloat16", use_peft=True, lora_target_modules=["o_proj", "kv_b_proj"])
+    result = plan_memory(config, args, model_args, GIB)
+    assert result.policy["weights"] == result.engine["weights"] == 2 * numel
+    assert result.cache_tokens == (GIB // 2 - 2 * numel) // (2 * 2 * (8 + 8))
 
 
 @pytest.mark.parametrize("changes", [{"load_in_8bit": True}, {"model_init_kwargs": {"quantization_config": {}}}])

@@ -305,12 +305,19 @@ def _add_engine(plan: MemoryPlan, config: Any, args: TreePOConfig, base: _Base, 
             choice = "quantized" if plan.shares else by_size(base.in_engine(quantized=False), share)
             plan.base_weights = choice if base.engine_can_hold else "dequantized"
     weights = base.in_engine(quantized=plan.base_weights == "quantized")
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_token = 2 * text.num_hidden_layers * heads * head_dim * 2  # keys and values, 16 bits, in every layer
+    per_token = _cache_bytes_per_token(config.get_text_config())
     plan.cache_tokens = int((share - weights) // per_token)
     plan.engine = {"weights": weights, "cache and buffers": max(share - weights, 0.0)}
+
+
+def _cache_bytes_per_token(text: Any) -> int:
+    """Bytes of vLLM's cache in 16 bits, with full attention in every layer."""
+    if getattr(text, "kv_lora_rank", None):  # multi-head latent attention caches one vector for all heads
+        numbers = text.kv_lora_rank + text.qk_rope_head_dim
+    else:
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        numbers = 2 * heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    return 2 * numbers * text.num_hidden_layers
 
 
 def _dtype(config: Any, args: TreePOConfig, model_args: Any) -> torch.dtype:
