@@ -5,8 +5,9 @@ QLoRA with vLLM: how far the engine that samples is from the policy that is trai
 
 The figure is `sampling/sampling_logp_difference/mean`, the mean absolute difference of the sampled tokens'
 log-probabilities in nats, as TRL logs it. Stock TRL merges the adapter into the 4-bit weights, pushes every weight
-into an engine that has quantized the checkpoint itself, and takes the adapter out again. The reward is the length of
-the answer, and the learning rate high, so that few steps move the policy. Each way is a process of its own.
+(of 4-bit ones the codes without their scales) into an engine that has quantized the checkpoint itself, and takes the
+adapter out again. The reward is the length of the answer, and the learning rate high, so that few steps move the
+policy. Each way is a process of its own.
 """
 
 import argparse

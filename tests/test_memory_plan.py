@@ -133,6 +133,7 @@ def test_a_shared_base_is_in_the_engine_alone(tmp_path: Path, small_model_dir: s
     # What is left are the scales: one of 8 bits per block of 64 weights or of 32, and a second level.
     linear = 106_168_320  # of SmolLM2-135M: 30 layers of 576 x (2 x 576 + 2 x 192 + 3 x 1536)
     assert linear == 30 * 576 * (2 * 576 + 2 * 192 + 3 * 1536)
+    assert once.engine["weights"] == 2 * (49152 * 576 + 61 * 576) + linear * (1 / 2 + 1 / 16)
     assert once.policy["weights"] == pytest.approx(linear * ((1 + 4 / 256) if nested else 4) / 64, rel=1e-6)
     assert twice.rollout - once.rollout == twice.policy["weights"] - once.policy["weights"]
     assert plan(tmp_path, small_model_dir, **vllm, vllm_share_base_weights=True).policy["weights"] == 0
@@ -158,7 +159,7 @@ def test_layers_in_full_precision_keep_a_4_bit_policy_from_sharing(tmp_path: Pat
     config.quantization_config = four_bits.to_dict()
     args = arguments(tmp_path, use_vllm=True, vllm_mode="colocate", vllm_share_base_weights=True)
     model_args = ModelConfig(small_model_dir, dtype="bfloat16", use_peft=True, lora_target_modules=["all-linear"])
-    with pytest.raises(ValueError, match="all linear layers in 4 bits"):
+    with pytest.raises(ValueError, match="all linear layers but the head in 4 bits"):
         plan_memory(config, args, model_args, 24 * GIB)
 
 
@@ -336,6 +337,53 @@ def test_latent_attention_and_experts(tmp_path: Path) -> None:
     result = plan_memory(config, args, model_args, GIB)
     assert result.policy["weights"] == result.engine["weights"] == 2 * numel
     assert result.cache_tokens == (GIB // 2 - 2 * numel) // (2 * 2 * (8 + 8))
+    # A shared base has the experts twice: in one layer of the two, 4 x 3 matrices of 64 x 32.
+    args.vllm_share_base_weights = True
+    assert plan_memory(config, args, model_args, GIB).policy["weights"] == 2 * 4 * 3 * 64 * 32
+    # In 4 bits vLLM has no such experts.
+    in_4bit = ModelConfig(
+        "x", dtype="bfloat16", load_in_4bit=True, use_peft=True, lora_target_modules=["o_proj", "kv_b_proj"]
+    )
+    with pytest.raises(ValueError, match="needs an adapter"):
+        plan_memory(config, args, in_4bit, GIB)
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+def test_a_head_in_4_bits_and_other_storage(tmp_path: Path, storage: str) -> None:
+    """Neither has vLLM."""
+    make_model().to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_storage=storage,
+        llm_int8_skip_modules=["none"] if storage == "uint8" else None,
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=four_bits, dtype="bfloat16")
+    is_4bit = type(model.lm_head).__name__ == "Linear4bit"
+    assert is_4bit is (storage == "uint8")
+    config = AutoConfig.from_pretrained(tmp_path / "plain")
+    config.quantization_config = four_bits.to_dict()
+    args = arguments(tmp_path, use_vllm=True, vllm_mode="colocate")
+    model_args = ModelConfig("x", dtype="bfloat16", use_peft=True, lora_target_modules=["all-linear"])
+    result = plan_memory(config, args, model_args, 0.12 * GIB)
+    assert result.base_weights == "dequantized"
+    assert result.policy["weights"] == pytest.approx(nbytes_4bit(model), rel=1e-2)
+    args.vllm_share_base_weights = True
+    with pytest.raises(ValueError, match="needs an adapter"):
+        plan_memory(config, args, model_args, GIB)
+
+
+def test_the_engine_has_the_checkpoints_precision(tmp_path: Path, small_model_dir: str) -> None:
+    config = AutoConfig.from_pretrained(small_model_dir)
+    assert config.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"the checkpoint's 16 bits .* this is torch\.float16"):
+        plan(
+            tmp_path,
+            small_model_dir,
+            dtype="float16",
+            use_vllm=True,
+            vllm_mode="colocate",
+            vllm_share_base_weights=True,
+        )
 
 
 @pytest.mark.parametrize("changes", [{"load_in_8bit": True}, {"model_init_kwargs": {"quantization_config": {}}}])

@@ -244,7 +244,8 @@ def test_an_engine_on_the_same_base_differs_in_nothing(dtype: torch.dtype) -> No
 def test_precisions_that_cannot_be_compared_say_nothing(policy: torch.dtype, engine: torch.dtype) -> None:
     base = make_policy().get_base_model().to(policy)
     holder = Engine(make_model())
-    holder.weights = {name: Parameter(weight.to(engine), False) for name, weight in holder.weights.items()}
+    scale = 2 if engine.itemsize == 1 else 1  # 8-bit weights have scales besides
+    holder.weights = {name: Parameter((scale * w).to(engine), False) for name, w in holder.weights.items()}
     assert different_weights(base, holder) == []
 
 
@@ -253,6 +254,31 @@ def test_4_bits_stored_as_floats_are_no_weights_in_16_bits(tmp_path: Path) -> No
     policy = qlora(str(tmp_path), "bfloat16", bnb_4bit_quant_storage="bfloat16").get_base_model()
     engine = Engine(make_model().to(torch.bfloat16), padding=0)
     assert different_weights(policy, engine) == []
+
+
+def test_other_numbers_of_the_same_norm_and_sum_are_seen() -> None:
+    engine = Engine(make_model())
+    name = "model.layers.0.mlp.down_proj.weight"
+    held = engine.weights[name.replace("proj.", "proj.base_layer.")]
+    held.data = -held.data  # the same norm
+    assert different_weights(make_policy().get_base_model(), engine) == [name]
+    held.data = -held.data.roll(1, 0)
+    held.data[0] += 0.1
+    held.data[1] -= 0.1  # the same sum
+    assert different_weights(make_policy().get_base_model(), engine) == [name]
+    held.data = torch.zeros(3, 5)  # transposed or arranged otherwise
+    assert different_weights(make_policy().get_base_model(), engine) == []
+
+
+def test_a_weight_that_the_engine_derives_from_the_policys_is_none_to_compare() -> None:
+    base = make_policy().get_base_model()
+    base.model.register_parameter("A_log", Parameter(torch.ones(4), False))
+    engine = Engine(make_model())
+    engine.weights["model.A"] = Parameter(-torch.ones(4).exp(), False)
+    mapper: Any = SimpleNamespace(apply_list=lambda names: [name.replace("A_log", "A") for name in names])
+    engine.hf_to_vllm_mapper = mapper
+    assert different_weights(base, engine) == []
+    assert list(share_weights(base, engine, CPU)[1]) == ["model.A_log"]
 
 
 def test_a_merged_adapter_and_more_tokens_are_seen() -> None:

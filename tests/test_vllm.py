@@ -751,7 +751,7 @@ def test_a_base_that_was_changed_in_memory_is_seen(
     if changed:
         model.model.layers[1].mlp.up_proj.weight.data[3] *= 1.5
     lora_trainer(model, tmp_path)
-    seen = "1 weights of the policy's base differ" in caplog.text and "layers.1.mlp.up_proj" in caplog.text
+    seen = "Weights of the policy's base (1, model.layers.1.mlp.up_proj.weight for example)" in caplog.text
     assert seen is changed
     assert ("differ from those that vLLM has loaded" in caplog.text) is changed
 

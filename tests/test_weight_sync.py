@@ -137,7 +137,10 @@ def test_an_adapter_is_tried_at_construction_and_the_engine_sleeps_as_before(
 
 @pytest.mark.parametrize(
     ("shares", "expected"),
-    [(False, ["engine, asleep", "try"]), (True, ["parked", "engine, asleep", "share", "report", "back", "try"])],
+    [
+        (False, ["engine, asleep", "try"]),
+        (True, ["parked", "cache emptied", "engine, asleep", "share", "report", "back", "try"]),
+    ],
 )
 def test_order_of_construction(monkeypatch: pytest.MonkeyPatch, shares: bool, expected: list[str]) -> None:
     """
@@ -156,7 +159,7 @@ def test_order_of_construction(monkeypatch: pytest.MonkeyPatch, shares: bool, ex
     monkeypatch.setattr(weight_sync, "_lora_llm_class", lambda options: None)
     monkeypatch.setattr(VLLMGeneration, "_init_vllm", lambda self: calls.append("engine, asleep"))
     monkeypatch.setattr(weight_sync, "different_weights", lambda *_: calls.append("weights read"))
-    monkeypatch.setattr(weight_sync, "empty_cache", lambda: None)
+    monkeypatch.setattr(weight_sync, "empty_cache", lambda: calls.append("cache emptied"))
 
     @contextmanager
     def parked(of: Any) -> Iterator[None]:
@@ -235,10 +238,29 @@ def test_a_policy_in_parts_shares_nothing(monkeypatch: pytest.MonkeyPatch, shard
 
 def test_a_policy_on_several_cards_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     generation = parts_of_a_generation(monkeypatch, share_base_weights=True)
-    device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu"}
+    device_map: dict[str, Any] = {"model.layers.0": 0, "model.layers.1": 1}
     generation.model = SimpleNamespace(get_base_model=lambda: SimpleNamespace(hf_device_map=device_map))
-    with pytest.raises(ValueError, match=r"spread over 0, 1, cpu and .*`CUDA_VISIBLE_DEVICES=0`"):
+    with pytest.raises(ValueError, match=r"spread over 0, 1 and .*`CUDA_VISIBLE_DEVICES=0`"):
         generation._init_vllm()
+    device_map["lm_head"] = "cpu"
+    with pytest.raises(ValueError, match=r"spread over 0, 1, cpu and .*`load_in_4bit`"):
+        generation._init_vllm()
+
+
+@pytest.mark.parametrize(
+    ("processes", "sharding", "compares"),
+    [(1, DistributedType.NO, True), (2, DistributedType.NO, False), (1, DistributedType.FSDP, False)],
+)
+def test_whole_weights_are_compared(
+    monkeypatch: pytest.MonkeyPatch, processes: int, sharding: DistributedType, compares: bool
+) -> None:
+    generation = parts_of_a_generation(monkeypatch)
+    generation.tensor_parallel_size = processes
+    generation.accelerator.distributed_type = sharding
+    monkeypatch.setattr(AdapterVLLMGeneration, "_engine_model", None)
+    monkeypatch.setattr(weight_sync, "different_weights", lambda *_: generation.calls.append("compare") or [])
+    generation._compare_base_weights()
+    assert generation.calls == (["compare"] if compares else [])
 
 
 def test_what_is_held_twice_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -173,7 +173,7 @@ def plan_memory(config: Any, training_args: TreePOConfig, model_args: Any, card:
     four_bits = _four_bits(config, model_args)
     dtype = _dtype(config, training_args, model_args)
     model, is_adapter = _build(config, dtype, model_args, bool(training_args.trust_remote_code))
-    base = _Base.of(model.get_base_model() if is_adapter else model, dtype, four_bits)
+    base = _Base.of(model.get_base_model() if is_adapter else model, dtype, four_bits, getattr(config, "dtype", None))
     tokens = _micro_batch_tokens(training_args)
     activations = _activation_bytes(model, tokens, bool(training_args.gradient_checkpointing))
     activations += base.largest_in_4bit * dtype.itemsize  # one layer's weights at a time, dequantized
@@ -215,7 +215,8 @@ class _Base:
         double (`bool` or `None`):
             Whether the scales of 4-bit weights are quantized too; `None` without 4-bit weights.
         engine_can_hold (`bool`):
-            Whether vLLM can have the same weights: all linear layers in 4 bits, or all in 16.
+            Whether vLLM can have the same weights: all linear layers but the head in 4 bits, or all weights in the
+            checkpoint's 16 bits.
     """
 
     numel: int
@@ -227,19 +228,26 @@ class _Base:
     engine_can_hold: bool
 
     @classmethod
-    def of(cls, base: Any, dtype: torch.dtype, four_bits: Any) -> "_Base":
-        layers = [(name.replace(".base_layer", ""), layer.weight.numel()) for name, layer in linear_layers(base)]
-        linear = []
+    def of(cls, base: Any, dtype: torch.dtype, four_bits: Any, dtype_in_checkpoint: Any) -> "_Base":
+        in_experts = sum(p.numel() for p in base.parameters() if p.dim() > 2)
+        linear: list[int] = []
+        engine_can_hold = dtype.itemsize == 2 and dtype_in_checkpoint in (None, torch.float32, dtype)
         if four_bits is not None:
-            linear = [numel for name, numel in layers if should_convert_module(name, four_bits.llm_int8_skip_modules)]
+            skipped = four_bits.llm_int8_skip_modules
+            layers = [(name.replace(".base_layer", ""), layer.weight.numel()) for name, layer in linear_layers(base)]
+            linear = [numel for name, numel in layers if should_convert_module(name, skipped)]
+            head = _head_in_4bit(base, skipped)
+            is_uint8 = four_bits.bnb_4bit_quant_storage in (None, torch.uint8)
+            engine_can_hold = len(linear) == len(layers) and not in_experts and not head and is_uint8
+            linear += [head] if head else []
         return cls(
             numel=sum(p.numel() for name, p in base.named_parameters() if "lora_" not in name),
             in_4bit=sum(linear),
             largest_in_4bit=max(linear, default=0),
-            in_experts=sum(p.numel() for p in base.parameters() if p.dim() > 2),
+            in_experts=in_experts,
             dtype=dtype,
             double=None if four_bits is None else bool(four_bits.bnb_4bit_use_double_quant),
-            engine_can_hold=dtype.itemsize == 2 if four_bits is None else len(linear) == len(layers),
+            engine_can_hold=engine_can_hold,
         )
 
     @property
@@ -263,6 +271,15 @@ class _Base:
         if not quantized:
             return 2.0 * self.numel
         return 2 * (self.numel - self.in_4bit) + self.in_4bit * _BYTES_4BIT[False]
+
+
+def _head_in_4bit(base: Any, skipped: list[str] | None) -> int:
+    """Weights of the output head if transformers quantizes it: own weights, and a list of exceptions without it."""
+    head = base.get_output_embeddings()
+    if skipped is None or head is None or head.weight is base.get_input_embeddings().weight:
+        return 0
+    (name,) = [name for name, module in base.named_modules() if module is head]
+    return head.weight.numel() if should_convert_module(name, skipped) else 0
 
 
 def _four_bits(config: Any, model_args: Any) -> Any:
@@ -293,7 +310,8 @@ def _add_engine(plan: MemoryPlan, config: Any, args: TreePOConfig, base: _Base, 
         if not can_share:
             raise ValueError(
                 "`vllm_share_base_weights=True` needs an adapter (`--use_peft`) on a base that vLLM has alike: all "
-                f"linear layers in 4 bits, or 16 bits (`--dtype bfloat16`; this is {base.dtype})."
+                "linear layers but the head in 4 bits, or the checkpoint's 16 bits (mostly `--dtype bfloat16`; this "
+                f"is {base.dtype})."
             )
         plan.shares = True
         plan.policy["weights"] -= base.shared

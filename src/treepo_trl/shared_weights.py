@@ -110,7 +110,9 @@ def _names_in_engine(engine_model: Any, frozen: dict[str, torch.nn.Parameter]) -
         return {name: name for name in frozen}
     if hasattr(mapper, "get_rename_mapper"):  # without the joining of layers, from vLLM 0.31 on in the same mapper
         mapper = mapper.get_rename_mapper()
-    return {renamed: name for name in frozen for renamed in mapper.apply_list([name])}
+    renamed = {new: name for name in frozen for new in mapper.apply_list([name])}
+    # A weight with another name of its own is another weight: of `A_log` for example vLLM has the exponential.
+    return {new: name for new, name in renamed.items() if new.rpartition(".")[2] == name.rpartition(".")[2]}
 
 
 def _interchangeable(weight: torch.Tensor, held: torch.Tensor) -> bool:
@@ -127,8 +129,8 @@ def _same_numbers(weight: torch.Tensor, held: torch.Tensor) -> bool:
     comparable = held.is_floating_point() and held.itemsize >= 2 and weight.dtype in (held.dtype, torch.float32)
     if not comparable:
         return True
-    if weight.shape != held.shape:
-        return held.numel() == 0  # packed elsewhere
+    if weight.shape != held.shape:  # fewer rows are another embedding; else it is packed or transposed
+        return held.numel() == 0 or weight.shape[1:] != held.shape[1:]
     rounded = weight.data.to(held)
     if torch.equal(rounded, held):
         return True

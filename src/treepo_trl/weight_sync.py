@@ -182,9 +182,13 @@ class AdapterVLLMGeneration(VLLMGeneration):
             )
         places = set(getattr(self.model.get_base_model(), "hf_device_map", {}).values())
         if len(places) > 1:
+            names = sorted(map(str, places))
+            advice = "let the process see one GPU (`CUDA_VISIBLE_DEVICES=0`)"
+            if {"cpu", "disk"} & set(names):
+                advice = "load the policy in 4 bits (`load_in_4bit`): it does not fit the GPU"
             raise ValueError(
-                f"`vllm_share_base_weights=True`, but the policy is spread over {', '.join(sorted(map(str, places)))} "
-                "and the engine is on one device. Unset it, or let the process see one GPU (`CUDA_VISIBLE_DEVICES=0`)."
+                f"`vllm_share_base_weights=True`, but the policy is spread over {', '.join(names)} and the engine is "
+                f"on one device. Unset it, or {advice}."
             )
 
     def _worker_options(self) -> dict[str, str]:
@@ -241,8 +245,8 @@ class AdapterVLLMGeneration(VLLMGeneration):
         different = different_weights(self.model.get_base_model(), self._engine_model)
         if different:
             logger.warning(
-                f"{len(different)} weights of the policy's base differ from those that vLLM has loaded from "
-                f"{self.model.name_or_path!r}, {different[0]} for example: it samples from another model. If the base "
+                f"Weights of the policy's base ({len(different)}, {different[0]} for example) differ from those that "
+                f"vLLM has loaded from {self.model.name_or_path!r}: it samples from another model. If the base "
                 "was changed in memory (a merged adapter, resized embeddings), save it and load it from there, or set "
                 "`vllm_lora_sync='merge'`."
             )
