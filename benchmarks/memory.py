@@ -106,11 +106,7 @@ def parse_recipe(way: str, options: argparse.Namespace, model: str) -> tuple[Any
     """The recipe's arguments of training and model, with the batch and the way of this benchmark."""
     from treepo_trl.cli import make_parser
 
-    stock = way.startswith("stock")
-    share = 1.0
-    if torch.cuda.is_available():
-        share = options.card_gib * GIB / torch.cuda.get_device_properties(0).total_memory
-    rows = 1 if stock else options.leaves
+    rows = 1 if way.startswith("stock") else options.leaves
     changes = {
         "model_name_or_path": model,
         "output_dir": "outputs/benchmarks/memory",
@@ -131,7 +127,6 @@ def parse_recipe(way: str, options: argparse.Namespace, model: str) -> tuple[Any
     for name, value in changes.items():
         arguments += [f"--{name}", str(value)]
     _, training_args, model_args, _ = make_parser().parse_args_and_config(arguments, fail_with_unknown_args=True)
-    training_args.vllm_gpu_memory_utilization *= share
     return training_args, model_args
 
 
@@ -165,12 +160,7 @@ def planned_gib(training_args: Any, model_args: Any, options: argparse.Namespace
     """What the planner says of these arguments on the card of `--card_gib`."""
     from treepo_trl.memory_plan import plan_memory
 
-    share = training_args.vllm_gpu_memory_utilization
-    if torch.cuda.is_available():  # the engine's share of the card that is planned for
-        total = torch.cuda.get_device_properties(0).total_memory
-        training_args.vllm_gpu_memory_utilization = share * total / (options.card_gib * GIB)
     plan = plan_memory(MODELS[options.architecture], training_args, model_args, options.card_gib * GIB)
-    training_args.vllm_gpu_memory_utilization = share
     return max(plan.rollout, plan.update) / GIB
 
 
@@ -178,9 +168,11 @@ def measure(way: str, options: argparse.Namespace, model: str) -> dict[str, Any]
     """Peaks of each part in GiB, and seconds of the last step."""
     training_args, model_args = parse_recipe(way, options, model)
     planned = None if way.startswith("stock") else planned_gib(training_args, model_args, options)
-    if torch.cuda.is_available() and SLEEPS.items().isdisjoint(WAYS[way].items()):
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(options.card_gib * GIB / total, 1.0))
+    if torch.cuda.is_available():
+        fraction = options.card_gib * GIB / torch.cuda.get_device_properties(0).total_memory
+        training_args.vllm_gpu_memory_utilization *= fraction  # of this card, as much as of the smaller one
+        if SLEEPS.items().isdisjoint(WAYS[way].items()):
+            torch.cuda.set_per_process_memory_fraction(min(fraction, 1.0))
     with PeakMemory() as memory:
         trainer = build(way, training_args, model_args)
         memory.wrap(trainer, "training_step", "update")

@@ -1,5 +1,6 @@
 """Architectures with random weights, and checkpoints of them that transformers and vLLM load without a network."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -9,9 +10,11 @@ from transformers import (
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
 )
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from architectures import QWEN3_4B, QWEN25_1_5B, QWEN25_7B
 
 
 MODELS: dict[str, PreTrainedConfig] = {
@@ -32,34 +35,9 @@ MODELS: dict[str, PreTrainedConfig] = {
         num_key_value_heads=3,
         tie_word_embeddings=True,
     ),
-    "qwen2.5-1.5b": Qwen2Config(
-        vocab_size=151936,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ),
-    "qwen2.5-7b": Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    ),
-    "qwen3-4b": Qwen3Config(
-        vocab_size=151936,
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=True,
-    ),
+    "qwen2.5-1.5b": QWEN25_1_5B,
+    "qwen2.5-7b": QWEN25_7B,
+    "qwen3-4b": QWEN3_4B,
 }
 
 

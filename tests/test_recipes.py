@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen3Config
+from architectures import QWEN3_4B, QWEN25_1_5B, QWEN25_7B
 
 from treepo_trl import TreePOConfig
 from treepo_trl.cli import make_parser
@@ -33,37 +33,6 @@ def test_there_are_recipes() -> None:
         "qwen2.5-7b-qlora-24gb.yaml",
         "qwen3-4b-lora-24gb.yaml",
     ]
-
-
-# The models' configs, as on the hub.
-QWEN25_1_5B = Qwen2Config(
-    vocab_size=151936,
-    hidden_size=1536,
-    intermediate_size=8960,
-    num_hidden_layers=28,
-    num_attention_heads=12,
-    num_key_value_heads=2,
-    tie_word_embeddings=True,
-)
-QWEN25_7B = Qwen2Config(
-    vocab_size=152064,
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    tie_word_embeddings=False,
-)
-QWEN3_4B = Qwen3Config(
-    vocab_size=151936,
-    hidden_size=2560,
-    intermediate_size=9728,
-    num_hidden_layers=36,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    tie_word_embeddings=True,
-)
 
 
 @pytest.mark.parametrize(
