@@ -43,7 +43,8 @@ ALLOWED = {
     "packed_forward": {"packing", "model_support", "tree_attention"},
     "evaluation": {"engines", "engines.transformers"},
     "treepo_config": {"sampling_config", "advantages", "packing", "base_weights"},  # the choices of their fields
-    "memory_plan": {"base_weights", "treepo_config"},
+    "activation_memory": set(),
+    "memory_plan": {"activation_memory", "base_weights", "treepo_config"},
     "validation": {"engines", "model_support", "treepo_config"},
     "treepo_trainer": {
         *("treepo_config", "validation", "sampler", "tree", "advantages", "rewards", "model_support"),
@@ -80,6 +81,7 @@ HEAVY_ALLOWED = {
     "model_support": {"transformers"},
     "base_weights": {"torch", "transformers", "vllm"},
     "shared_weights": {"torch"},
+    "activation_memory": {"torch", "transformers"},
     "engine_worker": {"vllm"},
     "metrics": {"torch"},
     "engines.vllm": {"vllm", "torch", "numpy"},

@@ -9,7 +9,6 @@ import torch
 from conftest import make_model
 from peft import LoraConfig, get_peft_model
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -19,17 +18,9 @@ from transformers import (
 from trl import ModelConfig
 
 from treepo_trl import TreePOConfig
+from treepo_trl.activation_memory import STAND_IN, PeakBytes, activation_bytes, register_stand_in
 from treepo_trl.cli import check_memory, main
-from treepo_trl.memory_plan import (
-    _STAND_IN,
-    GIB,
-    RESERVE,
-    MemoryPlan,
-    _activation_bytes,
-    _attend,
-    _PeakBytes,
-    plan_memory,
-)
+from treepo_trl.memory_plan import GIB, RESERVE, MemoryPlan, plan_memory
 
 
 def arguments(tmp_path: Path, **changes: Any) -> TreePOConfig:
@@ -197,7 +188,7 @@ def test_advice_to_share_where_it_helps(tmp_path: Path, small_model_dir: str) ->
 
 def test_peak_of_a_chain_by_hand() -> None:
     known = torch.zeros(1000)  # 4000 bytes, not counted
-    with _PeakBytes([known]) as peak:
+    with PeakBytes([known]) as peak:
         a = known + 1  # 4000
         b = a + 1  # 8000
         del a  # 4000
@@ -213,14 +204,14 @@ def test_peak_of_a_chain_by_hand() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_meta_device_counts_what_real_tensors_take(checkpointing: bool) -> None:
     """The same forward and backward pass with real tensors and real attention on the CPU."""
-    AttentionInterface.register(_STAND_IN, _attend)
+    register_stand_in()
     sizes = []
-    for device, attention in (("meta", _STAND_IN), ("cpu", "sdpa")):
+    for device, attention in (("meta", STAND_IN), ("cpu", "sdpa")):
         with torch.device(device):
             model = make_model(attn_implementation=attention)
             model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
         if device == "meta":
-            sizes.append(_activation_bytes(model, 64, checkpointing))
+            sizes.append(activation_bytes(model, 64, checkpointing))
             continue
         if checkpointing:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
@@ -229,7 +220,7 @@ def test_the_meta_device_counts_what_real_tensors_take(checkpointing: bool) -> N
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         tensors = [t for p in model.parameters() for t in (p, p.grad) if t is not None] + list(model.buffers())
-        with _PeakBytes(tensors) as peak:
+        with PeakBytes(tensors) as peak:
             ids = torch.zeros(1, 64, dtype=torch.long)
             hidden = model.get_base_model().get_decoder()(input_ids=ids, position_ids=ids, use_cache=False)
             hidden.last_hidden_state.float().sum().backward()

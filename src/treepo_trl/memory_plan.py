@@ -1,21 +1,19 @@
 """
 What a training will take of one GPU's memory, counted before it starts: `treepo-trl plan`.
 
-Weights, adapter, optimizer and cache are counted exactly from the model's config. Activations are counted by running
-the update on the meta device, where tensors have shapes but no memory. What is left is a reserve, a plain assumption.
+Weights, adapter, optimizer and cache are counted exactly from the model's config, activations by
+`activation_memory.py`. What is left is a reserve, a plain assumption.
 """
 
 import copy
-import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from .activation_memory import STAND_IN, activation_bytes, register_stand_in
 from .base_weights import by_size, linear_layers
 from .treepo_config import TreePOConfig
 
@@ -24,7 +22,6 @@ GIB = 2**30
 RESERVE = 1.5 * GIB
 """CUDA context, fragmentation, temporary buffers: an assumption, not a measurement."""
 
-_STAND_IN = "treepo_plan"  # attention whose memory is linear in the row, as that of fused kernels
 # 4 bits, and per block of 64 weights a scale: of 32 bits, or of 8 with one of 32 per 256 scales.
 _BYTES_4BIT = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
 
@@ -175,7 +172,7 @@ def plan_memory(config: Any, training_args: TreePOConfig, model_args: Any, card:
     model, is_adapter = _build(config, dtype, model_args, bool(training_args.trust_remote_code))
     base = _Base.of(model.get_base_model() if is_adapter else model, dtype, four_bits, getattr(config, "dtype", None))
     tokens = _micro_batch_tokens(training_args)
-    activations = _activation_bytes(model, tokens, bool(training_args.gradient_checkpointing))
+    activations = activation_bytes(model, tokens, bool(training_args.gradient_checkpointing))
     activations += base.largest_in_4bit * dtype.itemsize  # one layer's weights at a time, dequantized
     # TRL keeps the adapter of a 4-bit model in bfloat16, PEFT that of others in float32.
     itemsize = (2 if four_bits else 4) if is_adapter else dtype.itemsize
@@ -350,17 +347,17 @@ def _dtype(config: Any, args: TreePOConfig, model_args: Any) -> torch.dtype:
 def _build(config: Any, dtype: torch.dtype, model_args: Any, trust_remote_code: bool) -> tuple[Any, bool]:
     """The policy on the meta device, and whether it has an adapter."""
     from peft import get_peft_model
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from trl import get_peft_config
 
-    AttentionInterface.register(_STAND_IN, _attend)
+    register_stand_in()
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # layers are counted as what they stand for
     peft_config = get_peft_config(model_args)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=_STAND_IN, trust_remote_code=trust_remote_code
+            config, dtype=dtype, attn_implementation=STAND_IN, trust_remote_code=trust_remote_code
         )
         if peft_config is None:
             return model, False
@@ -380,74 +377,3 @@ def _optimizer_bytes(optim: str, itemsize: int) -> float:
     if "8bit" in optim:
         return 2.0
     return 0.0 if optim in ("sgd", "adafactor") else 2.0 * itemsize
-
-
-def _activation_bytes(model: Any, num_tokens: int, checkpointing: bool) -> int:
-    """Peak of what forward and backward pass of one row of `num_tokens` add to weights and gradients."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        base.enable_input_require_grads()
-    model.train()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.empty_like(parameter)
-    known = [t for p in model.parameters() for t in (p, p.grad) if t is not None] + list(model.buffers())
-    peak = _PeakBytes(known)
-    with torch.device("meta"), peak:
-        ids = torch.zeros(1, num_tokens, dtype=torch.long)
-        hidden = base.get_decoder()(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state
-        hidden.float().sum().backward()  # the fused LM head of TRL holds a few rows of logits at a time
-    return peak.peak
-
-
-class _PeakBytes(TorchDispatchMode):
-    """Bytes of all storages that operations make, at their largest; storages of `known` tensors do not count."""
-
-    def __init__(self, known: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
-        for tensor in known:
-            self._seen[tensor.untyped_storage()] = None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: Any) -> None:
-        if storage in self._seen:
-            return
-        self._seen[storage] = None
-        size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, size)
-
-    def _free(self, size: int) -> None:
-        self.live -= size
-
-
-class _LinearAttention(torch.autograd.Function):
-    """Shapes and memory of fused attention: it keeps its inputs, its output and a number per row and head."""
-
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, output, torch.empty(query.shape[:-1], dtype=torch.float32))
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        query, key, value = ctx.saved_tensors[:3]
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _attend(
-    _module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **_: Any
-) -> tuple[torch.Tensor, None]:
-    output: Any = _LinearAttention.apply(query, key, value)
-    return output.transpose(1, 2).contiguous(), None
