@@ -12,18 +12,13 @@ buys more than it does there. Standard errors of the first two in brackets.
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 
-from treepo_trl.advantages import expand_to_tokens, leaf_paths, tree_advantages
-from treepo_trl.tree import SegmentTree
-
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from markov_gradients import estimated_gradient, exact_gradient, sample_trees
+from tests.support.markov import estimated_gradient, exact_gradient, sample_trees
+from treepo_trl.sampling.tree import SegmentTree
+from treepo_trl.update.advantages import expand_to_tokens, leaf_paths, tree_advantages
 
 
 ESTIMATORS = (

@@ -10,14 +10,9 @@ ends, plain and weighted, beside the exact values, with standard errors over tre
 
 import argparse
 import statistics
-import sys
-from pathlib import Path
 
+from tests.support.fakes import EOS, MarkovEngine
 from treepo_trl import TreeSampler, TreeSamplingConfig
-
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from fakes import EOS, MarkovEngine
 
 
 STATISTICS = ("length", "from_three")

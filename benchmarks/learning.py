@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from treepo_trl import TreePOConfig, TreePOTrainer
-from treepo_trl.embedded import answer_reward
+from treepo_trl.quickstart.embedded import answer_reward
 
 
 ARMS = {

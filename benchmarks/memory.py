@@ -158,7 +158,7 @@ def build(way: str, training_args: Any, model_args: Any) -> Any:
 
 def planned_gib(training_args: Any, model_args: Any, options: argparse.Namespace) -> float:
     """What the planner says of these arguments on the card of `--card_gib`."""
-    from treepo_trl.memory_plan import plan_memory
+    from treepo_trl.memory.plan import plan_memory
 
     plan = plan_memory(MODELS[options.architecture], training_args, model_args, options.card_gib * GIB)
     return max(plan.rollout, plan.update) / GIB

@@ -24,7 +24,7 @@ from transformers import BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from treepo_trl import TreePOConfig, TreePOTrainer
-from treepo_trl.embedded import small_model
+from treepo_trl.quickstart.embedded import small_model
 
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -1,6 +1,5 @@
 """Architectures with random weights, and checkpoints of them that transformers and vLLM load without a network."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -12,9 +11,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from architectures import QWEN3_4B, QWEN25_1_5B, QWEN25_7B
+from tests.support.architectures import QWEN3_4B, QWEN25_1_5B, QWEN25_7B
 
 
 MODELS: dict[str, PreTrainedConfig] = {

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from treepo_trl.stopping import MIN_REPEATED_CHARACTERS, MIN_REPEATS, is_repetitive
+from treepo_trl.sampling.stopping import MIN_REPEATED_CHARACTERS, MIN_REPEATS, is_repetitive
 
 
 SEGMENT_CHARACTERS = 1800

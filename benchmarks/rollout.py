@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from treepo_trl import TreeSampler, TreeSamplingConfig
-from treepo_trl.data import prompt_token_ids
-from treepo_trl.embedded import addition_tasks, small_model
+from treepo_trl.commands.cost_table import RolloutReport, report, sample_independent
+from treepo_trl.commands.engine import EngineArguments, build_engine, load_tokenizer
+from treepo_trl.commands.prompts import prompt_token_ids
 from treepo_trl.engines import SamplingOptions, SegmentRequest, SegmentResult
-from treepo_trl.offline import EngineArguments, build_engine, load_tokenizer
-from treepo_trl.rollouts import RolloutReport, report, sample_independent
+from treepo_trl.quickstart.embedded import addition_tasks, small_model
 
 
 SIGMA = 0.5

@@ -30,8 +30,8 @@ from random_models import MODELS, random_checkpoint
 from transformers import BitsAndBytesConfig
 
 from treepo_trl import TreePOConfig, TreePOTrainer
-from treepo_trl.embedded import small_model
-from treepo_trl.weight_sync import replaced
+from treepo_trl.policy.adapter_sync import replaced
+from treepo_trl.quickstart.embedded import small_model
 
 
 UNPACKED = "merge, layers not packed"

@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from treepo_trl.packed_forward import PackedForward
-from treepo_trl.packing import pack_rows
+from treepo_trl.update.packed_forward import PackedForward
+from treepo_trl.update.packing import pack_rows
 
 
 LIBC = ctypes.CDLL(None)

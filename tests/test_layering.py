@@ -1,4 +1,4 @@
-"""Imports go one way, and the rooms that know no model load none. The table is section 2 of the design."""
+"""Imports go one way, and the rooms that know no model load none."""
 
 import ast
 import subprocess
@@ -12,81 +12,30 @@ import treepo_trl
 
 PACKAGE = Path(treepo_trl.__file__).parent
 
-# What each room may import of this package. A new file has to be given a place here.
-ALLOWED = {
-    "tree": set(),
-    "stopping": set(),
-    "packing": set(),
-    "model_support": set(),
-    "tree_attention": set(),
-    "rewards": set(),
-    "progress": set(),
-    "embedded": set(),
-    "data": set(),
-    "user_errors": set(),
-    "base_weights": set(),
-    "shared_weights": set(),
-    "engine_worker": set(),
-    "weight_sync": {"base_weights", "shared_weights"},
-    "engines.base": set(),
-    "branching": {"tree"},
-    "advantages": {"tree"},
-    "engines": {"engines.base"},
-    "engines.row_states": set(),
-    "engines.transformers": {"engines.base", "engines.row_states", "tree", "model_support"},
-    "engines.vllm": {"engines.base", "tree"},
-    "sampling_config": {"branching"},  # the choices of its fields
-    "growing_tree": {"branching", "sampling_config", "stopping", "tree", "engines.base"},
-    "sampler": {"growing_tree", "sampling_config", "tree", "engines.base"},
-    "metrics": {"sampler", "tree"},
-    "dynamic_sampling": {"rewards", "tree"},
-    "packed_forward": {"packing", "model_support", "tree_attention"},
-    "evaluation": {"engines", "engines.transformers"},
-    "treepo_config": {"sampling_config", "advantages", "packing", "base_weights"},  # the choices of their fields
-    "activation_memory": set(),
-    "memory_plan": {"activation_memory", "base_weights", "treepo_config"},
-    "validation": {"engines", "model_support", "treepo_config"},
-    "treepo_trainer": {
-        *("treepo_config", "validation", "sampler", "tree", "advantages", "rewards", "model_support"),
-        *("metrics", "packed_forward", "weight_sync", "engines", "engines.transformers", "engines.vllm"),
-        *("tree_attention", "dynamic_sampling"),
-    },
-    "offline": {"engines", "engines.transformers", "engines.vllm", "sampling_config", "weight_sync"},
-    "rollouts": {"engines", "sampler", "sampling_config", "tree"},
-    "sample_command": {
-        *("data", "engines", "offline", "rollouts", "sampler", "sampling_config", "tree", "user_errors"),
-    },
-    "cli": {
-        *("", "data", "user_errors", "sample_command", "treepo_config"),  # the version is in __init__
-        *("treepo_trainer", "evaluation", "progress", "memory_plan"),
-    },
-    "": {"sampler", "sampling_config", "tree", "treepo_config", "treepo_trainer"},
-}
+# From the ground up: a room imports from its own floor's folder and from floors below, never from beside or above.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("model_support", "trl_seams"),
+    ("engines",),
+    ("sampling",),
+    ("update",),
+    ("treepo_config",),
+    ("policy", "tree_batch", "dynamic_sampling", "logs"),
+    ("memory", "checks"),
+    ("treepo_trainer",),
+    ("quickstart",),
+    ("commands",),
+    ("cli",),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 HEAVY = {"torch", "transformers", "trl", "vllm", "accelerate", "peft", "datasets", "numpy"}
-# Heavy packages that a room may name at all, in functions and for type checkers included.
+# Heavy packages that a room may name at all, in functions included.
 HEAVY_ALLOWED = {
-    "tree": set(),
-    "stopping": set(),
-    "branching": set(),
-    "sampling_config": set(),
-    "growing_tree": set(),
-    "sampler": set(),
+    "sampling": set(),
     "engines.base": set(),
-    "engines": set(),
-    "advantages": {"torch"},
-    "packing": {"torch", "numpy"},
-    "packed_forward": {"torch", "accelerate"},
-    "tree_attention": {"torch", "transformers"},
-    "model_support": {"transformers"},
-    "base_weights": {"torch", "transformers", "vllm"},
-    "shared_weights": {"torch"},
-    "activation_memory": {"torch", "transformers"},
-    "engine_worker": {"vllm"},
-    "metrics": {"torch"},
-    "engines.vllm": {"vllm", "torch", "numpy"},
-    "engines.row_states": {"torch", "transformers"},
-    "engines.transformers": {"torch", "transformers", "accelerate"},
+    "engines.vllm": {"vllm", "numpy"},
+    "update.advantages": {"torch"},
+    "update.packing": {"torch", "numpy"},
 }
 
 
@@ -98,7 +47,7 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def imports_of(module: str, for_type_checkers: bool) -> list[tuple[str, str]]:
+def imports_of(module: str) -> list[tuple[str, str]]:
     """Absolute names `(package.module, imported name or "")` of every import statement, in functions too."""
     tree = ast.parse(MODULES[module].read_text())
     skipped: set[ast.AST] = set()
@@ -108,7 +57,7 @@ def imports_of(module: str, for_type_checkers: bool) -> list[tuple[str, str]]:
     package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
     found = []
     for node in ast.walk(tree):
-        if node in skipped and not for_type_checkers:
+        if node in skipped:
             continue
         if isinstance(node, ast.Import):
             found += [(alias.name, "") for alias in node.names]
@@ -124,7 +73,7 @@ def imports_of(module: str, for_type_checkers: bool) -> list[tuple[str, str]]:
 
 def rooms_imported_by(module: str) -> set[str]:
     rooms = set()
-    for base, name in imports_of(module, for_type_checkers=False):
+    for base, name in imports_of(module):
         if base.split(".")[0] == "treepo_trl":
             inner = base.removeprefix("treepo_trl").removeprefix(".")
             as_module = f"{inner}.{name}".strip(".")
@@ -132,50 +81,43 @@ def rooms_imported_by(module: str) -> set[str]:
     return rooms
 
 
-def test_every_file_has_a_place_in_the_table() -> None:
-    assert set(MODULES) == set(ALLOWED)
+def room_of(module: str) -> str:
+    return module.split(".")[0]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_one_way(module: str) -> None:
-    assert rooms_imported_by(module) <= ALLOWED.get(module, set())
+def test_every_room_has_a_floor() -> None:
+    assert {room_of(module) for module in MODULES} - {""} == set(FLOOR_OF)
 
 
-def test_the_table_has_no_cycle() -> None:
-    done: set[str] = set()
-    while len(done) < len(ALLOWED):
-        ready = {module for module, rooms in ALLOWED.items() if module not in done and rooms <= done}
-        assert ready, f"a cycle among {set(ALLOWED) - done}"
-        done |= ready
+@pytest.mark.parametrize("module", [module for module in MODULES if module])
+def test_imports_go_down(module: str) -> None:
+    room = room_of(module)
+    above = {
+        other
+        for other in map(room_of, rooms_imported_by(module))
+        if other and other != room and FLOOR_OF[other] >= FLOOR_OF[room]
+    }
+    assert not above, f"{module} imports from {above}: move what both need down, or hand it over as an argument"
 
 
-@pytest.mark.parametrize("module", HEAVY_ALLOWED)
-def test_rooms_without_a_model_name_no_heavy_package(module: str) -> None:
-    packages = {base.split(".")[0] for base, _ in imports_of(module, for_type_checkers=False)}
-    assert packages & HEAVY <= HEAVY_ALLOWED[module]
+def modules_in(room: str) -> list[str]:
+    return [module for module in MODULES if module == room or module.startswith(f"{room}.")]
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["tree", "branching", "stopping", "sampling_config", "growing_tree", "sampler", "engines", "engines.base"],
-)
-def test_rooms_without_a_model_use_the_standard_library_alone(module: str) -> None:
-    packages = {base.split(".")[0] for base, _ in imports_of(module, for_type_checkers=False)}
-    assert packages <= set(sys.stdlib_module_names) | {"treepo_trl"}
+@pytest.mark.parametrize("room", HEAVY_ALLOWED)
+def test_rooms_without_a_model_name_no_heavy_package(room: str) -> None:
+    packages = {base.split(".")[0] for module in modules_in(room) for base, _ in imports_of(module)}
+    assert packages & HEAVY <= HEAVY_ALLOWED[room]
 
 
 @pytest.mark.parametrize(
     ("module", "may_load"),
     [
         ("treepo_trl", set()),
-        ("treepo_trl.tree", set()),
-        ("treepo_trl.branching", set()),
-        ("treepo_trl.stopping", set()),
-        ("treepo_trl.sampling_config", set()),
-        ("treepo_trl.sampler", set()),
+        ("treepo_trl.sampling", set()),
         ("treepo_trl.engines", set()),
-        ("treepo_trl.advantages", {"torch"}),
-        ("treepo_trl.packing", {"torch"}),
+        ("treepo_trl.update.advantages", {"torch"}),
+        ("treepo_trl.update.packing", {"torch"}),
     ],
 )
 def test_a_fresh_interpreter_loads_no_more_than_it_must(module: str, may_load: set[str]) -> None:

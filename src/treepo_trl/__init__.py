@@ -9,17 +9,15 @@ __version__ = "0.1.0"
 __all__ = ["SegmentTree", "TreePOConfig", "TreePOTrainer", "TreeSampler", "TreeSamplingConfig", "__version__"]
 
 _MODULES = {
-    "SegmentTree": "tree",
+    "SegmentTree": "sampling",
     "TreePOConfig": "treepo_config",
     "TreePOTrainer": "treepo_trainer",
-    "TreeSampler": "sampler",
-    "TreeSamplingConfig": "sampling_config",
+    "TreeSampler": "sampling",
+    "TreeSamplingConfig": "sampling",
 }
 
 if TYPE_CHECKING:
-    from .sampler import TreeSampler
-    from .sampling_config import TreeSamplingConfig
-    from .tree import SegmentTree
+    from .sampling import SegmentTree, TreeSampler, TreeSamplingConfig
     from .treepo_config import TreePOConfig
     from .treepo_trainer import TreePOTrainer
 

@@ -10,8 +10,8 @@ from typing import Any
 from trl.scripts.grpo import GRPOScriptArguments
 
 from . import __version__
-from .data import load_named_dataset, take_split
-from .user_errors import user_errors
+from .commands.errors import user_errors
+from .commands.prompts import load_named_dataset, take_split
 
 
 @dataclass
@@ -166,7 +166,7 @@ def plan(argv: list[str]) -> None:
     """
     import torch
 
-    from .memory_plan import GIB
+    from .memory.plan import GIB
 
     if not torch.cuda.is_available():  # what the training would check on a machine that has one
         argv = [*argv, "--use_cpu", "true", "--bf16", "false"]
@@ -190,7 +190,7 @@ def plan(argv: list[str]) -> None:
 def _plan(training_args: Any, model_args: Any, card: float) -> Any:
     from transformers import AutoConfig
 
-    from .memory_plan import plan_memory
+    from .memory.plan import plan_memory
 
     config = AutoConfig.from_pretrained(
         model_args.model_name_or_path,
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv[-1] == "--config":  # TRL's parser takes the next argument without looking
         parser.error("argument --config: expected one argument")
     if command == "sample":
-        from .sample_command import main as sample
+        from .commands.sample import main as sample
 
         sample(argv[1:])
         return

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 
-from .rewards import combine_rewards
-from .tree import SegmentTree
+from .sampling.tree import SegmentTree
+from .update.rewards import combine_rewards
 
 
 class PromptStream:

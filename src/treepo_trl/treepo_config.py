@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Literal
 
 from trl.trainer.grpo_config import GRPOConfig
 
-from .advantages import AdvantageEstimator
-from .base_weights import BaseWeights
-from .packing import TreePacking
-from .sampling_config import TreeSamplingConfig, check_choice, check_int
+from .sampling.config import TreeSamplingConfig, check_choice, check_int
+from .update.advantages import AdvantageEstimator
+from .update.packing import TreePacking
 
 
 LeafWeighting = Literal["uniform", "inverse_branching"]
 LoraSync = Literal["adapter", "merge"]
+BaseWeights = Literal["auto", "quantized", "dequantized"]
 
 
 @dataclass

@@ -29,7 +29,13 @@ from trl.trainer import grpo_trainer
 from trl.trainer.grpo_trainer import GRPOTrainer, RewardFunc
 from trl.trainer.utils import get_config_model_id
 
-from .advantages import depth_first_weights, expand_to_tokens, leaf_paths, tree_advantages
+from .checks import (
+    check_arguments,
+    check_datasets,
+    check_dynamic_sampling,
+    check_engine_weights,
+    check_packing,
+)
 from .dynamic_sampling import (
     Candidate,
     DynamicBatch,
@@ -40,22 +46,16 @@ from .dynamic_sampling import (
     without_signal,
 )
 from .engines import SamplingOptions
-from .metrics import add_totals, reduce_totals, tree_metrics, tree_totals
+from .logs import add_totals, reduce_totals, tree_metrics, tree_totals
 from .model_support import why_not_packable
-from .packed_forward import PackedForward
-from .rewards import combine_rewards
-from .sampler import TreeSampler
-from .tree import SegmentTree
-from .tree_attention import why_no_trees
+from .policy.adapter_sync import AdapterVLLMGeneration, awake, check_adapter, gather_prompts, replaced, same_draws
+from .sampling.sampler import TreeSampler
+from .sampling.tree import SegmentTree
 from .treepo_config import TreePOConfig
-from .validation import (
-    check_arguments,
-    check_datasets,
-    check_dynamic_sampling,
-    check_engine_weights,
-    check_packing,
-)
-from .weight_sync import AdapterVLLMGeneration, awake, check_adapter, gather_prompts, replaced, same_draws
+from .update.advantages import depth_first_weights, expand_to_tokens, leaf_paths, tree_advantages
+from .update.packed_forward import PackedForward
+from .update.rewards import combine_rewards
+from .update.tree_attention import why_no_trees
 
 
 if TYPE_CHECKING:

@@ -1,0 +1,225 @@
+"""Engines without a trainer: the model, its tokenizer and EOS tokens, and vLLM or transformers around it."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from treepo_trl.engines import SamplingOptions
+from treepo_trl.sampling.config import check_choice
+
+
+EngineName = Literal["auto", "vllm", "transformers"]
+WeightType = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclass
+class EngineArguments:
+    """
+    The model and the engine that samples from it.
+
+    Parameters:
+        model_name_or_path (`str`):
+            Model of the hub or folder.
+        model_revision (`str`, *optional*, defaults to `"main"`):
+            Branch, tag or commit of the model.
+        adapter_name_or_path (`str`, *optional*):
+            LoRA adapter to sample with.
+        engine (`str`, *optional*, defaults to `"auto"`):
+            `"vllm"`, `"transformers"`, or vLLM where it is installed.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Type of the weights: `"bfloat16"`, `"float16"`, `"float32"`, or that of the checkpoint.
+        attn_implementation (`str`, *optional*):
+            Passed to transformers; its engine decodes with an attention of its own.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code that comes with the model may run.
+        vllm_gpu_memory_utilization (`float`, *optional*):
+            Fraction of the memory that vLLM may use. Default: 0.9, on a CPU 0.3.
+        vllm_max_model_length (`int`, *optional*):
+            Longest sequence of the vLLM engine. Default: the model's.
+        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
+            Cards that share the model.
+        vllm_max_num_seqs (`int`, *optional*):
+            Sequences that vLLM runs at once. Default: vLLM's.
+        vllm_quantization (`str`, *optional*):
+            vLLM's quantization method, such as `"bitsandbytes"`.
+        vllm_enforce_eager (`bool`, *optional*, defaults to `False`):
+            Whether to leave CUDA graphs out.
+    """
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Model of the hub or folder."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
+    adapter_name_or_path: str | None = field(default=None, metadata={"help": "LoRA adapter to sample with."})
+    engine: EngineName = field(
+        default="auto", metadata={"help": "Engine; auto is vLLM where it is installed, else transformers."}
+    )
+    dtype: WeightType = field(default="auto", metadata={"help": "Type of the weights; auto is the checkpoint's."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention that transformers loads."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether the model's own code may run."})
+    vllm_gpu_memory_utilization: float | None = field(
+        default=None, metadata={"help": "Fraction of the memory that vLLM may use. Default: 0.9, on a CPU 0.3."}
+    )
+    vllm_max_model_length: int | None = field(default=None, metadata={"help": "Longest sequence of vLLM."})
+    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "Cards that share the model in vLLM."})
+    vllm_max_num_seqs: int | None = field(default=None, metadata={"help": "Sequences that vLLM runs at once."})
+    vllm_quantization: str | None = field(default=None, metadata={"help": "vLLM's quantization method."})
+    vllm_enforce_eager: bool = field(default=False, metadata={"help": "Whether vLLM leaves CUDA graphs out."})
+
+    def __post_init__(self) -> None:
+        check_choice("engine", self.engine, EngineName)
+        check_choice("dtype", self.dtype, WeightType)
+
+
+def load_tokenizer(arguments: EngineArguments) -> Any:
+    """
+    Tokenizer of the model.
+
+    Raises:
+        ValueError: if no model is given, or an adapter instead of one.
+    """
+    from transformers import AutoTokenizer
+
+    if not arguments.model_name_or_path:
+        raise ValueError("No model: give `--model_name_or_path` (hub id or folder).")
+    folder = Path(arguments.model_name_or_path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"`--model_name_or_path {folder}` is an adapter. Give it as `--adapter_name_or_path`, and the model that "
+            "it belongs to as `--model_name_or_path`."
+        )
+    return AutoTokenizer.from_pretrained(
+        arguments.model_name_or_path,
+        revision=arguments.model_revision,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def eos_token_ids(arguments: EngineArguments, tokenizer: Any) -> list[int]:
+    """
+    Every token that ends a completion: the tokenizer's and those that the model generates with, as in `GRPOTrainer`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    name, revision = str(arguments.model_name_or_path), arguments.model_revision
+    try:
+        config = GenerationConfig.from_pretrained(name, revision=revision)
+    except OSError:  # many models come without one; then transformers makes it from the model's config
+        model_config = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=arguments.trust_remote_code
+        )
+        config = GenerationConfig.from_model_config(model_config)
+    listed = config.eos_token_id
+    ids = {*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id} - {None}
+    if not ids:
+        raise ValueError(
+            f"{arguments.model_name_or_path} names no EOS token, in its tokenizer or its generation config: "
+            "completions would never end. Set `eos_token` in the tokenizer's files."
+        )
+    return sorted(ids)
+
+
+def build_engine(
+    arguments: EngineArguments,
+    eos_ids: list[int],
+    options: SamplingOptions,
+    with_entropies: bool = False,
+    seed: int = 0,
+) -> Any:
+    """
+    The engine that `arguments` describe, with the model loaded.
+
+    Args:
+        arguments ([`EngineArguments`]):
+            Model and engine.
+        eos_ids (`list[int]`):
+            Tokens that end a segment.
+        options ([`SamplingOptions`]):
+            How tokens are drawn.
+        with_entropies (`bool`, *optional*):
+            Whether results carry entropies.
+        seed (`int`, *optional*):
+            Seed of the engine's own draws.
+
+    Raises:
+        ImportError: if vLLM is asked for and not installed.
+    """
+    from trl.import_utils import is_vllm_available
+
+    if arguments.engine == "vllm" and not is_vllm_available():
+        raise ImportError(
+            "`engine='vllm'`, but vLLM is not installed. Run `pip install treepo-trl[vllm]`, or choose "
+            "`engine='transformers'`."
+        )
+    if arguments.engine == "vllm" or (arguments.engine == "auto" and is_vllm_available()):
+        return _vllm_engine(arguments, eos_ids, options, with_entropies, seed)
+    return _transformers_engine(arguments, eos_ids, options, with_entropies, seed)
+
+
+def _vllm_engine(
+    arguments: EngineArguments, eos_ids: list[int], options: SamplingOptions, with_entropies: bool, seed: int
+) -> Any:
+    # The engine's steps run in this process, as in training; standard output is for results.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+    from vllm.platforms import current_platform
+
+    from treepo_trl.engines.vllm import VLLMEngine
+    from treepo_trl.policy.adapter_sync import engine_lora_rank
+
+    on_cpu = current_platform.is_cpu()
+    settings: dict[str, Any] = {
+        "revision": arguments.model_revision,
+        "dtype": arguments.dtype,
+        "trust_remote_code": arguments.trust_remote_code,
+        "gpu_memory_utilization": arguments.vllm_gpu_memory_utilization or (0.3 if on_cpu else 0.9),
+        "max_model_len": arguments.vllm_max_model_length,
+        "tensor_parallel_size": arguments.vllm_tensor_parallel_size,
+        "quantization": arguments.vllm_quantization,
+        "enforce_eager": arguments.vllm_enforce_eager,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "seed": seed,
+    }
+    if on_cpu:
+        settings["block_size"] = 32  # the default of 128 tokens is longer than many segments: nothing would be shared
+    adapter = arguments.adapter_name_or_path
+    if adapter is not None:
+        from peft import PeftConfig
+
+        rank: Any = PeftConfig.from_pretrained(adapter)
+        settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": engine_lora_rank(rank.r)}
+    if arguments.vllm_max_num_seqs is not None:
+        settings["max_num_seqs"] = arguments.vllm_max_num_seqs
+    llm = LLM(model=str(arguments.model_name_or_path), **settings)
+    request = None if adapter is None else LoRARequest("adapter", 1, adapter)
+    return VLLMEngine(llm, eos_ids, options, lora_request=request, with_entropies=with_entropies)
+
+
+def _transformers_engine(
+    arguments: EngineArguments, eos_ids: list[int], options: SamplingOptions, with_entropies: bool, seed: int
+) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, set_seed
+
+    from treepo_trl.engines.transformers import TransformersEngine
+
+    extra = {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(arguments.model_name_or_path),
+        revision=arguments.model_revision,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+        **extra,
+    )
+    if arguments.adapter_name_or_path is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, arguments.adapter_name_or_path)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    set_seed(seed)
+    return TransformersEngine(model, eos_ids, options, with_entropies=with_entropies)

@@ -1,0 +1,86 @@
+"""What the trainer logs about a batch of trees."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+
+from .sampling.sampler import SamplingStats
+from .sampling.tree import FinishReason, SegmentTree
+
+
+def tree_totals(trees: list[SegmentTree], stats: SamplingStats, processes_per_engine: int = 1) -> dict[str, float]:
+    """
+    Sums over the trees of one process; sums of several processes add up.
+
+    Args:
+        trees (`list[SegmentTree]`):
+            Trees of the process.
+        stats ([`SamplingStats`]):
+            Statistics of the call that sampled them.
+        processes_per_engine (`int`):
+            Processes that share an engine by tensor parallelism: `stats` counts the trees of all of them.
+    """
+    reasons = Counter(tree.nodes[leaf].finish_reason for tree in trees for leaf in tree.leaves)
+    subgroup_sizes = [size for tree in trees for size in _subgroup_sizes(tree)]
+    return {
+        "trees": len(trees),
+        "leaves": sum(len(tree.leaves) for tree in trees),
+        "mean_lengths": sum(tree.mean_length() for tree in trees),
+        "depth": sum(tree.nodes[leaf].depth + 1 for tree in trees for leaf in tree.leaves),
+        **{f"finish_{reason}": reasons[reason] for reason in get_args(FinishReason)},
+        "fallback_leaves": stats.num_fallback_leaves / processes_per_engine,
+        "decoded_tokens": stats.num_decoded_tokens / processes_per_engine,
+        "unique_tokens": sum(tree.num_unique_tokens for tree in trees),
+        "leaf_tokens": sum(tree.num_leaf_tokens for tree in trees),
+        "subgroups": len(subgroup_sizes),
+        "subgroup_sizes": sum(subgroup_sizes),
+        "sampler_seconds": stats.seconds - stats.engine_seconds,
+        "engine_seconds": stats.engine_seconds,
+        "processes": 1,
+    }
+
+
+def tree_metrics(totals: dict[str, float]) -> dict[str, float]:
+    """
+    Metrics under `tree/` from totals over all processes.
+
+    Depth in segments per leaf; `mean_length` in tokens, weighted against the tilt of branching; finish reasons and
+    fallback as fractions of the leaves; tokens as sums over the batch; `subgroup_size_mean` over the nodes that two or
+    more leaves share, in leaves; seconds as means over processes.
+    """
+    leaves = totals["leaves"]
+    metrics = {
+        "tree/depth_mean": totals["depth"] / leaves,
+        "tree/mean_length": totals["mean_lengths"] / totals["trees"],
+    }
+    for reason in get_args(FinishReason):
+        metrics[f"tree/finish_{reason}_frac"] = totals[f"finish_{reason}"] / leaves
+    metrics["tree/fallback_frac"] = totals["fallback_leaves"] / leaves
+    for name in ("decoded_tokens", "unique_tokens", "leaf_tokens"):
+        metrics[f"tree/{name}"] = totals[name]
+    metrics["tree/leaf_unique_ratio"] = totals["leaf_tokens"] / totals["unique_tokens"]
+    metrics["tree/subgroup_size_mean"] = totals["subgroup_sizes"] / max(totals["subgroups"], 1)
+    for name in ("sampler_seconds", "engine_seconds"):
+        metrics[f"tree/{name}"] = totals[name] / totals["processes"]
+    return metrics
+
+
+def add_totals(samplings: list[dict[str, float]]) -> dict[str, float]:
+    """Totals of one process's samplings together."""
+    return {name: sum(totals[name] for totals in samplings) for name in samplings[0]} | {"processes": 1}
+
+
+def reduce_totals(
+    totals: dict[str, float], gather: Callable[[torch.Tensor], torch.Tensor], device: torch.device
+) -> dict[str, float]:
+    """Totals summed over processes with the accelerator's `gather`."""
+    summed = gather(torch.tensor([list(totals.values())], dtype=torch.float32, device=device)).sum(0)
+    return dict(zip(totals, summed.tolist(), strict=True))
+
+
+def _subgroup_sizes(tree: SegmentTree) -> list[int]:
+    """Leaves below each node that has at least two."""
+    sizes = Counter(node for leaf in tree.leaves for node in tree.path(leaf))
+    return [size for size in sizes.values() if size > 1]

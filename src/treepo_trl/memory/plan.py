@@ -1,0 +1,380 @@
+"""
+What a training will take of one GPU's memory, counted before it starts: `treepo-trl plan`.
+
+Weights, adapter, optimizer and cache are counted exactly from the model's config, activations by
+`activation_memory.py`. What is left is a reserve, a plain assumption.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from treepo_trl.policy.base_checkpoint import by_size, linear_layers
+from treepo_trl.treepo_config import TreePOConfig
+
+from .activations import STAND_IN, activation_bytes, register_stand_in
+
+
+GIB = 2**30
+RESERVE = 1.5 * GIB
+"""CUDA context, fragmentation, temporary buffers: an assumption, not a measurement."""
+
+# 4 bits, and per block of 64 weights a scale: of 32 bits, or of 8 with one of 32 per 256 scales.
+_BYTES_4BIT = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
+
+
+@dataclass
+class MemoryPlan:
+    """
+    Bytes by part, and what follows from them.
+
+    Attributes:
+        card (`float`):
+            Memory of the GPU.
+        policy (`dict[str, float]`):
+            Parts of the policy: weights, adapter or reference model, gradients, optimizer, activations. Weights that
+            it shares with the engine are counted there.
+        micro_batch_tokens (`int`):
+            Tokens of the largest micro-batch that activations are counted for.
+        engine (`dict[str, float]`):
+            Parts of vLLM's share: weights, and what they leave to cache and buffers; empty without vLLM.
+        cache_tokens (`int`):
+            Tokens that fit the cache at most: vLLM's own buffers take a part of it.
+        longest (`int`):
+            Tokens of the longest sequence that the engine must hold.
+        base_weights (`str` or `None`):
+            How the engine of a 4-bit policy would get its base.
+        sleeps (`bool`):
+            Whether the engine leaves the card during the update.
+        keeps_weights (`bool`):
+            Whether a sleeping engine frees its cache alone.
+        shares (`bool`):
+            Whether policy and engine share the base.
+        could_share (`bool`):
+            Whether they do not, but could.
+    """
+
+    card: float
+    policy: dict[str, float]
+    micro_batch_tokens: int
+    engine: dict[str, float] = field(default_factory=dict)
+    cache_tokens: int = 0
+    longest: int = 0
+    base_weights: str | None = None
+    sleeps: bool = False
+    keeps_weights: bool = False
+    shares: bool = False
+    could_share: bool = False
+
+    @property
+    def rollout(self) -> float:
+        """Bytes while completions are sampled."""
+        resident = sum(size for name, size in self.policy.items() if name not in ("gradients", "activations"))
+        return resident + sum(self.engine.values()) + RESERVE
+
+    @property
+    def update(self) -> float:
+        """Bytes in the backward pass."""
+        engine = sum(self.engine.values())
+        if self.sleeps:
+            engine = self.engine["weights"] if self.keeps_weights else 0.0
+        return sum(self.policy.values()) + engine + RESERVE
+
+    def problems(self) -> list[str]:
+        """Why this will hardly run, each with the settings to change; empty if nothing speaks against it."""
+        found = []
+        if self.rollout > self.card:
+            once = ", let it share the base with vLLM (`vllm_share_base_weights`)" if self.could_share else ""
+            found.append(
+                f"Sampling takes {self.rollout / GIB:.1f} GiB of the card's {self.card / GIB:.1f}: lower "
+                f"`vllm_gpu_memory_utilization`, or load the policy in 4 bits (`load_in_4bit`){once}."
+            )
+        if self.update > self.card:
+            once = "`vllm_share_base_weights=True`, " if self.could_share else ""
+            found.append(
+                f"The update takes {self.update / GIB:.1f} GiB of the card's {self.card / GIB:.1f}: set {once}"
+                "`vllm_enable_sleep_mode=True` (vLLM leaves the card), `gradient_checkpointing=True`, a lower "
+                "`max_tokens_per_micro_batch` or `per_device_train_batch_size`, an 8-bit `optim`, or an adapter "
+                "(`use_peft`)."
+            )
+        if self.engine and self.cache_tokens < self.longest:
+            found.append(
+                f"vLLM's cache holds at most {max(self.cache_tokens, 0)} tokens, one prompt with its completion may "
+                f"have {self.longest}: raise `vllm_gpu_memory_utilization`, lower `vllm_max_model_length`, or set "
+                "`vllm_base_weights='quantized'`."
+            )
+        return found
+
+    def impossible(self) -> str | None:
+        """
+        Why this cannot run, from weights and gradients alone; nothing where that is open.
+
+        Optimizers may page, activations and the reserve are estimates, and caches differ by model: they may make a
+        training fail that this lets pass, and never refuse one that runs.
+        """
+        resident = self.policy["weights"] + self.policy["gradients"]
+        if resident <= self.card:
+            return None
+        return (
+            f"The policy's weights and gradients take {resident / GIB:.1f} GiB, the card has {self.card / GIB:.1f}. "
+            "Train an adapter (`use_peft=True`), load the base in 4 bits (`load_in_4bit=True`), or take a smaller "
+            "model."
+        )
+
+    def table(self) -> str:
+        """The parts as text, one per line, in GiB."""
+        lines = [("policy: " + name, size) for name, size in self.policy.items()]
+        lines += [("vLLM: " + name, size) for name, size in self.engine.items()]
+        lines += [("reserve", RESERVE), ("while sampling", self.rollout), ("in the update", self.update)]
+        lines.append(("card", self.card))
+        rows = [f"{name:<44}{size / GIB:>8.2f} GiB" for name, size in lines]
+        notes = [f"activations: {self.micro_batch_tokens} tokens per micro-batch"]
+        if self.engine:
+            notes.append(f"cache: at most {self.cache_tokens} tokens, the longest sequence may have {self.longest}")
+        if self.base_weights:
+            notes.append(f"vLLM's base: {self.base_weights}")
+        if self.shares:
+            notes.append("policy and vLLM share the base")
+        if self.sleeps:
+            what = "vLLM's cache leaves" if self.keeps_weights else "vLLM leaves"
+            notes.append(f"{what} the card during the update")
+        return "\n".join([*rows, *notes])
+
+
+def plan_memory(config: Any, training_args: TreePOConfig, model_args: Any, card: float) -> MemoryPlan:
+    """
+    Count what a training takes on one GPU.
+
+    Args:
+        config ([`~transformers.PretrainedConfig`]):
+            Config of the model.
+        training_args ([`TreePOConfig`]):
+            Arguments of the training.
+        model_args ([`~trl.ModelConfig`]):
+            Precision, quantization and adapter, as TRL's scripts take them.
+        card (`float`):
+            The GPU's memory in bytes.
+
+    Raises:
+        ValueError: if the card is smaller than a tenth of a GiB, which is another unit, or for weights that are not
+            counted yet: in 8 bits, or in a checkpoint that is quantized otherwise than by bitsandbytes to 4 bits.
+            Models that transformers cannot build on the meta device raise what it raises.
+    """
+    if card < 0.1 * GIB:
+        raise ValueError(f"The card's memory is {card:.0f} bytes. Give it in GiB: `--card_gib 24`.")
+    if model_args.load_in_8bit or "quantization_config" in (training_args.model_init_kwargs or {}):
+        raise ValueError("Weights in 8 bits and `quantization_config` in `model_init_kwargs` are not planned yet.")
+    four_bits = _four_bits(config, model_args)
+    dtype = _dtype(config, training_args, model_args)
+    model, is_adapter = _build(config, dtype, model_args, bool(training_args.trust_remote_code))
+    base = _Base.of(model.get_base_model() if is_adapter else model, dtype, four_bits, getattr(config, "dtype", None))
+    tokens = _micro_batch_tokens(training_args)
+    activations = activation_bytes(model, tokens, bool(training_args.gradient_checkpointing))
+    activations += base.largest_in_4bit * dtype.itemsize  # one layer's weights at a time, dequantized
+    # TRL keeps the adapter of a 4-bit model in bfloat16, PEFT that of others in float32.
+    itemsize = (2 if four_bits else 4) if is_adapter else dtype.itemsize
+    numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    policy = {"weights": base.in_policy}
+    if is_adapter:
+        policy["adapter"] = float(numel * itemsize)
+    elif training_args.beta != 0:
+        policy["reference model"] = base.in_policy
+    policy |= {
+        "gradients": float(numel * itemsize),
+        "optimizer": numel * _optimizer_bytes(getattr(training_args.optim, "value", training_args.optim), itemsize),
+        "activations": float(activations),
+    }
+    plan = MemoryPlan(card=card, policy=policy, micro_batch_tokens=tokens)
+    if training_args.use_vllm:
+        _add_engine(plan, config, training_args, base, is_adapter)
+    return plan
+
+
+@dataclass
+class _Base:
+    """
+    Numbers of weights of the base model, and how the policy holds them.
+
+    Attributes:
+        numel (`int`):
+            All of them.
+        in_4bit (`int`):
+            Those in 4 bits.
+        largest_in_4bit (`int`):
+            Those of the largest of these layers.
+        in_experts (`int`):
+            Those of experts in one tensor.
+        dtype (`torch.dtype`):
+            Of the others than those in 4 bits.
+        double (`bool` or `None`):
+            Whether the scales of 4-bit weights are quantized too; `None` without 4-bit weights.
+        engine_can_hold (`bool`):
+            Whether vLLM can have the same weights: all linear layers but the head in 4 bits, or all weights in the
+            checkpoint's 16 bits.
+    """
+
+    numel: int
+    in_4bit: int
+    largest_in_4bit: int
+    in_experts: int
+    dtype: torch.dtype
+    double: bool | None
+    engine_can_hold: bool
+
+    @classmethod
+    def of(cls, base: Any, dtype: torch.dtype, four_bits: Any, dtype_in_checkpoint: Any) -> "_Base":
+        in_experts = sum(p.numel() for p in base.parameters() if p.dim() > 2)
+        linear: list[int] = []
+        engine_can_hold = dtype.itemsize == 2 and dtype_in_checkpoint in (None, torch.float32, dtype)
+        if four_bits is not None:
+            skipped = four_bits.llm_int8_skip_modules
+            layers = [(name.replace(".base_layer", ""), layer.weight.numel()) for name, layer in linear_layers(base)]
+            linear = [numel for name, numel in layers if should_convert_module(name, skipped)]
+            head = _head_in_4bit(base, skipped)
+            is_uint8 = four_bits.bnb_4bit_quant_storage in (None, torch.uint8)
+            engine_can_hold = len(linear) == len(layers) and not in_experts and not head and is_uint8
+            linear += [head] if head else []
+        return cls(
+            numel=sum(p.numel() for name, p in base.named_parameters() if "lora_" not in name),
+            in_4bit=sum(linear),
+            largest_in_4bit=max(linear, default=0),
+            in_experts=in_experts,
+            dtype=dtype,
+            double=None if four_bits is None else bool(four_bits.bnb_4bit_use_double_quant),
+            engine_can_hold=engine_can_hold,
+        )
+
+    @property
+    def in_policy(self) -> float:
+        """Bytes."""
+        return (self.numel - self.in_4bit) * self.dtype.itemsize + self.in_4bit * _BYTES_4BIT[bool(self.double)]
+
+    @property
+    def shared(self) -> float:
+        """
+        Bytes that need not be the policy's own.
+
+        Not the scales of 4-bit weights, nor weights in another precision than the engine's 16 bits, nor experts, which
+        vLLM arranges otherwise.
+        """
+        others = self.numel - self.in_4bit - self.in_experts if self.dtype.itemsize == 2 else 0
+        return self.in_4bit / 2 + 2 * others
+
+    def in_engine(self, quantized: bool) -> float:
+        """Bytes; vLLM has float32 checkpoints in 16 bits, and the scales of 4-bit weights in float32."""
+        if not quantized:
+            return 2.0 * self.numel
+        return 2 * (self.numel - self.in_4bit) + self.in_4bit * _BYTES_4BIT[False]
+
+
+def _head_in_4bit(base: Any, skipped: list[str] | None) -> int:
+    """Weights of the output head if transformers quantizes it: own weights, and a list of exceptions without it."""
+    head = base.get_output_embeddings()
+    if skipped is None or head is None or head.weight is base.get_input_embeddings().weight:
+        return 0
+    (name,) = [name for name, module in base.named_modules() if module is head]
+    return head.weight.numel() if should_convert_module(name, skipped) else 0
+
+
+def _four_bits(config: Any, model_args: Any) -> Any:
+    """How the policy is quantized to 4 bits, by the arguments or in its checkpoint; `None` if it is not."""
+    from trl import get_quantization_config
+
+    in_checkpoint: Any = getattr(config, "quantization_config", None)
+    if in_checkpoint is None:
+        return get_quantization_config(model_args) if model_args.load_in_4bit else None
+    if not isinstance(in_checkpoint, dict):
+        in_checkpoint = in_checkpoint.to_dict()
+    if in_checkpoint.get("quant_method") != "bitsandbytes" or not in_checkpoint.get("load_in_4bit"):
+        raise ValueError(
+            f"The checkpoint is quantized by {in_checkpoint.get('quant_method')!r}; only 4 bits of bitsandbytes are "
+            "planned yet."
+        )
+    return BitsAndBytesConfig.from_dict(in_checkpoint)
+
+
+def _add_engine(plan: MemoryPlan, config: Any, args: TreePOConfig, base: _Base, is_adapter: bool) -> None:
+    """Fill in vLLM's share of the card, and what of the base it holds for the policy too."""
+    plan.longest = args.vllm_max_model_length or config.get_text_config().max_position_embeddings
+    plan.sleeps = bool(args.vllm_enable_sleep_mode)
+    plan.keeps_weights = args.vllm_sleep_keeps_weights or args.vllm_share_base_weights
+    share = args.vllm_gpu_memory_utilization * plan.card
+    can_share = is_adapter and base.engine_can_hold
+    if args.vllm_share_base_weights:
+        if not can_share:
+            raise ValueError(
+                "`vllm_share_base_weights=True` needs an adapter (`--use_peft`) on a base that vLLM has alike: all "
+                "linear layers but the head in 4 bits, or the checkpoint's 16 bits (mostly `--dtype bfloat16`; this "
+                f"is {base.dtype})."
+            )
+        plan.shares = True
+        plan.policy["weights"] -= base.shared
+    elif (args.vllm_lora_sync, args.vllm_tensor_parallel_size) == ("adapter", 1):
+        plan.could_share = can_share and args.vllm_base_weights != "dequantized"
+    if base.double is not None:
+        plan.base_weights = args.vllm_base_weights
+        if plan.base_weights == "auto":
+            choice = "quantized" if plan.shares else by_size(base.in_engine(quantized=False), share)
+            plan.base_weights = choice if base.engine_can_hold else "dequantized"
+    weights = base.in_engine(quantized=plan.base_weights == "quantized")
+    per_token = _cache_bytes_per_token(config.get_text_config())
+    plan.cache_tokens = int((share - weights) // per_token)
+    plan.engine = {"weights": weights, "cache and buffers": max(share - weights, 0.0)}
+
+
+def _cache_bytes_per_token(text: Any) -> int:
+    """Bytes of vLLM's cache in 16 bits, with full attention in every layer."""
+    if getattr(text, "kv_lora_rank", None):  # multi-head latent attention caches one vector for all heads
+        numbers = text.kv_lora_rank + text.qk_rope_head_dim
+    else:
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        numbers = 2 * heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    return 2 * numbers * text.num_hidden_layers
+
+
+def _dtype(config: Any, args: TreePOConfig, model_args: Any) -> torch.dtype:
+    """Precision that the policy is loaded in: `model_init_kwargs` go before `--dtype`, as in the trainer."""
+    options: Any = args.model_init_kwargs or {}
+    dtype = options.get("dtype", model_args.dtype)
+    if dtype in (None, "auto"):
+        dtype = getattr(config, "dtype", None) or torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+
+
+def _build(config: Any, dtype: torch.dtype, model_args: Any, trust_remote_code: bool) -> tuple[Any, bool]:
+    """The policy on the meta device, and whether it has an adapter."""
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+    from trl import get_peft_config
+
+    register_stand_in()
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # layers are counted as what they stand for
+    peft_config = get_peft_config(model_args)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=STAND_IN, trust_remote_code=trust_remote_code
+        )
+        if peft_config is None:
+            return model, False
+        return get_peft_model(model, peft_config), True
+
+
+def _micro_batch_tokens(args: TreePOConfig) -> int:
+    """Tokens of the largest micro-batch: its budget, else rows that share nothing; 512 for a prompt without bound."""
+    row = args.vllm_max_model_length or int(args.max_completion_length or 256) + 512
+    rows = args.per_device_train_batch_size * row
+    budget = args.max_tokens_per_micro_batch
+    return rows if budget is None else min(rows, max(budget, row))
+
+
+def _optimizer_bytes(optim: str, itemsize: int) -> float:
+    """Bytes of the optimizer's states per trainable weight: Adam's two moments, in its precision or in 8 bits."""
+    if "8bit" in optim:
+        return 2.0
+    return 0.0 if optim in ("sgd", "adafactor") else 2.0 * itemsize

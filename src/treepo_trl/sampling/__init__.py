@@ -1,0 +1,12 @@
+"""
+Grow trees of segments over any engine: Algorithm 1 of [TreePO](https://huggingface.co/papers/2508.17445).
+
+Decides who branches and when a path ends; knows no model and no torch.
+"""
+
+from .config import TreeSamplingConfig
+from .sampler import SamplingStats, TreeSampler
+from .tree import FinishReason, SegmentNode, SegmentTree
+
+
+__all__ = ["FinishReason", "SamplingStats", "SegmentNode", "SegmentTree", "TreeSampler", "TreeSamplingConfig"]

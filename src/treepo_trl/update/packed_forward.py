@@ -1,0 +1,311 @@
+"""
+A causal language model's log-probabilities and entropies over rows, each shared prefix forwarded once.
+
+Stands in for `GRPOTrainer._get_per_token_logps_and_entropies` with the same results up to rounding.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, get_args
+
+import torch
+from accelerate.logging import get_logger
+from torch.utils._triton import has_triton
+from torch.utils.checkpoint import checkpoint
+
+from treepo_trl.model_support import has_attention_dropout
+
+from .packing import PackedRows, cut_rows, pack_rows
+from .tree_attention import AttentionBackend, TreeAttention, flex_length, serve_trees
+
+
+logger = get_logger(__name__)
+
+_MIN_RATIO = 1.15
+"""Tokens that plain rows forward per packed token, below which `auto` keeps plain rows."""
+_MIN_FLEX_LENGTH = 8192
+"""Shortest row for FlexAttention under `auto`: below it, compiling costs more than the kernel saves."""
+_MIN_FLEX_SHARED_MEMORY = 160 * 1024
+"""Bytes of shared memory per block for FlexAttention under `auto`: data-centre cards have them. Its backward kernel
+can need more than the 99 KiB of consumer cards (pytorch/pytorch#133254), and would fail in the first step."""
+_MAX_EAGER_LENGTH = 8192
+"""Longest row for eager attention under `auto`: its mask and scores are quadratic in the row."""
+
+_CHOICES = {"flex": "packed rows with FlexAttention", "sdpa": "packed rows with SDPA", None: "plain rows"}
+
+_TOLERANCE = 1e-3  # nats, mean over a tree, in float32
+_HALF_PRECISION_TOLERANCE = 0.1  # bfloat16 rounding alone gives about 0.03 (SmolLM2)
+
+
+class _Forwarded(NamedTuple):
+    """Log-probabilities and entropies `(B, T)`, and the load-balancing loss of a mixture of experts."""
+
+    logps: torch.Tensor
+    entropies: torch.Tensor | None
+    aux_loss: torch.Tensor | None
+
+
+class PackedForward:
+    """
+    Forwards chunks of rows as packed rows where that pays.
+
+    Args:
+        tree_packing (`str`):
+            `"sdpa"` and `"flex"` pack every chunk, for that attention backend; `"auto"` packs those that share enough.
+        accelerator ([`~accelerate.Accelerator`]):
+            Gives autocast and unwraps the model.
+        is_sharded (`bool`):
+            Whether a forward is collective (FSDP, DeepSpeed). Then all processes compare rows of their first batch
+            with plain ones, whether they pack it or not, since they must run the same number of forwards.
+        max_tokens (`int`, *optional*):
+            Unique tokens per forward. A chunk that has more is cut into pieces of which only the largest is kept for
+            the backward pass; the others are forwarded again there. With it, every piece is packed.
+
+    Attributes:
+        checked (`set[tuple[int, str]]`):
+            Models (by `id`) and attention backends of which a packed tree has been compared with its plain rows, which
+            happens once.
+    """
+
+    def __init__(
+        self,
+        tree_packing: str,
+        accelerator: Any,
+        is_sharded: bool = False,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.tree_packing = tree_packing
+        self.accelerator = accelerator
+        self.is_sharded = is_sharded
+        self.max_tokens = max_tokens
+        self.checked: set[tuple[int, str]] = set()
+        self._announced: set[str] = set()
+        self._compiled: set[tuple[int, bool]] = set()
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int,
+        compute_entropy: bool,
+        compute_aux_loss: bool,
+        plain: Callable[..., Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, dict[str, list[float]]]:
+        """
+        Log-probabilities and entropies `(B, logits_to_keep)` of the last tokens of each row.
+
+        Args:
+            model:
+                Policy or reference with TRL's fused LM head, wrapped or not.
+            input_ids (`torch.Tensor` of shape `(B, L)`), attention_mask (`torch.Tensor` of shape `(B, L)`):
+                Padded rows.
+            logits_to_keep (`int`):
+                Completion columns at the end of the rows.
+            batch_size (`int`):
+                Rows per chunk.
+            compute_entropy (`bool`), compute_aux_loss (`bool`):
+                Whether to return entropies and the load-balancing loss; otherwise they are `None`.
+            plain (`Callable`):
+                TRL's own method, for chunks that are not packed and for the check.
+
+        Returns:
+            Log-probabilities, entropies, load-balancing loss, and one value per chunk of `tree/packing_seconds` and
+            `tree/packing_ratio`.
+
+        Raises:
+            RuntimeError: if the packed log-probabilities of the first packed tree are not those of its plain rows.
+        """
+        config = self.accelerator.unwrap_model(model).config.get_text_config()
+        if self.is_sharded:  # whatever is chosen below, which may differ between processes
+            first: AttentionBackend = "flex" if self.tree_packing == "flex" else "sdpa"
+            self._check_once(model, first, input_ids, attention_mask, logits_to_keep, plain)
+        results: list[_Forwarded] = []
+        log: dict[str, list[float]] = {"tree/packing_seconds": [], "tree/packing_ratio": []}
+        for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True):
+            started = time.perf_counter()
+            pieces = [slice(None)]
+            if self.max_tokens is not None:
+                pieces = cut_rows(ids, mask, logits_to_keep, self.max_tokens)
+            packed = [pack_rows(ids[piece], mask[piece], logits_to_keep) for piece in pieces]
+            log["tree/packing_seconds"].append(time.perf_counter() - started)
+            num_unique = sum(each.input_ids.size(1) for each in packed)
+            log["tree/packing_ratio"].append(sum(each.num_row_tokens for each in packed) / num_unique)
+            backends: list[AttentionBackend | None] = [self._choose(each, config) for each in packed]
+            if backends == [None]:
+                options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
+                results.append(_Forwarded(*plain(model, ids, mask, logits_to_keep, **options)))
+                continue
+            for piece, backend in zip(pieces, backends, strict=True):
+                if backend is not None and not self.is_sharded:
+                    self._check_once(model, backend, ids[piece], mask[piece], logits_to_keep, plain)
+            results += self._forward_pieces(model, packed, backends, compute_aux_loss)
+        logps = torch.cat([result.logps for result in results])
+        entropies = torch.cat([result.entropies for result in results]) if compute_entropy else None  # pyright: ignore[reportArgumentType, reportCallIssue]
+        aux_loss = torch.stack([result.aux_loss for result in results]).mean() if compute_aux_loss else None  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return logps, entropies, aux_loss, log
+
+    def _forward_pieces(
+        self, model: Any, packed: list[PackedRows], backends: list[AttentionBackend | None], compute_aux_loss: bool
+    ) -> list[_Forwarded]:
+        """Every piece forwarded; all but the largest keep nothing for the backward pass."""
+        results: dict[int, _Forwarded] = {}
+        # The largest comes last, so that nothing else is kept beside it when the backward pass gets there first.
+        for i in sorted(range(len(packed)), key=lambda i: packed[i].input_ids.size(1)):
+            backend = backends[i]
+            assert backend is not None, "with a token budget every piece is packed"
+            if len(results) == len(packed) - 1 or not torch.is_grad_enabled():
+                results[i] = self._forward(model, packed[i], backend, compute_aux_loss)
+                continue
+            # Not the wrapped model, which would take the forward in the backward pass for a new step.
+            module = self.accelerator.unwrap_model(model)
+            values: Any = checkpoint(self._forward, module, packed[i], backend, compute_aux_loss, use_reentrant=False)
+            results[i] = values
+        return [results[i] for i in range(len(packed))]
+
+    def _choose(self, packed: PackedRows, config: Any) -> AttentionBackend | None:
+        """The attention backend for a packed row; `None` for plain rows."""
+        if self.tree_packing in get_args(AttentionBackend):
+            return self.tree_packing  # pyright: ignore[reportReturnType]
+        length = packed.input_ids.size(1)
+        backend: AttentionBackend | None = "sdpa"
+        why = f"below {_MIN_FLEX_LENGTH} tokens" if packed.input_ids.is_cuda else "FlexAttention needs a CUDA device"
+        if self.max_tokens is None and not is_worth_packing(packed):
+            backend, why = None, f"packing pays from {_MIN_RATIO} forwarded tokens per unique token on"
+        elif config._attn_implementation == "eager":
+            why = "eager attention with a dense mask"
+            if self.max_tokens is None and length > _MAX_EAGER_LENGTH:
+                backend, why = None, f"a dense mask is too large above {_MAX_EAGER_LENGTH} tokens"
+        elif packed.input_ids.is_cuda and length >= _MIN_FLEX_LENGTH:
+            obstacle = _flex_obstacle(packed.input_ids.device, config)
+            backend, why = ("flex", f"{_MIN_FLEX_LENGTH} tokens or more") if obstacle is None else ("sdpa", obstacle)
+        choice = _CHOICES[backend]
+        if choice not in self._announced:
+            self._announced.add(choice)
+            logger.warning(
+                f"tree_packing='auto' forwards {choice} ({why}): {packed.num_padded_tokens} tokens in rows, of them "
+                f"{packed.num_row_tokens} no padding, {length} unique. It decides for each micro-batch."
+            )
+        return backend
+
+    def _forward(
+        self, model: Any, packed: PackedRows, backend: AttentionBackend, compute_aux_loss: bool = False
+    ) -> _Forwarded:
+        base = self.accelerator.unwrap_model(model)
+        inputs = model_inputs(packed, base.config.get_text_config()._attn_implementation, base.dtype, backend)
+        if compute_aux_loss:
+            inputs["output_router_logits"] = True
+        with self.accelerator.autocast(), self._compile_notice(packed, backend):
+            outputs = model(**inputs, fused_lm_head=True)
+        entropies = None if outputs.entropy is None else packed.unpack(outputs.entropy)
+        return _Forwarded(packed.unpack(outputs.log_probs), entropies, outputs.aux_loss)
+
+    @contextmanager
+    def _compile_notice(self, packed: PackedRows, backend: AttentionBackend) -> Iterator[None]:
+        """Say when FlexAttention compiles for a row length that it has not seen, and how long that took."""
+        kind = (flex_length(packed.input_ids.size(1)), torch.is_grad_enabled())
+        if backend != "flex" or kind in self._compiled:
+            yield
+            return
+        self._compiled.add(kind)
+        logger.warning(f"FlexAttention compiles for rows of up to {kind[0]} tokens; this can take a minute or two.")
+        started = time.perf_counter()
+        yield
+        if packed.input_ids.is_cuda:
+            torch.cuda.synchronize()
+        later = " The backward pass compiles when it first runs." if kind[1] else ""
+        logger.warning(f"The first forward of that length took {time.perf_counter() - started:.1f} s.{later}")
+
+    @torch.no_grad()
+    def _check_once(
+        self,
+        model: Any,
+        backend: AttentionBackend,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        plain: Callable[..., Any],
+    ) -> None:
+        """Compare the first tree of these rows with its plain rows; two rows of it where forwards are collective."""
+        module = model if self.is_sharded else self.accelerator.unwrap_model(model)
+        key = (id(module), "any" if self.is_sharded else backend)
+        if key in self.checked:
+            return
+        prompts = input_ids[:, :-logits_to_keep], attention_mask[:, :-logits_to_keep]
+        is_first_tree = torch.stack([(part == part[0]).all(1) for part in prompts]).all(0)
+        input_ids, attention_mask = input_ids[is_first_tree], attention_mask[is_first_tree]
+        if self.is_sharded:
+            input_ids, attention_mask = input_ids[:2], attention_mask[:2]
+        packed = pack_rows(input_ids, attention_mask, logits_to_keep)
+        if not packed.is_scored.any() and not self.is_sharded:
+            return
+        self.checked.add(key)
+        was_training = {part: part.training for part in module.modules()}
+        module.eval()  # dropout would make the two differ
+        logps = self._forward(module, packed, backend).logps[packed.is_scored]
+        batch_size = len(input_ids) if self.is_sharded else 1
+        expected = plain(module, input_ids, attention_mask, logits_to_keep, batch_size=batch_size)[0][packed.is_scored]
+        for part, mode in was_training.items():
+            part.training = mode
+        if len(logps) == 0:
+            return
+        difference = (logps - expected).abs().mean().item()
+        tolerance = _TOLERANCE if self._is_exact(module) else _HALF_PRECISION_TOLERANCE
+        if not difference <= tolerance:  # not a number is no agreement either
+            raise RuntimeError(
+                "The packed forward does not reproduce this model's plain rows: the mean log-probability of a tree's "
+                f"completion tokens is {logps.mean().item():.4g} packed and {expected.mean().item():.4g} in plain "
+                f"rows; tokens differ by {difference:.2g} nats on average, where rounding explains {tolerance:.2g}. "
+                "Set `tree_packing='off'`."
+            )
+
+    def _is_exact(self, module: Any) -> bool:
+        """Whether all of the model computes in float32: no half precision, no quantised weights, no TF32."""
+        return (
+            self.accelerator.mixed_precision == "no"
+            and all(parameter.dtype == torch.float32 for parameter in module.parameters())
+            and (module.device.type != "cuda" or torch.get_float32_matmul_precision() == "highest")
+        )
+
+
+def _flex_obstacle(device: torch.device, config: Any) -> str | None:
+    """Why FlexAttention may not serve a model on a CUDA device; `None` if it does."""
+    if has_attention_dropout(config):
+        return "FlexAttention has no dropout"
+    if not has_triton():
+        return "FlexAttention needs Triton"
+    properties: Any = torch.cuda.get_device_properties(device)
+    # AMD's properties have no such field.
+    if getattr(properties, "shared_memory_per_block_optin", 0) < _MIN_FLEX_SHARED_MEMORY:
+        return "FlexAttention may need more shared memory than this card has"
+    return None
+
+
+def is_worth_packing(packed: PackedRows) -> bool:
+    """Whether the packed row is expected to cost less than the plain rows: the rule behind `tree_packing="auto"`."""
+    return packed.num_padded_tokens >= _MIN_RATIO * packed.input_ids.size(1)
+
+
+def model_inputs(
+    packed: PackedRows, attn_implementation: str, dtype: torch.dtype, backend: AttentionBackend
+) -> dict[str, Any]:
+    """Keyword arguments for a causal language model's forward over the packed row."""
+    inputs: dict[str, Any] = {
+        "input_ids": packed.input_ids,
+        "position_ids": packed.position_ids,
+        "shift_labels": packed.shift_labels,
+    }
+    if attn_implementation == "eager":  # adds the mask to the scores
+        mask = packed.attention_mask()
+        zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        return {**inputs, "attention_mask": zeros.masked_fill(~mask, torch.finfo(dtype).min)}
+    serve_trees(attn_implementation)
+    # Models pass a mask of four dimensions on as it is. The attention reads `tree_attention` in its place; a
+    # load-balancing loss reads how often each token counts.
+    return {
+        **inputs,
+        "attention_mask": packed.num_rows[None, None],
+        "tree_attention": TreeAttention(packed.last_descendants, backend),
+    }

@@ -1,0 +1,194 @@
+"""Prompts from files, folders and standard input, and their token ids, with TRL's own as the measure."""
+
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+from trl import GRPOTrainer
+
+from treepo_trl.commands.prompts import load_named_dataset, prompt_token_ids, read_prompts
+
+
+PROMPTS = ["w1 w2", "w3, 'w4'", "w5"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def write_txt(path: Path) -> None:
+    path.write_text("\n".join(PROMPTS) + "\n")
+
+
+def write_json_list(path: Path) -> None:
+    path.write_text(json.dumps([{"prompt": prompt} for prompt in PROMPTS]))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write", "column"),
+    [
+        ("jsonl", lambda path: Dataset.from_dict({"prompt": PROMPTS}).to_json(path), "prompt"),
+        ("json", write_json_list, "prompt"),
+        ("csv", lambda path: Dataset.from_dict({"prompt": PROMPTS}).to_csv(path), "prompt"),
+        ("parquet", lambda path: Dataset.from_dict({"prompt": PROMPTS}).to_parquet(path), "prompt"),
+        ("txt", write_txt, "text"),
+    ],
+)
+def test_every_kind_of_file_holds_the_same_prompts(
+    tmp_path: Path, suffix: str, write: Callable[[Path], Any], column: str
+) -> None:
+    path = tmp_path / f"prompts.{suffix}"
+    write(path)
+    splits = load_named_dataset(str(path), None, "mine")
+    assert list(splits) == ["mine"]
+    assert list(splits["mine"][column]) == PROMPTS
+
+
+def test_saved_folders(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"prompt": PROMPTS})
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "two")
+    one = load_named_dataset(str(tmp_path / "one"), None, "mine")
+    two = load_named_dataset(str(tmp_path / "two"), None, "mine")
+    assert {name: list(split["prompt"]) for name, split in one.items()} == {"mine": PROMPTS}
+    assert {name: list(split["prompt"]) for name, split in two.items()} == {"train": PROMPTS, "test": PROMPTS[1:2]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("missing.jsonl", None, ["missing.jsonl", "looks like a file", "none"]),
+        ("notes.md", "w1", ["notes.md", "'.md'", ".jsonl", ".parquet"]),
+        ("empty.jsonl", "", ["empty.jsonl", "is an empty file"]),
+        ("broken.jsonl", '{"prompt": "w1"}\n{"prompt": "w2\n', ["broken.jsonl", "no valid json", "row 1"]),
+        ("broken.csv", 'a,b\n1,2\n"x', ["broken.csv", "no valid csv", "EOF inside string"]),
+        ("broken.parquet", "w1", ["smaller than the minimum"]),
+    ],
+)
+def test_a_file_that_is_no_dataset(tmp_path: Path, name: str, content: str | None, words: list[str]) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=".*".join(map(re.escape, words))):
+        load_named_dataset(str(tmp_path / name), None, "train")
+
+
+# Standard input
+
+
+def read(text: str, key: str = "prompt") -> list[Any]:
+    return read_prompts(io.StringIO(text), key)
+
+
+def test_lines_of_text_are_taken_as_they_are() -> None:
+    lines = ["w1 w2", "  indented", "trailing  ", "12", "[1, 2]", r"{x \in X}", '"quoted"']
+    assert read("\n".join(lines)) == lines
+
+
+def test_blank_lines_are_skipped() -> None:
+    assert read("\nw1\n\n  \nw2\n\n") == ["w1", "w2"]
+
+
+def test_json_lines_give_their_key() -> None:
+    messages = [{"role": "user", "content": "w1"}]
+    rows = [{"prompt": "w1", "answer": 1}, {"prompt": messages, "question": "w2"}]
+    assert read("\n\n".join(map(json.dumps, rows))) == ["w1", messages]
+    assert read('{"prompt": "w1", "question": "w2"}', key="question") == ["w2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["no prompts", "'prompt'", "--dataset_name"]),
+        ("\n \n", ["no prompts"]),
+        ('{"prompt": "w1"}\n\n{"prompt": "w2\n', ["Line 3", "no JSON object", '{"prompt": "w2']),
+        ('w1\n{"prompt": "w2"}', ["Line 1", "no JSON object", "w1"]),
+        ('{"prompt": "w1"}\n{"question": "w2", "answer": 2}', ["Line 2", "'prompt'", "question, answer", "column"]),
+    ],
+)
+def test_what_is_wrong_with_standard_input(text: str, words: list[str]) -> None:
+    with pytest.raises(ValueError, match="(?s)" + ".*".join(map(re.escape, words))):
+        read(text)
+
+
+# Token ids
+
+
+def trl_token_ids(prompts: list[Any], tokenizer: Any, **chat_template_kwargs: Any) -> list[list[int]]:
+    """What `GRPOTrainer` samples from."""
+    trainer: Any = SimpleNamespace(
+        processing_class=tokenizer,
+        chat_template=None,
+        chat_template_kwargs=chat_template_kwargs,
+        tools=None,
+        environment_factories=None,
+        _is_vlm=False,
+    )
+    return GRPOTrainer._tokenize_prompts(trainer, prompts)[0]
+
+
+@pytest.fixture
+def bos_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Puts a BOS token (5, which is w0) in front of text; its chat template writes one of its own."""
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="w0 $A", special_tokens=[("w0", 5)])
+    tokenizer.chat_template = "w0 " + str(tokenizer.chat_template)
+    return tokenizer
+
+
+def test_text_begins_with_bos_as_in_trl(bos_tokenizer: PreTrainedTokenizerFast) -> None:
+    prompts = ["w1 w2", "w3"]
+    ids = prompt_token_ids(prompts, bos_tokenizer)
+    assert ids == [[5, 6, 7], [5, 8]] == trl_token_ids(prompts, bos_tokenizer)
+
+
+def test_messages_get_one_bos_and_the_generation_prompt_as_in_trl(bos_tokenizer: PreTrainedTokenizerFast) -> None:
+    user, assistant = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
+    prompts = [[user], [user, assistant, user]]
+    ids = prompt_token_ids(prompts, bos_tokenizer)
+    # w0 5, <user> 3, <assistant> 4, w1 6, w2 7
+    assert ids == [[5, 3, 6, 4], [5, 3, 6, 4, 7, 3, 6, 4]] == trl_token_ids(prompts, bos_tokenizer)
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "system", "tool"])
+def test_any_last_role_as_in_trl(tokenizer: PreTrainedTokenizerFast, role: str) -> None:
+    prompts = [[{"role": "user", "content": "w1"}, {"role": role, "content": "w2"}]]
+    ids = prompt_token_ids(prompts, tokenizer)
+    assert ids == trl_token_ids(prompts, tokenizer)
+    assert ids[0][-1] == tokenizer.convert_tokens_to_ids("<assistant>")
+
+
+def test_arguments_of_the_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = str(tokenizer.chat_template) + "{% if quiet %}w9{% endif %}"
+    prompts = [[{"role": "user", "content": "w1"}]]
+    assert prompt_token_ids(prompts, tokenizer) == [[3, 6, 4]]
+    ids = prompt_token_ids(prompts, tokenizer, {"quiet": True})
+    assert ids == [[3, 6, 4, 14]] == trl_token_ids(prompts, tokenizer, quiet=True)
+
+
+def test_messages_without_a_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        prompt_token_ids([[{"role": "user", "content": "w1"}]], tokenizer)
+
+
+def test_a_chat_template_that_refuses_names_the_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('start with user') }}{% endif %}"
+    )
+    prompts = [[{"role": role, "content": "w1"}] for role in ("user", "system")]
+    with pytest.raises(ValueError, match=r"prompt 1, .*system.*start with user"):
+        prompt_token_ids(prompts, tokenizer)
+
+
+@pytest.mark.parametrize("prompt", [None, 3, [], ["w1"], [{"from": "user", "value": "w1"}], {"role": "user"}])
+def test_what_is_no_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"Prompt 1 is {prompt!r}: give text, or a list of messages")):
+        prompt_token_ids(["w1", prompt], tokenizer)

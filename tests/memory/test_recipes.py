@@ -1,0 +1,127 @@
+"""The recipes and the README say what is true of them."""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.architectures import QWEN3_4B, QWEN25_1_5B, QWEN25_7B
+from tests.support.paths import ROOT
+from treepo_trl import TreePOConfig
+from treepo_trl.cli import make_parser
+from treepo_trl.memory.plan import GIB, plan_memory
+
+
+DOCUMENTATION = (ROOT / "docs/configuration.md").read_text()
+RECIPES = sorted(
+    path.name for path in (ROOT / "examples/cli_configs").glob("*.yaml") if path.name != "quickstart.yaml"
+)
+
+
+def parse(name: str) -> tuple:
+    arguments = ["--config", str(ROOT / "examples/cli_configs" / name), "--use_cpu", "true", "--bf16", "false"]
+    return make_parser().parse_args_and_config(arguments, fail_with_unknown_args=True)
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES == [
+        "paper-qwen2.5-7b.yaml",
+        "qwen2.5-1.5b-lora-12gb.yaml",
+        "qwen2.5-7b-qlora-24gb.yaml",
+        "qwen3-4b-lora-24gb.yaml",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "billions"),
+    [
+        ("qwen2.5-1.5b-lora-12gb", QWEN25_1_5B, 1.54),
+        ("qwen2.5-7b-qlora-24gb", QWEN25_7B, 7.62),
+        ("qwen3-4b-lora-24gb", QWEN3_4B, 4.02),
+    ],
+)
+def test_the_plan_of_a_recipe_is_what_it_says(name: str, config: Any, billions: float) -> None:
+    """It fits the card in its name, and the figure in its first lines is the plan's."""
+    _, training_args, model_args, _ = parse(f"{name}.yaml")
+    gib = int(re.findall(r"(\d+)gb", name)[0])
+    plan = plan_memory(config, training_args, model_args, gib * GIB)
+    assert plan.problems() == []
+    text = (ROOT / f"examples/cli_configs/{name}.yaml").read_text()
+    ((said, once),) = re.findall(r"`treepo-trl plan` counts ([\d.]+) GiB,\n# and ([\d.]+) GiB with", text)
+    assert float(said) == pytest.approx(max(plan.update, plan.rollout) / GIB, abs=0.06)
+    (row,) = re.findall(rf"\| `{name}` \| ([\d.]+) GiB \| ([\d.]+) GiB \|", DOCUMENTATION)
+    assert row == (said, once)
+    if not model_args.load_in_4bit:
+        assert plan.policy["weights"] == pytest.approx(2e9 * billions, rel=0.01)
+
+
+HALF = {"num_generations": 16, "per_device_train_batch_size": 16, "vllm_gpu_memory_utilization": 0.5}
+LONG = {**HALF, "max_completion_length": 2048, "vllm_max_model_length": 2560}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "card", "changes", "row"),
+    [
+        ("qwen2.5-1.5b-lora-12gb", QWEN25_1_5B, 12, {}, "`qwen2.5-1.5b-lora-12gb`"),
+        ("qwen3-4b-lora-24gb", QWEN3_4B, 24, {}, "`qwen3-4b-lora-24gb`"),
+        ("qwen2.5-7b-qlora-24gb", QWEN25_7B, 24, {}, "`qwen2.5-7b-qlora-24gb`"),
+        ("qwen2.5-1.5b-lora-12gb", QWEN25_1_5B, 8, LONG, "1.5B LoRA, 16 x 2048, card of 8 GiB"),
+        ("qwen2.5-7b-qlora-24gb", QWEN25_7B, 18, LONG, "7B QLoRA, 16 x 2048, card of 18 GiB"),
+    ],
+)
+def test_the_documentations_plans(name: str, config: Any, card: int, changes: dict[str, Any], row: str) -> None:
+    """The table in docs/configuration.md, and that each fits its card with a shared base."""
+    said = re.findall(rf"\| {re.escape(row)} \| ([\d.]+) GiB \| ([\d.]+) GiB \|", DOCUMENTATION)
+    assert len(said) == 1
+    for figure, shares in zip(said[0], (False, True), strict=True):
+        _, training_args, model_args, _ = parse(f"{name}.yaml")
+        for key, value in {**changes, "vllm_share_base_weights": shares}.items():
+            setattr(training_args, key, value)
+        plan = plan_memory(config, training_args, model_args, card * GIB)
+        assert float(figure) == pytest.approx(max(plan.update, plan.rollout) / GIB, abs=0.06)
+    assert plan.problems() == []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_has_the_papers_fourteen_segments(name: str) -> None:
+    _, training_args, _, _ = parse(name)
+    assert training_args.max_tree_depth == 14
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_prompt_and_completion_fill_the_context(name: str) -> None:
+    _, training_args, _, _ = parse(name)
+    assert training_args.vllm_max_model_length == 1024 + training_args.max_completion_length
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    ("text", "matches"),
+    [
+        (r"so \boxed{12}.", True),
+        (r"so \boxed{\frac{1}{2}}", True),
+        (r"so \boxed{\frac{1}{2}", False),  # not closed yet
+        ("so boxed{12}", False),
+    ],
+)
+def test_stop_pattern_of_the_recipes_is_a_closed_box(name: str, text: str, matches: bool) -> None:
+    _, training_args, _, _ = parse(name)
+    assert bool(re.search(training_args.stop_pattern, text)) == matches
+
+
+def test_a_small_step_moves_the_papers_weights() -> None:
+    _, training_args, model_args, _ = parse("paper-qwen2.5-7b.yaml")
+    weight = torch.tensor(0.02, dtype=getattr(torch, model_args.dtype))
+    assert weight - training_args.learning_rate != weight
+
+
+def test_readme_example_parses_and_its_config_is_valid(tmp_path: Path) -> None:
+    (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    (config,) = [call for call in calls if getattr(call.func, "id", "") == "TreePOConfig"]
+    keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in config.keywords}
+    assert len(source.strip().splitlines()) <= 13
+    TreePOConfig(**{**keywords, "output_dir": str(tmp_path)}, use_cpu=True, bf16=False)

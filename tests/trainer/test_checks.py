@@ -1,0 +1,239 @@
+"""What the trainer refuses, and that it says so at construction."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict, IterableDataset
+from peft import IA3Config, LoraConfig, PromptTuningConfig
+from trl import GRPOConfig
+
+from tests.support.models import make_model, make_tokenizer
+from treepo_trl import TreePOConfig, TreePOTrainer, TreeSamplingConfig, validation
+from treepo_trl.checks import check_arguments, check_datasets
+from treepo_trl.policy.adapter_sync import check_adapter
+
+
+PROMPTS = Dataset.from_dict({"prompt": ["w1 w2"] * 8})
+
+
+def reward(completions: list[str], **kwargs: Any) -> list[float]:
+    return [float(len(c)) for c in completions]
+
+
+def make_config(folder: Path, cls: type = TreePOConfig, **changes: Any) -> Any:
+    settings = {"use_cpu": True, "bf16": False, "report_to": [], "max_completion_length": 8, "num_generations": 4}
+    return cls(output_dir=str(folder), **{**settings, **changes})
+
+
+def make_trainer(folder: Path, config: Any = None, **arguments: Any) -> TreePOTrainer:
+    arguments = {"train_dataset": PROMPTS, "reward_funcs": reward, "processing_class": make_tokenizer(), **arguments}
+    return TreePOTrainer(model=make_model(), args=config or make_config(folder), **arguments)
+
+
+def test_accepts_the_ordinary(tmp_path: Path) -> None:
+    assert make_trainer(tmp_path).args.num_generations == 4
+
+
+def test_plain_grpo_config(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"`args` is a `GRPOConfig`\. Pass a `TreePOConfig`"):
+        make_trainer(tmp_path, make_config(tmp_path, GRPOConfig))
+
+
+def a_tool(x: int) -> int:
+    """
+    A tool.
+
+    Args:
+        x: A number.
+    """
+    return x
+
+
+class Environment:
+    def reset(self, **kwargs: Any) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", [a_tool]),
+        ("environment_factory", Environment),
+        ("environment_factory", {"one": Environment}),
+        ("rollout_func", lambda prompts, trainer: {}),
+    ],
+)
+def test_several_turns(tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"`{name}` is not supported yet .*Leave it out, or use `GRPOTrainer`"):
+        make_trainer(tmp_path, **{name: value})
+
+
+def test_no_tools_are_no_tools(tmp_path: Path) -> None:
+    check_arguments(make_config(tmp_path), [], None, None)
+
+
+def test_fallback_none(tmp_path: Path) -> None:
+    TreeSamplingConfig(fallback_policy="none")  # for offline sampling
+    with pytest.raises(ValueError, match=r"`fallback_policy='none'`.*fewer than `num_generations`.*offline"):
+        make_config(tmp_path, fallback_policy="none")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "named"),
+    [({"num_beams": 4}, "num_beams"), ({"top_k": 3, "seed": 1, "eta_cutoff": 0.1}, "eta_cutoff, seed")],
+)
+def test_unknown_generation_kwargs(tmp_path: Path, kwargs: dict[str, Any], named: str) -> None:
+    config = make_config(tmp_path, generation_kwargs=kwargs)
+    with pytest.raises(
+        ValueError, match=rf"`generation_kwargs` has {named}, which .*Remove the others, or set `use_vllm"
+    ):
+        make_trainer(tmp_path, config)
+
+
+def test_known_generation_kwargs_are_used(tmp_path: Path) -> None:
+    config = make_config(tmp_path, generation_kwargs={"top_k": 3, "temperature": 0.5})
+    engine = make_trainer(tmp_path, config).sampler.engine
+    assert (engine.options.top_k, engine.options.temperature) == (3, 0.5)
+
+
+# vLLM
+
+
+def test_vllm_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "is_vllm_available", lambda: False)
+    with pytest.raises(
+        ImportError, match=r"`use_vllm=True`, but vLLM is not installed.*pip install treepo-trl\[vllm\]"
+    ):
+        make_trainer(tmp_path, make_config(tmp_path, use_vllm=True))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("n", "max_tokens", "logprobs", "stop", "detokenize", "ignore_eos", "structured_outputs"),
+        # One seed for every request would make all siblings equal; penalties would forget the path.
+        *("seed", "presence_penalty", "bad_words", "truncate_prompt_tokens"),
+    ],
+)
+def test_reserved_vllm_generation_kwargs(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "is_vllm_available", lambda: True)
+    with pytest.raises(ValueError, match=rf"`generation_kwargs` has {name}, which the tree sampler sets itself"):
+        make_trainer(tmp_path, make_config(tmp_path, use_vllm=True, generation_kwargs={name: 1, "best_of": 3}))
+
+
+def test_vllm_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "is_vllm_available", lambda: True)
+    with pytest.raises(ValueError, match=r"`vllm_structured_outputs_regex` is not supported.*Leave it out"):
+        make_trainer(tmp_path, make_config(tmp_path, use_vllm=True, vllm_structured_outputs_regex="a+"))
+
+
+# Datasets
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_image_columns(tmp_path: Path, column: str) -> None:
+    dataset = PROMPTS.add_column(column, [None] * 8)
+    with pytest.raises(
+        ValueError, match=rf"column '{column}': image prompts are not supported yet.*Remove the column"
+    ):
+        make_trainer(tmp_path, train_dataset=dataset)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda d: {"train_dataset": d},
+        lambda d: {"eval_dataset": d},
+        lambda d: {"eval_dataset": {"good": PROMPTS, "bad": d}},
+        lambda d: {"eval_dataset": DatasetDict({"good": PROMPTS, "bad": d})},
+        lambda d: {"train_dataset": d.to_iterable_dataset()},
+    ],
+    ids=["train", "eval", "dict", "DatasetDict", "iterable"],
+)
+def test_dataset_without_prompts(tmp_path: Path, wrap: Callable[[Any], dict[str, Any]]) -> None:
+    dataset = Dataset.from_dict({"question": ["w1"] * 8, "answer": ["w2"] * 8})
+    with pytest.raises(ValueError, match=r"no column 'prompt', only question, answer.*Rename"):
+        make_trainer(tmp_path, **wrap(dataset))
+
+
+def test_streams_of_unknown_columns_pass() -> None:
+    stream = IterableDataset.from_generator(lambda: iter([{"prompt": "w1"}]))
+    assert stream.column_names is None
+    check_datasets(stream, None, {"a": stream})
+
+
+def test_no_train_dataset_is_trls_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`train_dataset` is required"):
+        make_trainer(tmp_path, train_dataset=None)
+
+
+def test_prompt_longer_than_the_context(tmp_path: Path) -> None:
+    long = Dataset.from_dict({"prompt": ["w1 " * 600] * 8})
+    trainer = make_trainer(tmp_path, make_config(tmp_path, max_steps=1), train_dataset=long)
+    with pytest.raises(
+        ValueError, match=r"(?s)starts with 'w1 w1.*has 600 tokens.*no room.*512 tokens.*Drop or shorten"
+    ):
+        trainer.train()
+
+
+def test_empty_prompt(tmp_path: Path) -> None:
+    empty = Dataset.from_dict({"prompt": ["w1", ""] * 4})
+    trainer = make_trainer(tmp_path, make_config(tmp_path, max_steps=2), train_dataset=empty)
+    with pytest.raises(ValueError, match=r"[Pp]rompt"):
+        trainer.train()
+
+
+# Adapters for vLLM
+
+
+def test_plain_lora_is_served() -> None:
+    check_adapter(LoraConfig(r=8, target_modules="all-linear"))
+    check_adapter(LoraConfig(r=8, target_modules=["q_proj"], use_rslora=True, modules_to_save=[], lora_dropout=0.1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"target_parameters": ["q_proj.weight"]}, "target_parameters"),
+        # These change the base weights or add a bias: the engine would sample from another policy.
+        ({"lora_bias": True}, "lora_bias"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None,
+)
+def test_lora_that_vllm_does_not_serve(changes: dict[str, Any], part: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the parts are matched below
+        check_adapter(LoraConfig(r=8, **{"target_modules": ["q_proj"], **changes}))
+    assert part in str(error.value)
+    assert "set `vllm_lora_sync='merge'`" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "config", [IA3Config(), PromptTuningConfig(num_virtual_tokens=2)], ids=["ia3", "prompt tuning"]
+)
+def test_other_adapters(config: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"vLLM serves LoRA adapters, this one is (PeftType\.)?(IA3|PROMPT_TUNING)\..*'merge'"
+    ):
+        check_adapter(config)
+
+
+def test_adapter_is_checked_by_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "is_vllm_available", lambda: True)
+    config = make_config(tmp_path, use_vllm=True)
+    with pytest.raises(ValueError, match=r"`use_dora=True`.*vllm_lora_sync='merge'"):
+        make_trainer(tmp_path, config, peft_config=LoraConfig(use_dora=True, target_modules=["q_proj"]))
+
+
+def test_adapter_is_not_checked_without_vllm(tmp_path: Path) -> None:
+    make_trainer(tmp_path, peft_config=LoraConfig(use_dora=True, target_modules=["q_proj"]))

@@ -1,0 +1,360 @@
+"""TreePOConfig: defaults, every error, and the way from the command line, YAML and back."""
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from trl import GRPOConfig, TrlParser
+
+from tests.support.paths import ROOT
+from treepo_trl import TreePOConfig, TreeSamplingConfig
+
+
+NEW_FIELDS = {
+    "segment_length",
+    "branching_factor",
+    "initial_branching_factor",
+    "branching_policy",
+    "branching_temperature",
+    "branching_temperature_end",
+    "branch_schedule",
+    "expected_completion_length",
+    "fallback_policy",
+    "fallback_candidates",
+    "max_tree_tokens",
+    "stop_pattern",
+    "stop_repetition",
+    "advantage_estimator",
+    "subgroup_rejection",
+    "leaf_weighting",
+    "dynamic_sampling_rounds",
+    "tree_packing",
+    "max_tokens_per_micro_batch",
+    "vllm_lora_sync",
+    "vllm_base_weights",
+    "vllm_share_base_weights",
+    "vllm_sleep_keeps_weights",
+    "log_trees",
+}
+# A value other than the default for each new field.
+OTHER: dict[str, Any] = {
+    "segment_length": 32,
+    "branching_factor": 4,
+    "initial_branching_factor": [2, 8],
+    "branching_policy": "low_prob",
+    "branching_temperature": 0.5,
+    "branching_temperature_end": 0.1,
+    "branch_schedule": "spread",
+    "expected_completion_length": 100,
+    "fallback_policy": "low_prob",
+    "fallback_candidates": "all",
+    "stop_pattern": r"\\boxed\{[^}]*\}",
+    "stop_repetition": False,
+    "advantage_estimator": "treepo_size_weighted",
+    "subgroup_rejection": True,
+    "leaf_weighting": "inverse_branching",
+    "dynamic_sampling_rounds": 2,
+    "tree_packing": "sdpa",
+    "max_tokens_per_micro_batch": 16384,
+    "vllm_lora_sync": "merge",
+    "vllm_base_weights": "dequantized",
+    "log_trees": True,
+}
+# What only the engine of an adapter has, and `vllm_lora_sync="merge"` not.
+ENGINE_WEIGHTS: dict[str, Any] = {"vllm_share_base_weights": True, "vllm_sleep_keeps_weights": True}
+LORA_ENGINE: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True}
+
+
+def make(folder: Path, **changes: Any) -> TreePOConfig:
+    return TreePOConfig(output_dir=str(folder), **{"use_cpu": True, "bf16": False, "report_to": [], **changes})
+
+
+def test_new_fields_are_all_covered_here() -> None:
+    new = {f.name for f in fields(TreePOConfig)} - {f.name for f in fields(GRPOConfig)}
+    assert new == NEW_FIELDS == {*OTHER, *ENGINE_WEIGHTS, "max_tree_tokens"}  # the last is refused in training
+
+
+def test_every_new_field_has_help() -> None:
+    for field in fields(TreePOConfig):
+        if field.name in NEW_FIELDS:
+            assert len(field.metadata["help"]) > 20
+            assert f"        {field.name} (" in str(TreePOConfig.__doc__) + str(TreeSamplingConfig.__doc__)
+
+
+def test_defaults(tmp_path: Path) -> None:
+    config = make(tmp_path)
+    stock = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    for field in fields(GRPOConfig):
+        if field.name not in ("logging_dir", "distributed_state", "deepspeed_plugin"):
+            assert getattr(config, field.name) == getattr(stock, field.name), field.name
+    assert config.segment_length == math.ceil(config.max_completion_length / 14)
+    assert config.max_tree_depth == 14
+    assert config.branching_factor == 2
+    assert config.initial_branching_factor == [2, 2]
+    assert config.branching_policy == "uniform"
+    assert config.branch_schedule == "early"
+    assert config.fallback_policy == "random"
+    assert config.advantage_estimator == "treepo"
+    assert config.tree_packing == "auto"
+    assert config.stop_pattern is None
+
+
+@pytest.mark.parametrize(
+    ("value", "factor", "expected"),
+    [
+        (None, 2, [2, 2]),
+        (None, 1, [8, 8]),  # no branching: independent completions
+        (None, 3, [3, 3]),
+        (5, 2, [5, 5]),
+        ([3], 2, [3, 3]),
+        ([2, 8], 2, [2, 8]),
+        ((2, 4), 2, [2, 4]),
+        ([1, 1], 2, [1, 1]),
+    ],
+)
+def test_initial_branching_factor(tmp_path: Path, value: Any, factor: int, expected: list[int]) -> None:
+    config = make(tmp_path, initial_branching_factor=value, branching_factor=factor)
+    assert config.initial_branching_factor == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "segment", "depth"),
+    [(7168, 512, 14), (256, None, 14), (10, 3, 4), (10, 10, 1), (1, None, 1), (13, None, 13)],
+)
+def test_max_tree_depth(tmp_path: Path, length: int, segment: int | None, depth: int) -> None:
+    config = make(tmp_path, max_completion_length=length, segment_length=segment)
+    assert config.max_tree_depth == depth
+    assert config.segment_length * config.max_tree_depth >= length
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"segment_length": 0}, ["`segment_length` is 0", "between 1 and", "512"]),
+        ({"segment_length": -3}, ["`segment_length` is -3"]),
+        (
+            {"segment_length": 257, "max_completion_length": 256},
+            ["`segment_length` is 257", "`max_completion_length` (256)", "Leave it out"],
+        ),
+        ({"branching_factor": 0}, ["`branching_factor` is 0", "between 1"]),
+        (
+            {"branching_factor": 9},
+            ["`branching_factor` is 9", "`num_generations` (8)", "Lower the one or raise the other"],
+        ),
+        ({"num_generations": 2, "branching_factor": 3}, ["`branching_factor` is 3", "`num_generations` (2)"]),
+        ({"branching_temperature": 0.0}, ["`branching_temperature` is 0.0", "positive"]),
+        ({"branching_temperature": -1.0}, ["`branching_temperature` is -1.0", "positive"]),
+        ({"initial_branching_factor": []}, ["`initial_branching_factor` is []", "[low, high]"]),
+        ({"initial_branching_factor": [5, 2]}, ["`initial_branching_factor` is [5, 2]", "low <= high"]),
+        ({"initial_branching_factor": [0, 2]}, ["`initial_branching_factor` is [0, 2]", "1 <= low"]),
+        ({"initial_branching_factor": 0}, ["`initial_branching_factor` is 0", "at least 1"]),
+        ({"initial_branching_factor": [1, 2, 3]}, ["`initial_branching_factor` is [1, 2, 3]", "[low, high]"]),
+        ({"initial_branching_factor": [2, 9]}, ["`initial_branching_factor` is [2, 9]", "`num_generations` (8)"]),
+        (
+            {"branching_policy": "random"},
+            ["`branching_policy` is 'random'", "'uniform'", "'low_prob'", "'high_prob'", "'entropy'"],
+        ),
+        ({"branching_temperature_end": 0.0}, ["`branching_temperature_end` is 0.0", "positive"]),
+        (
+            {"expected_completion_length": 513},
+            ["`expected_completion_length` is 513", "`max_completion_length` (512)", "Leave it out"],
+        ),
+        ({"expected_completion_length": 0}, ["`expected_completion_length` is 0", "between 1"]),
+        ({"fallback_candidates": "some"}, ["`fallback_candidates` is 'some'", "'finished'", "'all'"]),
+        ({"fallback_policy": "none"}, ["`fallback_policy='none'`", "fewer than `num_generations`", "offline"]),
+        ({"max_tree_tokens": 5000}, ["`max_tree_tokens=5000`", "fewer than `num_generations`", "offline"]),
+        ({"max_tree_tokens": 511}, ["`max_tree_tokens` is 511", "`max_completion_length` (512)", "Raise the one"]),
+        ({"branch_schedule": "late"}, ["`branch_schedule` is 'late'", "'early'", "'spread'"]),
+        ({"fallback_policy": "leaf"}, ["`fallback_policy` is 'leaf'", "'random'", "'root'"]),
+        ({"advantage_estimator": "gae"}, ["`advantage_estimator` is 'gae'", "'treepo'", "'grpo'"]),
+        ({"tree_packing": "on"}, ["`tree_packing` is 'on'", "'auto'", "'off'", "'sdpa'", "'flex'"]),
+        ({"max_tokens_per_micro_batch": 0}, ["`max_tokens_per_micro_batch` is 0", "from 1 on"]),
+        (
+            {"max_tokens_per_micro_batch": 99, "tree_packing": "off"},
+            ["`max_tokens_per_micro_batch=99`", "`tree_packing` is 'off'", "Set `tree_packing='auto'`"],
+        ),
+        ({"leaf_weighting": "length"}, ["`leaf_weighting` is 'length'", "'uniform'", "'inverse_branching'"]),
+        ({"vllm_share_base_weights": True}, ["`vllm_share_base_weights=True`", "`use_vllm=True`"]),
+        (
+            {**LORA_ENGINE, **ENGINE_WEIGHTS, "vllm_lora_sync": "merge"},
+            ["`vllm_share_base_weights=True`", "`vllm_lora_sync='adapter'`"],
+        ),
+        (
+            {"use_vllm": True, "vllm_mode": "colocate", "vllm_sleep_keeps_weights": True},
+            ["`vllm_sleep_keeps_weights=True`", "does not sleep", "`vllm_enable_sleep_mode=True`"],
+        ),
+        (
+            {**LORA_ENGINE, **ENGINE_WEIGHTS, "vllm_base_weights": "dequantized"},
+            ["`vllm_share_base_weights=True`", "in 4 and in 16 bits", "'quantized'"],
+        ),
+        (
+            {**LORA_ENGINE, **ENGINE_WEIGHTS, "vllm_tensor_parallel_size": 2},
+            ["`vllm_share_base_weights=True`", "`vllm_tensor_parallel_size` is 2"],
+        ),
+        ({"vllm_lora_sync": "none"}, ["`vllm_lora_sync` is 'none'", "'adapter'", "'merge'"]),
+        ({"stop_pattern": "(unclosed"}, ["`stop_pattern` is '(unclosed'", "no regular expression", "boxed"]),
+        ({"stop_pattern": ""}, ["`stop_pattern` is ''", "empty text"]),
+        ({"stop_pattern": "x*"}, ["`stop_pattern` is 'x*'", "empty text", "at least one character"]),
+        (
+            {"stop_pattern": "x", "mask_truncated_completions": True},
+            ["`stop_pattern` and `mask_truncated_completions=True`", "Unset one"],
+        ),
+        ({"use_vllm": True, "vllm_mode": "server"}, ["`vllm_mode` is 'server'", "vllm_mode='colocate'"]),
+        (
+            {"use_transformers_continuous_batching": True},
+            ["`use_transformers_continuous_batching=True` is not supported", "Leave it out"],
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_errors_name_the_value_and_the_fix(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the parts are matched below
+        make(tmp_path, **changes)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["512", 512.5, True])
+def test_a_token_budget_is_a_whole_number(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(TypeError, match=r"`max_tokens_per_micro_batch` is .*must be a whole number"):
+        make(tmp_path, max_tokens_per_micro_batch=value)
+
+
+def test_off_may_be_written_without_quotes_in_yaml(tmp_path: Path) -> None:
+    assert make(tmp_path, tree_packing=yaml.safe_load("off")).tree_packing == "off"
+
+
+def test_groups_may_not_be_split_over_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes with 4 rows each hold one group of 8 between them: right for GRPO, not for a tree."""
+    monkeypatch.setattr(GRPOConfig, "world_size", property(lambda self: 2))
+    GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=4, num_generations=8)
+    with pytest.raises(ValueError, match=r"`per_device_train_batch_size` \(4\) x `steps_per_generation` \(1\) = 4 .*"
+                       r"`num_generations` \(8\).*Change one of the three"):  # fmt: skip
+        make(tmp_path, per_device_train_batch_size=4, num_generations=8)
+    assert make(tmp_path, per_device_train_batch_size=4, num_generations=4).generation_batch_size == 8
+    assert make(tmp_path, per_device_train_batch_size=4, steps_per_generation=2).generation_batch_size == 16
+    assert make(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4).steps_per_generation == 4
+    assert make(tmp_path, per_device_train_batch_size=4, generation_batch_size=16).steps_per_generation == 2
+    with pytest.raises(ValueError, match="split over processes"):
+        make(tmp_path, per_device_train_batch_size=4, generation_batch_size=24, num_generations=8)
+
+
+def test_trl_checks_still_hold(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 2 generations"):
+        make(tmp_path, num_generations=1, branching_factor=1)
+    with pytest.raises(ValueError, match="divisible by num_generations"):
+        make(tmp_path, num_generations=5)
+
+
+def assert_holds(config: TreePOConfig, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        assert getattr(config, name) == value, name
+
+
+def test_command_line(tmp_path: Path) -> None:
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
+    for name, value in OTHER.items():
+        values = value if isinstance(value, list) else [value]
+        arguments += [f"--{name}", *map(str, values)]
+    (config,) = TrlParser(TreePOConfig).parse_args_and_config(arguments, fail_with_unknown_args=True)
+    assert_holds(config, OTHER)
+
+
+def test_command_line_of_a_lora_engine(tmp_path: Path) -> None:
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
+    for name, value in {**LORA_ENGINE, **ENGINE_WEIGHTS}.items():
+        arguments += [f"--{name}", str(value)]
+    (config,) = TrlParser(TreePOConfig).parse_args_and_config(arguments, fail_with_unknown_args=True)
+    assert_holds(config, ENGINE_WEIGHTS)
+
+
+def test_command_line_takes_one_initial_branching_factor(tmp_path: Path) -> None:
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--initial_branching_factor", "3"]
+    (config,) = TrlParser(TreePOConfig).parse_args_and_config(arguments)
+    assert config.initial_branching_factor == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "flag", ["--branching_policy", "--fallback_policy", "--advantage_estimator", "--tree_packing"]
+)
+def test_command_line_refuses_unknown_choices(tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        TrlParser(TreePOConfig).parse_args_and_config(["--output_dir", str(tmp_path), flag, "nonsense"])
+    assert "nonsense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("initial", [4, [2, 8], [3]])
+def test_yaml(tmp_path: Path, initial: Any) -> None:
+    values = {**OTHER, "initial_branching_factor": initial}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, **values}))
+    (config,) = TrlParser(TreePOConfig).parse_args_and_config(["--config", str(file)], fail_with_unknown_args=True)
+    expected = [initial, initial] if isinstance(initial, int) else [initial[0], initial[-1]]
+    assert_holds(config, {**OTHER, "initial_branching_factor": expected})
+
+
+def test_command_line_wins_over_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, **OTHER}))
+    arguments = ["--config", str(file), "--segment_length", "64", "--initial_branching_factor", "3", "4"]
+    (config,) = TrlParser(TreePOConfig).parse_args_and_config(arguments)
+    assert_holds(config, {**OTHER, "segment_length": 64, "initial_branching_factor": [3, 4]})
+
+
+def test_to_dict_is_json_and_makes_the_same_config(tmp_path: Path) -> None:
+    config = make(tmp_path, **OTHER)
+    read = json.loads(json.dumps(config.to_dict()))
+    for name, value in OTHER.items():
+        assert read[name] == value
+    again = make(tmp_path, **{name: read[name] for name in NEW_FIELDS})
+    assert {name: getattr(again, name) for name in NEW_FIELDS} == {name: getattr(config, name) for name in NEW_FIELDS}
+    assert json.loads(config.to_json_string())["segment_length"] == 32
+    config.to_sanitized_dict()
+
+
+def test_shipped_recipes_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file in examples/cli_configs has only known keys."""
+    known = {f.name for f in fields(TreePOConfig)}
+    files = sorted((ROOT / "examples/cli_configs").glob("*.yaml"))
+    assert files
+    for file in files:
+        values = yaml.safe_load(file.read_text())
+        assert set(values) & NEW_FIELDS, file
+        ours = {k: v for k, v in values.items() if k in known}
+        ours |= {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None, "report_to": []}
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        TreePOConfig(**ours)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("segment_length", 2.5),
+        ("segment_length", "8"),
+        ("branching_factor", "2"),
+        ("branching_factor", True),
+        ("initial_branching_factor", 2.0),
+        ("initial_branching_factor", [2, 2.5]),
+        ("max_completion_length", None),
+        ("stop_pattern", 5),
+    ],
+)
+def test_a_wrong_type_is_named(tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"`{name}` is "):
+        make(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["temperature", "branching_temperature"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_temperatures_are_positive(tmp_path: Path, name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` is {value}"):
+        make(tmp_path, **{name: value})
+
+
+def test_inverse_branching_refuses_an_unweighted_kl_term(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`beta=0\.1`. Set `beta=0`"):
+        make(tmp_path, leaf_weighting="inverse_branching", beta=0.1)

@@ -1,0 +1,527 @@
+"""Tree advantages: the paper's figure 3 by hand, and the laws that hold on every tree."""
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from treepo_trl.sampling.tree import SegmentTree
+from treepo_trl.update.advantages import depth_first_weights, expand_to_tokens, leaf_paths, tree_advantages
+
+
+PER_LEAF = ["treepo", "treepo_size_weighted", "grpo"]  # the same value in all segments of a leaf
+ESTIMATORS = [*PER_LEAF, "treepo_segment", "value_difference", "treerl", "leave_one_out"]
+nan = math.nan
+
+# Figure 3 of the paper. Nodes: a 0, b 1, c 2, c1 3, c2 4, and the leaves of c1, c2 and c.
+#
+#   a = -1
+#   b = +1
+#   c ─ c1 ─ c11 = -1, c12 = -1
+#     ─ c2 ─ c21 = +1, c22 = +1, c23 = -1
+#     ─ c3 = -1
+LEAVES = ["a", "b", "c11", "c12", "c21", "c22", "c23", "c3"]
+REWARDS = torch.tensor([-1.0, 1, -1, -1, 1, 1, -1, -1])
+ANCESTORS = torch.tensor(
+    [[0, -1, -1], [1, -1, -1], [2, 3, 5], [2, 3, 6], [2, 4, 7], [2, 4, 8], [2, 4, 9], [2, 10, -1]]
+)
+
+
+def per_leaf(advantages: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+    """The value of each leaf, after checking that it is the same in all of its segments and 0 past them."""
+    assert advantages.shape == ancestors.shape
+    values = advantages[:, 0]
+    assert torch.equal(advantages, values[:, None] * (ancestors >= 0))
+    return values
+
+
+def advantages_of(rewards: torch.Tensor, ancestors: torch.Tensor, estimator: str, **options: object) -> torch.Tensor:
+    return per_leaf(tree_advantages(rewards, ancestors, estimator, **options), ancestors)
+
+
+# Figure 3
+#
+# Means: query group -2/8 = -1/4; c {-1, -1, +1, +1, -1, -1} = -1/3; c1 {-1, -1} = -1; c2 {+1, +1, -1} = 1/3.
+# (The figure prints 1.125 for c22 in c; 1 + 1/3 = 1.333 is right.)
+#   a, b     query: -1 + 1/4 = -3/4 and 1 + 1/4 = 5/4
+#   c11, c12 query -3/4, c: -1 + 1/3 = -2/3, c1: 0
+#   c21, c22 query 5/4, c: 1 + 1/3 = 4/3, c2: 1 - 1/3 = 2/3
+#   c23      query -3/4, c -2/3, c2: -1 - 1/3 = -4/3
+#   c3       query -3/4, c -2/3 (its own node is a group of one and adds nothing)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "subgroup_rejection", "expected"),
+    [
+        ("grpo", False, [-3 / 4, 5 / 4, -3 / 4, -3 / 4, 5 / 4, 5 / 4, -3 / 4, -3 / 4]),
+        # means of the terms: (-3/4 - 2/3 + 0)/3 = -17/36, (5/4 + 4/3 + 2/3)/3 = 13/12, (-3/4 - 2/3 - 4/3)/3 = -11/12,
+        # (-3/4 - 2/3)/2 = -17/24; the released code gives the same: -.4722, 1.0833, -.9167, -.7083
+        ("treepo", False, [-3 / 4, 5 / 4, -17 / 36, -17 / 36, 13 / 12, 13 / 12, -11 / 12, -17 / 24]),
+        # weights 8, 6, 2 or 3: (-6 - 4 + 0)/16 = -5/8, (10 + 8 + 2)/17 = 20/17, (-6 - 4 - 4)/17 = -14/17,
+        # (-6 - 4)/14 = -5/7; the released code: -.625, 1.1765, -.8235, -.7143
+        ("treepo_size_weighted", False, [-3 / 4, 5 / 4, -5 / 8, -5 / 8, 20 / 17, 20 / 17, -14 / 17, -5 / 7]),
+        # c1 has equal rewards and drops out: c11, c12 = (-6 - 4)/14 = -5/7; the released code: -.7143
+        ("treepo_size_weighted", True, [-3 / 4, 5 / 4, -5 / 7, -5 / 7, 20 / 17, 20 / 17, -14 / 17, -5 / 7]),
+        # and with equal weights (-3/4 - 2/3)/2 = -17/24
+        ("treepo", True, [-3 / 4, 5 / 4, -17 / 24, -17 / 24, 13 / 12, 13 / 12, -11 / 12, -17 / 24]),
+    ],
+)
+def test_figure_3_of_the_paper(estimator: str, subgroup_rejection: bool, expected: list[float]) -> None:
+    values = advantages_of(REWARDS, ANCESTORS, estimator, subgroup_rejection=subgroup_rejection)
+    torch.testing.assert_close(values, torch.tensor(expected))
+
+
+# By segment. Depth 0 holds a, b and c; depth 1 c1, c2 and c3; depth 2 the leaves of c1 and c2.
+#
+# treepo_segment: means of the terms above, of the query group alone at depth 0; with c at depth 1: c11, c12, c23, c3
+#   (-3/4 - 2/3)/2 = -17/24, c21, c22 (5/4 + 4/3)/2 = 31/24; with c1 or c2 at depth 2: as "treepo".
+# value_difference: a -1 + 1/4, b 1 + 1/4, c -1/3 + 1/4 = -1/12; c1 -1 + 1/3 = -2/3, c2 1/3 + 1/3 = 2/3, c3 -2/3;
+#   c11, c12 -1 + 1 = 0, c21, c22 1 - 1/3 = 2/3, c23 -1 - 1/3 = -4/3.
+# treerl: with V(query) -1/4, twice V(node) minus V(query) minus V(parent), over the root of the leaves below:
+#   a -3/2, b 5/2, c (-2/3 + 1/4 + 1/4)/sqrt(6) = -1/6/sqrt(6); c1 (-2 + 1/4 + 1/3)/sqrt(2) = -17/12/sqrt(2),
+#   c2 (2/3 + 1/4 + 1/3)/sqrt(3) = 5/4/sqrt(3), c3 -17/12; c11, c12 -2 + 1/4 + 1 = -3/4,
+#   c21, c22 2 + 1/4 - 1/3 = 23/12, c23 -2 + 1/4 - 1/3 = -25/12.
+# leave_one_out: rewards sum to -2 over 8 leaves, to -2 over 6 below c, to -2 over 2 below c1, to 1 over 3 below c2.
+#   a: -1 - (-1)/7 = -6/7; b: 1 - (-3)/7 = 10/7; c: -1/3 - 0/2 = -1/3
+#   c1: -1 - (0 + 0)/(6 + 4) = -1; c2: 1/3 - (-3 - 3)/(5 + 3) = 13/12; c3: -1 - (-1 - 1)/(7 + 5) = -5/6
+#   c11, c12: -1 - (-1 - 1 - 1)/(7 + 5 + 1) = -10/13; c21, c22: 1 - (-3 - 3 + 0)/(7 + 5 + 2) = 10/7;
+#   c23: -1 - (-1 - 1 + 2)/(7 + 5 + 2) = -1
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [
+        (
+            "treepo_segment",
+            [
+                *([-3 / 4, 0, 0], [5 / 4, 0, 0]),
+                *([-3 / 4, -17 / 24, -17 / 36], [-3 / 4, -17 / 24, -17 / 36]),
+                *([5 / 4, 31 / 24, 13 / 12], [5 / 4, 31 / 24, 13 / 12], [-3 / 4, -17 / 24, -11 / 12]),
+                [-3 / 4, -17 / 24, 0],
+            ],
+        ),
+        (
+            "value_difference",
+            [
+                *([-3 / 4, 0, 0], [5 / 4, 0, 0]),
+                *([-1 / 12, -2 / 3, 0], [-1 / 12, -2 / 3, 0]),
+                *([-1 / 12, 2 / 3, 2 / 3], [-1 / 12, 2 / 3, 2 / 3], [-1 / 12, 2 / 3, -4 / 3]),
+                [-1 / 12, -2 / 3, 0],
+            ],
+        ),
+        (
+            "treerl",
+            [
+                *([-3 / 2, 0, 0], [5 / 2, 0, 0]),
+                *([-1 / 6 / 6**0.5, -17 / 12 / 2**0.5, -3 / 4], [-1 / 6 / 6**0.5, -17 / 12 / 2**0.5, -3 / 4]),
+                *([-1 / 6 / 6**0.5, 5 / 4 / 3**0.5, 23 / 12], [-1 / 6 / 6**0.5, 5 / 4 / 3**0.5, 23 / 12]),
+                *([-1 / 6 / 6**0.5, 5 / 4 / 3**0.5, -25 / 12], [-1 / 6 / 6**0.5, -17 / 12, 0]),
+            ],
+        ),
+        (
+            "leave_one_out",
+            [
+                *([-6 / 7, 0, 0], [10 / 7, 0, 0]),
+                *([-1 / 3, -1, -10 / 13], [-1 / 3, -1, -10 / 13]),
+                *([-1 / 3, 13 / 12, 10 / 7], [-1 / 3, 13 / 12, 10 / 7], [-1 / 3, 13 / 12, -1]),
+                [-1 / 3, -5 / 6, 0],
+            ],
+        ),
+    ],
+)
+def test_figure_3_by_segment(estimator: str, expected: list[list[float]]) -> None:
+    torch.testing.assert_close(tree_advantages(REWARDS, ANCESTORS, estimator), torch.tensor(expected))
+
+
+def test_rejection_leaves_equal_subgroups_out_of_the_segments_below_them() -> None:
+    # c1 has equal rewards: at depth 2 c11 and c12 keep (-3/4 - 2/3)/2 = -17/24.
+    values = tree_advantages(REWARDS, ANCESTORS, "treepo_segment", subgroup_rejection=True)
+    torch.testing.assert_close(values[2:4, 2], torch.tensor([-17 / 24, -17 / 24]))
+    kept = tree_advantages(REWARDS, ANCESTORS, "treepo_segment")
+    assert torch.equal(values[:, :2], kept[:, :2])
+    assert torch.equal(values[4:], kept[4:])
+
+
+def test_tree_advantages_of_a_query_need_not_sum_to_zero() -> None:
+    # Figure 3 under "treepo": -3/4 + 5/4 - 2*17/36 + 2*13/12 - 11/12 - 17/24 = 0.0972 (paper.md 2.2).
+    assert advantages_of(REWARDS, ANCESTORS, "treepo").sum().item() == pytest.approx(0.0972, abs=1e-4)
+    assert advantages_of(REWARDS, ANCESTORS, "grpo").sum().item() == pytest.approx(0.0, abs=1e-6)
+
+
+# Laws
+
+
+@st.composite
+def leaf_sets(draw: st.DrawFn, with_nan: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards `(W,)` float64 and ancestors `(W, D)` of a random tree, leaves in any order, node ids in any order."""
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    num_leaves = draw(st.integers(1, 12))
+    rewards = [
+        draw(st.sampled_from([-1.0, -0.5, 0.0, 1.0, 2.0, *([nan] if with_nan else [])])) for _ in range(num_leaves)
+    ]
+    paths: list[list[int]] = []
+    counter = iter(range(10_000))
+
+    def grow(count: int, path: list[int], depth: int) -> None:
+        if count == 1 and (depth == 4 or rng.random() < 0.5):
+            paths.append([*path, next(counter)])
+            return
+        if depth == 4:
+            for _ in range(count):
+                paths.append([*path, next(counter)])
+            return
+        parts = [1] * min(count, rng.randint(1, 3))
+        for _ in range(count - len(parts)):
+            parts[rng.randrange(len(parts))] += 1
+        for part in parts:
+            grow(part, [*path, next(counter)], depth + 1)
+
+    parts = [1] * min(num_leaves, rng.randint(1, 4))
+    for _ in range(num_leaves - len(parts)):
+        parts[rng.randrange(len(parts))] += 1
+    for part in parts:
+        grow(part, [], 0)
+    rng.shuffle(paths)
+    width = max(map(len, paths)) + rng.randint(0, 2)
+    ids = torch.tensor([[*path, *[-1] * (width - len(path))] for path in paths])
+    return torch.tensor(rewards, dtype=torch.float64), ids
+
+
+def slow_reference(
+    rewards: torch.Tensor, ancestors: torch.Tensor, estimator: str, subgroup_rejection: bool, weights: torch.Tensor
+) -> torch.Tensor:
+    """The docstring as loops."""
+    result = torch.zeros(ancestors.shape, dtype=rewards.dtype)
+    scorable = [k for k in range(len(rewards)) if not rewards[k].isnan()]
+
+    def mean(group: list[int]) -> float:
+        return sum(weights[k] * rewards[k] for k in group) / sum(weights[k] for k in group)
+
+    for i in scorable:
+        length = int((ancestors[i] >= 0).sum())
+        # The query group, then one per depth.
+        groups = [scorable, *([k for k in scorable if ancestors[k, d] == ancestors[i, d]] for d in range(length))]
+        for d in range(length):
+            above, own = groups[: d + 1], groups[d + 1]
+            if estimator == "value_difference":
+                result[i, d] = mean(own) - mean(above[-1])
+                continue
+            if estimator == "treerl":
+                signal = (mean(own) - mean(scorable)) + (mean(own) - mean(above[-1]))
+                result[i, d] = signal / math.sqrt(len(own))
+                continue
+            if estimator == "leave_one_out":
+                others = [k for group in above for k in group if k not in own]
+                result[i, d] = mean(own) - mean(others) if others else 0.0
+                continue
+            total, denominator = 0.0, 0.0
+            for j, group in enumerate({"grpo": groups[:1], "treepo_segment": above}.get(estimator, groups)):
+                is_equal = len({rewards[k].item() for k in group}) == 1
+                if j > 0 and (len(group) == 1 or (subgroup_rejection and is_equal)):
+                    continue
+                weight = sum(weights[k] for k in group) if estimator == "treepo_size_weighted" else 1.0
+                total, denominator = total + weight * (rewards[i] - mean(group)), denominator + weight
+            result[i, d] = total / denominator
+    return result
+
+
+options = st.fixed_dictionaries({"estimator": st.sampled_from(ESTIMATORS), "subgroup_rejection": st.booleans()})
+
+
+@given(leaf_sets(with_nan=True), options, st.booleans(), st.integers(0, 99))
+def test_agrees_with_a_slow_loop(
+    leaves: tuple[torch.Tensor, torch.Tensor], options: dict, weighted: bool, seed: int
+) -> None:
+    rewards, ancestors = leaves
+    weights = torch.rand(len(rewards), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.01
+    fast = tree_advantages(rewards, ancestors, **options, leaf_weights=weights if weighted else None)
+    slow = slow_reference(rewards, ancestors, **options, weights=weights if weighted else torch.ones_like(weights))
+    torch.testing.assert_close(fast, slow)
+
+
+@given(leaf_sets(with_nan=True), options, st.sampled_from([-1000.0, -2.5, 0.25, 8.0]))
+def test_a_constant_added_to_all_rewards_changes_nothing(
+    leaves: tuple[torch.Tensor, torch.Tensor], options: dict, constant: float
+) -> None:
+    rewards, ancestors = leaves
+    before = tree_advantages(rewards, ancestors, **options)
+    torch.testing.assert_close(tree_advantages(rewards + constant, ancestors, **options), before)
+
+
+@given(leaf_sets(with_nan=True), options, st.sampled_from([-3.0, 0.5, 4.0]))
+def test_advantages_scale_with_the_rewards(
+    leaves: tuple[torch.Tensor, torch.Tensor], options: dict, factor: float
+) -> None:
+    rewards, ancestors = leaves
+    scaled = tree_advantages(rewards * factor, ancestors, **options)
+    torch.testing.assert_close(scaled, factor * tree_advantages(rewards, ancestors, **options))
+
+
+@given(leaf_sets(with_nan=True), options, st.randoms(use_true_random=False))
+def test_permuting_the_completions_permutes_the_result(
+    leaves: tuple[torch.Tensor, torch.Tensor], options: dict, rng: random.Random
+) -> None:
+    rewards, ancestors = leaves
+    order = list(range(len(rewards)))
+    rng.shuffle(order)
+    permuted = tree_advantages(rewards[order], ancestors[order], **options)
+    torch.testing.assert_close(permuted, tree_advantages(rewards, ancestors, **options)[order])
+
+
+@given(leaf_sets(with_nan=True), options, st.randoms(use_true_random=False))
+def test_names_of_the_nodes_do_not_matter(
+    leaves: tuple[torch.Tensor, torch.Tensor], options: dict, rng: random.Random
+) -> None:
+    rewards, ancestors = leaves
+    names = [name + rng.choice([0, 10**12]) for name in range(int(ancestors.max()) + 1)]
+    rng.shuffle(names)
+    renamed = torch.where(ancestors >= 0, torch.tensor(names)[ancestors.clamp(min=0)], -1)
+    assert torch.equal(tree_advantages(rewards, renamed, **options), tree_advantages(rewards, ancestors, **options))
+
+
+@given(leaf_sets(), options)
+def test_more_columns_of_padding_change_nothing(leaves: tuple[torch.Tensor, torch.Tensor], options: dict) -> None:
+    rewards, ancestors = leaves
+    padded = torch.nn.functional.pad(ancestors, (0, 3), value=-1)
+    result = tree_advantages(rewards, padded, **options)
+    assert torch.equal(result[:, :-3], tree_advantages(rewards, ancestors, **options))
+    assert torch.equal(result[:, -3:], torch.zeros(len(rewards), 3, dtype=torch.float64))
+
+
+@given(st.lists(st.sampled_from([-1.0, 0.0, 1.0, 3.5]), min_size=1, max_size=12), options)
+def test_a_tree_of_depth_one_is_grpo(values: list[float], options: dict) -> None:
+    rewards = torch.tensor(values)
+    ancestors = torch.arange(len(rewards))[:, None]
+    expected = rewards - rewards.mean()
+    if options["estimator"] == "leave_one_out":  # RLOO: r - (n m - r)/(n - 1) = (r - m) n/(n - 1)
+        expected = expected * len(rewards) / max(len(rewards) - 1, 1)
+    if options["estimator"] == "treerl":  # parent and query are one: the difference counts twice
+        expected = 2 * expected
+    torch.testing.assert_close(advantages_of(rewards, ancestors, **options), expected)
+
+
+@given(leaf_sets(), options, st.sampled_from([-1.0, 0.0, 0.1, 7.0]))
+def test_equal_rewards_give_zeros(leaves: tuple[torch.Tensor, torch.Tensor], options: dict, reward: float) -> None:
+    rewards, ancestors = leaves
+    result = tree_advantages(torch.full_like(rewards, reward), ancestors, **options)
+    torch.testing.assert_close(result, torch.zeros_like(result))
+
+
+@given(leaf_sets(), options)
+def test_grpo_is_the_query_group_and_ignores_the_tree(
+    leaves: tuple[torch.Tensor, torch.Tensor], options: dict
+) -> None:
+    rewards, ancestors = leaves
+    values = advantages_of(rewards, ancestors, **{**options, "estimator": "grpo"})
+    torch.testing.assert_close(values, rewards - rewards.mean())
+
+
+@given(leaf_sets(with_nan=True), options)
+def test_equal_weights_are_no_weights(leaves: tuple[torch.Tensor, torch.Tensor], options: dict) -> None:
+    rewards, ancestors = leaves
+    equal = torch.full_like(rewards, 1 / len(rewards))
+    torch.testing.assert_close(
+        tree_advantages(rewards, ancestors, **options, leaf_weights=equal),
+        tree_advantages(rewards, ancestors, **options),
+    )
+
+
+@given(leaf_sets(with_nan=True), options)
+def test_an_unscorable_leaf_is_as_if_it_were_not_there(
+    leaves: tuple[torch.Tensor, torch.Tensor], options: dict
+) -> None:
+    rewards, ancestors = leaves
+    scorable = ~rewards.isnan()
+    assume(scorable.any())
+    result = tree_advantages(rewards, ancestors, **options)
+    torch.testing.assert_close(result[scorable], tree_advantages(rewards[scorable], ancestors[scorable], **options))
+    assert (result[~scorable] == 0).all()
+
+
+@given(st.lists(leaf_sets(with_nan=True), min_size=1, max_size=4), options, st.booleans())
+def test_trees_in_a_batch_do_not_see_each_other(
+    trees: list[tuple[torch.Tensor, torch.Tensor]], options: dict, weighted: bool
+) -> None:
+    num_leaves = min(len(rewards) for rewards, _ in trees)
+    depth = max(ancestors.size(1) for _, ancestors in trees)
+    rewards = torch.stack([rewards[:num_leaves] for rewards, _ in trees])
+    ancestors = torch.stack(
+        [torch.nn.functional.pad(ids[:num_leaves], (0, depth - ids.size(1)), value=-1) for _, ids in trees]
+    )
+    weights = torch.rand(rewards.shape, dtype=torch.float64) + 0.1 if weighted else None
+    batch = tree_advantages(rewards, ancestors, **options, leaf_weights=weights)
+    assert batch.shape == ancestors.shape
+    for i in range(len(trees)):
+        single_weights = None if weights is None else weights[i]
+        single = tree_advantages(rewards[i], ancestors[i], **options, leaf_weights=single_weights)
+        torch.testing.assert_close(batch[i], single)
+
+
+@given(leaf_sets(), st.booleans())
+def test_weighted_value_differences_of_siblings_cancel(
+    leaves: tuple[torch.Tensor, torch.Tensor], weighted: bool
+) -> None:
+    """V of a node is the weighted mean of its children's, so at each depth the weighted leaves sum to zero."""
+    rewards, ancestors = leaves
+    weights = torch.rand(len(rewards), dtype=torch.float64) + 0.1 if weighted else torch.ones_like(rewards)
+    values = tree_advantages(rewards, ancestors, "value_difference", leaf_weights=weights)
+    sums = (values * weights[:, None]).sum(0)
+    torch.testing.assert_close(sums, torch.zeros_like(sums))
+
+
+def test_a_segment_that_all_leaves_share_has_nothing_to_be_compared_with() -> None:
+    # One path of two segments, then two leaves: no leaf is outside of the first two.
+    rewards, ancestors = torch.tensor([1.0, 0.0]), torch.tensor([[0, 1, 2], [0, 1, 3]])
+    assert tree_advantages(rewards, ancestors, "leave_one_out").tolist() == [[0, 0, 1], [0, 0, -1]]
+    assert tree_advantages(rewards, ancestors, "value_difference").tolist() == [[0, 0, 0.5], [0, 0, -0.5]]
+
+
+# Groups by hand
+
+
+def test_a_singleton_subgroup_adds_no_term() -> None:
+    # {0, 1} below node 0; leaf 2 alone below node 1 and again below node 4. Mean 1/3: leaf 2 has -1/3 and no other
+    # term, no zeros either, which would halve it.
+    rewards, ancestors = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([[0, 2, -1], [0, 3, -1], [1, 4, 5]])
+    assert advantages_of(rewards, ancestors, "treepo")[2].item() == pytest.approx(-1 / 3)
+    assert advantages_of(rewards, ancestors, "treepo_size_weighted")[2].item() == pytest.approx(-1 / 3)
+
+
+def test_a_subgroup_with_one_scorable_leaf_adds_no_term() -> None:
+    rewards, ancestors = torch.tensor([1.0, nan, 0.0]), torch.tensor([[0, 2], [0, 3], [1, -1]])
+    # query group {1, 0}: mean 1/2
+    torch.testing.assert_close(advantages_of(rewards, ancestors, "treepo"), torch.tensor([0.5, 0.0, -0.5]))
+
+
+@pytest.mark.parametrize("subgroup_rejection", [False, True])
+def test_the_query_group_always_counts(subgroup_rejection: bool) -> None:
+    # One subgroup with equal rewards and the query group with equal rewards: 0 / 1, not 0 / 0.
+    rewards, ancestors = torch.ones(3), torch.tensor([[0, 1], [0, 2], [0, 3]])
+    values = advantages_of(rewards, ancestors, "treepo", subgroup_rejection=subgroup_rejection)
+    assert values.tolist() == [0.0, 0.0, 0.0]
+    # One leaf in all: the query group of one.
+    values = advantages_of(torch.tensor([5.0]), torch.tensor([[0]]), "treepo", subgroup_rejection=subgroup_rejection)
+    assert values.tolist() == [0.0]
+
+
+def test_rejection_removes_the_term_and_not_only_its_value() -> None:
+    # Below node 0 both have 1; query mean 2/3. Leaf 0: query term 1/3; with node 0: (1/3 + 0)/2 = 1/6.
+    rewards, ancestors = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([[0, 2], [0, 3], [1, -1]])
+    kept = advantages_of(rewards, ancestors, "treepo")
+    rejected = advantages_of(rewards, ancestors, "treepo", subgroup_rejection=True)
+    torch.testing.assert_close(kept, torch.tensor([1 / 6, 1 / 6, -2 / 3]))
+    torch.testing.assert_close(rejected, torch.tensor([1 / 3, 1 / 3, -2 / 3]))
+
+
+def test_leaf_weights_weight_the_group_means_and_sizes() -> None:
+    # Weights 1/2 for leaf 2, 1/4 each for leaves 0 and 1 (a root with two children, one of which has two).
+    # Query mean: (1/4 * 1 + 1/4 * 0 + 1/2 * 0) / 1 = 1/4 (unweighted 1/3); node 0: 1/2, weight 1/2.
+    rewards, ancestors = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([[0, 2], [0, 3], [1, -1]])
+    weights = torch.tensor([0.25, 0.25, 0.5])
+    grpo = advantages_of(rewards, ancestors, "grpo", leaf_weights=weights)
+    torch.testing.assert_close(grpo, torch.tensor([3 / 4, -1 / 4, -1 / 4]))
+    # treepo: (3/4 + 1/2)/2 = 5/8, (-1/4 - 1/2)/2 = -3/8, -1/4
+    treepo = advantages_of(rewards, ancestors, "treepo", leaf_weights=weights)
+    torch.testing.assert_close(treepo, torch.tensor([5 / 8, -3 / 8, -1 / 4]))
+    # size weighted with weights 1 and 1/2: (3/4 + 1/4)/1.5 = 2/3, (-1/4 - 1/4)/1.5 = -1/3, -1/4
+    sized = advantages_of(rewards, ancestors, "treepo_size_weighted", leaf_weights=weights)
+    torch.testing.assert_close(sized, torch.tensor([2 / 3, -1 / 3, -1 / 4]))
+
+
+def test_all_leaves_unscorable_give_zeros() -> None:
+    result = tree_advantages(torch.tensor([nan, nan]), torch.tensor([[0, 1], [0, 2]]), "treepo")
+    assert result.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_rewards_are_not_changed() -> None:
+    rewards = torch.tensor([1.0, nan, 0.0])
+    tree_advantages(rewards, torch.tensor([[0], [1], [2]]), "treepo", subgroup_rejection=True)
+    torch.testing.assert_close(rewards, torch.tensor([1.0, nan, 0.0]), equal_nan=True)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("rewards", "ancestors"),
+    [
+        (torch.zeros(3, 1), torch.zeros(3, 2, dtype=torch.int64)),
+        (torch.zeros(2, 3), torch.zeros(1, 3, 2, dtype=torch.int64)),
+        (torch.zeros(1, 2, 3), torch.zeros(1, 2, 3, 2, dtype=torch.int64)),
+        (torch.zeros(3), torch.zeros(3, dtype=torch.int64)),
+        (torch.zeros(3), torch.zeros(4, 2, dtype=torch.int64)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(rewards: torch.Tensor, ancestors: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"`rewards` must be \(num_leaves,\) and `ancestor_ids`"):
+        tree_advantages(rewards, ancestors, "treepo")
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 1), (1,)])
+def test_leaf_weights_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"`leaf_weights` must be \(3,\) like the rewards"):
+        tree_advantages(torch.zeros(3), torch.zeros(3, 2, dtype=torch.int64), "treepo", leaf_weights=torch.ones(shape))
+
+
+def test_unknown_estimator_is_refused_with_the_choices() -> None:
+    with pytest.raises(ValueError, match=r"`estimator` is 'gae'\. Choose one of treepo, treepo_size_weighted, .*grpo"):
+        tree_advantages(torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64), "gae")
+
+
+# From trees and to tokens
+
+
+def hand_tree() -> SegmentTree:
+    """0: [1, 2] with children 2: [3] (leaf) and 3: [4, 5, 6] with 5: [8] (leaf); 1: [7] (leaf)."""
+    tree = SegmentTree([9])
+    tree.add(None, [1, 2], [-1.0, -1.0])
+    tree.add(None, [7], [-1.0], "stop")
+    tree.add(0, [3], [-1.0], "stop")
+    tree.add(0, [4, 5, 6], [-1.0, -1.0, -1.0])
+    tree.add(3, [8], [-1.0], "stop")
+    return tree
+
+
+def test_leaf_paths_are_in_depth_first_order() -> None:
+    # Leaves are the nodes 1, 2 and 4 in order of completion; depth first 2, 4, 1.
+    ids, lengths = leaf_paths([hand_tree()])
+    assert ids.dtype == lengths.dtype == torch.int64
+    assert ids.tolist() == [[[0, 2, -1], [0, 3, 4], [1, -1, -1]]]
+    assert lengths.tolist() == [[[2, 1, 0], [2, 3, 1], [1, 0, 0]]]
+
+
+def test_leaf_paths_of_several_trees_are_padded_to_the_deepest() -> None:
+    flat = SegmentTree([9])
+    for token in (1, 2, 3):
+        flat.add(None, [token] * token, [-1.0] * token, "stop")
+    ids, lengths = leaf_paths([flat, hand_tree()])
+    assert ids[0].tolist() == [[0, -1, -1], [1, -1, -1], [2, -1, -1]]
+    assert lengths[0].tolist() == [[1, 0, 0], [2, 0, 0], [3, 0, 0]]
+    assert ids[1].tolist() == leaf_paths([hand_tree()])[0][0].tolist()
+    assert lengths[1].tolist() == leaf_paths([hand_tree()])[1][0].tolist()
+
+
+def test_weights_follow_the_leaves() -> None:
+    # The root has two children, node 0 has two: 1/4 for the leaves 2 and 4, 1/2 for 1.
+    assert depth_first_weights(hand_tree()) == [0.25, 0.25, 0.5]
+
+
+def test_expand_repeats_each_value_over_its_segments_tokens() -> None:
+    values = torch.tensor([[[1.0, 2.0, 0.0], [3.0, 4.0, 5.0], [6.0, 0.0, 0.0]]])
+    expanded = expand_to_tokens(values, leaf_paths([hand_tree()])[1], num_tokens=8)
+    assert expanded.tolist() == [
+        [1, 1, 2, 0, 0, 0, 0, 0],  # 2 + 1 tokens
+        [3, 3, 4, 4, 4, 5, 0, 0],  # 2 + 3 + 1
+        [6, 0, 0, 0, 0, 0, 0, 0],
+    ]
+
+
+def test_expanding_ignores_values_past_the_leaf_and_keeps_the_dtype() -> None:
+    values = torch.full((2, 3, 3), 2.0, dtype=torch.float64)
+    expanded = expand_to_tokens(values, leaf_paths([hand_tree(), hand_tree()])[1], num_tokens=6)
+    assert expanded.dtype == torch.float64
+    assert expanded.shape == (6, 6)
+    assert expanded[2].tolist() == expanded[5].tolist() == [2, 0, 0, 0, 0, 0]

@@ -1,0 +1,67 @@
+"""
+A packed row through a model whose parameters two processes share (FSDP2).
+
+Accelerate starts FSDP only on accelerators, so torch's own `fully_shard` wraps the model here, as it does there.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import run_in_two_processes
+
+
+SCRIPT = """
+import json
+import sys
+
+import torch
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+
+from tests.update import test_packed_forward as here
+
+folder, checkpointing = sys.argv[1], sys.argv[2] == "True"
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
+ids, mask, num_scored = here.trees(2)
+rows = slice(4 * rank, 4 * rank + 4)
+batch = ids[rows], mask[rows], num_scored  # a tree for each process
+
+
+def gradients(model, forward):
+    model.zero_grad()
+    logps = forward(model)
+    (logps * torch.linspace(0, 1, logps.numel()).view_as(logps)).sum().backward()
+    return {n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for n, p in model.named_parameters()}
+
+
+whole = here.ready_model()
+expected = gradients(whole, lambda model: here.plain(model, *batch)[0] * batch[1][:, -num_scored:])
+for gradient in expected.values():  # what data parallel training makes of them
+    distributed.all_reduce(gradient)
+    gradient /= 2
+
+sharded = here.ready_model()
+if checkpointing:
+    sharded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    sharded.train()
+for layer in sharded.model.layers:
+    fully_shard(layer)
+fully_shard(sharded)
+forward = here.make_forward("sdpa", is_sharded=True)
+found = gradients(sharded, lambda model: here.run(forward, model, batch)[0])
+assert expected.keys() == found.keys()
+worst = max((found[n] - expected[n]).abs().max().item() / expected[n].abs().max().item() for n in expected)
+with open(f"{folder}/rank{rank}.json", "w") as file:
+    json.dump({"worst": worst, "sharded": str(type(next(sharded.parameters())).__name__)}, file)
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_plain_rows(tmp_path: Path, checkpointing: bool) -> None:
+    for result in run_in_two_processes(SCRIPT, tmp_path, str(tmp_path), str(checkpointing)):
+        assert result["sharded"] == "DTensor"
+        assert result["worst"] < 1e-4, json.dumps(result)

@@ -1,0 +1,332 @@
+"""PackedForward: when it packs, what it says, when it stops, and that pieces change nothing."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from trl.trainer.utils import add_fused_lm_head
+
+from tests.support.models import make_model
+from tests.update.test_packing import batch_of, rows_with
+from treepo_trl.update import packed_forward
+from treepo_trl.update.packed_forward import PackedForward
+from treepo_trl.update.packing import PackedRows, cut_rows, pack_rows
+
+
+def make_forward(tree_packing: str = "auto", **changes: Any) -> PackedForward:
+    return PackedForward(tree_packing, Accelerator(cpu=True), **changes)
+
+
+def config_with(attention: str = "sdpa", **changes: Any) -> Any:
+    config = make_model(**changes).config
+    config._attn_implementation = attention
+    return config
+
+
+def ready_model(**changes: Any) -> Any:
+    model = make_model(**changes)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    return model
+
+
+def plain(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    logits_to_keep: int,
+    batch_size: int | None = None,
+    compute_entropy: bool = False,
+    compute_aux_loss: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+    """As GRPOTrainer does it."""
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[:, :-logits_to_keep] = -100
+    outputs = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
+    return outputs.log_probs[:, -logits_to_keep:], outputs.entropy[:, -logits_to_keep:], None
+
+
+def trees(count: int = 3) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Trees of four leaves of different length, with prompts of different length."""
+    prompts, completions = [], []
+    for tree in range(count):
+        for leaf in range(4):
+            prompts.append([5 + tree] * (3 + 2 * tree))
+            completions.append([20 + tree, 30 + leaf // 2, 31, *[40 + leaf] * (1 + leaf)])
+    return batch_of(prompts, completions)
+
+
+def run(
+    forward: PackedForward, model: Any, batch: Any, batch_size: int = 99, **changes: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, dict[str, list[float]]]:
+    options = {"compute_entropy": True, "compute_aux_loss": False, **changes}
+    return forward(model, *batch, batch_size=batch_size, plain=plain, **options)
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message.removeprefix("[RANK 0] ") for record in caplog.records]
+
+
+# What is chosen
+
+
+class Cuda:
+    """Token ids that say that they are on a CUDA device, for a rule that looks at nothing else."""
+
+    is_cuda = True
+    device = "cuda:0"
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def size(self, dim: int) -> int:
+        assert dim == 1
+        return self.length
+
+
+def on_cuda(length: int, ratio: float = 2.0) -> PackedRows:
+    packed = rows_with(shared=10, own=10, count=4)
+    ids: Any = Cuda(length)
+    return dataclasses.replace(packed, input_ids=ids, num_padded_tokens=round(ratio * length))
+
+
+H100, RTX_4090, NO_TRITON, AMD = 227 * 1024, 99 * 1024, 0, -1  # bytes of shared memory per block
+
+
+@pytest.mark.parametrize(
+    ("packed", "settings", "card", "backend"),
+    [
+        (rows_with(10, 10, 4), {}, H100, "sdpa"),  # on a processor
+        (rows_with(1, 100, 4), {}, H100, None),
+        (rows_with(1, 100, 4), {"max_tokens": 999}, H100, "sdpa"),
+        (on_cuda(8191), {}, H100, "sdpa"),
+        (on_cuda(8192), {}, H100, "flex"),
+        (on_cuda(8192), {}, RTX_4090, "sdpa"),
+        (on_cuda(8192), {}, NO_TRITON, "sdpa"),
+        (on_cuda(8192), {}, AMD, "sdpa"),  # whose properties do not have the field
+        (on_cuda(8192), {"attention_dropout": 0.1}, H100, "sdpa"),
+        (on_cuda(8192, ratio=1.1), {}, H100, None),
+        (on_cuda(8192, ratio=1.1), {"max_tokens": 999}, H100, "flex"),
+        (on_cuda(8192), {"attention": "flash_attention_2"}, H100, "flex"),
+        (on_cuda(8192), {"attention": "eager"}, H100, "sdpa"),
+        (on_cuda(8193), {"attention": "eager"}, H100, None),
+    ],
+)
+def test_auto_chooses_by_sharing_length_and_machine(
+    packed: PackedRows, settings: dict[str, Any], card: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_forward, "has_triton", lambda: card != NO_TRITON)
+    properties = SimpleNamespace(shared_memory_per_block_optin=card) if card != AMD else SimpleNamespace()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    settings = dict(settings)
+    forward = make_forward(max_tokens=settings.pop("max_tokens", None))
+    assert forward._choose(packed, config_with(**settings)) == backend
+
+
+@pytest.mark.parametrize("tree_packing", ["sdpa", "flex"])
+def test_a_named_backend_packs_everything(tree_packing: str) -> None:
+    for packed in (rows_with(10, 10, 4), rows_with(1, 100, 4), on_cuda(99, ratio=1.0)):
+        assert make_forward(tree_packing)._choose(packed, config_with()) == tree_packing
+
+
+def test_each_choice_of_auto_is_said_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    forward = make_forward()
+    for packed in (rows_with(10, 10, 4), rows_with(10, 10, 4), rows_with(1, 100, 4), rows_with(1, 100, 4)):
+        forward._choose(packed, config_with())
+    # 4 rows of 20 tokens share 10, and each of these but the last has one next token: 53 positions (see test_packing).
+    assert said(caplog) == [
+        "tree_packing='auto' forwards packed rows with SDPA (FlexAttention needs a CUDA device): 80 tokens in rows, "
+        "of them 80 no padding, 53 unique. It decides for each micro-batch.",
+        "tree_packing='auto' forwards plain rows (packing pays from 1.15 forwarded tokens per unique token on): 404 "
+        "tokens in rows, of them 404 no padding, 404 unique. It decides for each micro-batch.",
+    ]
+
+
+def test_plain_rows_are_forwarded_where_packing_does_not_pay() -> None:
+    model, batch = ready_model(), batch_of([[5]] * 3, [[7] * 9, [8] * 9, [9] * 9])
+    logps, entropies, aux_loss, log = run(make_forward(), model, batch)
+    expected = plain(model, *batch)
+    assert torch.equal(logps, expected[0])
+    assert torch.equal(entropies, expected[1])
+    assert aux_loss is None
+    assert log["tree/packing_ratio"] == [1.0]
+
+
+def test_compiling_is_announced_once_per_length(caplog: pytest.LogCaptureFixture) -> None:
+    forward = make_forward("flex")
+    for length in (50, 100, 150):  # padded to 128, 128, 256
+        with forward._compile_notice(rows_with(1, length, 1), "flex"):
+            pass
+    with forward._compile_notice(rows_with(1, 50, 1), "sdpa"):
+        pass
+    messages = said(caplog)
+    assert [message for message in messages if "compiles for" in message] == [
+        f"FlexAttention compiles for rows of up to {length} tokens; this can take a minute or two."
+        for length in (128, 256)
+    ]
+    assert sum("first forward of that length took" in message for message in messages) == 2
+
+
+# Pieces
+
+
+@pytest.mark.parametrize("max_tokens", [1, 9, 20, 30, 999])
+def test_pieces_give_the_same_values_and_gradients(max_tokens: int) -> None:
+    model, batch = ready_model(), trees()
+    pieces = cut_rows(*batch, max_tokens)
+    results = []
+    for forward in (make_forward("sdpa"), make_forward("sdpa", max_tokens=max_tokens)):
+        model.zero_grad()
+        logps, entropies, _, log = run(forward, model, batch)
+        lengths = [pack_rows(batch[0][p], batch[1][p], batch[2]).input_ids.size(1) for p in pieces]
+        if forward.max_tokens is None:
+            lengths = [pack_rows(*batch).input_ids.size(1)]
+        assert log["tree/packing_ratio"] == [batch[1].sum().item() / sum(lengths)]
+        weights = torch.randn(logps.shape, generator=torch.Generator().manual_seed(0))
+        (logps * weights + entropies).sum().backward()
+        results.append((logps, entropies, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    for whole, cut in zip(*results, strict=True):
+        torch.testing.assert_close(cut, whole, atol=1e-4, rtol=1e-5)
+
+
+def test_all_pieces_but_the_largest_are_forwarded_again_in_the_backward_pass() -> None:
+    model, batch = ready_model(), trees(3)
+    pieces = cut_rows(*batch, 25)
+    assert len(pieces) > 2
+    sizes = [pack_rows(batch[0][p], batch[1][p], batch[2]).input_ids.size(1) for p in pieces]
+    seen: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: seen.append(args[0].size(1)))
+    forward = make_forward("sdpa", max_tokens=25)
+    forward.checked.add((id(model), "sdpa"))
+    logps = run(forward, model, batch)[0]
+    assert seen == sorted(sizes)  # the largest last, so that nothing else is kept beside it
+    logps.sum().backward()
+    assert sorted(seen[len(sizes) :]) == sorted(sizes)[:-1]
+    with torch.no_grad():
+        seen.clear()
+        again = run(forward, model, batch)[0]
+    assert seen == sorted(sizes)
+    assert torch.equal(again, logps)
+
+
+def test_pieces_are_cut_inside_the_chunks_of_the_caller() -> None:
+    model, batch = ready_model(), trees(2)
+    with torch.no_grad():
+        logps, _, _, log = run(make_forward("sdpa", max_tokens=999), model, batch, batch_size=3)
+        expected = plain(model, *batch)[0]
+    assert len(log["tree/packing_ratio"]) == len(log["tree/packing_seconds"]) == 3  # 8 rows in threes
+    is_scored = batch[1][:, -batch[2] :].bool()
+    torch.testing.assert_close(logps[is_scored], expected[is_scored], atol=1e-4, rtol=0)
+
+
+# The check
+
+
+class Broken(nn.Module):
+    """A model whose packed forward attends to the row in front of it, as one without a tree mask would."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.config, self.dtype, self.device = model.config, model.dtype, model.device
+
+    def forward(self, **inputs: Any) -> Any:
+        if "tree_attention" in inputs:
+            inputs["tree_attention"]._last.fill_(inputs["input_ids"].size(1) - 1)
+        return self.model(**inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_forward_that_differs_stops_the_run_with_both_numbers(dtype: torch.dtype) -> None:
+    model, batch = Broken(ready_model().to(dtype)), trees()
+    with pytest.raises(RuntimeError) as error:
+        run(make_forward("sdpa"), model, batch)
+    message = str(error.value)
+    first_tree = batch[0][:4], batch[1][:4], batch[2]
+    is_scored = first_tree[1][:, -batch[2] :].bool()
+    expected = plain(model, *first_tree)[0][is_scored].mean().item()
+    assert f"and {expected:.4g} in plain rows" in message
+    assert "where rounding explains" in message
+    assert "`tree_packing='off'`" in message
+
+
+def test_one_tree_is_checked_once_per_backend_and_dropout_is_off() -> None:
+    model, batch = ready_model(attention_dropout=0.5).train(), trees()
+    model.model.layers[0].eval()
+    forward = make_forward("sdpa")
+    checked: list[int] = []
+
+    def spy(model: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        checked.append(len(input_ids))
+        assert not model.training
+        return plain(model, input_ids, *args, **kwargs)
+
+    for _ in range(2):
+        forward(model, *batch, 99, compute_entropy=False, compute_aux_loss=False, plain=spy)
+    assert checked == [4]  # the leaves of the first tree
+    assert forward.checked == {(id(model), "sdpa")}
+    assert model.training
+    assert not model.model.layers[0].training  # as it was
+
+
+def test_a_tree_without_a_scored_token_leaves_the_check_to_the_next() -> None:
+    model, (ids, mask, num_scored) = ready_model(), trees()
+    masked = mask.clone()
+    masked[:4, -num_scored:] = 0  # as mask_truncated_completions does
+    forward = make_forward("sdpa")
+    run(forward, model, (ids, masked, num_scored))
+    assert not forward.checked
+    run(forward, model, (ids, mask, num_scored))
+    assert forward.checked == {(id(model), "sdpa")}
+
+
+def test_a_packed_forward_that_gives_no_numbers_stops_the_run() -> None:
+    forward, model = make_forward("sdpa"), ready_model()
+    original = forward._forward
+    forward._forward = lambda *args: original(*args)._replace(logps=original(*args).logps * float("nan"))
+    with pytest.raises(RuntimeError, match=r"differ by nan nats on average.*Set `tree_packing='off'`"):
+        run(forward, model, trees())
+
+
+def test_the_reference_is_checked_too_and_forwarded_with_its_own_attention() -> None:
+    policy, reference, batch = ready_model(), ready_model(), trees()
+    reference.set_attn_implementation("eager")
+    forward = make_forward("sdpa")
+    with torch.no_grad():
+        values = [run(forward, model, batch)[0] for model in (policy, reference)]
+    torch.testing.assert_close(values[0], values[1], atol=1e-4, rtol=0)
+    assert forward.checked == {(id(policy), "sdpa"), (id(reference), "sdpa")}
+
+
+@pytest.mark.parametrize(
+    ("change", "is_exact"),
+    [
+        (lambda model: model, True),
+        (lambda model: model.bfloat16(), False),
+        (lambda model: model.model.layers[1].bfloat16(), False),  # as the layers of a quantised model
+    ],
+)
+def test_float32_is_exact_only_if_all_of_the_model_is(change: Any, is_exact: bool) -> None:
+    model = ready_model()
+    change(model)
+    assert make_forward()._is_exact(model) == is_exact
+
+
+def test_sharded_models_run_the_same_forwards_whether_they_pack_or_not() -> None:
+    """Two rows packed and plain at the first call, in every process; processes would wait for each other otherwise."""
+    shared, alone = trees(), batch_of([[5]] * 3, [[7] * 9, [8] * 9, [9] * 9])
+    counts = []
+    for batch in (shared, alone):
+        model, forward = ready_model(), make_forward("auto", is_sharded=True)
+        seen: list[int] = []
+        model.model.register_forward_hook(lambda module, args, output, seen=seen: seen.append(1))
+        for _ in range(2):
+            with torch.no_grad():
+                run(forward, model, batch)
+        counts.append(len(seen))
+    assert counts == [4, 4]  # two for the check, then one a call
+    with pytest.raises(RuntimeError, match="does not reproduce"):
+        run(make_forward("sdpa", is_sharded=True), Broken(ready_model()), shared)

@@ -1,0 +1,133 @@
+"""`combine_rewards` against GRPOTrainer's own formulas and by hand."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from trl.trainer.utils import nanstd
+
+from treepo_trl.update.rewards import combine_rewards
+
+
+nan = math.nan
+
+
+def grpo_advantages(
+    rewards_per_func: torch.Tensor, weights: torch.Tensor, num_generations: int, aggregation: str, scale: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards and advantages as trl/trainer/grpo_trainer.py (1.16) computes them, copied."""
+    unscorable_mask = torch.isnan(rewards_per_func).all(dim=1)
+    if aggregation == "sum_then_normalize":
+        rewards = (rewards_per_func * weights.unsqueeze(0)).nansum(dim=1)
+        rewards[unscorable_mask] = torch.nan
+        mean_grouped_rewards = torch.nanmean(rewards.view(-1, num_generations), dim=1)
+        mean_grouped_rewards = mean_grouped_rewards.repeat_interleave(num_generations, dim=0)
+        if scale in ["group", "none"]:
+            std_rewards = nanstd(rewards.view(-1, num_generations), dim=1)
+            std_rewards = std_rewards.repeat_interleave(num_generations, dim=0)
+        else:
+            std_rewards = nanstd(rewards).expand_as(rewards)
+        advantages = rewards - mean_grouped_rewards
+        if scale != "none":
+            advantages = advantages / (std_rewards + 1e-4)
+    else:
+        grouped = rewards_per_func.view(-1, num_generations, rewards_per_func.size(1))
+        mean_k = torch.nanmean(grouped, dim=1, keepdim=True)
+        std_k = nanstd(grouped, dim=1, keepdim=True)
+        reward_k = ((grouped - mean_k) / (std_k + 1e-4)).view(-1, rewards_per_func.size(1))
+        rewards = (reward_k * weights.unsqueeze(0)).nansum(dim=1)
+        rewards[unscorable_mask] = torch.nan
+        std_rewards = nanstd(rewards).expand_as(rewards)
+        advantages = (rewards - torch.nanmean(rewards)) / (std_rewards + 1e-4)
+    return rewards, torch.nan_to_num(advantages, nan=0.0)
+
+
+@st.composite
+def reward_tables(draw: st.DrawFn, with_nan: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
+    groups, generations, functions = draw(st.integers(1, 4)), draw(st.integers(2, 5)), draw(st.integers(1, 3))
+    values = st.sampled_from([-1.0, 0.0, 0.5, 1.0, 3.0, *([nan, nan] if with_nan else [])])
+    rows = draw(st.lists(values, min_size=groups * generations * functions, max_size=groups * generations * functions))
+    weights = draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=functions, max_size=functions))
+    table = torch.tensor(rows, dtype=torch.float64).view(-1, functions)
+    return table, torch.tensor(weights, dtype=torch.float64), generations
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@given(reward_tables(with_nan=True))
+def test_sum_then_normalize_divides_grpos_numerator_as_grpo_does(
+    scale: str, table: tuple[torch.Tensor, torch.Tensor, int]
+) -> None:
+    rewards_per_func, weights, generations = table
+    rewards, divisors = combine_rewards(rewards_per_func, weights, generations, "sum_then_normalize", scale)
+    expected_rewards, expected = grpo_advantages(rewards_per_func, weights, generations, "sum_then_normalize", scale)
+    torch.testing.assert_close(rewards, expected_rewards, equal_nan=True)
+    means = rewards.view(-1, generations).nanmean(1).repeat_interleave(generations)
+    # The trainer divides by 1 where there is no standard deviation; the numerator is 0 there or the leaf unscorable.
+    advantages = torch.nan_to_num((rewards - means) / torch.nan_to_num(divisors, nan=1.0), nan=0.0)
+    torch.testing.assert_close(advantages, expected)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])  # GRPOTrainer ignores it here
+@given(reward_tables(with_nan=True))
+def test_normalize_then_sum_gives_grpos_rewards_and_batch_divisor(
+    scale: str, table: tuple[torch.Tensor, torch.Tensor, int]
+) -> None:
+    rewards_per_func, weights, generations = table
+    rewards, divisors = combine_rewards(rewards_per_func, weights, generations, "normalize_then_sum", scale)
+    expected_rewards, expected = grpo_advantages(rewards_per_func, weights, generations, "normalize_then_sum", scale)
+    torch.testing.assert_close(rewards, expected_rewards, equal_nan=True)
+    advantages = (rewards - rewards.nanmean()) / divisors
+    torch.testing.assert_close(torch.nan_to_num(advantages, nan=0.0), expected)
+
+
+@given(reward_tables(with_nan=False))
+def test_normalized_rewards_have_mean_zero_in_each_group(table: tuple[torch.Tensor, torch.Tensor, int]) -> None:
+    """So the mean of a tree's query group is the batch mean that GRPOTrainer subtracts."""
+    rewards_per_func, weights, generations = table
+    rewards, _ = combine_rewards(rewards_per_func, weights, generations, "normalize_then_sum", "group")
+    means = rewards.view(-1, generations).mean(1)
+    torch.testing.assert_close(means, torch.zeros_like(means))
+
+
+def test_weighted_sum_by_hand() -> None:
+    # 1 * 1 + 2 * 0.5 = 2, 1 * 0 + 2 * 1 = 2, nan counts as 0: 2 * 3 = 6, nothing at all: nan
+    table = torch.tensor([[1.0, 0.5], [0.0, 1.0], [nan, 3.0], [nan, nan]])
+    rewards, divisors = combine_rewards(table, torch.tensor([1.0, 2.0]), 2, "sum_then_normalize", "none")
+    torch.testing.assert_close(rewards, torch.tensor([2.0, 2.0, 6.0, nan]), equal_nan=True)
+    assert divisors.tolist() == [1.0] * 4
+
+
+def test_group_and_batch_divisors_by_hand() -> None:
+    # Unbiased standard deviations: {0, 2} -> sqrt(2), {1, 1} -> 0; batch {0, 2, 1, 1}: sqrt((1 + 1 + 0 + 0) / 3)
+    table, weights = torch.tensor([[0.0], [2.0], [1.0], [1.0]]), torch.ones(1)
+    _, by_group = combine_rewards(table, weights, 2, "sum_then_normalize", "group")
+    torch.testing.assert_close(by_group, torch.tensor([math.sqrt(2)] * 2 + [0.0] * 2) + 1e-4)
+    _, by_batch = combine_rewards(table, weights, 2, "sum_then_normalize", "batch")
+    torch.testing.assert_close(by_batch, torch.full((4,), math.sqrt(2 / 3)) + 1e-4)
+
+
+def test_unscorable_completions_do_not_count_in_the_divisor() -> None:
+    # {0, 2} of {0, 2, nan}: sqrt(2)
+    table = torch.tensor([[0.0], [2.0], [nan]])
+    _, divisors = combine_rewards(table, torch.ones(1), 3, "sum_then_normalize", "group")
+    torch.testing.assert_close(divisors, torch.full((3,), math.sqrt(2) + 1e-4))
+
+
+def test_normalize_then_sum_by_hand() -> None:
+    # Function 1: {0, 2}, mean 1, std sqrt(2): -0.7071, 0.7071 (1e-4 aside). Function 2: {10, -10}, mean 0, std
+    # 14.142: 0.7071, -0.7071. With weights 1 and 3: -0.7071 + 3 * 0.7071 = 1.4142 and -1.4142.
+    table = torch.tensor([[0.0, 10.0], [2.0, -10.0]])
+    rewards, divisors = combine_rewards(table, torch.tensor([1.0, 3.0]), 2, "normalize_then_sum", "none")
+    torch.testing.assert_close(rewards, torch.tensor([math.sqrt(2), -math.sqrt(2)]), atol=1e-3, rtol=0)
+    # std of {a, -a} is a * sqrt(2) = 2
+    torch.testing.assert_close(divisors, torch.full((2,), 2.0), atol=1e-3, rtol=0)
+
+
+def test_the_table_is_not_changed() -> None:
+    table = torch.tensor([[1.0, nan], [nan, nan]])
+    before = table.clone()
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        combine_rewards(table, torch.ones(2), 2, aggregation, "batch")
+    torch.testing.assert_close(table, before, equal_nan=True)

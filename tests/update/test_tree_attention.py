@@ -1,0 +1,310 @@
+"""Attention over a packed row is attention under its dense mask, whatever the backend and however the row is cut."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, StableLmConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from tests.support.models import make_model
+from treepo_trl.update import tree_attention
+from treepo_trl.update.tree_attention import TreeAttention, flex_length, serve_trees, why_no_trees
+
+
+def last_of(parents: list[int]) -> torch.Tensor:
+    """Last descendant of each position, from parents (-1 for roots), which come in depth-first order."""
+    last = list(range(len(parents)))
+    for i in reversed(range(len(parents))):
+        if parents[i] >= 0:
+            last[parents[i]] = max(last[parents[i]], last[i])
+    return torch.tensor(last)
+
+
+def dense_mask(parents: list[int]) -> torch.Tensor:
+    """True where the column is the row's ancestor or itself, by walking up."""
+    mask = torch.zeros(len(parents), len(parents), dtype=torch.bool)
+    for i in range(len(parents)):
+        j = i
+        while j >= 0:
+            mask[i, j] = True
+            j = parents[j]
+    return mask
+
+
+@st.composite
+def forests(draw: st.DrawFn, max_size: int = 40) -> list[int]:
+    """Parents in depth-first order: each position hangs on one of the current path, or starts a new tree."""
+    path: list[int] = []
+    parents = []
+    for i in range(draw(st.integers(1, max_size))):
+        keep = draw(st.one_of(st.just(len(path)), st.integers(0, len(path))))  # mostly a chain
+        path = path[:keep]
+        parents.append(path[-1] if path else -1)
+        path.append(i)
+    return parents
+
+
+def states(length: int, dtype: torch.dtype = torch.float32, heads: int = 4, key_heads: int = 2) -> list[torch.Tensor]:
+    """Queries, keys and values; values of another size than keys."""
+    generator = torch.Generator().manual_seed(length)
+    return [
+        torch.randn(1, count, length, size, generator=generator).to(dtype).requires_grad_()
+        for count, size in ((heads, 8), (key_heads, 8), (key_heads, 4))
+    ]
+
+
+def dense(parents: list[int], inputs: list[torch.Tensor]) -> torch.Tensor:
+    output = F.scaled_dot_product_attention(*inputs, attn_mask=dense_mask(parents), enable_gqa=True)
+    return output.transpose(1, 2)
+
+
+def attend(tree: TreeAttention, inputs: list[torch.Tensor], dropout: float = 0.0) -> torch.Tensor:
+    return tree(nn.Module(), *inputs, dropout, None)
+
+
+def gradients_of(output: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    return torch.autograd.grad((output * weights.to(output.dtype)).sum(), inputs)
+
+
+@given(forests(), st.integers(1, 45), st.sampled_from([0, 10**9]))
+@settings(deadline=None)
+def test_blocks_of_any_size_give_the_dense_result_and_its_gradients(
+    parents: list[int], query_block: int, max_kept: int
+) -> None:
+    """Whether the blocks' keys are kept for the backward pass or gathered again."""
+    inputs = states(len(parents))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree_attention, "_MAX_KEPT_COPIES", max_kept)
+        expected, output = dense(parents, inputs), attend(TreeAttention(last_of(parents), "sdpa", query_block), inputs)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    for a, b in zip(gradients_of(output, inputs), gradients_of(expected, inputs), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@given(forests(), st.integers(1, 45))
+@settings(deadline=None)
+def test_a_block_has_the_keys_that_its_queries_see_and_no_other(parents: list[int], query_block: int) -> None:
+    mask = dense_mask(parents)
+    blocks = TreeAttention(last_of(parents), "sdpa", query_block).query_blocks()
+    assert [i for block in blocks for i in range(block.start, block.end)] == list(range(len(parents)))
+    for block in blocks:
+        rows = slice(block.start, block.end)
+        own = torch.arange(block.start, block.end)
+        assert set(block.keys.tolist()) == set(torch.nonzero(mask[rows].any(0)).flatten().tolist()) | set(own.tolist())
+        own_mask = block.mask(torch.float32)
+        assert torch.equal(own_mask == 0, mask[rows][:, block.keys])
+        assert torch.equal(own_mask == -torch.inf, ~mask[rows][:, block.keys])
+
+
+def test_keys_per_block_do_not_grow_with_the_row() -> None:
+    # 50 trees of one chain of 10: a block of 5 sees at most the 5 before it in its chain.
+    parents = [i - 1 if i % 10 else -1 for i in range(500)]
+    blocks = TreeAttention(last_of(parents), "sdpa", 5).query_blocks()
+    assert max(len(block.keys) for block in blocks) == 10
+
+
+@pytest.mark.parametrize("max_kept", [0, 10**9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gradients_are_as_close_as_the_dense_ones(
+    dtype: torch.dtype, max_kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tree_attention, "_MAX_KEPT_COPIES", max_kept)
+    parents = [i - 1 for i in range(64)] + [31, *range(64, 95)] + [15, *range(96, 127)]  # a trunk with two branches
+    exact, half = states(len(parents)), [tensor.detach().to(dtype).requires_grad_() for tensor in states(len(parents))]
+    truth = gradients_of(dense(parents, exact), exact)
+    by_blocks = gradients_of(attend(TreeAttention(last_of(parents), "sdpa", 16), half), half)
+    by_mask = gradients_of(dense(parents, half), half)
+    for ours, theirs, true in zip(by_blocks, by_mask, truth, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - true).norm() < 1.5 * (theirs - true).norm()
+
+
+@pytest.mark.parametrize("max_kept", [0, 10**9])
+def test_autocast_attends_in_its_own_dtype(max_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree_attention, "_MAX_KEPT_COPIES", max_kept)
+    parents = [-1, 0, 1, 1, 0, -1]
+    inputs = states(len(parents))
+    tree = TreeAttention(last_of(parents), "sdpa", 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = attend(tree, inputs)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), dense(parents, inputs), atol=0.05, rtol=0.05)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients_of(output, inputs))
+
+
+def test_dropout_drops_weights_and_keeps_the_mean() -> None:
+    parents = [-1, 0, 1, 1, 0, -1]
+    inputs = [tensor.detach() for tensor in states(len(parents))]
+    tree = TreeAttention(last_of(parents), "sdpa", 2)
+    torch.manual_seed(0)
+    draws = torch.stack([attend(tree, inputs, dropout=0.5) for _ in range(4000)])
+    assert draws.std(0).max() > 0.1
+    torch.testing.assert_close(draws.mean(0), dense(parents, inputs), atol=0.15, rtol=0)
+
+
+def test_dropout_is_the_same_in_both_passes() -> None:
+    parents = [-1, 0, 1, 1, 0, -1]
+    inputs = states(len(parents))
+    torch.manual_seed(0)
+    output = attend(TreeAttention(last_of(parents), "sdpa", 2), inputs, dropout=0.5)
+    # The output is linear in the values: for those drawn weights, gradient times values is the output itself.
+    (gradient,) = torch.autograd.grad(output.sum(), [inputs[2]])
+    torch.testing.assert_close((gradient * inputs[2]).sum(), output.sum())
+
+
+def test_masks_of_long_paths_are_not_kept() -> None:
+    parents = list(range(-1, 40))
+    for max_kept in (0, 10**9):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tree_attention, "_MAX_KEPT_COPIES", max_kept)
+            tree = TreeAttention(last_of(parents), "sdpa", 5)
+            attend(tree, states(len(parents)))
+        assert bool(tree._masks) == (max_kept > 0)
+
+
+@pytest.mark.parametrize(("length", "is_kept"), [(40, True), (41, False)])
+def test_keys_of_long_paths_are_not_kept(length: int, is_kept: bool) -> None:
+    # A chain in blocks of 5: block i has 5 (i + 1) keys, 8 blocks 180 in all, 4.5 times 40. With 4.5 allowed, a ninth
+    # block of 1 brings them to 221, 5.4 times 41.
+    parents = list(range(-1, length - 1))
+    inputs = states(length)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree_attention, "_MAX_KEPT_COPIES", 4.5)
+        output = attend(TreeAttention(last_of(parents), "sdpa", 5), inputs)
+    graph, pending = set(), [output.grad_fn]
+    while pending:
+        node = pending.pop()
+        graph.add(type(node).__name__)
+        pending += [below for below, _ in node.next_functions if below is not None]
+    assert ("_GatherBackward" in graph, "_AttendAgainBackward" in graph) == (is_kept, not is_kept)
+
+
+# FlexAttention
+
+
+@given(forests(max_size=300))
+@settings(deadline=None, max_examples=20)
+def test_the_block_mask_is_the_one_that_looks_at_every_pair(parents: list[int]) -> None:
+    last = last_of(parents)
+    ours = TreeAttention(last, "flex").block_mask()
+    length = flex_length(len(parents))
+    padded = torch.cat([last, torch.arange(len(last), length)])
+    slow = create_block_mask(
+        lambda _b, _h, q, k: (k <= q) & (q <= padded[k]), None, None, length, length, device="cpu"
+    )
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(slow, name)), name
+    assert torch.equal(ours.to_dense(), slow.to_dense())
+
+
+def test_blocks_behind_a_finished_subtree_are_skipped_and_whole_ancestors_are_full() -> None:
+    # A trunk of 128 and two branches of 128: three blocks. The second branch sees the trunk and not the first branch.
+    parents = [i - 1 for i in range(256)] + [127, *range(256, 383)]
+    mask = TreeAttention(last_of(parents), "flex").block_mask()
+    assert mask.to_dense()[0, 0, :3, :3].tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+    assert mask.full_kv_num_blocks[0, 0].tolist() == [0, 1, 1, 0]
+    assert mask.kv_num_blocks[0, 0].tolist() == [1, 1, 1, 1]  # the diagonal, and the padding with itself
+
+
+@pytest.mark.parametrize(("length", "padded"), [(1, 128), (128, 128), (129, 256), (8192, 8192), (8193, 16384)])
+def test_few_lengths_compile(length: int, padded: int) -> None:
+    assert flex_length(length) == padded
+
+
+@pytest.fixture
+def without_compiling() -> Iterator[None]:
+    """FlexAttention runs in plain torch: compiling takes 20 seconds on a processor."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.usefixtures("without_compiling")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("heads", [(4, 2), (6, 2), (3, 1), (4, 4)])
+def test_flex_gives_the_dense_result(heads: tuple[int, int]) -> None:
+    parents = [i - 1 for i in range(100)] + [49, *range(100, 149)] + [-1, *range(150, 170)]
+    inputs = [tensor.detach() for tensor in states(len(parents), heads=heads[0], key_heads=heads[1])]
+    output = attend(TreeAttention(last_of(parents), "flex"), inputs)  # no backward pass on a processor
+    torch.testing.assert_close(output, dense(parents, inputs), atol=1e-5, rtol=1e-5)
+
+
+# In front of transformers' own
+
+
+def test_serving_trees_twice_wraps_once_and_leaves_plain_calls_alone() -> None:
+    serve_trees("sdpa")
+    wrapped: Any = AttentionInterface()["sdpa"]
+    serve_trees("sdpa")
+    assert AttentionInterface()["sdpa"] is wrapped
+    assert wrapped.plain is sdpa_attention_forward
+    module = make_model().model.layers[0].self_attn
+    inputs = [tensor.detach() for tensor in states(5, heads=2, key_heads=1)]
+    assert torch.equal(wrapped(module, *inputs, None)[0], sdpa_attention_forward(module, *inputs, None)[0])
+
+
+@pytest.mark.parametrize("name", ["s_aux", "position_bias", "softcap", "sliding_window"])
+def test_attention_with_more_than_a_mask_is_refused(name: str) -> None:
+    serve_trees("sdpa")
+    with pytest.raises(ValueError, match=f"`{name}`.*Set `tree_packing='off'`"):
+        AttentionInterface()["sdpa"](
+            nn.Module(), *states(3), None, tree_attention=TreeAttention(torch.tensor([2, 2, 2]), "sdpa"), **{name: 1}
+        )
+
+
+def test_attention_with_nameless_arguments_is_refused() -> None:
+    serve_trees("sdpa")
+    with pytest.raises(ValueError, match=r"Module gives its attention function arguments without names"):
+        AttentionInterface()["sdpa"](
+            nn.Module(), *states(3), None, 0.5, tree_attention=TreeAttention(torch.tensor([2, 2, 2]), "sdpa")
+        )
+
+
+def stable_lm() -> PreTrainedModel:
+    """Its layers take no keywords for their attention."""
+    return AutoModelForCausalLM.from_config(
+        StableLmConfig(
+            vocab_size=65,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        ),
+        attn_implementation="sdpa",
+    )
+
+
+def test_models_are_asked_whether_they_hand_trees_on() -> None:
+    model = make_model().train()
+    assert why_no_trees(model) is None
+    assert model.training
+    # Its attention gets the mask alone, whose integers are no mask.
+    assert "does not take `tree_attention` (RuntimeError: Expected attn_mask dtype" in (
+        why_no_trees(stable_lm()) or ""
+    )
+
+
+def test_the_question_needs_no_weights() -> None:
+    """As under DeepSpeed ZeRO-3, which holds empty parameters between forwards."""
+    model = make_model()
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    assert why_no_trees(model) is None
+
+
+def test_any_failure_is_a_reason_and_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+
+    def forward(self: Any, **_: Any) -> None:
+        raise AssertionError("rope dims")
+
+    monkeypatch.setattr(type(model.model), "forward", forward)
+    assert why_no_trees(model) == "its forward does not take `tree_attention` (AssertionError: rope dims)"
