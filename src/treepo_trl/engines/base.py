@@ -1,23 +1,44 @@
 """What the sampler asks of an engine: continue token sequences by at most one segment."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """How a next token is drawn, in TRL's names and meanings."""
+    """
+    How a next token is drawn, in TRL's names and meanings.
 
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token."""
-    top_p: float = 1.0
-    """Smallest total probability of the tokens considered; 1 considers all."""
-    top_k: int = 0
-    """Number of tokens considered; 0 considers all."""
-    min_p: float | None = None
-    """Smallest probability considered, as a fraction of the largest; `None` considers all."""
-    repetition_penalty: float = 1.0
-    """Penalty on tokens that occur in the prompt or the path; 1 is none."""
+    Raises:
+        ValueError: for a value outside of its range.
+    """
+
+    temperature: float = field(default=1.0, metadata={"help": "Divides the logits; 0 takes the most likely token."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Smallest total probability of the tokens considered; 1 considers all."}
+    )
+    top_k: int = field(default=0, metadata={"help": "Number of tokens considered; 0 or -1 considers all."})
+    min_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Smallest probability of a token considered, as a fraction of the largest. Default: all tokens are "
+            "considered."
+        },
+    )
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "Penalty on tokens that occur in the prompt or the path; 1 is none."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, valid, allowed in (
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (all tokens)"),
+            ("top_k", self.top_k >= -1, "0 or -1 (all tokens) or more"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "between 0 (all tokens) and 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is none)"),
+        ):
+            if not valid:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be {allowed}.")
 
 
 @dataclass(frozen=True, slots=True)
