@@ -1,7 +1,9 @@
 """What the sampler asks of an engine: continue token sequences by at most one segment."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +23,8 @@ class SamplingOptions:
     min_p: float | None = field(
         default=None,
         metadata={
-            "help": "Smallest probability of a token considered, as a fraction of the largest. Default: all tokens are "
-            "considered."
+            "help": "Smallest probability of a token considered, as a fraction of the largest. Default: all tokens "
+            "are considered."
         },
     )
     repetition_penalty: float = field(
@@ -85,50 +87,67 @@ class SegmentEngineError(RuntimeError):
         self.request_id = request_id
 
 
-class SegmentEngine(Protocol):
+class SegmentEngine(ABC):
     """
-    Samples segments. Requests may finish in any order, and prefixes that requests share are computed once.
+    Samples segments. A new engine defines `submit`, `collect` and `abort`; the rest has defaults.
+
+    Requests may finish in any order. A prefix that requests share should be computed once.
 
     Attributes:
-        context_length (`int` or `None`):
+        context_length (`int`, *optional*):
             Longest sequence (prompt and completion tokens) that the engine can hold; `None` without a limit.
-        num_cache_tokens (`int` or `None`):
+        num_cache_tokens (`int`, *optional*):
             Tokens whose keys and values the engine can keep, running requests included; `None` if unknown.
-        block_size (`int` or `None`):
+        block_size (`int`, *optional*):
             Tokens per block of the prefix cache, of which only full blocks are found again; `None` if every prefix is.
-        reports_entropies (`bool`):
+        reports_entropies (`bool`, defaults to `False`):
             Whether results carry entropies.
         num_prompt_tokens (`int`), num_cached_tokens (`int`):
-            Tokens of the requests served so far, and how many of them did not have to be computed again.
+            Tokens of the requests served so far, and how many of them did not have to be computed again. 0 for an
+            engine that does not count.
     """
 
-    context_length: int | None
-    num_cache_tokens: int | None
-    block_size: int | None
-    reports_entropies: bool
+    context_length: int | None = None
+    num_cache_tokens: int | None = None
+    block_size: int | None = None
+    reports_entropies: bool = False
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
 
-    @property
-    def num_prompt_tokens(self) -> int: ...
+    @abstractmethod
+    def submit(self, requests: list[SegmentRequest]) -> None:
+        """Queue requests. Returns at once."""
 
-    @property
-    def num_cached_tokens(self) -> int: ...
+    @abstractmethod
+    def collect(self) -> list[SegmentResult]:
+        """Block until at least one queued request is done; return what is done, each result once."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Drop everything that is queued or running, so that the engine can be used again after an error."""
 
     def num_slots(self, length: int) -> int | None:
         """Requests that run at once when the longest of them has `length` tokens; `None` without a limit."""
-        ...
-
-    def submit(self, requests: list[SegmentRequest]) -> None:
-        """Queue requests. Returns at once."""
-        ...
-
-    def collect(self) -> list[SegmentResult]:
-        """Block until at least one queued request is done; return what is done, each result once."""
-        ...
-
-    def abort(self) -> None:
-        """Drop everything that is queued or running, so that the engine can be used again after an error."""
-        ...
+        return None
 
     def reset_prefix_cache(self) -> None:
-        """Forget all keys and values. Needed after a change of the weights."""
-        ...
+        """Forget all keys and values. Needed after a change of the weights; does nothing by default."""
+        return
+
+    def complete(self, requests: list[SegmentRequest]) -> Iterator[SegmentResult]:
+        """
+        Serve requests to the end: submit them all, and yield each result once it is there, in order of completion.
+
+        Nothing else may be in flight. Whatever stops the caller early, an error of the engine included, aborts what is
+        still running.
+        """
+        try:
+            self.submit(requests)
+            num_missing = len(requests)
+            while num_missing:
+                results = self.collect()
+                num_missing -= len(results)
+                yield from results
+        except BaseException:
+            self.abort()
+            raise

@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
 
 from treepo_trl.model_support import other_layers
 
-from .base import SamplingOptions, SegmentEngineError, SegmentRequest, SegmentResult
+from .base import SamplingOptions, SegmentEngine, SegmentEngineError, SegmentRequest, SegmentResult
 from .row_states import ROW_ATTENTION, Block, BlockCache, SlotLayer
 
 
@@ -65,7 +65,7 @@ class _Row:
         return self.token_ids[-1] if self.token_ids else self.request.token_ids[-1]
 
 
-class TransformersEngine:
+class TransformersEngine(SegmentEngine):
     """
     [`SegmentEngine`] over a causal language model in this process.
 

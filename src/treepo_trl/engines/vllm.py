@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .base import SamplingOptions, SegmentEngineError, SegmentRequest, SegmentResult
+from .base import SamplingOptions, SegmentEngine, SegmentEngineError, SegmentRequest, SegmentResult
 
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _STEPS_PER_BURST = 16  # at most; a sixteenth of a segment where segments are sh
 _NUM_TOP_LOGPROBS = 20  # vLLM's default limit
 
 
-class VLLMEngine:
+class VLLMEngine(SegmentEngine):
     """
     [`SegmentEngine`] over a [`vllm.LLM`] in this process.
 

@@ -6,7 +6,16 @@ Decides who branches and when a path ends; knows no model and no torch.
 
 from .config import TreeSamplingConfig
 from .sampler import SamplingStats, TreeSampler
+from .stopping import text_decoder
 from .tree import FinishReason, SegmentNode, SegmentTree
 
 
-__all__ = ["FinishReason", "SamplingStats", "SegmentNode", "SegmentTree", "TreeSampler", "TreeSamplingConfig"]
+__all__ = [
+    "FinishReason",
+    "SamplingStats",
+    "SegmentNode",
+    "SegmentTree",
+    "TreeSampler",
+    "TreeSamplingConfig",
+    "text_decoder",
+]

@@ -6,6 +6,7 @@ Standard library only.
 
 import re
 from collections.abc import Callable, Iterable, Set
+from typing import Protocol
 
 
 MIN_REPEATED_CHARACTERS = 1024
@@ -14,6 +15,27 @@ MIN_REPEATS = 4
 """How often a tail must repeat to count; at least 3, or the search in `is_repetitive` misses loops."""
 
 _TAIL_LENGTH = 8  # tokens decoded again in front of a segment: more than any character or merge spans
+
+
+class TextTokenizer(Protocol):
+    """What `text_decoder` needs of a tokenizer: every tokenizer of transformers has it."""
+
+    def decode(
+        self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> str | list[str]: ...
+
+
+def text_decoder(tokenizer: TextTokenizer) -> Callable[[list[int]], str]:
+    """
+    The text of a list of tokens, without special tokens, as the rules of a [`TreeSampler`] read it.
+
+    Spaces are not cleaned up: that would remove characters which earlier segments have shown already.
+    """
+
+    def decode(token_ids: list[int]) -> str:
+        return str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    return decode
 
 
 def find_eos(token_ids: list[int], eos_token_ids: Set[int]) -> int | None:
