@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 from trl.trainer.grpo_config import GRPOConfig
 
-from .sampling.config import TreeSamplingConfig, check_choice, check_int
+from .sampling.config import TreeSamplingConfig, check_int
 from .update.advantages import AdvantageEstimator
 from .update.packing import TreePacking
 
@@ -17,61 +17,11 @@ BaseWeights = Literal["auto", "quantized", "dequantized"]
 
 @dataclass
 class TreePOConfig(TreeSamplingConfig, GRPOConfig):
-    # docstyle-ignore
-    r"""
-    Configuration of the [`TreePOTrainer`].
+    """
+    Configuration of the [`TreePOTrainer`]: all fields of [`~trl.GRPOConfig`] and of [`TreeSamplingConfig`], and more.
 
-    Extends [`~trl.GRPOConfig`]; `num_generations` is the tree width W and `max_completion_length` the cap d*l on a
-    path's tokens. The fields of [`TreeSamplingConfig`] shape the tree: segments, branching, fallback and early stop.
-    Paper sections refer to [TreePO](https://huggingface.co/papers/2508.17445).
-
-    Parameters:
-        > Parameters that control the update
-
-        advantage_estimator (`str`, *optional*, defaults to `"treepo"`):
-            `"treepo"` (Eq. 5), `"treepo_size_weighted"` (Eq. 6), or `"grpo"` (the query group alone), which give a
-            completion one value; `"treepo_segment"` (groups that hold alternatives to the segment),
-            `"value_difference"` (value of the segment's node minus its parent's), `"treerl"` (that plus the node's
-            value minus the query's, over the root of its leaves), or `"leave_one_out"` (value of the node minus that
-            of the leaves that are not below it), which give a value to each segment.
-        subgroup_rejection (`bool`, *optional*, defaults to `False`):
-            Leave out subgroups whose rewards are all equal (Eq. 7). Only for the three estimators with `treepo` in
-            their names.
-        leaf_weighting (`str`, *optional*, defaults to `"uniform"`):
-            `"inverse_branching"` weights each leaf by the product of 1/children along its path, in the group means and
-            in its advantages, which undoes the tilt that branching puts on the leaf distribution. Not with a KL term
-            (`beta`), which would stay unweighted.
-        dynamic_sampling_rounds (`int`, *optional*, defaults to `0`):
-            How often at most, per batch, prompts whose completions all have the same reward are replaced by fresh ones
-            and sampled again. Prompts are then drawn one after another, each once per pass over the dataset; those
-            that still have equal rewards after the last round stay, with advantages of 0.
-        tree_packing (`str`, *optional*, defaults to `"auto"`):
-            Whether rows that share prefixes are forwarded once per unique token: `"off"` never, `"sdpa"` and `"flex"`
-            always, with that attention (FlexAttention compiles and needs CUDA), `"auto"` where it pays.
-        max_tokens_per_micro_batch (`int`, *optional*):
-            Unique tokens, prompts included, that are forwarded and kept for the backward pass at a time. A micro-batch
-            that has more is cut between its rows, whole trees where they fit, and all its pieces but the largest are
-            forwarded once more in the backward pass. The gradient does not depend on the cut. A row may be longer.
-
-        > Parameters that control the engine and the logs
-
-        vllm_lora_sync (`str`, *optional*, defaults to `"adapter"`):
-            How a LoRA policy reaches vLLM: `"adapter"` loads only the adapter into the engine, `"merge"` is TRL's way
-            (merge into the base model and push every weight).
-        vllm_base_weights (`str`, *optional*, defaults to `"auto"`):
-            What vLLM serves the adapter of a QLoRA policy on: `"dequantized"`, the policy's 4-bit weights written out
-            in the precision of its other weights, `"quantized"`, these 4-bit weights themselves (least memory,
-            slower), or `"auto"`, the first where it fits.
-        vllm_share_base_weights (`bool`, *optional*, defaults to `False`):
-            Whether a LoRA or QLoRA policy computes with the engine's copy of the frozen base, so that the card holds
-            the base once. Weights are shared where both are equal bit for bit: the policy must be loaded in the
-            engine's precision. A QLoRA engine is then `"quantized"`.
-        vllm_sleep_keeps_weights (`bool`, *optional*, defaults to `False`):
-            Whether a sleeping engine (`vllm_enable_sleep_mode`) frees its cache alone and its weights stay on the
-            card, instead of moving to the processor's memory and back at each generation. Shared weights stay in any
-            case.
-        log_trees (`bool`, *optional*, defaults to `False`):
-            Whether to write every sampled tree to `output_dir/trees`, one JSON line per tree.
+    Each field's `help` describes it, and docs/settings.md prints them all. Equations and sections are those of
+    [TreePO](https://huggingface.co/papers/2508.17445).
     """
 
     if TYPE_CHECKING:  # optional in GRPOConfig, but always set after its own __post_init__
@@ -80,82 +30,127 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
     advantage_estimator: AdvantageEstimator = field(
         default="treepo",
         metadata={
-            "help": "Advantage of each segment: treepo (Eq. 5), treepo_size_weighted (Eq. 6), grpo, treepo_segment, "
-            "value_difference, treerl, or leave_one_out.",
+            "help": "How rewards become advantages. A node's value is the mean reward of the leaves below it. Three "
+            "give a completion one advantage. `treepo` is the mean of the reward minus the values of the prompt and "
+            "of each shared node on the path (Eq. 5 of the paper). `treepo_size_weighted` weights these terms by the "
+            "number of leaves (Eq. 6). `grpo` takes the prompt's value alone. Four give each segment its own. "
+            "`treepo_segment` leaves out the nodes that hold no alternative to the segment. `value_difference` is the "
+            "value of the segment's node minus its parent's. `treerl` adds that node's value minus the prompt's, and "
+            "divides by the square root of the leaves below. `leave_one_out` is the node's value minus that of the "
+            "leaves which are not below it. Paper: `treepo`. Set `leave_one_out` with "
+            "`leaf_weighting='inverse_branching'` for the policy gradient itself, with more noise."
         },
     )
     subgroup_rejection: bool = field(
         default=False,
-        metadata={"help": "Leave out subgroups whose rewards are all equal (Eq. 7)."},
+        metadata={
+            "help": "Whether subgroups whose rewards are all equal are left out (Eq. 7 of the paper). Only the three "
+            "estimators `treepo`, `treepo_size_weighted` and `treepo_segment` have subgroups. Paper: false; set it as "
+            "an experiment."
+        },
     )
     leaf_weighting: LeafWeighting = field(
         default="uniform",
         metadata={
-            "help": "Weight of each leaf in the group means and in its advantages.",
+            "help": "Weight of each leaf in the groups' means and in its advantages. `uniform` weights all alike, as "
+            "the paper does. `inverse_branching` weights by the product of 1/children along the path, which undoes "
+            "the tilt that branching puts on the leaves. Set it if you need the policy's own expectation. It needs "
+            "`beta=0`, because the KL term would stay unweighted."
         },
     )
     dynamic_sampling_rounds: int = field(
         default=0,
         metadata={
-            "help": "How often at most prompts whose completions all have the same reward are replaced by fresh ones.",
+            "help": "How often per batch, at most, prompts whose completions all have the same reward are replaced by "
+            "fresh ones. 0 trains on every prompt. Paper: 2. Set 2 if the metric `frac_reward_zero_std` is high with "
+            "`scale_rewards='group'`; each round samples at most one batch more. Prompts with equal rewards after the "
+            "last round stay, with advantages of 0. Prompts are drawn one after another, each once per pass over the "
+            "dataset, so a subclass with its own sampler or data loader is refused."
         },
     )
     tree_packing: TreePacking = field(
         default="auto",
         metadata={
-            "help": "Whether rows that share prefixes are forwarded once per unique token.",
+            "help": "Whether the update forwards rows that share prefixes as one row, with every shared token once. "
+            "`auto` does so where it pays. `sdpa` and `flex` always do, with PyTorch's scaled dot product attention "
+            "or with FlexAttention, which compiles and needs CUDA. `off` never does, which reproduces TRL's "
+            "micro-batches exactly. Set `sdpa` where FlexAttention does not compile. A model that a tree mask cannot "
+            "serve keeps plain rows, with a warning."
         },
     )
     max_tokens_per_micro_batch: int | None = field(
         default=None,
-        metadata={"help": "Unique tokens that are forwarded and kept for the backward pass at a time."},
+        metadata={
+            "help": "Most unique tokens, prompts included, that one forward holds for the backward pass, from 1 on. "
+            "Default: no limit. A micro-batch with more is cut between its rows, into whole trees where they fit; a "
+            "single row may be longer. All pieces but the largest are forwarded once more in the backward pass. The "
+            "gradient does not depend on the cut. Set it to what fits if whole trees do not, with whole trees in "
+            "`per_device_train_batch_size`. Not with `tree_packing='off'`, FSDP, DeepSpeed or a load-balancing loss "
+            "(`router_aux_loss_coef=0` turns that off)."
+        },
     )
     vllm_lora_sync: LoraSync = field(
         default="adapter",
         metadata={
-            "help": "Load only the adapter into vLLM, or merge it and push every weight as TRL does.",
+            "help": "How a LoRA policy reaches vLLM. `adapter` loads the adapter alone into the engine. `merge` is "
+            "TRL's way: merge it into the base and push every weight. Set `merge` if vLLM cannot serve the adapter "
+            "(DoRA, `modules_to_save`)."
         },
     )
     vllm_base_weights: BaseWeights = field(
         default="auto",
         metadata={
-            "help": "What vLLM serves the adapter of a 4-bit policy on: its weights dequantized, or its own.",
+            "help": "What vLLM serves the adapter of a QLoRA policy on. `dequantized`: the policy's 4-bit weights "
+            "written out in the precision of its other weights, which is faster. `quantized`: these 4-bit weights "
+            "themselves, which takes least memory. `auto`: dequantized where that fits, or where vLLM cannot hold "
+            "them in 4 bits."
         },
     )
     vllm_share_base_weights: bool = field(
         default=False,
-        metadata={"help": "Whether a LoRA or QLoRA policy computes with the engine's copy of the frozen base."},
+        metadata={
+            "help": "Whether a LoRA or QLoRA policy computes with the engine's copy of the frozen base, so that the "
+            "card holds the base once. Set it if memory is short. Weights are shared where both are equal bit for "
+            "bit, so load the policy in the engine's precision; a QLoRA engine is then `quantized`. Needs "
+            "`use_vllm=True` and `vllm_lora_sync='adapter'`; not with tensor parallelism, FSDP or DeepSpeed."
+        },
     )
     vllm_sleep_keeps_weights: bool = field(
         default=False,
-        metadata={"help": "Whether a sleeping engine frees its cache alone and its weights stay on the card."},
+        metadata={
+            "help": "Whether a sleeping engine frees its cache alone and keeps its weights on the card, instead of "
+            "moving them to the processor's memory at each update. Shared weights stay in any case. Set it if the "
+            "update needs the cache's memory but not that of the weights. Needs `vllm_enable_sleep_mode=True` and "
+            "`vllm_lora_sync='adapter'`."
+        },
     )
     log_trees: bool = field(
         default=False,
-        metadata={"help": "Whether to write every sampled tree to output_dir/trees, one JSON line per tree."},
+        metadata={
+            "help": "Whether every sampled tree is written to the folder `trees` in `output_dir`, one line of JSON "
+            "each. Set it to look at trees."
+        },
     )
 
     def __post_init__(self) -> None:
-        GRPOConfig.__post_init__(self)
-        TreeSamplingConfig.__post_init__(self)
-        check_choice("advantage_estimator", self.advantage_estimator, AdvantageEstimator)
         if self.tree_packing is False:  # what a bare `off` is in YAML
             self.tree_packing = "off"
-        check_choice("tree_packing", self.tree_packing, TreePacking)
-        check_choice("vllm_lora_sync", self.vllm_lora_sync, LoraSync)
-        check_choice("vllm_base_weights", self.vllm_base_weights, BaseWeights)
-        check_choice("leaf_weighting", self.leaf_weighting, LeafWeighting)
+        GRPOConfig.__post_init__(self)
+        TreeSamplingConfig.__post_init__(self)  # checks the choices of this class too
+        self._check_objective()
+        self._check_whole_trees()
+        self._check_batches()
+        self._check_micro_batches()
+        self._check_supported()
+        self._check_shared_base()
+        self._check_sleep()
+
+    def _check_objective(self) -> None:
         if self.leaf_weighting == "inverse_branching" and self.beta != 0.0:
             raise ValueError(
                 f"`leaf_weighting='inverse_branching'` weights the advantages, but not the KL term of "
                 f"`beta={self.beta}`. Set `beta=0`, or `leaf_weighting='uniform'`."
             )
-        self._check_training()
-        self._check_micro_batches()
-        self._check_supported()
-        self._check_engine_weights()
-
-    def _check_training(self) -> None:
         if not self.temperature > 0:
             raise ValueError(
                 f"`temperature` is {self.temperature}; training samples and must be above 0. For evaluation of the "
@@ -166,6 +161,8 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
                 "`stop_pattern` and `mask_truncated_completions=True` exclude each other: a path that the pattern "
                 "ended has no EOS token, so its completion would be masked as truncated. Unset one of them."
             )
+
+    def _check_whole_trees(self) -> None:
         offline = ""
         if self.fallback_policy == "none":
             offline = "fallback_policy='none'"
@@ -176,6 +173,8 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
                 f"`{offline}` can leave a tree with fewer than `num_generations` completions, which training cannot "
                 "use: it is for offline sampling with `TreeSamplingConfig`. Leave it out."
             )
+
+    def _check_batches(self) -> None:
         check_int("dynamic_sampling_rounds", self.dynamic_sampling_rounds)
         if self.dynamic_sampling_rounds < 0:
             raise ValueError(
@@ -219,20 +218,27 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
                 "their own. Leave it out, or set `use_vllm=True`."
             )
 
-    def _check_engine_weights(self) -> None:
-        for name in ("vllm_share_base_weights", "vllm_sleep_keeps_weights"):
-            if getattr(self, name) and not (self.use_vllm and self.vllm_lora_sync == "adapter"):
-                raise ValueError(
-                    f"`{name}=True` is about the vLLM engine of a LoRA policy. It needs `use_vllm=True` and "
-                    "`vllm_lora_sync='adapter'`."
-                )
-        if self.vllm_sleep_keeps_weights and not self.vllm_enable_sleep_mode:
+    def _check_adapter_engine(self, name: str) -> None:
+        if not (self.use_vllm and self.vllm_lora_sync == "adapter"):
+            raise ValueError(
+                f"`{name}=True` is about the vLLM engine of a LoRA policy. It needs `use_vllm=True` and "
+                "`vllm_lora_sync='adapter'`."
+            )
+
+    def _check_sleep(self) -> None:
+        if not self.vllm_sleep_keeps_weights:
+            return
+        self._check_adapter_engine("vllm_sleep_keeps_weights")
+        if not self.vllm_enable_sleep_mode:
             raise ValueError(
                 "`vllm_sleep_keeps_weights=True` says how the engine sleeps, but it does not sleep. Set "
                 "`vllm_enable_sleep_mode=True`, or leave it out."
             )
+
+    def _check_shared_base(self) -> None:
         if not self.vllm_share_base_weights:
             return
+        self._check_adapter_engine("vllm_share_base_weights")
         if self.vllm_base_weights == "dequantized":
             raise ValueError(
                 "`vllm_share_base_weights=True` needs the same weights in policy and engine, but "

@@ -2,140 +2,188 @@
 
 import math
 import re
-from dataclasses import dataclass, field
-from typing import Any, cast, get_args
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Literal, cast, get_args, get_origin
 
 from .branching import BranchingPolicy, BranchSchedule, FallbackCandidates, FallbackPolicy
 
 
-def check_choice(name: str, value: Any, choices: Any) -> None:
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
     """Raise a `ValueError` unless `value` is one of the options of a `Literal`."""
     if value not in get_args(choices):
         raise ValueError(f"`{name}` is {value!r}. Choose one of {', '.join(map(repr, get_args(choices)))}.")
 
 
-def check_int(name: str, value: Any) -> None:
-    """Raise a `TypeError` unless `value` is a whole number."""
+def check_choices(settings: "DataclassInstance") -> None:
+    """Raise a `ValueError` unless every field whose type is a `Literal` holds one of its options."""
+    for setting in fields(settings):
+        if get_origin(setting.type) is Literal:
+            check_choice(setting.name, getattr(settings, setting.name), setting.type)
+
+
+def check_int(name: str, value: object) -> int:
+    """The value. Raises a `TypeError` unless it is a whole number."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"`{name}` is {value!r} ({type(value).__name__}); it must be a whole number.")
+    return value
 
 
 @dataclass
 class TreeSamplingConfig:
-    # docstyle-ignore
     r"""
-    How a [`TreeSampler`] grows a tree. [`TreePOConfig`] has the same fields, so either serves.
+    How a [`TreeSampler`] grows a tree: its segments, where it branches and falls back, when its paths end.
 
-    Paper sections refer to [TreePO](https://huggingface.co/papers/2508.17445).
-
-    Parameters:
-        num_generations (`int`, *optional*, defaults to `8`):
-            Leaves W of each tree.
-        max_completion_length (`int`, *optional*, defaults to `512`):
-            Longest path in tokens, d*l.
-        segment_length (`int`, *optional*):
-            Tokens per segment (l). Default: a fourteenth of `max_completion_length`, rounded up, which is the paper's
-            14 segments (14 x 512, section 4.2).
-        branching_factor (`int`, *optional*, defaults to `2`):
-            Children N per path of a full level (section 2.2). 1 samples `num_generations` independent completions,
-            unless `initial_branching_factor` says otherwise.
-        initial_branching_factor (`int` or `[low, high]`, *optional*):
-            Children of the prompt; two numbers draw one for each prompt, uniformly (the paper's best setting is
-            `[2, 8]`). Default: `branching_factor`, or `num_generations` when that is 1.
-        branching_policy (`str`, *optional*, defaults to `"uniform"`):
-            Who gets the branches beyond one each: `"uniform"` splits evenly; `"low_prob"` and `"high_prob"` by the
-            mean log-probability of the last segment's tokens (section 4.4, where `"uniform"` was best); `"entropy"` by
-            the mean entropy of the distributions that they were drawn from.
-        branching_temperature (`float`, *optional*, defaults to `2.0`):
-            Softmax temperature of all policies but `"uniform"`, in nats (section 4.4).
-        branching_temperature_end (`float`, *optional*):
-            Temperature at the end of training, reached along half a cosine (section 4.4 goes from 5 to 1). Without
-            training nothing changes. Default: the temperature stays.
-        branch_schedule (`str`, *optional*, defaults to `"early"`):
-            `"early"` branches as soon as it can (the paper); `"spread"` opens the branches evenly over the expected
-            length, which shares more tokens.
-        expected_completion_length (`int`, *optional*):
-            Length in tokens over which `"spread"` opens the branches. Default: what the caller of the sampler expects
-            (the trainer passes the last batch's mean length), else `max_completion_length`.
-        fallback_policy (`str`, *optional*, defaults to `"random"`):
-            Where a tree without live paths and with too few leaves grows again: at a `"random"` segment boundary of a
-            finished path (the paper), in front of its least likely segment (`"low_prob"`), at the `"root"`, or nowhere
-            (`"none"`: then trees may have fewer leaves).
-        fallback_candidates (`str`, *optional*, defaults to `"finished"`):
-            Which paths a fallback may cut: `"finished"` takes those that ended by EOS or by the stop pattern, and
-            grows from the prompt when there is none (the paper); `"finished_first"` takes any other path then;
-            `"all"` makes no difference between them.
-        max_tree_tokens (`int`, *optional*):
-            Most tokens to decode for a tree, at least `max_completion_length`. A tree opens no more paths than it can
-            be expected to finish within it, so it may have fewer than `num_generations` leaves.
-        stop_pattern (`str`, *optional*):
-            Regular expression that ends a path once it matches the path's text, e.g. `r"\\boxed\{[^}]*\}"`.
-        stop_repetition (`bool`, *optional*, defaults to `True`):
-            Whether a path that has run into a loop of text ends there.
+    [`TreePOConfig`] has the same fields, so either serves. Each field's `help` describes it, and docs/settings.md
+    prints them all.
 
     Raises:
         ValueError: saying what was set, what is allowed and what to change. `TypeError` for numbers that are none.
+
+    Example:
+
+    ```python
+    >>> from treepo_trl import TreeSamplingConfig
+    >>> config = TreeSamplingConfig(num_generations=16, max_completion_length=7168)
+    >>> config.segment_length, config.max_tree_depth
+    (512, 14)
+    >>> TreeSamplingConfig(branching_factor=9)
+    Traceback (most recent call last):
+        ...
+    ValueError: `branching_factor` is 9; it must be between 1 (no branching) and `num_generations` (8), ...
+
+    ```
     """
 
-    num_generations: int = field(default=8, metadata={"help": "Leaves of each tree."})
-    max_completion_length: int = field(default=512, metadata={"help": "Longest path in tokens."})
+    num_generations: int = field(
+        default=8,
+        metadata={
+            "help": "Width of the tree: leaves, and so completions, per prompt. From 1 on, training needs 2. Paper: "
+            "16. More leaves cost less than with independent sampling, because they share prefixes. In training "
+            "`per_device_train_batch_size * steps_per_generation` must be a multiple of it, so that no tree is split "
+            "over processes."
+        },
+    )
+    max_completion_length: int = field(
+        default=512,
+        metadata={
+            "help": "Longest path in tokens, from 1 on, without the prompt. A path that reaches it is cut off there. "
+            "Paper: 7168. A prompt that leaves less room in the engine's context shortens its own paths; one that "
+            "leaves none is an error."
+        },
+    )
     segment_length: int | None = field(
         default=None,
-        metadata={"help": "Tokens per segment. Default: max_completion_length / 14, rounded up."},
+        metadata={
+            "help": "Tokens per segment, from 1 to `max_completion_length`. A tree branches only between segments. "
+            "Default: a fourteenth of `max_completion_length`, rounded up, which is the paper's 14 segments. Paper: "
+            "512. Set a tenth of a typical completion if completions are much shorter than `max_completion_length`. "
+            "vLLM ends a segment up to one cache block early (16 tokens on a GPU), so that children start with a full "
+            "block."
+        },
     )
     branching_factor: int = field(
         default=2,
-        metadata={"help": "Children per path of a full level. 1 samples independent completions."},
+        metadata={
+            "help": "Children per path of a full level, from 1 to `num_generations`. Paper: 2. A larger number "
+            "reaches the width earlier and shares less. 1 samples independent completions, unless "
+            "`initial_branching_factor` is set."
+        },
     )
     initial_branching_factor: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Children of the prompt: one number, or two to draw from uniformly for each prompt. Default: "
-            "branching_factor, or num_generations when that is 1."
+            "help": "Children of the prompt: one number from 1 to `num_generations`, or two, low and high, between "
+            "which each prompt draws uniformly. Default: `branching_factor`, or `num_generations` when that is 1. "
+            "Paper: 2, and 2 to 8 in its best run. Raise it if first segments look alike."
         },
     )
     branching_policy: BranchingPolicy = field(
         default="uniform",
-        metadata={"help": "Who gets the branches beyond one each: evenly, by low or high probability, or by entropy."},
+        metadata={
+            "help": "Which paths get more than one child. `uniform` splits evenly, as the paper does. `low_prob` and "
+            "`high_prob` prefer paths whose last segment has a low or a high mean log-probability per token. "
+            "`entropy` prefers paths whose last segment was drawn from distributions of high mean entropy. All but "
+            "`uniform` are experiments: the paper found no gain in the probabilities and did not try the entropy."
+        },
     )
     branching_temperature: float = field(
         default=2.0,
-        metadata={"help": "Softmax temperature of the branching policies low_prob, high_prob and entropy."},
+        metadata={
+            "help": "Softmax temperature of the scores of `branching_policy`, in nats, above 0. `uniform` has no "
+            "scores and ignores it. Paper: 2. Lower it if the scores of paths differ by much less: the split is then "
+            "nearly even."
+        },
     )
     branching_temperature_end: float | None = field(
         default=None,
-        metadata={"help": "Branching temperature at the end of training, along half a cosine. Default: no change."},
+        metadata={
+            "help": "Value of `branching_temperature` at the end of training, in nats, above 0, reached along half a "
+            "cosine. Default: the temperature stays. Paper: from 5 to 1 in one study. Without training it changes "
+            "nothing."
+        },
     )
     branch_schedule: BranchSchedule = field(
         default="early",
-        metadata={"help": "Branch as soon as possible, or spread the branches evenly over the expected length."},
+        metadata={
+            "help": "When a tree branches. `early` branches as soon as it can, as the paper does. `spread` opens the "
+            "branches evenly over the expected length, so that paths share more tokens. Set `spread` if rollouts cost "
+            "too much and completions have similar lengths."
+        },
     )
     expected_completion_length: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens over which `spread` opens the branches. Default: the last batch's mean in training, else "
-            "max_completion_length."
+            "help": "Tokens over which `spread` opens the branches, from 1 to `max_completion_length`. Default: the "
+            "last batch's mean length in training, otherwise `max_completion_length`. Set it where lengths are known, "
+            "for example in sampling without training. A larger number shares more and favours long completions."
         },
     )
     fallback_policy: FallbackPolicy = field(
         default="random",
-        metadata={"help": "Where a tree without live paths grows the leaves that are missing."},
+        metadata={
+            "help": "Where a tree grows again when no path is live and leaves are missing. `random`: at a random "
+            "segment boundary of a finished path, as in the paper. `low_prob`: in front of that path's least likely "
+            "segment. `root`: at the prompt. `none`: nowhere, so trees may have fewer leaves, which training refuses."
+        },
     )
     fallback_candidates: FallbackCandidates = field(
         default="finished",
-        metadata={"help": "Which paths a fallback may cut: finished ones, those first, or all."},
+        metadata={
+            "help": "Which paths a fallback may cut. `finished`: those that ended by EOS or `stop_pattern`; if there "
+            "is none, the tree grows from the prompt, as in the paper. `finished_first`: those, and any other path "
+            "only if there is none. `all`: every path. Set `finished_first` if most paths end at "
+            "`max_completion_length` and a fresh start costs too much."
+        },
     )
     max_tree_tokens: int | None = field(
         default=None,
-        metadata={"help": "Most tokens to decode for a tree, which may then have fewer leaves. Not for training."},
+        metadata={
+            "help": "Most tokens to decode for a tree, at least `max_completion_length`. Default: no limit. A tree "
+            "opens only the paths that it can expect to finish, so it may have fewer than `num_generations` leaves. "
+            "Training refuses it: it is for sampling alone."
+        },
     )
     stop_pattern: str | None = field(
         default=None,
-        metadata={"help": "Regular expression that ends a path once it matches the path's text."},
+        metadata={
+            "help": r"Python regular expression that ends a path once it matches the path's text, for example "
+            r"`\\boxed\{[^}]*\}`. Default: none. Paper: a boxed answer. Set it if the reward reads nothing behind the "
+            "answer. A match may span segments, and tokens behind it are dropped. Special tokens are not part of the "
+            "text, `$` is the end of a segment, and a pattern that matches the empty text is refused. Not with "
+            "`mask_truncated_completions`: these paths have no EOS token and would be masked."
+        },
     )
     stop_repetition: bool = field(
         default=True,
-        metadata={"help": "Whether a path that has run into a loop of text ends there."},
+        metadata={
+            "help": "Whether a path ends once its text runs into a loop: its last 1024 characters or more repeat one "
+            "unit at least 4 times. Paper: 32 characters, 8 times. Turn it off if text is legitimately periodic. Such "
+            "a path has no EOS token, so `mask_truncated_completions` masks it."
+        },
     )
 
     @property
@@ -147,10 +195,7 @@ class TreeSamplingConfig:
     def __post_init__(self) -> None:
         self._check_tree_shape()
         self._check_initial_branching()
-        check_choice("branching_policy", self.branching_policy, BranchingPolicy)
-        check_choice("branch_schedule", self.branch_schedule, BranchSchedule)
-        check_choice("fallback_policy", self.fallback_policy, FallbackPolicy)
-        check_choice("fallback_candidates", self.fallback_candidates, FallbackCandidates)
+        check_choices(self)
         self._check_temperatures()
         self._check_lengths()
         self._check_stop_pattern()
@@ -182,10 +227,9 @@ class TreeSamplingConfig:
         if self.initial_branching_factor is None:
             first = self.num_generations if self.branching_factor == 1 else self.branching_factor
             self.initial_branching_factor = [min(first, self.num_generations)]
-        value: Any = self.initial_branching_factor
-        bounds = list(cast(list[Any], value)) if isinstance(value, list | tuple) else [value]
-        for bound in bounds:
-            check_int("initial_branching_factor", bound)
+        value = cast("object", self.initial_branching_factor)  # one number, a list or a tuple
+        given = list(cast("list[object]", value)) if isinstance(value, list | tuple) else [value]
+        bounds = [check_int("initial_branching_factor", bound) for bound in given]
         low, high = (bounds[0], bounds[-1]) if bounds else (0, 0)
         if len(bounds) not in (1, 2) or not 1 <= low <= high:
             raise ValueError(
@@ -227,7 +271,7 @@ class TreeSamplingConfig:
                 )
 
     def _check_stop_pattern(self) -> None:
-        pattern: Any = self.stop_pattern
+        pattern = cast("object", self.stop_pattern)  # anything from Python or YAML
         if pattern is None:
             return
         if not isinstance(pattern, str):
