@@ -10,7 +10,7 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig
 from trl import GRPOConfig
 
 from tests.support.models import make_model, make_tokenizer
-from treepo_trl import TreePOConfig, TreePOTrainer, TreeSamplingConfig, validation
+from treepo_trl import TreePOConfig, TreePOTrainer, TreeSamplingConfig, checks
 from treepo_trl.checks import check_arguments, check_datasets
 from treepo_trl.policy.adapter_sync import check_adapter
 
@@ -102,7 +102,7 @@ def test_known_generation_kwargs_are_used(tmp_path: Path) -> None:
 
 
 def test_vllm_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "is_vllm_available", lambda: False)
+    monkeypatch.setattr(checks, "is_vllm_available", lambda: False)
     with pytest.raises(
         ImportError, match=r"`use_vllm=True`, but vLLM is not installed.*pip install treepo-trl\[vllm\]"
     ):
@@ -118,13 +118,13 @@ def test_vllm_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_reserved_vllm_generation_kwargs(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
     with pytest.raises(ValueError, match=rf"`generation_kwargs` has {name}, which the tree sampler sets itself"):
         make_trainer(tmp_path, make_config(tmp_path, use_vllm=True, generation_kwargs={name: 1, "best_of": 3}))
 
 
 def test_vllm_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
     with pytest.raises(ValueError, match=r"`vllm_structured_outputs_regex` is not supported.*Leave it out"):
         make_trainer(tmp_path, make_config(tmp_path, use_vllm=True, vllm_structured_outputs_regex="a+"))
 
@@ -229,7 +229,7 @@ def test_other_adapters(config: Any) -> None:
 
 
 def test_adapter_is_checked_by_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
     config = make_config(tmp_path, use_vllm=True)
     with pytest.raises(ValueError, match=r"`use_dora=True`.*vllm_lora_sync='merge'"):
         make_trainer(tmp_path, config, peft_config=LoraConfig(use_dora=True, target_modules=["q_proj"]))

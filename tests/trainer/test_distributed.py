@@ -1,100 +1,26 @@
 """Two processes on one CPU: whole trees per process, and the same update as one process with both."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig
 
-from tests.support.models import make_tokenizer
+from tests.support.distributed import PROMPTS, make_trainer
 from tests.support.processes import run_in_two_processes
-from treepo_trl import SegmentTree, TreePOConfig, TreePOTrainer
+from tests.support.trainers import assert_same_parameters, parity_reward
+from treepo_trl import SegmentTree, TreePOTrainer
 
 
-SETTINGS: dict[str, Any] = {
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": [],
-    "num_generations": 4,
-    "max_completion_length": 9,
-    "segment_length": 3,
-    "scale_rewards": "batch",
-    "max_steps": 2,
-    "optim": "sgd",
-    "learning_rate": 0.5,
-    "lr_scheduler_type": "constant",
-    "gradient_checkpointing": False,
-    "logging_steps": 1,
-    "log_trees": True,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "shuffle_dataset": False,
-    "seed": 7,
-}
-# A long and a short prompt in turn: packing pays on the first process and not on the second.
-PROMPTS = [" ".join(f"w{(i + j) % 60}" for j in range(1 if i % 2 else 40)) for i in range(8)]
 SCRIPT = """
-import json
 import sys
 
-import torch
-from torch import distributed
+from tests.support import distributed
 
-from tests.trainer import test_distributed as here
-from treepo_trl import TreePOTrainer, packed_forward
-
-model, folder, changes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-lora = changes.pop("lora", False)
-changes |= {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
-trainer = here.make_trainer(model, folder, TreePOTrainer, lora, **changes)
-rank = trainer.accelerator.process_index
-assert trainer.accelerator.num_processes == 2
-totals = []
-sample = trainer.sampler.sample
-
-
-def recording_sample(prompts, seed, **kwargs):
-    trees = sample(prompts, seed, **kwargs)
-    totals.append([sum(t.num_leaf_tokens for t in trees), sum(t.num_unique_tokens for t in trees), len(trees), seed])
-    return trees
-
-
-worth = []
-is_worth_packing = packed_forward.is_worth_packing
-packed_forward.is_worth_packing = lambda packed: (worth.append(is_worth_packing(packed)), worth[-1])[1]
-trainer.sampler.sample = recording_sample
-trainer.train()
-result = {
-    "totals": totals,
-    "logs": trainer.state.log_history,
-    "logged_advantages": list(trainer._logs["advantages"]),
-    "worth": worth,
-}
-torch.save({n: p.detach() for n, p in trainer.model.named_parameters()}, f"{folder}/rank{rank}.pt")
-with open(f"{folder}/rank{rank}.json", "w") as file:
-    json.dump(result, file)
-distributed.destroy_process_group()
+getattr(distributed, sys.argv[1])(*sys.argv[2:])
 """
-
-
-def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-    return [sum(t % 2 == 0 for t in ids) / len(ids) + 0.01 * len(ids) for ids in completion_ids]
-
-
-def make_trainer(model: str, folder: Any, cls: type, lora: bool, **changes: Any) -> Any:
-    args = TreePOConfig(output_dir=str(folder), **{**SETTINGS, **changes})
-    return cls(
-        model=model,
-        args=args,
-        reward_funcs=reward,
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:2]}),
-        processing_class=make_tokenizer(),
-        peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
-    )
 
 
 class ReplayTrainer(TreePOTrainer):
@@ -127,7 +53,9 @@ class ReplayTrainer(TreePOTrainer):
 )
 def test_two_processes_update_as_one(tmp_path: Path, tiny_model_dir: str, changes: dict[str, Any]) -> None:
     accumulation = changes.get("gradient_accumulation_steps", 1)
-    ranks = run_in_two_processes(SCRIPT, tmp_path, tiny_model_dir, str(tmp_path), json.dumps(changes))
+    ranks = run_in_two_processes(
+        SCRIPT, tmp_path, "train_and_write", tiny_model_dir, str(tmp_path), json.dumps(changes)
+    )
 
     if "eval_strategy" in changes:
         # Without branching only the long prompt's rows share enough: one process packs, the other one does not.
@@ -161,7 +89,7 @@ def test_two_processes_update_as_one(tmp_path: Path, tiny_model_dir: str, change
         recorded.append([SegmentTree.from_dict(record["tree"]) for record in records])
         for record, tree in zip(records, recorded[-1], strict=True):
             assert record["rewards"] == pytest.approx(
-                reward([tree.completion_ids(leaf) for leaf in record["rows"]]), abs=1e-5
+                parity_reward([tree.completion_ids(leaf) for leaf in record["rows"]]), abs=1e-5
             )
     logged = [value for record in records for value in record["advantages"]]
     if "eval_strategy" not in changes:  # an evaluation puts its own there
@@ -185,3 +113,37 @@ def test_two_processes_update_as_one(tmp_path: Path, tiny_model_dir: str, change
     for key in ("grad_norm", "reward", "reward_std"):
         values = [log[key] for log in single.state.log_history if key in log]
         assert [log[key] for log in logs] == pytest.approx(values, abs=1e-4)
+
+
+def test_two_processes_fill_one_batch(tmp_path: Path, tiny_model_dir: str) -> None:
+    ranks = run_in_two_processes(SCRIPT, tmp_path, "train_dynamically_and_write", tiny_model_dir, str(tmp_path))
+    assert ranks[0]["sampled"] == [
+        ["w0", "w1"],
+        ["w4"],
+        ["w7", "w8"],
+        ["w11", "w12"],
+        ["w15"],
+        ["w16"],
+        ["w17"],
+        ["w18"],
+    ]
+    assert ranks[1]["sampled"] == [["w2", "w3"], ["w5", "w6"], ["w9", "w10"], ["w13", "w14"], [], [], [], []]
+    expected = [{"w0", "w4", "w5", "w6"}, {"w7", "w8", "w9", "w10"}, {"w18", "w12", "w13", "w14"}]
+    for first, second, prompts in zip(ranks[0]["updated"], ranks[1]["updated"], expected, strict=True):
+        assert Counter(first + second) == dict.fromkeys(prompts, 4)
+    assert min(ranks[0]["largest"] + ranks[1]["largest"]) > 0
+    kept = ["w18", "w12", "w13", "w14"]  # the logs hold the last batch
+    for rank in ranks:
+        assert rank["prompts"][::4] == kept
+        assert rank["extra"] == [f"{prompt}/{i}" for prompt in kept for i in range(4)]
+        assert rank["rewards"] == [0.0, 1.0] * 8
+    logs = [log for log in ranks[0]["logs"] if "loss" in log]
+    assert [log["dynamic_sampling/rounds"] for log in logs] == [1, 0, 4]
+    assert [log["dynamic_sampling/replaced_prompts"] for log in logs] == [3, 0, 4]
+    parameters = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    assert_same_parameters(*parameters, 0.0)
+    for step, log in enumerate(logs):
+        lines = (tmp_path / f"trees/trees_{step:06d}.jsonl").read_text().splitlines()
+        unique = sum(SegmentTree.from_dict(json.loads(line)["tree"]).num_unique_tokens for line in lines)
+        assert len(lines) == 4
+        assert log["tree/unique_tokens"] == unique + log["dynamic_sampling/discarded_tokens"]

@@ -1,0 +1,86 @@
+"""Trainings that run in two processes, and what each process writes about its own. See `processes.py`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import distributed
+
+from tests.support.trainers import build, make_config, parameters_of, reward_by_kind, train
+from treepo_trl import TreePOTrainer
+from treepo_trl.update import packed_forward
+
+
+# A long and a short prompt in turn: packing pays on the first process and not on the second.
+PROMPTS = [" ".join(f"w{(i + j) % 60}" for j in range(1 if i % 2 else 40)) for i in range(8)]
+# Four prompts per batch, two per process. First all of the second process's are replaced and one of the first's; then
+# none; then one place of the first process needs all four rounds.
+KINDS = "vcccvvv" + "vvvv" + "cvvvcccv"
+
+
+def make_trainer(model: str, folder: Path, cls: type = TreePOTrainer, lora: bool = False, **changes: Any) -> Any:
+    """A trainer on `PROMPTS` in their order, whose rewards are scaled over the batch of all processes."""
+    settings = {"max_completion_length": 9, "segment_length": 3, "scale_rewards": "batch", "log_trees": True}
+    return build(
+        cls,
+        model,
+        make_config(folder, **{**settings, "shuffle_dataset": False, **changes}),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:2]}),
+        peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
+    )
+
+
+def train_and_write(model: str, folder: str, changes: str) -> None:
+    """Train with `make_trainer`; write the sizes of what is sampled, the logs and whether packing was worth it."""
+    trainer = make_trainer(
+        model, Path(folder), per_device_train_batch_size=4, ddp_backend="gloo", **json.loads(changes)
+    )
+    totals: list[list[Any]] = []
+    sample = trainer.sampler.sample
+
+    def recording_sample(prompts: Any, seed: str, **kwargs: Any) -> Any:
+        trees = sample(prompts, seed, **kwargs)
+        leaf_tokens, unique_tokens = sum(t.num_leaf_tokens for t in trees), sum(t.num_unique_tokens for t in trees)
+        totals.append([leaf_tokens, unique_tokens, len(trees), seed])
+        return trees
+
+    worth: list[bool] = []
+    is_worth_packing = packed_forward.is_worth_packing
+    packed_forward.is_worth_packing = lambda packed: (worth.append(is_worth_packing(packed)), worth[-1])[1]
+    trainer.sampler.sample = recording_sample
+    trainer.train()
+    advantages = list(trainer._logs["advantages"])
+    _write(trainer, folder, {"totals": totals, "logged_advantages": advantages, "worth": worth})
+
+
+def train_dynamically_and_write(model: str, folder: str) -> None:
+    """Train on prompts of `KINDS` with dynamic sampling; write what is sampled, updated and logged."""
+    trainer = train(
+        Path(folder), model, KINDS, reward_and_log, shuffle_dataset=False, log_trees=True, ddp_backend="gloo"
+    )
+    result = {
+        "sampled": trainer.sampled,
+        "updated": [prompts for prompts, _ in trainer.updated],
+        "largest": [advantages.abs().max().item() for _, advantages in trainer.updated],
+        "extra": list(trainer._logs["extra"]["from"]),
+        "prompts": list(trainer._logs["prompt"]),
+        "rewards": list(trainer._logs["rewards"]["reward_and_log"]),
+    }
+    _write(trainer, folder, result)
+
+
+def reward_and_log(prompts: list[str], completion_ids: Any, kind: list[str], log_extra: Any, **_: Any) -> list:
+    log_extra("from", [f"{prompt}/{i % 4}" for i, prompt in enumerate(prompts)])
+    return reward_by_kind(completion_ids, kind)
+
+
+def _write(trainer: Any, folder: str, result: dict[str, Any]) -> None:
+    assert trainer.accelerator.num_processes == 2
+    rank = trainer.accelerator.process_index
+    torch.save(parameters_of(trainer), f"{folder}/rank{rank}.pt")
+    Path(folder, f"rank{rank}.json").write_text(json.dumps({**result, "logs": trainer.state.log_history}))
+    distributed.destroy_process_group()

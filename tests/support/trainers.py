@@ -1,0 +1,258 @@
+"""Trainers that record or replay what they sample, their settings, data and rewards, and what a run is compared by."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import GRPOTrainer
+
+from tests.support.models import make_tokenizer
+from treepo_trl import SegmentTree, TreePOConfig, TreePOTrainer
+
+
+NUM_GENERATIONS = 4
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+
+
+def parity_reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """Differs between most completions: share of even tokens, plus a little for length."""
+    return [sum(t % 2 == 0 for t in ids) / len(ids) + 0.01 * len(ids) for ids in completion_ids]
+
+
+def length_reward(completions: list[Any], **kwargs: Any) -> list[float]:
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [float(len(text.split())) for text in texts]
+
+
+def plain_prompts(count: int = 16) -> Dataset:
+    """Prompts of different lengths, each a different text."""
+    return Dataset.from_dict(
+        {"prompt": [" ".join(f"w{(7 * i + j) % 60}" for j in range(1 + i % 5)) for i in range(count)]}
+    )
+
+
+def chat_prompts(count: int = 16) -> Dataset:
+    return Dataset.from_dict({"prompt": [[{"role": "user", "content": f"w{i} w{i + 1}"}] for i in range(count)]})
+
+
+SETTINGS: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": [],
+    "per_device_train_batch_size": 2 * NUM_GENERATIONS,
+    "num_generations": NUM_GENERATIONS,
+    "max_completion_length": 12,
+    "max_steps": 2,
+    "optim": "sgd",  # unlike Adam it does not blow rounding errors up to the size of a step
+    "learning_rate": 0.5,
+    "lr_scheduler_type": "constant",
+    "gradient_checkpointing": False,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "seed": 7,
+}
+
+
+def make_config(folder: Path, **changes: Any) -> TreePOConfig:
+    return TreePOConfig(output_dir=str(folder), **{**SETTINGS, "segment_length": 4, **changes})
+
+
+class SpyTrainer(TreePOTrainer):
+    """Records what was sampled and what came out of the scoring."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.generations: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
+        self.raw_rewards: torch.Tensor | None = None
+        self.all_trees: list[list[SegmentTree]] = []
+        self.completions: list[Any] = []
+        sample = self.sampler.sample
+
+        def recording_sample(*args: Any, **kwargs: Any) -> list[SegmentTree]:
+            self.all_trees.append(sample(*args, **kwargs))
+            return self.all_trees[-1]
+
+        self.sampler.sample = recording_sample
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._generate_single_turn(*args, **kwargs)
+        if self.model.training:
+            self.completions.append(result)
+            torch.manual_seed(len(self.completions))  # so that the shuffle that follows can be repeated
+        return result
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.raw_rewards = super()._calculate_rewards(*args, **kwargs)
+        return self.raw_rewards
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        record = {
+            "inputs": inputs,
+            "output": {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in output.items()},
+            "rewards": self.raw_rewards.clone(),
+            "logged": list(self._logs["advantages"]),
+        }
+        if self.model.training:
+            self.generations.append({**record, "trees": self.all_trees[-1]})
+        else:
+            self.evaluations.append(record)
+        return output
+
+
+class ReplayTrainer(TreePOTrainer):
+    """Uses the trees that another trainer has sampled."""
+
+    recorded: list[list[SegmentTree]]
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        if self.model.training:
+            self.num_replayed = getattr(self, "num_replayed", 0) + 1
+            self.sampler.sample = lambda prompts, seed, **_: self.recorded[self.num_replayed - 1]
+        result = super()._generate_single_turn(*args, **kwargs)
+        if self.model.training:
+            torch.manual_seed(self.num_replayed)
+        return result
+
+
+class ReplayStockTrainer(GRPOTrainer):
+    """Stock GRPOTrainer on the completions that another trainer has sampled."""
+
+    recorded: list[Any]
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.model.training:
+            return super()._generate_single_turn(*args, **kwargs)
+        self.num_replayed = getattr(self, "num_replayed", 0) + 1
+        torch.manual_seed(self.num_replayed)
+        return self.recorded[self.num_replayed - 1]
+
+
+def build(cls: type, model: Any, config: Any, **changes: Any) -> Any:
+    arguments = {
+        "reward_funcs": parity_reward,
+        "train_dataset": plain_prompts(),
+        "processing_class": make_tokenizer(),
+        **changes,
+    }
+    return cls(model=model, args=config, **arguments)
+
+
+def parameters_of(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def assert_same_parameters(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 1e-4) -> None:
+    assert a.keys() == b.keys()
+    worst = max((a[name] - b[name]).abs().max().item() for name in a)
+    assert worst <= tolerance, f"parameters differ by {worst}"
+
+
+def largest_change(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
+    return max((before[name] - after[name]).abs().max().item() for name in before)
+
+
+def logs_of(trainer: Any, key: str) -> list[float]:
+    return [log[key] for log in trainer.state.log_history if key in log]
+
+
+def assert_same_run(
+    a: Any,
+    b: Any,
+    keys: tuple[str, ...] = ("loss", "grad_norm", "reward", "reward_std", "entropy"),
+    parameter_tolerance: float = 1e-4,
+) -> None:
+    for key in keys:
+        assert logs_of(a, key) == pytest.approx(logs_of(b, key), abs=1e-4, rel=1e-4), key
+    assert len(logs_of(a, "loss")) == a.state.max_steps
+    assert_same_parameters(parameters_of(a), parameters_of(b), parameter_tolerance)
+
+
+# Advantages by hand
+
+
+def slow_advantages(
+    tree: SegmentTree, rewards: list[float | None], estimator: str = "treepo", rejection: bool = False
+) -> list[float]:
+    """Eq. 5 to 7 for the leaves in depth-first order, in loops; not yet divided. `None` is unscorable."""
+    leaves = tree.depth_first_leaves()
+    result = []
+    for leaf, reward in zip(leaves, rewards, strict=True):
+        if reward is None:
+            result.append(0.0)
+            continue
+        groups = [[r for r in rewards if r is not None]]
+        for node in tree.path(leaf):
+            group = [r for other, r in zip(leaves, rewards, strict=True) if r is not None and node in tree.path(other)]
+            if len(group) > 1 and not (rejection and max(group) == min(group)):
+                groups.append(group)
+        if estimator == "grpo":
+            groups = groups[:1]
+        terms = [reward - sum(group) / len(group) for group in groups]
+        weights = [len(group) if estimator == "treepo_size_weighted" else 1 for group in groups]
+        result.append(sum(t * w for t, w in zip(terms, weights, strict=True)) / sum(weights))
+    return result
+
+
+def expected_advantages(generation: dict[str, Any], scale: str, **options: Any) -> torch.Tensor:
+    """(B, T) by hand: tree advantages over the deviation that `scale_rewards` names, on each token of a leaf."""
+    output, rewards = generation["output"], generation["rewards"].double()
+    totals = [None if all(r != r for r in row) else sum(r for r in row if r == r) for row in rewards.tolist()]
+    result = torch.zeros(output["completion_ids"].shape)
+    for i, tree in enumerate(generation["trees"]):
+        group = totals[i * NUM_GENERATIONS : (i + 1) * NUM_GENERATIONS]
+        pool = [r for r in (group if scale == "group" else totals) if r is not None]
+        divisor = 1.0 if scale == "none" else statistics.stdev(pool) + 1e-4
+        for j, (leaf, value) in enumerate(
+            zip(tree.depth_first_leaves(), slow_advantages(tree, group, **options), strict=True)
+        ):
+            result[i * NUM_GENERATIONS + j, : len(tree.completion_ids(leaf))] = value / divisor
+    return result
+
+
+# Dynamic sampling
+
+
+class RecordingTrainer(TreePOTrainer):
+    """Keeps which prompts were sampled and which reach the loss, with their advantages."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sampled: list[list[str]] = []
+        self.seeds: list[str] = []
+        self.updated: list[tuple[list[str], torch.Tensor]] = []
+        sample = self.sampler.sample
+
+        def recording_sample(prompts: Any, seed: str, **kwargs: Any) -> Any:
+            self.sampled.append([self._tokenizer.decode(ids) for ids in prompts])
+            self.seeds.append(seed)
+            return sample(prompts, seed, **kwargs)
+
+        self.sampler.sample = recording_sample
+
+    def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
+        texts = self._tokenizer.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
+        self.updated.append((texts, inputs["advantages"].clone()))
+        return super()._compute_loss(model, inputs)
+
+
+def labelled(kinds: str) -> Dataset:
+    """A prompt for each letter: `v` has different rewards, `c` equal ones, `n` none at all."""
+    return Dataset.from_dict({"prompt": [f"w{i}" for i in range(len(kinds))], "kind": list(kinds)})
+
+
+def reward_by_kind(completion_ids: list[list[int]], kind: list[str], **_: Any) -> list[float | None]:
+    values = {"c": lambda i: 0.25, "n": lambda i: None, "v": lambda i: float(i % 2)}
+    return [values[k](i) for i, k in enumerate(kind)]
+
+
+def train(tmp_path: Path, model: str, kinds: str, rewards: Any = reward_by_kind, **changes: Any) -> Any:
+    config = make_config(tmp_path, **{"max_steps": 3, "dynamic_sampling_rounds": 4, **changes})
+    trainer = build(RecordingTrainer, model, config, train_dataset=labelled(kinds), reward_funcs=rewards)
+    trainer.train()
+    return trainer

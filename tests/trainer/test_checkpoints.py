@@ -1,0 +1,185 @@
+"""Checkpoints and saved models."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import (
+    TrainerCallback,
+)
+
+from tests.support.trainers import (
+    RecordingTrainer,
+    assert_same_parameters,
+    build,
+    labelled,
+    logs_of,
+    make_config,
+    parameters_of,
+    reward_by_kind,
+    train,
+)
+from treepo_trl import TreePOTrainer
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "two steps per generation", "spread"])
+def test_resume_continues_the_run(tmp_path: Path, tiny_model_dir: str, kind: str) -> None:
+    """Four steps in one go, and two steps with a fresh trainer from the checkpoint after the second."""
+
+    def make(folder: str) -> Any:
+        peft = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1) if kind == "lora" else None
+        changes: dict[str, Any] = {}
+        if "two" in kind:
+            changes = {"per_device_train_batch_size": 4, "steps_per_generation": 2}
+        if kind == "spread":  # branches over the last batch's mean length
+            changes = {"branch_schedule": "spread", "max_completion_length": 40, "segment_length": 3}
+        config = make_config(
+            tmp_path / folder, max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch",
+            learning_rate=1e-2, lr_scheduler_type="linear", **changes,
+        )  # fmt: skip
+        return build(TreePOTrainer, tiny_model_dir, config, peft_config=peft)
+
+    whole = make("whole")
+    whole.train()
+    resumed = make("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    assert resumed.state.global_step == 4
+    assert_same_parameters(parameters_of(whole), parameters_of(resumed), 1e-6)
+    assert logs_of(whole, "reward") == pytest.approx(logs_of(resumed, "reward"), abs=1e-6)
+    card = (tmp_path / "whole/README.md").read_text()
+    assert "TreePO" in card
+    assert "2508.17445" in card
+
+
+def test_saved_model_can_be_loaded(tmp_path: Path, tiny_model_dir: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    trainer = build(TreePOTrainer, tiny_model_dir, make_config(tmp_path))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="float32")
+    for (name, a), b in zip(trainer.model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert loaded.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", ["map", "iterable"])
+def test_a_resumed_training_draws_on(tmp_path: Path, tiny_model_dir: str, kind: str) -> None:
+    kinds = "cvvcvcvvccv"
+
+    def make(name: str) -> Any:
+        dataset = labelled(kinds)
+        config = make_config(
+            tmp_path / name, max_steps=4, dynamic_sampling_rounds=4, save_strategy="steps", save_steps=2
+        )
+        return build(
+            RecordingTrainer,
+            tiny_model_dir,
+            config,
+            train_dataset=dataset if kind == "map" else dataset.to_iterable_dataset(),
+            reward_funcs=reward_by_kind,
+        )
+
+    whole, resumed = make("whole"), make("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    assert len(resumed.sampled) < len(whole.sampled)
+    assert whole.sampled[-len(resumed.sampled) :] == resumed.sampled
+    assert_same_parameters(parameters_of(whole), parameters_of(resumed), 1e-6)
+
+
+def test_a_training_resumed_inside_a_batch_samples_it_again(tmp_path: Path, tiny_model_dir: str) -> None:
+    def make(name: str) -> Any:
+        config = make_config(
+            tmp_path / name,
+            max_steps=4,
+            num_iterations=2,
+            dynamic_sampling_rounds=4,
+            save_strategy="steps",
+            save_steps=1,
+        )
+        return build(
+            RecordingTrainer,
+            tiny_model_dir,
+            config,
+            train_dataset=labelled("cvvcvcvvccvvvv"),
+            reward_funcs=reward_by_kind,
+        )
+
+    whole = make("whole")
+    whole.train()
+    starts = [0, next(i for i in range(1, len(whole.sampled)) if len(whole.sampled[i]) == 2)]
+    for checkpoint, start in ((1, starts[0]), (2, starts[1]), (3, starts[1])):
+        resumed = make(f"resumed{checkpoint}")
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{checkpoint}"))
+        rest = whole.sampled[start:]
+        assert resumed.sampled[: len(rest)] == rest[: len(resumed.sampled)], checkpoint
+
+
+def test_a_checkpoint_without_position_is_warned_about(
+    tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(name: str, rounds: int, checkpoint: str | None, **changes: Any) -> Any:
+        config = make_config(
+            tmp_path / name,
+            max_steps=2,
+            dynamic_sampling_rounds=rounds,
+            save_strategy="steps",
+            save_steps=1,
+            **changes,
+        )
+        trainer = build(RecordingTrainer, tiny_model_dir, config)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    plain = run("plain", 0, None)
+    checkpoint = str(tmp_path / "plain/checkpoint-1")
+    resumed = run("resumed", 2, checkpoint)
+    assert "does not say which prompts" in caplog.text
+    assert resumed.sampled[0] == plain.sampled[0]
+    caplog.clear()
+    skipping = run("skipping", 2, checkpoint, ignore_data_skip=True)
+    assert skipping.sampled[0] == plain.sampled[0]
+    assert "does not say which prompts" not in caplog.text
+
+
+def test_a_part_without_dynamic_sampling_is_warned_about_too(
+    tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On, off, on: the position of the first part says nothing about what the second has drawn."""
+    checkpoint = None
+    for steps, rounds in ((1, 2), (2, 0), (3, 2)):
+        config = make_config(
+            tmp_path, max_steps=steps, dynamic_sampling_rounds=rounds, save_strategy="steps", save_steps=1
+        )
+        trainer = build(RecordingTrainer, tiny_model_dir, config)
+        caplog.clear()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        checkpoint = str(tmp_path / f"checkpoint-{steps}")
+    assert "does not say which prompts" in caplog.text
+
+
+def test_a_checkpoint_before_the_optimizer_step_does_not_lose_the_batch(tmp_path: Path, tiny_model_dir: str) -> None:
+    """As transformers writes one when the process is told to end."""
+
+    class SaveBeforeStep(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 1:
+                trainer._save_checkpoint(trainer.model, trial=None)
+
+    config = make_config(tmp_path, max_steps=2, dynamic_sampling_rounds=1)
+    trainer = build(RecordingTrainer, tiny_model_dir, config, callbacks=[SaveBeforeStep()])
+    trainer.train()
+    resumed = build(RecordingTrainer, tiny_model_dir, config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert len(trainer.sampled) == 2
+    assert resumed.sampled == trainer.sampled[1:]
+
+
+def test_training_twice_starts_the_stream_again(tmp_path: Path, tiny_model_dir: str) -> None:
+    trainer = train(tmp_path, tiny_model_dir, "vvvvvvvvvvvv", max_steps=2, learning_rate=0.0)
+    first = list(trainer.sampled)
+    trainer.train()
+    assert trainer.sampled[len(first) :] == first

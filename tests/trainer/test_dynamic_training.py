@@ -1,0 +1,437 @@
+"""Trainings with dynamic sampling: what is sampled, scored, trained on and logged."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
+from transformers import (
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
+
+from tests.support.models import make_tokenizer
+from tests.support.trainers import (
+    RecordingTrainer,
+    assert_same_parameters,
+    assert_same_run,
+    build,
+    labelled,
+    logs_of,
+    make_config,
+    parameters_of,
+    reward_by_kind,
+    train,
+)
+from treepo_trl import SegmentTree, TreePOTrainer
+
+
+@pytest.mark.parametrize("estimator", ["treepo", "grpo", "leave_one_out"])
+def test_prompts_without_signal_never_reach_the_update(tmp_path: Path, tiny_model_dir: str, estimator: str) -> None:
+    kinds = "cvnvccvvcvnv"
+    trainer = train(tmp_path, tiny_model_dir, kinds, advantage_estimator=estimator, max_steps=4)
+    varied = {f"w{i}" for i, kind in enumerate(kinds) if kind == "v"}
+    assert len(trainer.updated) == 4
+    for prompts, advantages in trainer.updated:
+        assert Counter(Counter(prompts).values()) == {4: 2}  # the batch is full: two whole trees
+        assert set(prompts) <= varied
+        assert advantages.abs().max() > 0
+    # Every prompt of the first pass is sampled once before any is sampled again.
+    drawn = [prompt for prompts in trainer.sampled for prompt in prompts]
+    assert len(drawn) >= len(kinds)
+    assert sorted(drawn[: len(kinds)]) == sorted(f"w{i}" for i in range(len(kinds)))
+    # What the pass has of varied prompts is trained on, none left out.
+    updated = {prompt for prompts, _ in trainer.updated for prompt in prompts}
+    assert updated == {prompt for prompt in drawn if prompt in varied}
+
+
+def test_metrics_of_dynamic_sampling(tmp_path: Path, tiny_model_dir: str) -> None:
+    """Batches of two in the dataset's order: v c, then v for the c; c c, then c v, then v."""
+    trainer = train(tmp_path, tiny_model_dir, "vcvcccvv", max_steps=2, shuffle_dataset=False, log_trees=True)
+    assert trainer.sampled == [["w0", "w1"], ["w2"], ["w3", "w4"], ["w5", "w6"], ["w7"]]
+    assert [sorted(set(prompts)) for prompts, _ in trainer.updated] == [["w0", "w2"], ["w6", "w7"]]
+    assert logs_of(trainer, "dynamic_sampling/rounds") == [1, 2]
+    assert logs_of(trainer, "dynamic_sampling/replaced_prompts") == [1, 3]
+    assert logs_of(trainer, "dynamic_sampling/frac_without_signal") == [0, 0]
+    # w0 and w2 have a mean of 1/2, w1 of 1/4; two of 1/2 and three of 1/4.
+    assert logs_of(trainer, "dynamic_sampling/reward") == pytest.approx([1.25 / 3, 1.75 / 5])
+    assert logs_of(trainer, "reward") == [0.5, 0.5]
+    files = sorted((tmp_path / "trees").iterdir())
+    trees = [
+        [SegmentTree.from_dict(r["tree"]) for r in map(json.loads, file.read_text().splitlines())] for file in files
+    ]
+    for kept, unique, discarded in zip(
+        trees,
+        logs_of(trainer, "tree/unique_tokens"),
+        logs_of(trainer, "dynamic_sampling/discarded_tokens"),
+        strict=True,
+    ):
+        assert len(kept) == 2
+        assert sum(tree.num_unique_tokens for tree in kept) + discarded == unique
+        assert discarded > 0
+    # GRPOTrainer's own count of tokens is that of the batches that it trains on.
+    completions = sum(tree.num_leaf_tokens for step in trees for tree in step)
+    assert logs_of(trainer, "num_tokens")[-1] == completions + 2 * 8  # a prompt has one token
+
+
+def test_a_batch_that_stays_without_signal_moves_nothing(tmp_path: Path, tiny_model_dir: str) -> None:
+    config = make_config(tmp_path, max_steps=2, dynamic_sampling_rounds=2)
+    trainer = build(
+        RecordingTrainer, tiny_model_dir, config, train_dataset=labelled("ccnc"), reward_funcs=reward_by_kind
+    )
+    before = parameters_of(trainer)
+    trainer.train()
+    assert_same_parameters(before, parameters_of(trainer), 0.0)
+    assert [len(prompts) for prompts in trainer.sampled] == [2, 2, 2] * 2
+    assert logs_of(trainer, "dynamic_sampling/frac_without_signal") == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_iterations": 2, "max_steps": 4},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "advantage_estimator": "treepo_segment"},
+        {"per_device_train_batch_size": 4, "steps_per_generation": 2, "shuffle_dataset": False, "max_steps": 4},
+    ],
+    ids=lambda changes: "-".join(changes) or "defaults",
+)
+def test_with_nothing_to_replace_it_is_the_run_without(
+    tmp_path: Path, tiny_model_dir: str, changes: dict[str, Any]
+) -> None:
+    """Also what is logged is logged once, for the same completions."""
+    runs = []
+    for rounds in (0, 3):
+        config = make_config(
+            tmp_path / str(rounds), **{"max_steps": 3, "dynamic_sampling_rounds": rounds, "log_trees": True, **changes}
+        )
+        runs.append(build(RecordingTrainer, tiny_model_dir, config))
+        runs[-1].train()
+    without, dynamic = runs
+    assert dynamic.sampled == without.sampled
+    assert_same_run(without, dynamic)
+    for a, b in zip(without.state.log_history, dynamic.state.log_history, strict=True):
+        assert {key for key in b if not key.startswith("dynamic_sampling/")} == set(a)
+        for key in a:
+            if not any(part in key for part in ("seconds", "time", "per_second", "profiling/")):
+                assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4, nan_ok=True), key
+    assert list(without._logs["completion"]) == list(dynamic._logs["completion"])
+    assert list(without._logs["advantages"]) == pytest.approx(list(dynamic._logs["advantages"]), abs=1e-4)
+    trees = [sorted((tmp_path / str(rounds) / "trees").iterdir()) for rounds in (0, 3)]
+    assert [file.name for file in trees[0]] == [file.name for file in trees[1]]
+    counts = [[len(file.read_text().splitlines()) for file in files] for files in trees]
+    assert counts[0] == counts[1]
+
+
+def test_reward_functions_are_called_once_per_completion(tmp_path: Path, tiny_model_dir: str) -> None:
+    calls: list[list[str]] = []
+
+    def noisy(completions: list[str], kind: list[str], prompts: list[str], **_: Any) -> list[float]:
+        calls.append(list(prompts))
+        return [0.25 if k == "c" else torch.rand(()).item() for k in kind]
+
+    trainer = train(tmp_path, tiny_model_dir, "cvvcvvcv", noisy, max_steps=2)
+    scored = [prompt for call in calls for prompt in call]
+    assert Counter(scored) == {p: 4 for prompts in trainer.sampled for p in prompts}
+
+
+def test_several_rewards_none_and_logged_columns(tmp_path: Path, tiny_model_dir: str) -> None:
+    """Columns and metrics that reward functions log belong to the completions that are kept."""
+
+    def first(
+        completion_ids: list[list[int]], kind: list[str], prompts: list[str], log_extra: Any, log_metric: Any, **_: Any
+    ) -> list[float | None]:
+        log_extra("from", [f"{prompt}/{i % 4}" for i, prompt in enumerate(prompts)])
+        if "c" not in kind:
+            log_extra("sometimes", list(kind))
+        log_metric("seen", float(len(prompts)))
+        return [None if k == "n" else 1.0 for k in kind]
+
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=3, shuffle_dataset=False)
+    trainer = build(
+        RecordingTrainer,
+        tiny_model_dir,
+        config,
+        train_dataset=labelled("cvnvv"),
+        reward_funcs=[first, reward_by_kind],
+    )
+    trainer.train()
+    assert trainer.sampled == [["w0", "w1"], ["w2"], ["w3"]]
+    extra = trainer._logs["extra"]
+    assert list(extra["from"]) == [f"{prompt}/{i}" for prompt in ("w3", "w1") for i in range(4)]
+    assert list(extra["sometimes"]) == ["v"] * 4 + [None] * 4
+    assert list(trainer._logs["prompt"]) == ["w3"] * 4 + ["w1"] * 4
+    assert list(trainer._logs["rewards"]["reward_by_kind"]) == [0.0, 1.0] * 4
+    assert logs_of(trainer, "seen") == pytest.approx([(8 + 4 + 4) / 3])
+    assert logs_of(trainer, "rewards/first/mean") == [1.0]
+
+
+def test_a_reward_function_may_change_what_it_is_given(tmp_path: Path, tiny_model_dir: str) -> None:
+    """Each completion has rows of its own: a judge that appends to the conversation does not meet its own words."""
+
+    def judge(prompts: list[list[dict]], completions: list[list[dict]], notes: list[list[str]], **_: Any) -> list:
+        for prompt, completion, note in zip(prompts, completions, notes, strict=True):
+            prompt += completion
+            note.append("seen")
+        return [float(len(p) + len(n)) for p, n in zip(prompts, notes, strict=True)]
+
+    messages = [[{"role": "user", "content": f"w{i}"}] for i in range(8)]
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1)
+    dataset = Dataset.from_list([{"prompt": message, "notes": ["a"]} for message in messages])
+    trainer = build(RecordingTrainer, tiny_model_dir, config, train_dataset=dataset, reward_funcs=judge)
+    trainer.train()
+    assert [len(prompts) for prompts in trainer.sampled] == [2, 2]  # all rewards are 2 + 2: no signal
+    assert logs_of(trainer, "dynamic_sampling/reward") == [4.0]
+    assert all(len(prompt) == 1 for prompt in trainer._logs["prompt"])
+
+
+class ShapingTrainer(RecordingTrainer):
+    """Squares what the reward functions give."""
+
+    calls = 0
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.calls += 1
+        return super()._calculate_rewards(*args, **kwargs) ** 2 + 1
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "treepo"])
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_shaped_rewards_are_shaped_once(tmp_path: Path, tiny_model_dir: str, estimator: str, rounds: int) -> None:
+    config = make_config(
+        tmp_path,
+        max_steps=1,
+        dynamic_sampling_rounds=rounds,
+        advantage_estimator=estimator,
+        branching_factor=1,  # one group: all estimators alike
+        scale_rewards="none",
+    )
+
+    def zero_or_two(completion_ids: list, **_: Any) -> list[float]:
+        return [2.0 * (i % 2) for i in range(len(completion_ids))]
+
+    trainer = build(ShapingTrainer, tiny_model_dir, config, reward_funcs=zero_or_two)
+    trainer.train()
+    assert trainer.calls == 1
+    assert logs_of(trainer, "reward") == [3.0]  # of 1 and 5
+    (_, advantages) = trainer.updated[0]
+    assert {abs(value) for value in advantages.flatten().tolist() if value} == {2.0}
+
+
+def test_async_and_model_rewards_with_chat_prompts_and_lora(tmp_path: Path, tiny_model_dir: str) -> None:
+    """A reward model differs between completions, so every prompt has a signal until it is weighted with 0."""
+    torch.manual_seed(0)
+    reward_model = Qwen2ForSequenceClassification(
+        Qwen2Config(
+            vocab_size=65,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_labels=1,
+            pad_token_id=1,
+            initializer_range=0.5,
+        )
+    )
+
+    async def constant(completions: list, **_: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    sampled = []
+    for weight in (1.0, 0.0):
+        config = make_config(
+            tmp_path, max_steps=1, dynamic_sampling_rounds=1, reward_weights=[1.0, weight], log_completions=True
+        )
+        trainer = build(
+            RecordingTrainer,
+            tiny_model_dir,
+            config,
+            train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": f"w{i}"}] for i in range(8)]}),
+            reward_funcs=[constant, reward_model],
+            reward_processing_classes=[None, make_tokenizer()],
+            peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        )
+        trainer.train()
+        sampled.append([len(prompts) for prompts in trainer.sampled])
+    assert sampled == [[2], [2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sampled"),
+    [
+        # `w1` and `w3` differ in the second function alone. Of weight 0 it is only logged.
+        ({"reward_weights": [1.0, 0.0]}, [["w0", "w1"], ["w2", "w3"]]),
+        ({"reward_weights": [1.0, 0.5]}, [["w0", "w1"], ["w2"]]),
+        # The functions undo each other in the sum, and do not once each is normalized by its own deviation.
+        ({"reward_weights": [0.0, 1.0], "multi_objective_aggregation": "normalize_then_sum"}, [["w0", "w1"], ["w2"]]),
+    ],
+)
+def test_weights_decide_what_is_a_signal(
+    tmp_path: Path, tiny_model_dir: str, changes: dict[str, Any], sampled: list[list[str]]
+) -> None:
+    def constant(kind: list[str], **_: Any) -> list[float]:
+        return [1.0] * len(kind)
+
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1, shuffle_dataset=False, **changes)
+    trainer = build(
+        RecordingTrainer,
+        tiny_model_dir,
+        config,
+        train_dataset=labelled("cvcv"),
+        reward_funcs=[constant, reward_by_kind],
+    )
+    trainer.train()
+    assert trainer.sampled == sampled
+
+
+def test_aggregation_decides_what_is_a_signal(tmp_path: Path, tiny_model_dir: str) -> None:
+    """+1 and -2 of two functions: equal sums with weights 1 and 1/2, and no signal by sum alone."""
+
+    def up(completion_ids: list, **_: Any) -> list[float]:
+        return [float(i % 2) for i in range(len(completion_ids))]
+
+    def down(completion_ids: list, **_: Any) -> list[float]:
+        return [-2.0 * (i % 2) for i in range(len(completion_ids))]
+
+    rounds = {}
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        config = make_config(
+            tmp_path,
+            max_steps=1,
+            dynamic_sampling_rounds=1,
+            multi_objective_aggregation=aggregation,
+            reward_weights=[1.0, 0.5],
+        )
+        trainer = build(RecordingTrainer, tiny_model_dir, config, reward_funcs=[up, down])
+        trainer.train()
+        rounds[aggregation] = len(trainer.sampled)
+    assert rounds == {"sum_then_normalize": 2, "normalize_then_sum": 1}
+
+
+def test_an_infinite_reward_is_no_signal_and_is_logged(tmp_path: Path, tiny_model_dir: str) -> None:
+    def infinite(kind: list[str], **_: Any) -> list[float]:
+        return [-math.inf if k == "i" and i % 2 else 0.0 for i, k in enumerate(kind)]
+
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1)
+    trainer = build(RecordingTrainer, tiny_model_dir, config, train_dataset=labelled("iiiiiii"), reward_funcs=infinite)
+    before = parameters_of(trainer)
+    trainer.train()
+    assert len(trainer.sampled) == 2
+    assert logs_of(trainer, "dynamic_sampling/frac_without_signal") == [1.0]
+    assert -math.inf in trainer._logs["rewards"]["infinite"]
+    assert_same_parameters(before, parameters_of(trainer), 0.0)
+
+
+def test_unused_columns_are_removed_as_trl_does(tmp_path: Path, tiny_model_dir: str) -> None:
+    seen: list[set[str]] = []
+
+    def spy(prompts: list[str], **kwargs: Any) -> list[float]:
+        seen.append(set(kwargs) & {"kind"})
+        return [float(i % 2) for i in range(len(prompts))]
+
+    for remove in (False, True):
+        config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1, remove_unused_columns=remove)
+        dataset = labelled("vvvv")
+        build(RecordingTrainer, tiny_model_dir, config, train_dataset=dataset, reward_funcs=spy).train()
+    assert seen == [{"kind"}, set()]
+
+
+def test_examples_may_hold_tensors(tmp_path: Path, tiny_model_dir: str) -> None:
+    def reward(numbers: list[torch.Tensor], log_extra: Any, **_: Any) -> list[float]:
+        assert all(isinstance(n, torch.Tensor) for n in numbers)
+        log_extra("sum", [n.sum().item() for n in numbers])
+        return [float(n.sum()) * (i % 2) for i, n in enumerate(numbers)]
+
+    rows_with_numbers = [{"prompt": f"w{i}", "numbers": [0, 0] if i < 3 else [i, i]} for i in range(6)]
+    dataset = Dataset.from_list(rows_with_numbers).with_format("torch")
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=2, shuffle_dataset=False)
+    trainer = build(RecordingTrainer, tiny_model_dir, config, train_dataset=dataset, reward_funcs=reward)
+    trainer.train()
+    assert trainer.sampled == [["w0", "w1"], ["w2", "w3"], ["w4"]]
+    assert list(trainer._logs["extra"]["sum"]) == [8] * 4 + [6] * 4
+
+
+def test_rounds_branch_differently(tmp_path: Path, tiny_model_dir: str) -> None:
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=2)
+    trainer = build(
+        RecordingTrainer, tiny_model_dir, config, train_dataset=labelled("cccccccc"), reward_funcs=reward_by_kind
+    )
+    trainer.train()
+    assert trainer.seeds == ["7/0/0/0", "7/0/0/0/1", "7/0/0/0/2"]
+
+
+def test_an_iterable_dataset_is_read_once(tmp_path: Path, tiny_model_dir: str) -> None:
+    """A source that gives each prompt once loses none to the data loader."""
+    source = iter([f"w{i}" for i in range(20)])
+
+    def generate() -> Iterator[dict[str, str]]:
+        yield from ({"prompt": prompt, "kind": "v"} for prompt in source)
+
+    def train_on_source(steps: int) -> Any:
+        config = make_config(tmp_path, max_steps=steps, dynamic_sampling_rounds=2, shuffle_dataset=False)
+        dataset = IterableDataset.from_generator(generate)
+        trainer = build(RecordingTrainer, tiny_model_dir, config, train_dataset=dataset, reward_funcs=reward_by_kind)
+        trainer.train()
+        return trainer
+
+    assert train_on_source(3).sampled == [["w0", "w1"], ["w2", "w3"], ["w4", "w5"]]
+    with pytest.raises(ValueError, match="Pass 2 over the training dataset gave no example"):
+        train_on_source(20)
+
+
+def test_a_failed_batch_leaves_nothing_behind(tmp_path: Path, tiny_model_dir: str) -> None:
+    def fails_once(completion_ids: list, log_extra: Any, **_: Any) -> list[float]:
+        log_extra("column", ["x"] * len(completion_ids))
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("judge is down")
+        return [float(i % 2) for i in range(len(completion_ids))]
+
+    failed: list[bool] = []
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1, log_trees=True)
+    trainer = build(RecordingTrainer, tiny_model_dir, config, reward_funcs=fails_once)
+    with pytest.raises(RuntimeError, match="judge is down"):
+        trainer.train()
+    trainer.train()
+    assert logs_of(trainer, "dynamic_sampling/discarded_tokens") == [0]
+    assert len(trainer._logs["extra"]["column"]) == 8
+
+
+def test_evaluation_is_not_touched(tmp_path: Path, tiny_model_dir: str) -> None:
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=2, eval_strategy="steps", eval_steps=1)
+    trainer = build(
+        RecordingTrainer,
+        tiny_model_dir,
+        config,
+        train_dataset=labelled("vvvv"),
+        eval_dataset=labelled("cc"),
+        reward_funcs=reward_by_kind,
+    )
+    trainer.train()
+    assert logs_of(trainer, "eval_reward") == [0.25]
+    assert not any(key.startswith("eval_dynamic_sampling") for log in trainer.state.log_history for key in log)
+
+
+def test_an_order_of_its_own_is_refused(tmp_path: Path, tiny_model_dir: str) -> None:
+    class Curriculum(TreePOTrainer):
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return super()._get_train_sampler(dataset)
+
+    with pytest.raises(
+        ValueError, match=r"`dynamic_sampling_rounds=1` .* `Curriculum` overrides `_get_train_sampler`"
+    ):
+        build(Curriculum, tiny_model_dir, make_config(tmp_path, dynamic_sampling_rounds=1))
+    build(Curriculum, tiny_model_dir, make_config(tmp_path))
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True])
+def test_rounds_are_a_number(tmp_path: Path, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="`dynamic_sampling_rounds`"):
+        make_config(tmp_path, dynamic_sampling_rounds=value)

@@ -1,0 +1,363 @@
+"""Packed rows make the same update as plain rows."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    BitsAndBytesConfig,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from tests.support.models import make_model, make_tokenizer
+from tests.support.trainers import (
+    LOSS_TYPES,
+    ReplayTrainer,
+    SpyTrainer,
+    assert_same_run,
+    build,
+    largest_change,
+    logs_of,
+    make_config,
+    parameters_of,
+)
+from treepo_trl import TreePOTrainer
+from treepo_trl.checks import check_packing
+
+
+def run_packed_and_plain(
+    tmp_path: Path,
+    model: Any,
+    packing: str = "sdpa",
+    trainer_changes: Callable[[], dict[str, Any]] = dict,
+    **changes: Any,
+) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    without_budget = {k: v for k, v in changes.items() if k != "max_tokens_per_micro_batch"}
+    plain = build(
+        SpyTrainer, model, make_config(tmp_path / "off", tree_packing="off", **without_budget), **trainer_changes()
+    )
+    before = parameters_of(plain)
+    plain.train()
+    packed = build(
+        ReplayTrainer, model, make_config(tmp_path / packing, tree_packing=packing, **changes), **trainer_changes()
+    )
+    packed.recorded = plain.all_trees
+    packed.train()
+    return plain, packed, before
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_packing_changes_no_loss(tmp_path: Path, tiny_model_dir: str, loss_type: str) -> None:
+    plain, packed, before = run_packed_and_plain(tmp_path, tiny_model_dir, loss_type=loss_type, num_iterations=2)
+    assert_same_run(plain, packed)
+    assert largest_change(before, parameters_of(packed)) > 1e-2
+    assert logs_of(packed, "tree/packing_ratio")[0] > 1.2
+    assert not logs_of(plain, "tree/packing_ratio")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mask_truncated_completions": True},
+        {"top_entropy_quantile": 0.5},
+        {"importance_sampling_level": "sequence", "loss_type": "luspo", "num_iterations": 2},
+        {"beta": 0.1},
+        {"gradient_checkpointing": True},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "loss_type": "dapo"},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "loss_type": "grpo"},
+        {"temperature": 0.7, "pad_to_multiple_of": 8},
+        {"model_init_kwargs": {"attn_implementation": "eager", "dtype": "float32"}},
+        {"cast_lm_head_to_fp32": True, "entropy_coef": 0.1},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_packing_changes_no_option(tmp_path: Path, tiny_model_dir: str, changes: dict[str, Any]) -> None:
+    plain, packed, before = run_packed_and_plain(tmp_path, tiny_model_dir, **changes)
+    keys = ("loss", "grad_norm", "reward")
+    if "gradient_accumulation_steps" in changes:  # the loss that is logged is a mean over other micro-batches
+        keys = ("grad_norm", "reward")
+    assert_same_run(plain, packed, keys)
+    assert largest_change(before, parameters_of(packed)) > 1e-2
+
+
+def test_packing_auto_decides_by_sharing(tmp_path: Path, tiny_model_dir: str) -> None:
+    plain, packed, _ = run_packed_and_plain(tmp_path, tiny_model_dir, packing="auto")
+    assert_same_run(plain, packed)
+    assert logs_of(packed, "tree/packing_ratio")[0] > 1.15
+    assert packed._packed_forward.checked
+
+
+def test_packing_with_lora(tmp_path: Path, tiny_model_dir: str) -> None:
+    plain, packed, before = run_packed_and_plain(
+        tmp_path,
+        tiny_model_dir,
+        trainer_changes=lambda: {"peft_config": LoraConfig(r=4, target_modules="all-linear")},
+        beta=0.1,
+        num_iterations=2,
+        max_steps=4,
+    )
+    assert_same_run(plain, packed, ("loss", "grad_norm", "kl"))
+    assert largest_change(before, parameters_of(packed)) > 1e-2
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_tokens_per_micro_batch": 20}], ids=["one row", "pieces"])
+def test_packing_with_qlora(tmp_path: Path, tiny_model_dir: str, changes: dict[str, Any]) -> None:
+    """The base model in 4 bits, an adapter on top, and gradient checkpointing as the recipe has it."""
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    plain, packed, before = run_packed_and_plain(
+        tmp_path,
+        tiny_model_dir,
+        trainer_changes=lambda: {
+            "peft_config": LoraConfig(r=4, target_modules="all-linear"),
+            "quantization_config": four_bits,
+        },
+        gradient_checkpointing=True,
+        max_steps=4,
+        **changes,
+    )
+    assert type(packed.model.base_model.model.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
+    # TRL keeps the adapter of a 4-bit model in bfloat16: a weight near 0.1 moves in steps of 2^-11.
+    assert_same_run(plain, packed, ("loss", "grad_norm"), parameter_tolerance=2**-10)
+    after = parameters_of(packed)
+    adapter = [name for name in before if "lora_" in name]  # the base takes its 4-bit form with the first forward
+    assert len(adapter) == 2 * 7 * 2  # two layers, seven linear ones in each, A and B
+    assert max((before[name] - after[name]).abs().max().item() for name in adapter) > 1e-2
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_token_budget_changes_no_loss(
+    tmp_path: Path, tiny_model_dir: str, loss_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two trees per micro-batch, cut into pieces of a few rows; the attention's blocks are smaller than pieces."""
+    monkeypatch.setattr("treepo_trl.update.tree_attention._QUERY_BLOCK", 8)
+    plain, packed, before = run_packed_and_plain(
+        tmp_path, tiny_model_dir, loss_type=loss_type, num_iterations=2, max_tokens_per_micro_batch=20
+    )
+    assert_same_run(plain, packed)
+    assert largest_change(before, parameters_of(packed)) > 1e-2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_token_budget_goes_with_gradient_checkpointing(
+    tmp_path: Path, tiny_model_dir: str, use_reentrant: bool, lora: bool
+) -> None:
+    plain, packed, before = run_packed_and_plain(
+        tmp_path,
+        tiny_model_dir,
+        trainer_changes=lambda: {"peft_config": LoraConfig(r=4, target_modules="all-linear") if lora else None},
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+        max_tokens_per_micro_batch=20,
+        max_steps=4,
+    )
+    assert_same_run(plain, packed, ("loss", "grad_norm"))
+    assert largest_change(before, parameters_of(packed)) > 1e-2
+
+
+def test_no_forward_has_more_tokens_than_the_budget(tmp_path: Path, tiny_model_dir: str) -> None:
+    config = make_config(
+        tmp_path, tree_packing="auto", max_tokens_per_micro_batch=24, beta=0.1, num_iterations=2, max_steps=3
+    )
+    trainer = build(SpyTrainer, tiny_model_dir, config)
+    lengths: list[int] = []
+    trainer.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            lengths.append(kwargs["input_ids"].size(1)) if "tree_attention" in kwargs else None
+        ),
+        with_kwargs=True,
+    )
+    trainer.train()
+    assert len(lengths) > 20
+    assert max(lengths) <= 24
+
+
+@pytest.mark.parametrize("changes", [{}, {"model_init_kwargs": {"attn_implementation": "eager"}}])
+def test_packing_a_mixture_of_experts(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The load-balancing loss counts a shared token once per row, as plain rows do."""
+    settings = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "output_router_logits": True}
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**{**make_model().config.to_dict(), **settings, "router_aux_loss_coef": 0.5})
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    auto = run_packed_and_plain(tmp_path, str(tmp_path / "model"), packing="auto", **changes)
+    assert_same_run(*auto[:2], ("loss", "grad_norm", "aux_loss"))
+    assert logs_of(auto[1], "aux_loss")[0] > 0
+    is_eager = bool(changes)
+    assert (auto[1]._packed_forward is None) == is_eager
+    if not is_eager:
+        assert auto[1]._packed_forward.checked
+        with pytest.raises(ValueError, match=r"not supported with a load-balancing loss.*router_aux_loss_coef=0"):
+            build(
+                TreePOTrainer, str(tmp_path / "model"), make_config(tmp_path, max_tokens_per_micro_batch=9, **changes)
+            )
+
+
+def test_the_reference_model_may_have_another_attention(tmp_path: Path) -> None:
+    """TRL loads the reference of a policy that is given as a model with `model_init_kwargs`."""
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    runs = []
+    for packing in ("off", "sdpa"):
+        policy = Qwen3ForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="sdpa", dtype="float32")
+        config = make_config(
+            tmp_path / packing,
+            tree_packing=packing,
+            beta=0.1,
+            num_iterations=2,
+            model_init_kwargs={"attn_implementation": "eager", "dtype": "float32"},
+        )
+        runs.append(build(SpyTrainer if packing == "off" else ReplayTrainer, policy, config))
+        assert runs[-1].ref_model.config._attn_implementation == "eager"
+        if packing == "sdpa":
+            runs[1].recorded = runs[0].all_trees
+        runs[-1].train()
+    assert_same_run(*runs, ("loss", "grad_norm", "kl"))
+    assert logs_of(runs[1], "kl")[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_packing_keeps_trees_together_in_micro_batches(tmp_path: Path, tiny_model_dir: str) -> None:
+    """Micro-batches of one tree each: every row of a micro-batch has the same prompt, and all prompts come up."""
+    config = make_config(
+        tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4, tree_packing="auto", max_steps=1
+    )
+    trainer = build(SpyTrainer, tiny_model_dir, config)
+    seen = []
+    compute_loss = trainer._compute_loss
+
+    def spy(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        seen.append(inputs["prompt_ids"].clone())
+        return compute_loss(model, inputs)
+
+    trainer._compute_loss = spy
+    trainer.train()
+    assert len(seen) == 4
+    assert all((prompts == prompts[0]).all() for prompts in seen)
+    assert len({tuple(prompts[0].tolist()) for prompts in seen}) == 4
+
+
+def test_rows_stay_with_their_advantages_when_shuffled(tmp_path: Path, tiny_model_dir: str) -> None:
+    config = make_config(
+        tmp_path,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+        tree_packing="sdpa",
+        max_steps=1,
+        beta=0.1,
+    )
+    trainer = build(SpyTrainer, tiny_model_dir, config)
+    seen = []
+    compute_loss = trainer._compute_loss
+
+    def spy(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        seen.append({k: v.clone() for k, v in inputs.items()})
+        return compute_loss(model, inputs)
+
+    trainer._compute_loss = spy
+    trainer.train()
+    output = trainer.generations[0]["output"]
+
+    def rows(batches: list[dict[str, torch.Tensor]]) -> list[tuple]:
+        names = ("prompt_ids", "completion_ids", "completion_mask", "advantages", "ref_per_token_logps")
+        return sorted(
+            tuple(tuple(batch[n][i].tolist()) for n in names)
+            for batch in batches
+            for i in range(len(batch["prompt_ids"]))
+        )
+
+    assert rows(seen) == rows([output])
+
+
+def with_window() -> Any:
+    model = make_model()
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    return model
+
+
+def with_prompt_tuning() -> Any:
+    return get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
+def with_dropout() -> Any:
+    return make_model(attention_dropout=0.1)
+
+
+def eager() -> Any:
+    model = make_model()
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        (with_window, {"tree_packing": "sdpa"}, r"has layers of type sliding_attention.*Set it to 'off'"),
+        (
+            with_window,
+            {"max_tokens_per_micro_batch": 99},
+            r"`max_tokens_per_micro_batch` counts.*sliding.*Leave it out",
+        ),
+        (with_prompt_tuning, {"tree_packing": "sdpa"}, r"virtual tokens before each row.*Set it to 'off'"),
+        (
+            make_model,
+            {"tree_packing": "flex"},
+            r"'flex'` needs a CUDA device, this is 'cpu'.*Set `tree_packing='sdpa'`",
+        ),
+    ],
+)
+def test_packing_refuses_what_it_cannot_do(
+    tmp_path: Path, model: Callable[[], Any], changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TreePOTrainer, "_build_engine", lambda self: None)  # it has opinions of its own on windows
+    with pytest.raises(ValueError, match=message):
+        build(TreePOTrainer, model(), make_config(tmp_path, **changes))
+
+
+CUDA = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(eager, r"this one has 'eager'"), (with_dropout, r"has no dropout, but.*`attention_dropout=0.1`")],
+)
+def test_flex_refuses_models_that_it_does_not_serve(tmp_path: Path, model: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_packing(make_config(tmp_path, tree_packing="flex"), model().config, CUDA, False, False)
+
+
+def test_the_token_budget_is_refused_where_forwards_are_collective(tmp_path: Path) -> None:
+    config = make_config(tmp_path, max_tokens_per_micro_batch=99)
+    with pytest.raises(ValueError, match=r"not supported with FSDP and DeepSpeed.*per_device_train_batch_size"):
+        check_packing(config, make_model().config, CUDA, True, False)
+
+
+def test_the_token_budget_is_refused_with_reentrant_checkpoints_in_several_processes(tmp_path: Path) -> None:
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    config = make_config(tmp_path, max_tokens_per_micro_batch=99, **reentrant)
+    check_packing(config, make_model().config, CUDA, False, False)
+    with pytest.raises(ValueError, match=r"several processes and `use_reentrant=True`.*Set it to False"):
+        check_packing(config, make_model().config, SimpleNamespace(num_processes=2), False, False)
+
+
+def test_auto_packing_falls_back_to_plain_rows_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("treepo_trl.treepo_trainer.why_no_trees", lambda model: "it does not hand keywords on")
+    trainer = build(TreePOTrainer, make_model(), make_config(tmp_path, tree_packing="auto"))
+    trainer.train()
+    assert trainer._packed_forward is None
+    warnings = [r.message.removeprefix("[RANK 0] ") for r in caplog.records if "not packed" in r.message]
+    assert warnings == [
+        "Shared prefixes are not packed for Qwen3ForCausalLM: it does not hand keywords on. Training forwards plain "
+        "rows, as GRPOTrainer does."
+    ]

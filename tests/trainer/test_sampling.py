@@ -1,0 +1,154 @@
+"""Training samples trees from the current policy."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from tests.support.models import make_model
+from tests.support.trainers import (
+    SpyTrainer,
+    build,
+    make_config,
+    plain_prompts,
+)
+from treepo_trl import SegmentTree
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_logprobs_are_those_of_the_current_weights(tmp_path: Path, tiny_model_dir: str, kind: str) -> None:
+    """No state of older weights is reused: after each of several large steps the engine agrees with a full forward."""
+    peft = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.3) if kind == "lora" else None
+    config = make_config(tmp_path, max_steps=4, learning_rate=2.0, temperature=0.8)
+    trainer = build(SpyTrainer, tiny_model_dir, config, train_dataset=plain_prompts(2), peft_config=peft)
+    generate = trainer._generate_single_turn
+    differences, firsts = [], []
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        result = generate(*args, **kwargs)
+        assert trainer.model.training
+        trainer.model.eval()
+        for tree in trainer._trees:
+            for leaf in tree.leaves:
+                completion = tree.completion_ids(leaf)
+                ids = torch.tensor([tree.prompt_ids + completion])
+                with torch.no_grad():
+                    logits = trainer.model(ids).logits[0, len(tree.prompt_ids) - 1 : -1] / 0.8
+                expected = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+                differences.append((expected - torch.tensor(tree.logprobs(leaf))).abs().max().item())
+        firsts.append(trainer.model(torch.tensor([[5, 6, 7]])).logits[0, -1].detach())
+        trainer.model.train()
+        return result
+
+    trainer._generate_single_turn = checked
+    trainer.train()
+    assert len(firsts) == 4
+    assert max(differences) < 1e-4
+    assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(firsts)), "the policy moved"
+
+
+def test_dropout_is_off_in_sampling_and_on_in_training(tmp_path: Path) -> None:
+    model = make_model(attention_dropout=0.5)
+    trainer = build(SpyTrainer, model, make_config(tmp_path, model_init_kwargs=None))
+    modes, in_loss = [], []
+    collect = trainer.sampler.engine.collect
+    trainer.sampler.engine.collect = lambda: (modes.append(trainer.model.training), collect())[1]
+    compute_loss = trainer._compute_loss
+    trainer._compute_loss = lambda m, i: (in_loss.append(m.training), compute_loss(m, i))[1]
+    trainer.train()
+    assert modes
+    assert not any(modes)
+    assert in_loss == [True, True]
+
+
+def test_model_is_back_in_train_mode_after_a_failed_sampling(tmp_path: Path, tiny_model_dir: str) -> None:
+    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path))
+    engine = trainer.sampler.engine
+    collect = engine.collect
+
+    def fail() -> Any:
+        raise RuntimeError("engine failure")
+
+    engine.collect = fail
+    with pytest.raises(RuntimeError, match="engine failure"):
+        trainer.train()
+    assert trainer.model.training
+    engine.collect = collect
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_sampling_leaves_attention_and_checkpointing_as_they_were(tmp_path: Path, tiny_model_dir: str) -> None:
+    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, gradient_checkpointing=True))
+    states = []
+    compute_loss = trainer._compute_loss
+
+    def spy(model: Any, inputs: Any) -> torch.Tensor:
+        states.append((model.is_gradient_checkpointing, model.config._attn_implementation, model.training))
+        return compute_loss(model, inputs)
+
+    trainer._compute_loss = spy
+    trainer.train()
+    assert states == [(True, "sdpa", True)] * 2
+
+
+def test_same_seed_same_run(tmp_path: Path, tiny_model_dir: str) -> None:
+    runs = []
+    for seed in (7, 7, 8):
+        trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, seed=seed))
+        trainer.train()
+        runs.append([tree.to_dict() for trees in trainer.all_trees for tree in trees])
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_steps_of_a_run_branch_differently(tmp_path: Path, tiny_model_dir: str) -> None:
+    """The sampler's seed is a new one for each generation, also within one optimizer step."""
+    trainer = build(
+        SpyTrainer, tiny_model_dir, make_config(tmp_path, gradient_accumulation_steps=2, steps_per_generation=1)
+    )
+    seeds = []
+    sample = trainer.sampler.sample
+    trainer.sampler.sample = lambda prompts, seed, **k: (seeds.append(seed), sample(prompts, seed, **k))[1]
+    trainer.train()
+    assert len(seeds) == 4
+    assert len(set(seeds)) == 4
+
+
+def test_the_sampler_knows_the_progress_and_the_last_batchs_mean_length(tmp_path: Path, tiny_model_dir: str) -> None:
+    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, max_steps=4))
+    told, trees_of = [], []
+    sample = trainer.sampler.sample
+
+    def recording(prompts: list[list[int]], seed: str, **kwargs: Any) -> list[SegmentTree]:
+        told.append(kwargs)
+        trees_of.append(sample(prompts, seed, **kwargs))
+        return trees_of[-1]
+
+    trainer.sampler.sample = recording
+    trainer.train()
+    assert [kwargs["progress"] for kwargs in told] == [0.0, 0.25, 0.5, 0.75]
+    assert told[0]["expected_length"] is None  # nothing is known yet: the cap
+    logged = [log["tree/mean_length"] for log in trainer.state.log_history if "tree/mean_length" in log]
+    for kwargs, trees, value in zip(told[1:], trees_of, logged, strict=False):
+        lengths = [
+            sum(w * tree.nodes[leaf].end for w, leaf in zip(tree.leaf_weights(), tree.leaves, strict=True))
+            for tree in trees
+        ]
+        assert value == pytest.approx(sum(lengths) / len(lengths), rel=1e-5)
+        assert kwargs["expected_length"] == pytest.approx(value, abs=0.51)
+
+
+def test_branching_by_entropy_trains(tmp_path: Path, tiny_model_dir: str) -> None:
+    args = make_config(tmp_path, branching_policy="entropy", branching_temperature=0.2, branching_temperature_end=1.0)
+    trainer = build(SpyTrainer, tiny_model_dir, args)
+    trainer.train()
+    nodes = [node for trees in trainer.all_trees for tree in trees for node in tree.nodes]
+    assert nodes
+    # A uniform distribution over the 65 tokens has the largest entropy.
+    assert all(node.entropy is not None and 0 < node.entropy <= math.log(65) + 1e-4 for node in nodes)
+    assert len({node.entropy for node in nodes}) > len(nodes) // 2

@@ -1,0 +1,185 @@
+"""GRPOTrainer's features: iterations, KL, LoRA, truncated completions, callbacks, precision."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    TrainerCallback,
+)
+
+from tests.support.models import make_model
+from tests.support.trainers import (
+    SpyTrainer,
+    build,
+    expected_advantages,
+    largest_change,
+    logs_of,
+    make_config,
+    parameters_of,
+    parity_reward,
+    plain_prompts,
+)
+from treepo_trl import TreePOConfig, TreePOTrainer
+
+
+def test_old_logprobs_for_several_iterations(tmp_path: Path, tiny_model_dir: str) -> None:
+    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, num_iterations=2, max_steps=4))
+    trainer.train()
+    assert len(trainer.generations) == 2
+    for generation in trainer.generations:
+        old, mask = generation["output"]["old_per_token_logps"], generation["output"]["completion_mask"]
+        for i, (tree, leaf) in enumerate((t, leaf) for t in generation["trees"] for leaf in t.depth_first_leaves()):
+            logprobs = tree.logprobs(leaf)  # temperature 1, nothing cut off: the policy's own
+            assert old[i, : len(logprobs)].tolist() == pytest.approx(logprobs, abs=1e-4)
+            assert mask[i].sum() == len(logprobs)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_kl_to_the_reference_model(tmp_path: Path, tiny_model_dir: str, kind: str) -> None:
+    peft = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if kind == "lora" else None
+    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, beta=0.1, max_steps=3), peft_config=peft)
+    assert (trainer.ref_model is None) == (kind == "lora")
+    trainer.train()
+    kl = logs_of(trainer, "kl")
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert kl[2] > 1e-6
+    reference = make_model().eval()
+    generation = trainer.generations[-1]
+    tree = generation["trees"][0]
+    completion = tree.completion_ids(tree.depth_first_leaves()[0])
+    with torch.no_grad():
+        logits = reference(torch.tensor([tree.prompt_ids + completion])).logits[0, len(tree.prompt_ids) - 1 : -1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+    got = generation["output"]["ref_per_token_logps"][0, : len(completion)]
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_trains_the_adapter_alone(tmp_path: Path, tiny_model_dir: str, checkpointing: bool) -> None:
+    config = make_config(tmp_path, gradient_checkpointing=checkpointing)
+    trainer = build(SpyTrainer, tiny_model_dir, config, peft_config=LoraConfig(r=4, target_modules="all-linear"))
+    before = parameters_of(trainer)
+    trainer.train()
+    after = parameters_of(trainer)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    assert any("lora_B" in name for name in changed)
+    base = {name: p for name, p in after.items() if "lora_" not in name}
+    assert all(not p.requires_grad for name, p in trainer.model.named_parameters() if name in base)
+
+
+def test_peft_model_as_model(tmp_path: Path) -> None:
+
+    model = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear"))
+    trainer = build(SpyTrainer, model, make_config(tmp_path))
+    before = parameters_of(trainer)
+    trainer.train()
+    after = parameters_of(trainer)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_mask_truncated_completions(tmp_path: Path, tiny_model_dir: str) -> None:
+    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, mask_truncated_completions=True, max_steps=3))
+    trainer.train()
+    num_masked = num_kept = 0
+    for generation in trainer.generations:
+        mask = generation["output"]["completion_mask"]
+        leaves = [(tree, leaf) for tree in generation["trees"] for leaf in tree.depth_first_leaves()]
+        for i, (tree, leaf) in enumerate(leaves):
+            ids = tree.completion_ids(leaf)
+            ended = ids[-1] in (0, 1)  # TRL counts EOS and padding as ended
+            assert mask[i].sum() == (len(ids) if ended else 0)
+            num_kept, num_masked = num_kept + ended, num_masked + (not ended)
+    assert num_masked
+    assert num_kept
+
+
+def test_truncated_rows_are_logged_with_their_advantage(tmp_path: Path, tiny_model_dir: str) -> None:
+    """As GRPOTrainer does: the table and the tree log show what a completion was worth, masked or not."""
+    for estimator in ("grpo", "treepo"):
+        config = make_config(
+            tmp_path, mask_truncated_completions=True, log_trees=True, max_steps=1, advantage_estimator=estimator
+        )
+        trainer = build(SpyTrainer, tiny_model_dir, config)
+        trainer.train()
+        (generation,) = trainer.generations
+        assert (generation["output"]["completion_mask"].sum(1) == 0).any()
+        expected = expected_advantages(generation, "group", estimator=estimator)[:, 0].tolist()
+        assert generation["logged"] == pytest.approx(expected, abs=1e-4), estimator
+        records = [json.loads(line) for line in (tmp_path / "trees/trees_000000.jsonl").read_text().splitlines()]
+        assert [a for record in records for a in record["advantages"]] == pytest.approx(expected, abs=1e-4), estimator
+
+
+def test_all_completions_truncated_moves_nothing(tmp_path: Path, tiny_model_dir: str) -> None:
+    config = make_config(
+        tmp_path, mask_truncated_completions=True, max_completion_length=2, segment_length=1, max_steps=1
+    )
+    trainer = build(SpyTrainer, tiny_model_dir, config)
+    before = parameters_of(trainer)
+    trainer.train()
+    assert trainer.generations[0]["output"]["completion_mask"].sum() == 0, "choose a seed without EOS"
+    assert largest_change(before, parameters_of(trainer)) == 0
+
+
+def test_callbacks_see_metrics_and_can_stop(tmp_path: Path, tiny_model_dir: str) -> None:
+    class Stop(TrainerCallback):
+        def __init__(self) -> None:
+            self.logs: list[dict[str, float]] = []
+            self.steps = 0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.steps += 1
+            control.should_training_stop = state.global_step == 2
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            self.logs.append(dict(logs))
+
+    stop = Stop()
+    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, max_steps=5), callbacks=[stop])
+    trainer.train()
+    assert stop.steps == trainer.state.global_step == 2
+    assert sum("tree/leaf_tokens" in log for log in stop.logs) == 2
+
+
+def test_optimizers_are_used(tmp_path: Path, tiny_model_dir: str) -> None:
+    model = make_model()
+    only = [model.model.norm.weight]
+    optimizer = torch.optim.SGD(only, lr=0.5)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer = build(SpyTrainer, model, make_config(tmp_path), optimizers=(optimizer, scheduler))
+    before = parameters_of(trainer)
+    trainer.train()
+    after = parameters_of(trainer)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == ["model.norm.weight"]
+
+
+@pytest.mark.parametrize("args", ["default", "bf16"])
+def test_default_precision(tmp_path: Path, tiny_model_dir: str, args: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's defaults (bfloat16 autocast, gradient checkpointing, packing by rule) run."""
+    monkeypatch.chdir(tmp_path)
+    changes = {"bf16": True, "gradient_checkpointing": True}
+    if args == "bf16":
+        changes["model_init_kwargs"] = {"dtype": "bfloat16"}
+    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, **changes))
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert all(torch.isfinite(torch.tensor(logs_of(trainer, "loss"))))
+    assert trainer._packed_forward.checked
+
+
+def test_args_may_be_left_out(tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "transformers.training_args.is_torch_bf16_gpu_available", lambda: True
+    )  # TRL's default is bf16
+    trainer = TreePOTrainer(model=tiny_model_dir, reward_funcs=parity_reward, train_dataset=plain_prompts())
+    assert isinstance(trainer.args, TreePOConfig)
+    assert trainer.args.output_dir.endswith("-TreePO")
+    assert trainer.args.num_generations == 8
