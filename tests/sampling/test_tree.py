@@ -66,8 +66,16 @@ def test_completion_is_the_concatenation_of_the_path_without_the_prompt() -> Non
     assert tree.completion_ids(5) == [1, 0]
 
 
-def test_leaves_are_the_finished_nodes_in_order_of_completion() -> None:
-    assert hand_tree().leaves == [2, 4, 5, 6]
+def test_leaves_are_the_finished_nodes_in_order_of_completion_until_they_are_sorted() -> None:
+    tree = hand_tree()
+    assert tree.leaves == [2, 4, 5, 6]
+    assert tree.mean_length() == pytest.approx(3 / 6 + 3 / 6 + 2 / 2 + 6 / 6)
+    tree.sort_leaves()
+    assert tree.leaves == [2, 6, 4, 5]  # children in order of creation
+    assert tree.leaf_weights() == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2])
+    assert tree.mean_length() == hand_tree().mean_length()
+    tree.sort_leaves()
+    assert tree.leaves == [2, 6, 4, 5]
 
 
 def test_depth_and_end_count_ancestors_and_tokens() -> None:
@@ -96,17 +104,14 @@ def test_unique_tokens_count_each_node_once_and_leaf_tokens_each_leaf_in_full() 
     assert tree.num_leaf_tokens == 3 + 3 + 2 + 6
 
 
-def test_depth_first_order_keeps_children_in_order_of_creation() -> None:
-    assert hand_tree().depth_first_leaves() == [2, 6, 4, 5]
-
-
 def test_depth_first_order_survives_deep_trees() -> None:
     tree = SegmentTree([1])
     parent = None
     for _ in range(5000):  # more than Python's recursion limit
         parent = tree.add(parent, [2], [-1.0])
     leaf = tree.add(parent, [0], [-1.0], "stop")
-    assert tree.depth_first_leaves() == [leaf]
+    tree.sort_leaves()
+    assert tree.leaves == [leaf]
     assert len(tree.path(leaf)) == 5001
     assert tree.leaf_weights() == [1.0]
 
@@ -118,9 +123,11 @@ def test_leaf_weights_are_positive_and_sum_to_one(tree: SegmentTree) -> None:
 
 
 @given(trees())
-def test_depth_first_leaves_are_the_leaves_and_neighbours_share_most(tree: SegmentTree) -> None:
-    order = tree.depth_first_leaves()
-    assert sorted(order) == sorted(tree.leaves)
+def test_sorted_leaves_are_the_leaves_and_neighbours_share_most(tree: SegmentTree) -> None:
+    before = dict(zip(tree.leaves, tree.leaf_weights(), strict=True))
+    tree.sort_leaves()
+    order = tree.leaves
+    assert dict(zip(order, tree.leaf_weights(), strict=True)) == before
     # Leaves below one node are consecutive, for every node.
     for node in range(len(tree.nodes)):
         places = [place for place, leaf in enumerate(order) if node in tree.path(leaf)]
@@ -146,13 +153,23 @@ def test_json_round_trip_gives_an_equal_tree(tree: SegmentTree) -> None:
     assert back.to_dict() == tree.to_dict()
 
 
-def test_round_trip_keeps_the_order_of_completion_and_missing_logprobs() -> None:
-    d = hand_tree().to_dict()
-    d["leaves"] = [6, 2, 5, 4]
-    d["nodes"][0]["logprobs"] = None
-    back = SegmentTree.from_dict(d)
-    assert back.leaves == [6, 2, 5, 4]
-    assert back.nodes[0].logprobs is None
+def test_a_file_from_before_leaves_were_sorted_is_read_in_its_own_order() -> None:
+    """Leaves in order of completion, and no entropies: what lies beside the tree in the file is in that order."""
+    record = json.loads(
+        """{"prompt_ids": [7], "leaves": [2, 3, 1], "nodes": [
+            {"parent": null, "token_ids": [1, 2], "logprobs": null, "finish_reason": null},
+            {"parent": 0, "token_ids": [3, 4], "logprobs": [-0.5, -0.25], "finish_reason": "length"},
+            {"parent": null, "token_ids": [5, 0], "logprobs": [-1.0, -2.0], "finish_reason": "stop"},
+            {"parent": 0, "token_ids": [6], "logprobs": [-3.0], "finish_reason": "pattern"}]}"""
+    )
+    tree = SegmentTree.from_dict(record)
+    assert tree.leaves == [2, 3, 1]
+    assert tree.leaf_weights() == [0.5, 0.25, 0.25]
+    assert [tree.completion_ids(leaf) for leaf in tree.leaves] == [[5, 0], [1, 2, 6], [1, 2, 3, 4]]
+    assert tree.nodes[0].logprobs is None
+    assert tree.to_dict() == record
+    tree.sort_leaves()
+    assert tree.leaves == [1, 3, 2]
 
 
 def test_a_rebuilt_tree_can_be_grown_without_changing_the_original() -> None:

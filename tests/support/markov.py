@@ -9,7 +9,7 @@ import torch
 
 from tests.support.fakes import EOS, MarkovEngine
 from treepo_trl import SegmentTree, TreeSampler, TreeSamplingConfig
-from treepo_trl.update.advantages import depth_first_weights, leaf_paths, tree_advantages
+from treepo_trl.update.advantages import leaf_paths, tree_advantages
 
 
 PROBABILITIES = torch.tensor(MarkovEngine.TRANSITIONS, dtype=torch.float64)
@@ -40,14 +40,13 @@ def sample_trees(num_trees: int, width: int, cap: int, seed: int = 0, **changes:
 def estimated_gradient(tree: SegmentTree, estimator: str, leaf_weighting: str) -> torch.Tensor:
     """`(states, states)`: what one tree contributes to the gradient, the loss being a mean over leaves."""
     ids, _ = leaf_paths([tree])
-    leaves = tree.depth_first_leaves()
     rewards = torch.tensor(
-        [MarkovEngine.observed(tree.completion_ids(leaf))["from_three"] for leaf in leaves], dtype=torch.float64
+        [MarkovEngine.observed(tree.completion_ids(leaf))["from_three"] for leaf in tree.leaves], dtype=torch.float64
     )
     weights = None
-    shares = torch.full_like(rewards, 1 / len(leaves))
+    shares = torch.full_like(rewards, 1 / len(rewards))
     if leaf_weighting == "inverse_branching":
-        weights = shares = torch.tensor(depth_first_weights(tree), dtype=torch.float64)
+        weights = shares = torch.tensor(tree.leaf_weights(), dtype=torch.float64)
     advantages = tree_advantages(rewards, ids[0], estimator, leaf_weights=weights) * shares[:, None]
     # A node's transitions are those of all leaves below it, so their advantages add up.
     per_node = torch.zeros(len(tree.nodes) + 1, dtype=torch.float64)

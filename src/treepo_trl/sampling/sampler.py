@@ -301,6 +301,7 @@ class TreeSampler:
             heapq.heappush(run.ready, index)
         else:
             run.unfinished.remove(index)
+            grown.tree.sort_leaves()
             if on_tree is not None:
                 on_tree(index, grown.tree)
         run.current = None

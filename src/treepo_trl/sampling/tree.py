@@ -46,7 +46,8 @@ class SegmentTree:
 
     Attributes:
         leaves (`list[int]`):
-            Node ids of the finished paths, in order of completion.
+            Node ids of the finished paths: in order of completion while a tree grows, depth-first in the trees that a
+            [`TreeSampler`] hands out. `leaf_weights` has the same order.
     """
 
     def __init__(self, prompt_ids: list[int]) -> None:
@@ -168,16 +169,26 @@ class SegmentTree:
             values.extend(logprobs)
         return values
 
-    def depth_first_leaves(self) -> list[int]:
-        """Leaves in depth-first order, so that leaves which share most of their tokens are neighbours."""
-        order: list[int] = []
+    def sort_leaves(self) -> None:
+        """
+        Put `leaves` into depth-first order, children in order of creation.
+
+        Leaves that share most of their tokens are then neighbours. Call it once the tree is done: a fallback draws
+        from the order of completion.
+        """
+        self.leaves = []
         stack = self.root_children[::-1]
         while stack:
             node = stack.pop()
             if self.nodes[node].finish_reason is not None:
-                order.append(node)
+                self.leaves.append(node)
             stack.extend(reversed(self.nodes[node].children))
-        return order
+
+    def depth_first_leaves(self) -> list[int]:
+        """The leaves of a tree that a sampler handed out. Goes once its last callers read `leaves`."""
+        tree = SegmentTree.from_dict(self.to_dict())
+        tree.sort_leaves()
+        return tree.leaves
 
     def leaf_weights(self) -> list[float]:
         """
@@ -188,17 +199,22 @@ class SegmentTree:
         fallback, which adds children after outcomes are known, and for `max_tree_tokens`, which cuts paths. Sums to 1
         once every path is finished.
         """
-        shares = [0.0] * len(self.nodes)
-        for i, node in enumerate(self.nodes):  # parents come before children
-            siblings = self.root_children if node.parent is None else self.nodes[node.parent].children
-            shares[i] = (1.0 if node.parent is None else shares[node.parent]) / len(siblings)
+        shares = self._shares()
         return [shares[leaf] for leaf in self.leaves]
+
+    def _shares(self) -> list[float]:
+        """For each node the product over its path of 1 / (number of siblings)."""
+        shares: list[float] = []
+        for node in self.nodes:  # parents come before children
+            siblings = self.root_children if node.parent is None else self.nodes[node.parent].children
+            shares.append((1.0 if node.parent is None else shares[node.parent]) / len(siblings))
+        return shares
 
     def mean_length(self) -> float:
         """Mean completion tokens of a leaf under `leaf_weights`: that of independent samples, up to fallback."""
-        return sum(
-            weight * self.nodes[leaf].end for weight, leaf in zip(self.leaf_weights(), self.leaves, strict=True)
-        )
+        # In order of the nodes, so that the last bit of the sum does not depend on the order of the leaves.
+        pairs = zip(self._shares(), self.nodes, strict=True)
+        return sum(share * node.end for share, node in pairs if node.finish_reason is not None)
 
     @property
     def num_unique_tokens(self) -> int:
@@ -230,7 +246,10 @@ class SegmentTree:
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "SegmentTree":
         """
-        Rebuild a tree from `to_dict`.
+        Rebuild a tree from `to_dict`, its leaves in the stored order.
+
+        A stored order is kept because what lies beside a tree in a file has the same one, such as `completions`. Old
+        files have the order of completion; `sort_leaves` makes it depth-first.
 
         Raises:
             ValueError: if the stored leaves are not the finished nodes.
