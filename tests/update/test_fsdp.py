@@ -1,7 +1,7 @@
 """
 A packed row through a model whose parameters two processes share (FSDP2).
 
-Accelerate starts FSDP only on accelerators, so torch's own `fully_shard` wraps the model here, as it does there.
+Accelerate starts FSDP only on accelerators, so torch's own `fully_shard` wraps the model here, as it does trows.
 """
 
 import json
@@ -20,14 +20,14 @@ import torch
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
-from tests.update import test_packed_forward as here
+from tests.support import rows
 
 folder, checkpointing = sys.argv[1], sys.argv[2] == "True"
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()
-ids, mask, num_scored = here.trees(2)
-rows = slice(4 * rank, 4 * rank + 4)
-batch = ids[rows], mask[rows], num_scored  # a tree for each process
+ids, mask, num_scored = rows.trees(2)
+own = slice(4 * rank, 4 * rank + 4)
+batch = ids[own], mask[own], num_scored  # a tree for each process
 
 
 def gradients(model, forward):
@@ -37,21 +37,21 @@ def gradients(model, forward):
     return {n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for n, p in model.named_parameters()}
 
 
-whole = here.ready_model()
-expected = gradients(whole, lambda model: here.plain(model, *batch)[0] * batch[1][:, -num_scored:])
+whole = rows.ready_model()
+expected = gradients(whole, lambda model: rows.plain(model, *batch)[0] * batch[1][:, -num_scored:])
 for gradient in expected.values():  # what data parallel training makes of them
     distributed.all_reduce(gradient)
     gradient /= 2
 
-sharded = here.ready_model()
+sharded = rows.ready_model()
 if checkpointing:
     sharded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     sharded.train()
 for layer in sharded.model.layers:
     fully_shard(layer)
 fully_shard(sharded)
-forward = here.make_forward("sdpa", is_sharded=True)
-found = gradients(sharded, lambda model: here.run(forward, model, batch)[0])
+forward = rows.make_forward("sdpa", is_sharded=True)
+found = gradients(sharded, lambda model: rows.run(forward, model, batch)[0])
 assert expected.keys() == found.keys()
 worst = max((found[n] - expected[n]).abs().max().item() / expected[n].abs().max().item() for n in expected)
 with open(f"{folder}/rank{rank}.json", "w") as file:

@@ -6,19 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
-from trl.trainer.utils import add_fused_lm_head
 
 from tests.support.models import make_model
-from tests.update.test_packing import batch_of, rows_with
+from tests.support.rows import batch_of, make_forward, plain, ready_model, rows_with, run, trees
 from treepo_trl.update import packed_forward
-from treepo_trl.update.packed_forward import PackedForward
+from treepo_trl.update.packed_forward import is_worth_packing, model_inputs
 from treepo_trl.update.packing import PackedRows, cut_rows, pack_rows
-
-
-def make_forward(tree_packing: str = "auto", **changes: Any) -> PackedForward:
-    return PackedForward(tree_packing, Accelerator(cpu=True), **changes)
 
 
 def config_with(attention: str = "sdpa", **changes: Any) -> Any:
@@ -27,47 +21,40 @@ def config_with(attention: str = "sdpa", **changes: Any) -> Any:
     return config
 
 
-def ready_model(**changes: Any) -> Any:
-    model = make_model(**changes)
-    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-    return model
-
-
-def plain(
-    model: Any,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    logits_to_keep: int,
-    batch_size: int | None = None,
-    compute_entropy: bool = False,
-    compute_aux_loss: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-    """As GRPOTrainer does it."""
-    labels = input_ids.masked_fill(attention_mask == 0, -100)
-    labels[:, :-logits_to_keep] = -100
-    outputs = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
-    return outputs.log_probs[:, -logits_to_keep:], outputs.entropy[:, -logits_to_keep:], None
-
-
-def trees(count: int = 3) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Trees of four leaves of different length, with prompts of different length."""
-    prompts, completions = [], []
-    for tree in range(count):
-        for leaf in range(4):
-            prompts.append([5 + tree] * (3 + 2 * tree))
-            completions.append([20 + tree, 30 + leaf // 2, 31, *[40 + leaf] * (1 + leaf)])
-    return batch_of(prompts, completions)
-
-
-def run(
-    forward: PackedForward, model: Any, batch: Any, batch_size: int = 99, **changes: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, dict[str, list[float]]]:
-    options = {"compute_entropy": True, "compute_aux_loss": False, **changes}
-    return forward(model, *batch, batch_size=batch_size, plain=plain, **options)
-
-
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message.removeprefix("[RANK 0] ") for record in caplog.records]
+
+
+# When it pays
+
+
+def test_rows_that_share_enough_are_worth_packing() -> None:
+    # 4 rows of 20 tokens, 10 shared: 80 / (10 + 40) = 1.6, three extra positions for the shared tail aside.
+    packed = rows_with(shared=10, own=10, count=4)
+    assert packed.ratio == 80 / 53
+    assert is_worth_packing(packed)
+
+
+def test_rows_that_share_little_are_not() -> None:
+    # 4 rows of 101 tokens, 1 shared, and that one parts at once: 404 / 404
+    packed = rows_with(shared=1, own=100, count=4)
+    assert packed.ratio == 1.0
+    assert not is_worth_packing(packed)
+
+
+@pytest.mark.parametrize(("ratio", "worth"), [(1.14, False), (1.15, True), (3.0, True)])
+def test_the_ratio_decides(ratio: float, worth: bool) -> None:
+    packed = dataclasses.replace(rows_with(shared=1, own=99, count=1), num_padded_tokens=round(100 * ratio))
+    assert is_worth_packing(packed) == worth
+
+
+def test_padding_of_plain_rows_counts_since_they_forward_it() -> None:
+    # Rows of 2, 2 and 12 tokens that share 1, in a batch that is 12 wide: 16 tokens, 36 with padding. The shared one
+    # has three next tokens, so nothing is saved but the padding.
+    packed = pack_rows(*batch_of([[5]] * 3, [[7], [8], [9] * 11]))
+    assert packed.ratio == 1.0
+    assert packed.num_padded_tokens == 36
+    assert is_worth_packing(packed)
 
 
 # What is chosen
@@ -330,3 +317,15 @@ def test_sharded_models_run_the_same_forwards_whether_they_pack_or_not() -> None
     assert counts == [4, 4]  # two for the check, then one a call
     with pytest.raises(RuntimeError, match="does not reproduce"):
         run(make_forward("sdpa", is_sharded=True), Broken(ready_model()), shared)
+
+
+# Inputs
+
+
+def test_eager_attention_gets_the_mask_as_numbers_to_add() -> None:
+    packed = pack_rows(*batch_of([[5], [5]], [[7, 9], [7, 8]]))
+    mask = model_inputs(packed, "eager", torch.bfloat16, "sdpa")["attention_mask"]
+    assert mask.dtype == torch.bfloat16
+    attends = packed.attention_mask()
+    assert (mask[attends] == 0).all()
+    assert (mask[~attends] == torch.finfo(torch.bfloat16).min).all()

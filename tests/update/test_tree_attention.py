@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, StableLmConfig
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tests.support.models import make_model
 from treepo_trl.update import tree_attention
-from treepo_trl.update.tree_attention import TreeAttention, flex_length, serve_trees, why_no_trees
+from treepo_trl.update.tree_attention import TreeAttention, flex_length, serve_trees
 
 
 def last_of(parents: list[int]) -> torch.Tensor:
@@ -265,46 +265,3 @@ def test_attention_with_nameless_arguments_is_refused() -> None:
         AttentionInterface()["sdpa"](
             nn.Module(), *states(3), None, 0.5, tree_attention=TreeAttention(torch.tensor([2, 2, 2]), "sdpa")
         )
-
-
-def stable_lm() -> PreTrainedModel:
-    """Its layers take no keywords for their attention."""
-    return AutoModelForCausalLM.from_config(
-        StableLmConfig(
-            vocab_size=65,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        ),
-        attn_implementation="sdpa",
-    )
-
-
-def test_models_are_asked_whether_they_hand_trees_on() -> None:
-    model = make_model().train()
-    assert why_no_trees(model) is None
-    assert model.training
-    # Its attention gets the mask alone, whose integers are no mask.
-    assert "does not take `tree_attention` (RuntimeError: Expected attn_mask dtype" in (
-        why_no_trees(stable_lm()) or ""
-    )
-
-
-def test_the_question_needs_no_weights() -> None:
-    """As under DeepSpeed ZeRO-3, which holds empty parameters between forwards."""
-    model = make_model()
-    for parameter in model.parameters():
-        parameter.data = torch.empty(0)
-    assert why_no_trees(model) is None
-
-
-def test_any_failure_is_a_reason_and_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model()
-
-    def forward(self: Any, **_: Any) -> None:
-        raise AssertionError("rope dims")
-
-    monkeypatch.setattr(type(model.model), "forward", forward)
-    assert why_no_trees(model) == "its forward does not take `tree_attention` (AssertionError: rope dims)"

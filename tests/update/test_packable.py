@@ -1,0 +1,334 @@
+"""Which models and settings are packed, and what the others are told."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StableLmConfig,
+)
+
+from tests.support.models import make_model
+from tests.support.rows import TINY, batch_of, forward_packed, plain, tiny_model
+from treepo_trl.update import packable
+from treepo_trl.update.packable import packed_forward_for, why_no_trees, why_not_packable
+from treepo_trl.update.packed_forward import PackedForward
+from treepo_trl.update.packing import TreePacking, pack_rows
+
+
+@dataclass(frozen=True)
+class Settings:
+    tree_packing: TreePacking = "auto"
+    max_tokens_per_micro_batch: int | None = None
+    gradient_checkpointing: bool = False
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None
+
+
+def accelerator_of(device: str = "cpu", num_processes: int = 1, **plugins: object) -> Any:
+    return SimpleNamespace(device=torch.device(device), num_processes=num_processes, state=SimpleNamespace(**plugins))
+
+
+def ask(model: Any, accelerator: Any = None, has_aux_loss: bool = False, **settings: Any) -> Any:
+    return packed_forward_for(model, Settings(**settings), accelerator or accelerator_of(), has_aux_loss)
+
+
+def eager(**changes: Any) -> Any:
+    model = make_model(**changes)
+    model.set_attn_implementation("eager")
+    return model
+
+
+def with_window() -> Any:
+    return make_model(layer_types=["full_attention", "sliding_attention"])
+
+
+def with_prompt_tuning() -> Any:
+    return get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
+def test_the_packed_forward_has_the_settings_of_the_training() -> None:
+    accelerator = accelerator_of()
+    adapted = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear"))
+    for model in (make_model(), adapted, eager()):
+        forward = ask(model, accelerator, tree_packing="sdpa", max_tokens_per_micro_batch=99)
+        assert isinstance(forward, PackedForward)
+        assert (forward.tree_packing, forward.max_tokens, forward.is_sharded) == ("sdpa", 99, False)
+        assert forward.accelerator is accelerator
+
+
+@pytest.mark.parametrize("plugin", ["fsdp_plugin", "deepspeed_plugin"])
+def test_sharded_trainings_are_known_by_their_plugin(plugin: str) -> None:
+    assert ask(make_model(), accelerator_of(**{plugin: object()})).is_sharded
+    assert not ask(make_model(), accelerator_of(**{plugin: None})).is_sharded
+
+
+def test_off_asks_nothing() -> None:
+    assert ask(with_window(), tree_packing="off") is None
+
+
+def without_interface() -> Any:
+    model = make_model()
+    model._supports_attention_backend = False
+    return model
+
+
+NOT_PACKED = [
+    (with_window, False, "it has layers of type sliding_attention"),
+    (with_prompt_tuning, False, "its adapter puts virtual tokens before each row"),
+    (eager, True, "its load-balancing loss does not go with the mask of eager attention"),
+    (without_interface, False, "its attention does not go through transformers' common interface"),
+]
+
+
+@pytest.mark.parametrize(("build", "has_aux_loss", "reason"), NOT_PACKED)
+def test_a_model_that_is_not_packed(build: Callable[[], Any], has_aux_loss: bool, reason: str) -> None:
+    """A sentence with `auto`; an error where packed rows, or tokens of them, were asked for."""
+    message = f"Shared prefixes are not packed for Qwen3ForCausalLM: {reason}."
+    assert ask(build(), has_aux_loss=has_aux_loss) == message
+    with pytest.raises(ValueError, match="'off'") as error:
+        ask(build(), has_aux_loss=has_aux_loss, tree_packing="sdpa")
+    assert str(error.value) == f"`tree_packing` is 'sdpa', but {message} Set it to 'off'."
+    with pytest.raises(ValueError, match="Leave it out") as error:
+        ask(build(), has_aux_loss=has_aux_loss, max_tokens_per_micro_batch=99)
+    assert (
+        str(error.value) == f"`max_tokens_per_micro_batch` counts tokens of packed rows, but {message} Leave it out."
+    )
+
+
+def test_a_forward_that_loses_trees_is_a_reason_but_for_eager_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packable, "why_no_trees", lambda model: f"{type(model).__name__} loses it")
+    assert ask(get_peft_model(make_model(), LoraConfig(r=4))) == (
+        "Shared prefixes are not packed for Qwen3ForCausalLM: Qwen3ForCausalLM loses it."
+    )
+    assert isinstance(ask(eager()), PackedForward)
+
+
+@pytest.mark.parametrize(
+    ("build", "device", "message"),
+    [
+        (make_model, "cpu", r"'flex'` needs a CUDA device, this is 'cpu'.*Set `tree_packing='sdpa'`"),
+        (eager, "cuda", r"this one has 'eager'"),
+        (lambda: make_model(attention_dropout=0.1), "cuda", r"has no dropout, but.*`attention_dropout=0.1`"),
+    ],
+)
+def test_flex_refuses_what_it_does_not_serve(build: Callable[[], Any], device: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ask(build(), accelerator_of(device), tree_packing="flex")
+    for other in ("auto", "sdpa"):
+        assert isinstance(ask(build(), accelerator_of(device), tree_packing=other), PackedForward)
+
+
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "has_aux_loss", "settings", "message"),
+    [
+        (
+            accelerator_of(fsdp_plugin=object()),
+            False,
+            {},
+            r"not supported with FSDP and DeepSpeed.*per_device_train_batch_size",
+        ),
+        (accelerator_of(num_processes=2), False, REENTRANT, r"several processes and `use_reentrant=True`.*to False"),
+        (accelerator_of(), True, {}, r"not supported with a load-balancing loss.*`router_aux_loss_coef=0`"),
+    ],
+    ids=["sharded", "reentrant", "aux loss"],
+)
+def test_the_token_budget_is_refused(
+    accelerator: Any, has_aux_loss: bool, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ask(make_model(), accelerator, has_aux_loss, max_tokens_per_micro_batch=99, **settings)
+    assert isinstance(ask(make_model(), accelerator, has_aux_loss, **settings), PackedForward)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "settings"),
+    [
+        (1, REENTRANT),
+        (2, {}),
+        (2, {**REENTRANT, "gradient_checkpointing": False}),
+        (2, {"gradient_checkpointing": True}),
+        (2, {**REENTRANT, "gradient_checkpointing_kwargs": {"use_reentrant": False}}),
+    ],
+)
+def test_the_token_budget_is_served(num_processes: int, settings: dict[str, Any]) -> None:
+    forward = ask(make_model(), accelerator_of(num_processes=num_processes), max_tokens_per_micro_batch=9, **settings)
+    assert isinstance(forward, PackedForward)
+
+
+# Architectures
+
+# Settings beyond TINY; a window shorter than the rows where there is one.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma", "cohere", "glm4", "granite", "olmo2")},
+    **{name: {} for name in ("phi3", "smollm3", "stablelm", "starcoder2", "mixtral", "bloom", "opt")},
+    **{name: {"sliding_window": 4} for name in ("mistral", "gemma2", "gemma3_text", "gpt_oss", "ministral")},
+    **{name: {"sliding_window": 4} for name in ("exaone4", "olmo3", "cohere2")},
+    "qwen2 with windows": {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0},
+    "phi3 with windows": {"sliding_window": 4},
+    "starcoder2 with windows": {"sliding_window": 4},
+    "mixtral with windows": {"sliding_window": 4},
+    "qwen3_next": {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "gpt_neox": {"num_key_value_heads": 4},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon with alibi": {"alibi": True, "new_decoder_architecture": False},
+    "doge": {"keep_window_size": 4},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 4},
+    "mamba": {},
+}
+
+
+PACKED = {
+    *("llama", "qwen2", "qwen3", "qwen3_moe", "gemma", "cohere", "glm4", "granite", "olmo2", "phi3", "smollm3"),
+    *("starcoder2", "mixtral", "gpt_neox"),  # opt looks at the values of its mask, which the question has not
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.filterwarnings("ignore")
+def test_no_architecture_passes_as_packable_and_gives_other_values(name: str) -> None:
+    config_class = CONFIG_MAPPING[name.split()[0]]
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    settings = {**TINY, **experts, **ARCHITECTURES[name]}
+    defaults = config_class()
+    settings = {key: value for key, value in settings.items() if hasattr(defaults, key) or key in ARCHITECTURES[name]}
+    if name.startswith("falcon"):
+        settings.pop("head_dim", None)
+    try:
+        model = tiny_model(config_class(**settings))
+    except ValueError:  # no SDPA attention for this architecture
+        model = tiny_model(config_class(**settings), "eager")
+    found = ask(model)
+    assert isinstance(found, PackedForward if name in PACKED else str)
+    if name not in PACKED:
+        return
+    prompt, shared = list(range(5, 12)), [list(range(20, 28)), list(range(40, 48))]
+    batch = batch_of([prompt] * 4, [[*shared[i // 2], *range(30 + 5 * i, 38 + 5 * i)] for i in range(4)])
+    with torch.no_grad():
+        expected, value = plain(model, *batch)[0], forward_packed(model, pack_rows(*batch))[0]
+    torch.testing.assert_close(value, expected, atol=1e-3, rtol=0)
+
+
+# Configs
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "jamba", "xlstm"),
+        # attention and recurrence in one model; several give `layer_types` only as a property
+        *("bamba", "zamba", "zamba2", "falcon_h1", "nemotron_h", "granitemoehybrid", "qwen3_next", "minimax", "zaya"),
+    ],
+)
+def test_recurrent_and_hybrid_models_are_refused(name: str) -> None:
+    config = CONFIG_MAPPING[name]()
+    config._attn_implementation = "sdpa"
+    assert why_not_packable(config) is not None
+
+
+def config_with(attention: str = "sdpa", **changes: Any) -> PreTrainedConfig:
+    config = LlamaConfig(**TINY)
+    config._attn_implementation = attention
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"])
+def test_a_model_may_have_any_attention_for_its_plain_rows(attention: str) -> None:
+    assert why_not_packable(config_with(attention)) is None
+
+
+def test_attention_that_is_not_registered_is_named_together_with_the_way_out() -> None:
+    reason = why_not_packable(config_with("kernels-community/unknown"))
+    assert reason is not None
+    assert "'kernels-community/unknown'" in reason
+    assert "attn_implementation='sdpa'" in reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layers of type linear_attention"),
+        (
+            {"layer_types": ["chunked_attention", "sliding_attention"]},
+            "layers of type chunked_attention, sliding_attention",
+        ),
+        ({"sliding_window": 4096}, "a sliding window of 4096 tokens"),
+        ({"alibi": True}, "ALiBi"),
+    ],
+)
+def test_reasons_name_what_the_mask_cannot_serve(changes: dict[str, Any], reason: str) -> None:
+    assert reason in (why_not_packable(config_with(**changes)) or "")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": None},
+        {"layer_types": ["full_attention", "full_attention"]},
+        {"sliding_window": 4096, "use_sliding_window": False},  # Qwen2 keeps the number and does not use it
+        {"sliding_window": 4096, "layer_types": ["full_attention", "full_attention"]},
+    ],
+)
+def test_a_window_that_no_layer_uses_is_no_reason(changes: dict[str, Any]) -> None:
+    assert why_not_packable(config_with(**changes)) is None
+
+
+# Forwards that take trees
+
+
+def stable_lm() -> PreTrainedModel:
+    """Its layers take no keywords for their attention."""
+    return AutoModelForCausalLM.from_config(
+        StableLmConfig(
+            vocab_size=65,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        ),
+        attn_implementation="sdpa",
+    )
+
+
+def test_models_are_asked_whether_they_hand_trees_on() -> None:
+    model = make_model().train()
+    assert why_no_trees(model) is None
+    assert model.training
+    # Its attention gets the mask alone, whose integers are no mask.
+    assert "does not take `tree_attention` (RuntimeError: Expected attn_mask dtype" in (
+        why_no_trees(stable_lm()) or ""
+    )
+
+
+def test_the_question_needs_no_weights() -> None:
+    """As under DeepSpeed ZeRO-3, which holds empty parameters between forwards."""
+    model = make_model()
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    assert why_no_trees(model) is None
+
+
+def test_any_failure_is_a_reason_and_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+
+    def forward(self: Any, **_: Any) -> None:
+        raise AssertionError("rope dims")
+
+    monkeypatch.setattr(type(model.model), "forward", forward)
+    assert why_no_trees(model) == "its forward does not take `tree_attention` (AssertionError: rope dims)"
