@@ -15,7 +15,7 @@ from treepo_trl.cli import make_parser
 from treepo_trl.memory.plan import GIB, plan_memory
 
 
-DOCUMENTATION = (ROOT / "docs/configuration.md").read_text()
+DOCUMENTATION = (ROOT / "docs/recipes.md").read_text()
 RECIPES = sorted(
     path.name for path in (ROOT / "examples/cli_configs").glob("*.yaml") if path.name != "quickstart.yaml"
 )
@@ -73,7 +73,7 @@ LONG = {**HALF, "max_completion_length": 2048, "vllm_max_model_length": 2560}
     ],
 )
 def test_the_documentations_plans(name: str, config: Any, card: int, changes: dict[str, Any], row: str) -> None:
-    """The table in docs/configuration.md, and that each fits its card with a shared base."""
+    """The table in docs/recipes.md, and that each fits its card with a shared base."""
     said = re.findall(rf"\| {re.escape(row)} \| ([\d.]+) GiB \| ([\d.]+) GiB \|", DOCUMENTATION)
     assert len(said) == 1
     for figure, shares in zip(said[0], (False, True), strict=True):
