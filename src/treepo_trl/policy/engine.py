@@ -1,0 +1,298 @@
+"""
+The engine that samples from the policy: which one it is, and what must hold while it samples.
+
+`policy_engine_for` is the one place that asks whether vLLM samples. A [`PolicyEngine`] is made before TRL builds its
+part of the engine, and connected to the trainer afterwards.
+"""
+
+import random
+import zlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields, replace
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel, set_seed
+from trl.extras.profiling import profiling_context
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from treepo_trl.engines import SamplingOptions, SegmentEngine
+from treepo_trl.treepo_config import TreePOConfig
+from treepo_trl.trl_seams import vllm_generation_class
+
+from .adapter_sync import AdapterVLLMGeneration, check_adapter
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+    from treepo_trl.engines.transformers import TransformersEngine
+    from treepo_trl.engines.vllm import VLLMEngine
+
+
+logger = get_logger(__name__)
+
+_LARGE_DIFFERENCE = 0.1  # nats per token; bfloat16 rounding was seen to give 0.04, a quantized base 0.7
+
+
+class PolicyEngine:
+    """
+    The engine of a trainer.
+
+    Attributes:
+        engine ([`~treepo_trl.engines.SegmentEngine`]):
+            What the sampler drives, inside of `ready`.
+        processes_per_engine (`int`):
+            Processes that sample together with one engine.
+        gives_logprobs (`bool`):
+            Whether the engine's log-probabilities are to be compared with the policy's. Where the policy itself has
+            sampled, they are its own up to rounding, and `GRPOTrainer` has none either.
+    """
+
+    engine: SegmentEngine
+    processes_per_engine = 1
+    gives_logprobs = False
+
+    def __init__(self, args: TreePOConfig) -> None:
+        self.args = args
+
+    def construction(self) -> AbstractContextManager[None]:
+        """Context in which `GRPOTrainer.__init__` builds its part of the engine."""
+        return nullcontext()
+
+    def connect(self, trainer: GRPOTrainer) -> None:
+        """Build the engine over what `GRPOTrainer.__init__` has made."""
+        raise NotImplementedError
+
+    def ready(self, seed: str) -> AbstractContextManager[None]:
+        """Context in which the engine samples from the current policy."""
+        raise NotImplementedError
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Context in which `GRPOTrainer` samples by itself."""
+        return nullcontext()
+
+    def gather(self, prompts: list[list[int]]) -> tuple[list[list[int]], slice]:
+        """Prompts of all processes that sample together, and where this process's own are among them."""
+        return prompts, slice(0, len(prompts))
+
+    def compare(self, differences: list[float]) -> None:
+        """
+        Warn if the engine did not compute the policy in the first batch.
+
+        Args:
+            differences (`list[float]`):
+                What `GRPOTrainer` has logged: mean distance per batch between the log-probabilities of engine and
+                policy, in nats per token.
+        """
+
+    @property
+    def _generation_kwargs(self) -> dict[str, object]:
+        return dict(cast("dict[str, object]", self.args.generation_kwargs or {}))  # parsed by the config
+
+    def _options(self) -> SamplingOptions:
+        """The sampling options among the settings."""
+        return SamplingOptions(**{field.name: getattr(self.args, field.name) for field in fields(SamplingOptions)})
+
+
+class TransformersPolicy(PolicyEngine):
+    """The policy's own forward samples."""
+
+    engine: "TransformersEngine"
+
+    def connect(self, trainer: GRPOTrainer) -> None:
+        from treepo_trl.engines.transformers import TransformersEngine
+
+        self._trainer = trainer
+        self.engine = TransformersEngine(
+            trainer.accelerator.unwrap_model(trainer.model),
+            trainer.eos_token_ids,
+            replace(self._options(), **cast("dict[str, float]", self._generation_kwargs)),
+            with_entropies=self.args.branching_policy == "entropy",
+        )
+
+    @contextmanager
+    def ready(self, seed: str) -> Iterator[None]:
+        trainer = self._trainer
+        with (
+            profiling_context(trainer, "transformers.generate"),
+            unwrap_model_for_generation(
+                trainer.model_wrapped,
+                trainer.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=trainer.generation_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,  # pyright: ignore[reportArgumentType]
+            ) as model,
+            trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
+        ):
+            self.engine.model = cast(PreTrainedModel, model)
+            model.eval()  # dropout off, as in vLLM
+            try:
+                yield
+            finally:
+                self.engine.reset_prefix_cache()
+                model.train()
+
+
+class VLLMPolicy(PolicyEngine):
+    """
+    A vLLM engine in this process samples.
+
+    Args:
+        args ([`TreePOConfig`]):
+            Settings of the training.
+        loads_adapter (`bool`):
+            Whether the policy's adapter alone travels to the engine.
+    """
+
+    engine: "VLLMEngine"
+    gives_logprobs = True
+
+    def __init__(self, args: TreePOConfig, loads_adapter: bool) -> None:
+        super().__init__(args)
+        self.processes_per_engine = args.vllm_tensor_parallel_size
+        self._loads_adapter = loads_adapter
+        self._has_compared = False
+        self._num_evaluated = 0  # batches of completions that were sampled in evaluation
+
+    def construction(self) -> AbstractContextManager[None]:
+        if not self._loads_adapter:
+            return nullcontext()
+        return vllm_generation_class(
+            partial(
+                AdapterVLLMGeneration,
+                base_weights=self.args.vllm_base_weights,
+                share_base_weights=self.args.vllm_share_base_weights,
+                sleep_keeps_weights=self.args.vllm_sleep_keeps_weights,
+            )
+        )
+
+    def connect(self, trainer: GRPOTrainer) -> None:
+        from treepo_trl.engines.vllm import VLLMEngine
+
+        self._trainer = trainer
+        self._generation: VLLMGeneration = trainer.vllm_generation
+        self.engine = VLLMEngine(
+            self._generation.llm,
+            trainer.eos_token_ids,
+            self._options(),
+            self._generation_kwargs,
+            with_entropies=self.args.branching_policy == "entropy",
+        )
+
+    @contextmanager
+    def ready(self, seed: str) -> Iterator[None]:
+        trainer, generation = self._trainer, self._generation
+        if trainer.state.global_step != trainer._last_loaded_step:
+            with profiling_context(trainer, "sync_weights"):
+                generation.sync_weights()
+            trainer._last_loaded_step = trainer.state.global_step
+        with awake(generation), same_draws(generation, seed), profiling_context(trainer, "vLLM.generate"):
+            if isinstance(generation, AdapterVLLMGeneration):
+                self.engine.lora_request = generation.llm.lora_request
+            yield
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        self._num_evaluated += 1
+        return same_draws(self._generation, f"{self.args.seed}/evaluation/{self._num_evaluated}")
+
+    def gather(self, prompts: list[list[int]]) -> tuple[list[list[int]], slice]:
+        return gather_prompts(self._generation, prompts)
+
+    def compare(self, differences: list[float]) -> None:
+        if not self._has_compared and differences and differences[-1] > _LARGE_DIFFERENCE:
+            logger.warning(
+                f"vLLM's log-probabilities of the first batch differ from the policy's by {differences[-1]:.3f} nats "
+                "on average, far more than rounding: the engine does not compute the policy. With a quantized model "
+                "see `vllm_base_weights`; else compare the model's revision and dtype in both."
+            )
+        self._has_compared = True
+
+
+def policy_engine_for(
+    args: TreePOConfig, model: "str | PreTrainedModel | PeftModel", peft_config: "PeftConfig | None"
+) -> PolicyEngine:
+    """
+    The engine for these arguments of a trainer, not yet connected.
+
+    Raises:
+        ValueError: for an adapter that vLLM cannot serve, and for settings of a LoRA engine's weights where there is
+            no LoRA engine.
+    """
+    is_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+    loads_adapter = bool(args.use_vllm and args.vllm_lora_sync == "adapter" and is_adapter)
+    if loads_adapter:
+        check_adapter(peft_config if peft_config is not None else cast("PeftModel", model).active_peft_config)
+    for name in ("vllm_share_base_weights", "vllm_sleep_keeps_weights"):
+        if getattr(args, name) and not loads_adapter:
+            raise ValueError(
+                f"`{name}=True`, but the policy has no adapter: vLLM gets all its weights at each step. Pass a "
+                "`peft_config` (`--use_peft`), or unset it."
+            )
+    return VLLMPolicy(args, loads_adapter) if args.use_vllm else TransformersPolicy(args)
+
+
+@contextmanager
+def same_draws(generation: VLLMGeneration, seed: str) -> Iterator[None]:
+    """
+    Give the ranks that share an engine by tensor parallelism the same random numbers for a block.
+
+    Each of these ranks draws its tokens itself, from the process's generators. A reward function or dropout that drew
+    on one rank alone would make their samples differ, and the engine's collective calls hang. Does nothing without
+    tensor parallelism.
+    """
+    if generation.tensor_parallel_size == 1:
+        yield
+        return
+    before = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        set_seed(zlib.crc32(seed.encode()))
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
+def gather_prompts(generation: VLLMGeneration, prompts: list[list[int]]) -> tuple[list[list[int]], slice]:
+    """
+    Prompts of all ranks that share an engine by tensor parallelism, in order of rank, and where this rank's own are.
+
+    Every rank of the group must submit the same requests in the same order.
+    """
+    if generation.tensor_parallel_size == 1:
+        return prompts, slice(0, len(prompts))
+    gathered: list[list[list[int]]] = [[]] * generation.tensor_parallel_size
+    group = cast("torch.distributed.ProcessGroup", generation.tp_group)
+    torch.distributed.all_gather_object(gathered, prompts, group=group)
+    rank = torch.distributed.get_rank(group=group)
+    start = sum(len(part) for part in gathered[:rank])
+    return [prompt for part in gathered for prompt in part], slice(start, start + len(prompts))
+
+
+@contextmanager
+def awake(generation: VLLMGeneration) -> Iterator[None]:
+    """Wake a sleeping engine for a block that drives it without `generate`, as `generate` itself does."""
+    if generation.enable_sleep_mode:
+        if generation._llm_weights_sleeping:
+            generation.sync_weights()
+        generation.llm.wake_up(tags=["kv_cache"])
+    if generation.tensor_parallel_size > 1 and is_peft_model(generation.model):
+        # As in TRL's `generate`: vLLM's collective calls must not overlap those of the synchronization.
+        accelerator = generation.accelerator
+        on_cuda = accelerator.device.type == "cuda"
+        torch.distributed.barrier(device_ids=[accelerator.local_process_index] if on_cuda else None)
+    try:
+        yield
+    finally:
+        if generation.enable_sleep_mode:
+            generation.llm.sleep(level=2)
+            generation._llm_weights_sleeping = True
