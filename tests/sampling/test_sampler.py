@@ -550,8 +550,8 @@ def test_the_entropy_policy_reads_the_entropies_of_the_last_segment() -> None:
     class Engine(FakeEngine):
         """Paths that begin with 1 are uncertain, those with 2 are not; log-probabilities say the opposite."""
 
-        def _answer(self, request: SegmentRequest) -> SegmentResult:
-            result = super()._answer(request)
+        def answer(self, request: SegmentRequest) -> SegmentResult:
+            result = super().answer(request)
             uncertain = (request.token_ids + result.token_ids)[1] == 1
             n = len(result.token_ids)
             return SegmentResult(

@@ -3,16 +3,41 @@
 import hashlib
 import math
 import random
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from treepo_trl.engines import SegmentRequest, SegmentResult
+from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
 
 
 EOS = 0
 
 
-class FakeEngine:
+class QueueEngine(SegmentEngine):
+    """Answers everything that is pending in the next `collect`, in order of submission."""
+
+    def __init__(self) -> None:
+        self.num_submits, self.aborted = 0, 0
+        self._pending: list[SegmentRequest] = []
+
+    @abstractmethod
+    def answer(self, request: SegmentRequest) -> SegmentResult: ...
+
+    def submit(self, requests: list[SegmentRequest]) -> None:
+        self.num_submits += 1
+        self._pending.extend(requests)
+
+    def collect(self) -> list[SegmentResult]:
+        assert self._pending, "collect() without a request in flight would block for ever"
+        done, self._pending = self._pending, []
+        return [self.answer(request) for request in done]
+
+    def abort(self) -> None:
+        self.aborted += 1
+        self._pending = []
+
+
+class FakeEngine(QueueEngine):
     """
     Samples tokens from `draw(path, rng)`; the result depends only on the seed, the request's tokens and how many
     requests with these tokens came before, so it is the same whatever the order of arrival.
@@ -24,11 +49,10 @@ class FakeEngine:
             Seed of the tokens.
         arrival (`random.Random`, *optional*):
             Source of the order and the number of results per `collect`; `None` returns all at once, in order.
-        context_length (`int`, *optional*), num_cache_tokens (`int`, *optional*), slots (`int`, *optional*), block_size
-            (`int`, *optional*):
-            As in `SegmentEngine`.
-        reports_entropies (`bool`):
-            Whether results carry entropies, which are random numbers.
+        slots (`int`, *optional*):
+            Requests that run at once.
+        limits:
+            Attributes of `SegmentEngine`, such as `context_length`. Entropies are random numbers.
     """
 
     def __init__(
@@ -36,50 +60,37 @@ class FakeEngine:
         draw: Callable[[list[int], random.Random], int],
         seed: int = 0,
         arrival: random.Random | None = None,
-        context_length: int | None = None,
-        num_cache_tokens: int | None = None,
         slots: int | None = None,
-        reports_entropies: bool = False,
-        block_size: int | None = None,
+        **limits: int | None,
     ) -> None:
-        self.block_size = block_size
-        self.num_cache_tokens = num_cache_tokens
-        self.slots = slots
-        self.reports_entropies = reports_entropies
-        self.num_prompt_tokens, self.num_cached_tokens = 0, 0
-        self.draw = draw
-        self.seed = seed
-        self.arrival = arrival
-        self.context_length = context_length
+        super().__init__()
+        self.draw, self.seed, self.arrival, self.slots = draw, seed, arrival, slots
         self.requests: list[SegmentRequest] = []
         self.results: list[SegmentResult] = []
-        self.aborted = 0
-        self._pending: list[SegmentRequest] = []
+        for name, value in limits.items():
+            assert hasattr(SegmentEngine, name), name
+            setattr(self, name, value)
 
     def num_slots(self, length: int) -> int | None:
         return self.slots
 
     def submit(self, requests: list[SegmentRequest]) -> None:
+        super().submit(requests)
         self.requests.extend(requests)
-        self._pending.extend(requests)
         self.num_prompt_tokens += sum(len(request.token_ids) for request in requests)
 
     def collect(self) -> list[SegmentResult]:
-        assert self._pending, "collect() without a request in flight would block for ever"
-        count = len(self._pending)
-        if self.arrival is not None:
+        later: list[SegmentRequest] = []
+        if self.arrival is not None and self._pending:
             self.arrival.shuffle(self._pending)
-            count = self.arrival.randint(1, count)
-        done, self._pending = self._pending[:count], self._pending[count:]
-        results = [self._answer(request) for request in done]
+            count = self.arrival.randint(1, len(self._pending))
+            self._pending, later = self._pending[:count], self._pending[count:]
+        results = super().collect()
+        self._pending = later
         self.results.extend(results)
         return results
 
-    def abort(self) -> None:
-        self.aborted += 1
-        self._pending = []
-
-    def _answer(self, request: SegmentRequest) -> SegmentResult:
+    def answer(self, request: SegmentRequest) -> SegmentResult:
         key = tuple(request.token_ids)
         # The n-th request for a prefix, in order of submission: request ids grow.
         earlier = [r for r in self.requests if tuple(r.token_ids) == key and r.request_id < request.request_id]
@@ -90,9 +101,8 @@ class FakeEngine:
             tokens.append(self.draw(request.token_ids + tokens, rng))
         logprobs = [-rng.random() for _ in tokens]
         entropies = [3 * rng.random() for _ in tokens] if self.reports_entropies else None
-        return SegmentResult(
-            request.request_id, tokens, logprobs, "stop" if tokens[-1] == EOS else "length", entropies
-        )
+        reason = "stop" if tokens[-1] == EOS else "length"
+        return SegmentResult(request.request_id, tokens, logprobs, reason, entropies)
 
 
 def memoryless(stop_probability: float, vocabulary: int = 50) -> Callable[[list[int], random.Random], int]:
@@ -106,15 +116,21 @@ def endless(path: list[int], rng: random.Random) -> int:
 
 
 class RecordingEngine(FakeEngine):
-    """A `FakeEngine` that keeps the order of what happened and can hold requests back.
+    """
+    A `FakeEngine` that keeps the order of what happened and can hold requests back.
 
     Args:
         withhold (`Callable[[SegmentRequest], bool]`, *optional*):
             Requests whose results come only when nothing else is pending, one per `collect`.
     """
 
-    def __init__(self, *args: Any, withhold: Callable[[SegmentRequest], bool] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        draw: Callable[[list[int], random.Random], int],
+        withhold: Callable[[SegmentRequest], bool] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(draw, **options)
         self.withhold = withhold
         self.events: list[tuple[str, list[SegmentRequest] | list[SegmentResult]]] = []
 
@@ -134,47 +150,21 @@ class RecordingEngine(FakeEngine):
         return results
 
 
-class ScriptedEngine:
+class ScriptedEngine(QueueEngine):
     """Answers requests with given tokens, in the order of submission; log-probabilities are -1, -2, ... per token."""
 
-    num_cache_tokens = None
-    block_size = None
-    reports_entropies = False
-    num_prompt_tokens = 0
-    num_cached_tokens = 0
-
-    def num_slots(self, length: int) -> int | None:
-        return None
-
-    def __init__(self, answers: list[list[int]], context_length: int | None = None) -> None:
+    def __init__(self, answers: list[list[int]]) -> None:
+        super().__init__()
         self.answers = list(answers)
-        self.context_length = context_length
-        self.requests: list[SegmentRequest] = []
-        self.num_submits = 0
-        self.aborted = 0
-        self._pending: list[SegmentRequest] = []
 
-    def submit(self, requests: list[SegmentRequest]) -> None:
-        self.num_submits += 1
-        self.requests.extend(requests)
-        self._pending.extend(requests)
-
-    def collect(self) -> list[SegmentResult]:
-        results = []
-        for request in self._pending:
-            tokens = self.answers.pop(0)
-            assert len(tokens) <= request.max_tokens, f"the script has {tokens} for {request}"
-            reason = "length" if len(tokens) == request.max_tokens else "stop"
-            results.append(SegmentResult(request.request_id, tokens, [-1.0 - i for i in range(len(tokens))], reason))
-        self._pending = []
-        return results
-
-    def abort(self) -> None:
-        self.aborted += 1
-        self._pending = []
+    def answer(self, request: SegmentRequest) -> SegmentResult:
+        tokens = self.answers.pop(0)
+        assert len(tokens) <= request.max_tokens, f"the script has {tokens} for {request}"
+        reason = "length" if len(tokens) == request.max_tokens else "stop"
+        return SegmentResult(request.request_id, tokens, [-1.0 - i for i in range(len(tokens))], reason)
 
 
-class MarkovEngine:
+class MarkovEngine(QueueEngine):
     """
     Samples from a Markov chain whose completions are known exactly.
 
@@ -187,42 +177,24 @@ class MarkovEngine:
         (0.02, 0.18, 0.50, 0.30),
         (0.30, 0.20, 0.10, 0.40),
     )
-    context_length = None
-    num_cache_tokens = None
-    block_size = None
     reports_entropies = True
-    num_prompt_tokens = 0
-    num_cached_tokens = 0
 
     def __init__(self, prompt_length: int, seed: int = 0) -> None:
+        super().__init__()
         self.prompt_length = prompt_length
         self.rng = random.Random(seed)
-        self._pending: list[SegmentRequest] = []
 
-    def num_slots(self, length: int) -> int | None:
-        return None
-
-    def submit(self, requests: list[SegmentRequest]) -> None:
-        self._pending.extend(requests)
-
-    def collect(self) -> list[SegmentResult]:
-        results = []
-        for request in self._pending:
-            state = 0 if len(request.token_ids) == self.prompt_length else request.token_ids[-1]
-            tokens, logprobs, entropies = [], [], []
-            while len(tokens) < request.max_tokens and (not tokens or tokens[-1] != EOS):
-                row = self.TRANSITIONS[state]
-                (state,) = self.rng.choices(range(4), row)
-                tokens.append(state)
-                logprobs.append(math.log(row[state]))
-                entropies.append(-sum(p * math.log(p) for p in row))
-            reason = "stop" if tokens[-1] == EOS else "length"
-            results.append(SegmentResult(request.request_id, tokens, logprobs, reason, entropies))
-        self._pending = []
-        return results
-
-    def abort(self) -> None:
-        self._pending = []
+    def answer(self, request: SegmentRequest) -> SegmentResult:
+        state = 0 if len(request.token_ids) == self.prompt_length else request.token_ids[-1]
+        tokens, logprobs, entropies = [], [], []
+        while len(tokens) < request.max_tokens and (not tokens or tokens[-1] != EOS):
+            row = self.TRANSITIONS[state]
+            (state,) = self.rng.choices(range(4), row)
+            tokens.append(state)
+            logprobs.append(math.log(row[state]))
+            entropies.append(-sum(p * math.log(p) for p in row))
+        reason = "stop" if tokens[-1] == EOS else "length"
+        return SegmentResult(request.request_id, tokens, logprobs, reason, entropies)
 
     @classmethod
     def exact(cls, cap: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What the sampler asks of an engine: continue token sequences by at most one segment."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -134,12 +134,11 @@ class SegmentEngine(ABC):
         """Forget all keys and values. Needed after a change of the weights; does nothing by default."""
         return
 
-    def complete(self, requests: list[SegmentRequest]) -> Iterator[SegmentResult]:
+    def complete(self, requests: list[SegmentRequest]) -> Generator[SegmentResult, None, None]:
         """
-        Serve requests to the end: submit them all, and yield each result once it is there, in order of completion.
+        Serve requests to the end: submit them all, and yield each result as soon as it is there.
 
-        Nothing else may be in flight. Whatever stops the caller early, an error of the engine included, aborts what is
-        still running.
+        Nothing else may be in flight. An error, or a caller that stops early, aborts what is still running.
         """
         try:
             self.submit(requests)
