@@ -81,8 +81,8 @@ class TreeSamplingConfig:
             "help": "Tokens per segment, from 1 to `max_completion_length`. A tree branches only between segments. "
             "Default: a fourteenth of `max_completion_length`, rounded up, which is the paper's 14 segments. Paper: "
             "512. Set a tenth of a typical completion if completions are much shorter than `max_completion_length`. "
-            "vLLM ends a segment up to one cache block early (16 tokens on a GPU), so that children start with a full "
-            "block."
+            "vLLM ends a segment up to one cache block early (16 tokens on a GPU), so that a child computes one token "
+            "again and not most of a block."
         },
     )
     branching_factor: int = field(
