@@ -2,12 +2,19 @@
 
 import random
 from collections import Counter
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from treepo_trl.sampling.branching import (
+    BRANCHING_SCORES,
+    SCHEDULED_WIDTH,
+    BranchingPolicy,
+    BranchSchedule,
+    FallbackCandidates,
+    FallbackPolicy,
     annealed,
     branching_scores,
     draw_initial_branching,
@@ -16,7 +23,20 @@ from treepo_trl.sampling.branching import (
     split_budget,
     spread_width,
 )
-from treepo_trl.sampling.tree import SegmentNode, SegmentTree
+from treepo_trl.sampling.tree import FinishReason, SegmentNode, SegmentTree
+
+
+# Choices
+
+
+def test_each_choice_of_a_setting_is_one_that_the_code_knows(rng: random.Random) -> None:
+    assert tuple(BRANCHING_SCORES) == get_args(BranchingPolicy)
+    assert tuple(SCHEDULED_WIDTH) == get_args(BranchSchedule)
+    # Every fallback and every kind of candidates is drawn below; one that the code does not know is an error.
+    with pytest.raises(AssertionError, match="middle"):
+        fallback_stems(chain(["stop"]), 1, 1, "middle", rng)
+    with pytest.raises(AssertionError, match="longest"):
+        fallback_stems(chain(["stop"]), 1, 1, "random", rng, "longest")
 
 
 # Initial branching
@@ -336,17 +356,17 @@ def test_a_stem_gets_branching_factor_children_before_the_next_path_serves(rng: 
 @given(
     st.integers(1, 20),
     st.integers(1, 5),
-    st.sampled_from(["random", "low_prob", "root"]),
-    st.lists(st.sampled_from(["stop", "pattern", "repetition", "length"]), min_size=1, max_size=5),
+    st.sampled_from(get_args(FallbackPolicy)),
+    st.lists(st.sampled_from(get_args(FinishReason)), min_size=1, max_size=5),
     st.integers(0, 99),
-    st.sampled_from(["finished", "finished_first", "all"]),
+    st.sampled_from(get_args(FallbackCandidates)),
 )
 def test_stems_are_as_many_as_missing_are_inner_nodes_and_repeat(
     missing: int, factor: int, policy: str, reasons: list[str], seed: int, candidates: str
 ) -> None:
     tree = chain(reasons)
     stems = fallback_stems(tree, missing, factor, policy, random.Random(seed), candidates)
-    assert len(stems) == missing
+    assert len(stems) == (0 if policy == "none" else missing)
     assert all(stem is None or tree.nodes[stem].finish_reason is None for stem in stems)
     assert stems == fallback_stems(tree, missing, factor, policy, random.Random(seed), candidates)
 

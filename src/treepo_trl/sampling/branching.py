@@ -7,8 +7,8 @@ Whatever draws takes an explicit `random.Random`. Standard library only.
 
 import math
 import random
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, assert_never
 
 from .tree import SegmentNode, SegmentTree
 
@@ -67,6 +67,13 @@ def spread_width(end: int, expected_length: int, num_generations: int) -> int:
     return math.ceil(num_generations ** min(end / expected_length, 1.0) - 1e-9)
 
 
+SCHEDULED_WIDTH: dict[BranchSchedule, Callable[[int, int, int], int]] = {
+    "early": lambda _end, _expected_length, num_generations: num_generations,
+    "spread": spread_width,
+}
+"""Most paths that a schedule opens in a level, from the same arguments as `spread_width`."""
+
+
 def split_budget(total: int, scores: Sequence[float] | int, rng: random.Random, temperature: float = 1.0) -> list[int]:
     """
     Children per live path: everyone gets one, the rest goes evenly or by score.
@@ -105,26 +112,42 @@ def split_budget(total: int, scores: Sequence[float] | int, rng: random.Random, 
     return counts
 
 
+def _mean_logprob(node: SegmentNode) -> float:
+    if not node.logprobs:
+        raise ValueError("The 'low_prob' and 'high_prob' policies need log-probabilities from the engine.")
+    return sum(node.logprobs) / len(node.logprobs)
+
+
+def _entropy(node: SegmentNode) -> float:
+    if node.entropy is None:
+        raise ValueError("branching_policy='entropy' needs entropies from the engine: build it to report them.")
+    return node.entropy
+
+
+BRANCHING_SCORES: dict[BranchingPolicy, Callable[[SegmentNode], float] | None] = {
+    "uniform": None,
+    "low_prob": lambda node: -_mean_logprob(node),
+    "high_prob": _mean_logprob,
+    "entropy": _entropy,
+}
+"""
+Score of a path by its last segment; the paths with the larger scores get more children. `None` splits evenly.
+
+`low_prob` and `high_prob` are those of section 4.4. `entropy` is the mean entropy of the distributions that the tokens
+were drawn from. It is the "local uncertainty" that the abstract names; the log-probability of one drawn token is only
+a sample of it.
+"""
+
+
 def branching_scores(policy: BranchingPolicy, segments: Sequence[SegmentNode]) -> Sequence[float] | int:
     """
-    Argument for `split_budget`: the paths' count for `uniform`, else a score from each path's last segment.
-
-    `low_prob` and `high_prob` score by the mean log-probability of the segment's tokens (section 4.4), the first
-    negated. `entropy` scores by the mean entropy of the distributions that the tokens were drawn from: the "local
-    uncertainty" that the abstract names, where the log-probability of one drawn token is only a sample of it.
+    Argument for `split_budget`: the number of paths for an even split, else a score from each path's last segment.
 
     Raises:
         ValueError: if a segment lacks what the policy reads.
     """
-    if policy == "uniform":
-        return len(segments)
-    if policy == "entropy":
-        entropies = [node.entropy for node in segments if node.entropy is not None]
-        if len(entropies) < len(segments):
-            raise ValueError("branching_policy='entropy' needs entropies from the engine: build it to report them.")
-        return entropies
-    sign = 1.0 if policy == "high_prob" else -1.0
-    return [sign * _mean_logprob(node) for node in segments]
+    score = BRANCHING_SCORES[policy]
+    return len(segments) if score is None else [score(node) for node in segments]
 
 
 def annealed(start: float, end: float | None, progress: float) -> float:
@@ -174,10 +197,7 @@ def fallback_stems(
     """
     if policy == "none":
         return []
-    paths = list(tree.leaves)
-    if candidates != "all":
-        finished = [leaf for leaf in paths if tree.nodes[leaf].finish_reason in ("stop", "pattern")]
-        paths = finished if finished or candidates == "finished" else paths
+    paths = _candidate_paths(tree, candidates)
     if policy == "root" or not paths:
         return [None] * num_missing
     stems: list[int | None] = []
@@ -187,14 +207,21 @@ def fallback_stems(
             path = tree.path(leaf)
             if policy == "random":
                 cut = rng.randrange(len(path))
-            else:
+            elif policy == "low_prob":
                 cut = min(range(len(path)), key=lambda i: _mean_logprob(tree.nodes[path[i]]))
+            else:
+                assert_never(policy)
             stem = path[cut - 1] if cut > 0 else None
             stems.extend([stem] * min(branching_factor, num_missing - len(stems)))
     return stems
 
 
-def _mean_logprob(node: SegmentNode) -> float:
-    if not node.logprobs:
-        raise ValueError("The 'low_prob' and 'high_prob' policies need log-probabilities from the engine.")
-    return sum(node.logprobs) / len(node.logprobs)
+def _candidate_paths(tree: SegmentTree, candidates: FallbackCandidates) -> list[int]:
+    finished = [leaf for leaf in tree.leaves if tree.nodes[leaf].finish_reason in ("stop", "pattern")]
+    if candidates == "finished":
+        return finished
+    if candidates == "finished_first":
+        return finished or list(tree.leaves)
+    if candidates == "all":
+        return list(tree.leaves)
+    assert_never(candidates)

@@ -15,13 +15,13 @@ from functools import partial
 from treepo_trl.engines.base import SegmentResult
 
 from .branching import (
+    SCHEDULED_WIDTH,
     annealed,
     branching_scores,
     draw_initial_branching,
     fallback_stems,
     level_budget,
     split_budget,
-    spread_width,
 )
 from .config import TreeSamplingConfig
 from .stopping import (
@@ -160,10 +160,10 @@ class GrowingTree:
         if self.num_fallback_leaves:
             return len(live)  # each of these paths stands for one missing leaf
         size = level_budget(len(live), num_finished, num_finished_now, config.num_generations, config.branching_factor)
-        if config.branch_schedule == "spread":
-            expected = self.max_length if self.expected_length is None else min(self.expected_length, self.max_length)
-            width = spread_width(nodes[live[0]].end + self._segment_length, expected, config.num_generations)
-            size = min(size, width - num_finished)
+        expected = self.max_length if self.expected_length is None else min(self.expected_length, self.max_length)
+        scheduled_width = SCHEDULED_WIDTH[config.branch_schedule]
+        end = nodes[live[0]].end + self._segment_length
+        size = min(size, scheduled_width(end, expected, config.num_generations) - num_finished)
         if config.max_tree_tokens is not None:
             size = min(size, self._tokens_left() // max(self._expected_rest(nodes[node].end) for node in live))
         return max(size, len(live))
