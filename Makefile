@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 # which would replace torch by another build.
 GPU := $(shell command -v nvidia-smi > /dev/null 2>&1 && nvidia-smi > /dev/null 2>&1 && echo yes)
 
-.PHONY: setup quickstart test check format clean
+.PHONY: setup quickstart test check docs site format clean
 
 setup: $(VENV)/.done
 
@@ -31,15 +31,25 @@ quickstart: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# Style, types and the documentation's own checks; no tests.
+# Style and types; no tests.
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The pages that are made from the code, then the site in build/docs.
+docs: setup
+	$(BIN)/python docs/make_settings.py
+	$(BIN)/python docs/tree_picture.py
+	$(MAKE) site
+
+# The site from the pages as they are; a broken link fails.
+site: setup
+	$(BIN)/mkdocs build --strict --quiet
 
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .cache outputs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .cache build outputs .pytest_cache .ruff_cache .hypothesis
