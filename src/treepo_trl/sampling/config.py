@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal, cast, get_args, get_origin
 
 from .branching import BranchingPolicy, BranchSchedule, FallbackCandidates, FallbackPolicy
+from .stopping import MIN_REPEATED_CHARACTERS, MIN_REPEATS
 
 
 if TYPE_CHECKING:
@@ -180,9 +181,9 @@ class TreeSamplingConfig:
     stop_repetition: bool = field(
         default=True,
         metadata={
-            "help": "Whether a path ends once its text runs into a loop: its last 1024 characters or more repeat one "
-            "unit at least 4 times. Paper: 32 characters, 8 times. Turn it off if text is legitimately periodic. Such "
-            "a path has no EOS token, so `mask_truncated_completions` masks it."
+            "help": f"Whether a path ends once its text runs into a loop: its last {MIN_REPEATED_CHARACTERS} "
+            f"characters or more repeat one unit at least {MIN_REPEATS} times. Paper: 32 characters, 8 times. Turn it "
+            "off if text is legitimately periodic. `mask_truncated_completions` masks such a path, which has no EOS."
         },
     )
 
