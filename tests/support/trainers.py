@@ -1,6 +1,7 @@
 """Trainers that record or replay what they sample, their settings, data and rewards, and what a run is compared by."""
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +62,55 @@ def make_config(folder: Path, **changes: Any) -> TreePOConfig:
     return TreePOConfig(output_dir=str(folder), **{**SETTINGS, "segment_length": 4, **changes})
 
 
-class SpyTrainer(TreePOTrainer):
-    """Records what was sampled and what came out of the scoring."""
+class RecordingTrainer(TreePOTrainer):
+    """
+    Keeps what is sampled and what reaches the loss.
+
+    Attributes:
+        sampled: texts of the prompts of each sampling.
+        told: seed and keywords that each sampling was given.
+        all_trees: trees of each sampling.
+        updated: texts of the prompts of each micro-batch's rows, with their advantages.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sampled: list[list[str]] = []
+        self.told: list[dict[str, Any]] = []
+        self.all_trees: list[list[SegmentTree]] = []
+        self.updated: list[tuple[list[str], torch.Tensor]] = []
+        sample = self.sampler.sample
+
+        def recording_sample(prompts: list[list[int]], seed: str, **kwargs: Any) -> list[SegmentTree]:
+            self.sampled.append([self.processing_class.decode(ids) for ids in prompts])
+            self.told.append({"seed": seed, **kwargs})
+            self.all_trees.append(sample(prompts, seed, **kwargs))
+            return self.all_trees[-1]
+
+        self.sampler.sample = recording_sample
+
+    def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
+        texts = self.processing_class.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
+        self.updated.append((texts, inputs["advantages"].clone()))
+        return super()._compute_loss(model, inputs)
+
+
+class SpyTrainer(RecordingTrainer):
+    """
+    Keeps what comes out of the scoring too, and makes the shuffle that follows repeatable.
+
+    Attributes:
+        generations: inputs, output, rewards and trees of each batch of the training.
+        evaluations: inputs, output and rewards of each batch of an evaluation.
+        completions: what each sampling of the training handed to GRPOTrainer.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.generations: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
         self.raw_rewards: torch.Tensor | None = None
-        self.all_trees: list[list[SegmentTree]] = []
         self.completions: list[Any] = []
-        sample = self.sampler.sample
-
-        def recording_sample(*args: Any, **kwargs: Any) -> list[SegmentTree]:
-            self.all_trees.append(sample(*args, **kwargs))
-            return self.all_trees[-1]
-
-        self.sampler.sample = recording_sample
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._generate_single_turn(*args, **kwargs)
@@ -96,7 +129,6 @@ class SpyTrainer(TreePOTrainer):
             "inputs": inputs,
             "output": {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in output.items()},
             "rewards": self.raw_rewards.clone(),
-            "logged": list(self._logs["advantages"]),
         }
         if self.model.training:
             self.generations.append({**record, "trees": self.all_trees[-1]})
@@ -143,6 +175,17 @@ def build(cls: type, model: Any, config: Any, **changes: Any) -> Any:
     return cls(model=model, args=config, **arguments)
 
 
+def watch_loss(trainer: Any, look: Callable[[Any, dict[str, Any]], object]) -> None:
+    """Call `look` with the model and the rows of each micro-batch before its loss is computed."""
+    compute_loss = trainer._compute_loss
+
+    def watched(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        look(model, inputs)
+        return compute_loss(model, inputs)
+
+    trainer._compute_loss = watched
+
+
 def parameters_of(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
@@ -180,7 +223,7 @@ def slow_advantages(
     tree: SegmentTree, rewards: list[float | None], estimator: str = "treepo", rejection: bool = False
 ) -> list[float]:
     """Eq. 5 to 7 for the leaves in depth-first order, in loops; not yet divided. `None` is unscorable."""
-    leaves = tree.depth_first_leaves()
+    leaves = tree.leaves
     result = []
     for leaf, reward in zip(leaves, rewards, strict=True):
         if reward is None:
@@ -208,37 +251,12 @@ def expected_advantages(generation: dict[str, Any], scale: str, **options: Any) 
         group = totals[i * NUM_GENERATIONS : (i + 1) * NUM_GENERATIONS]
         pool = [r for r in (group if scale == "group" else totals) if r is not None]
         divisor = 1.0 if scale == "none" else statistics.stdev(pool) + 1e-4
-        for j, (leaf, value) in enumerate(
-            zip(tree.depth_first_leaves(), slow_advantages(tree, group, **options), strict=True)
-        ):
+        for j, (leaf, value) in enumerate(zip(tree.leaves, slow_advantages(tree, group, **options), strict=True)):
             result[i * NUM_GENERATIONS + j, : len(tree.completion_ids(leaf))] = value / divisor
     return result
 
 
 # Dynamic sampling
-
-
-class RecordingTrainer(TreePOTrainer):
-    """Keeps which prompts were sampled and which reach the loss, with their advantages."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.sampled: list[list[str]] = []
-        self.seeds: list[str] = []
-        self.updated: list[tuple[list[str], torch.Tensor]] = []
-        sample = self.sampler.sample
-
-        def recording_sample(prompts: Any, seed: str, **kwargs: Any) -> Any:
-            self.sampled.append([self._tokenizer.decode(ids) for ids in prompts])
-            self.seeds.append(seed)
-            return sample(prompts, seed, **kwargs)
-
-        self.sampler.sample = recording_sample
-
-    def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
-        texts = self._tokenizer.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
-        self.updated.append((texts, inputs["advantages"].clone()))
-        return super()._compute_loss(model, inputs)
 
 
 def labelled(kinds: str) -> Dataset:

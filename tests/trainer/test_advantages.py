@@ -8,36 +8,52 @@ import pytest
 import torch
 
 from tests.support.trainers import (
-    NUM_GENERATIONS,
     SpyTrainer,
     build,
     expected_advantages,
     make_config,
+    parity_reward,
 )
 from treepo_trl import SegmentTree
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
-@pytest.mark.parametrize("estimator", ["treepo", "treepo_size_weighted"])
-def test_advantages_are_those_of_the_trees(tmp_path: Path, tiny_model_dir: str, scale: str, estimator: str) -> None:
+def coarse_reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """Often equal in a subgroup."""
+    return [float(ids[0] % 2) if len(ids) % 3 else 0.5 for ids in completion_ids]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "scale", "rejection"),
+    [
+        ("treepo", "group", False),
+        ("treepo_size_weighted", "batch", False),
+        ("treepo", "none", False),
+        ("treepo", "none", True),
+    ],
+)
+def test_advantages_are_those_of_the_trees(
+    tmp_path: Path, tiny_model_dir: str, estimator: str, scale: str, rejection: bool
+) -> None:
     config = make_config(
-        tmp_path, scale_rewards=scale, advantage_estimator=estimator, num_generations=4, log_completions=True
+        tmp_path, scale_rewards=scale, advantage_estimator=estimator, subgroup_rejection=rejection, max_steps=4
     )
-    trainer = build(SpyTrainer, tiny_model_dir, config)
+    trainer = build(SpyTrainer, tiny_model_dir, config, reward_funcs=coarse_reward if rejection else parity_reward)
     trainer.train()
-    assert len(trainer.generations) == 2
+    assert len(trainer.generations) == 4
+    differences = []
     for generation in trainer.generations:
         output, trees = generation["output"], generation["trees"]
         assert output["advantages"].shape == output["completion_ids"].shape
-        expected = expected_advantages(generation, scale, estimator=estimator)
+        expected = expected_advantages(generation, scale, estimator=estimator, rejection=rejection)
         torch.testing.assert_close(output["advantages"], expected, atol=1e-5, rtol=1e-4)
         assert (output["advantages"] * (1 - output["completion_mask"])).abs().max() == 0
         # The rows are the leaves of the trees, and the trees branch below the root.
-        rows = [tree.completion_ids(leaf) for tree in trees for leaf in tree.depth_first_leaves()]
+        rows = [tree.completion_ids(leaf) for tree in trees for leaf in tree.leaves]
         lengths = output["completion_mask"].sum(1).tolist()
         assert [ids[:n] for ids, n in zip(output["completion_ids"].tolist(), lengths, strict=True)] == rows
-        plain = expected_advantages(generation, scale, estimator="grpo")
-        assert (expected - plain).abs().max() > 0.01, "the trees must make a difference for this test to see it"
+        simpler = expected_advantages(generation, scale, estimator=estimator if rejection else "grpo")
+        differences.append((expected - simpler).abs().max())
+    assert max(differences) > 0.01, "the option must make a difference for this test to see it"
 
 
 def slow_segment_value(
@@ -58,8 +74,9 @@ def slow_segment_value(
     return mean(below(node)) - mean(others) if others else 0.0
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "inverse_branching"])
-@pytest.mark.parametrize("estimator", ["value_difference", "leave_one_out"])
+@pytest.mark.parametrize(
+    ("estimator", "weighting"), [("value_difference", "inverse_branching"), ("leave_one_out", "uniform")]
+)
 def test_each_segment_has_its_own_advantage(
     tmp_path: Path, tiny_model_dir: str, estimator: str, weighting: str
 ) -> None:
@@ -73,9 +90,9 @@ def test_each_segment_has_its_own_advantage(
     advantages = iter(generation["output"]["advantages"])
     num_values = set()
     for tree in generation["trees"]:
-        leaves = tree.depth_first_leaves()
+        leaves = tree.leaves
         values = {leaf: next(rewards) for leaf in leaves}
-        shares = dict(zip(tree.leaves, tree.leaf_weights(), strict=True))
+        shares = dict(zip(leaves, tree.leaf_weights(), strict=True))
         weights = shares if weighting == "inverse_branching" else dict.fromkeys(leaves, 1 / len(leaves))
         for leaf in leaves:
             expected = [
@@ -90,25 +107,10 @@ def test_each_segment_has_its_own_advantage(
     assert max(num_values) > 1
 
 
-def test_subgroup_rejection_leaves_out_equal_subgroups(tmp_path: Path, tiny_model_dir: str) -> None:
-    def coarse(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-        return [float(ids[0] % 2) if len(ids) % 3 else 0.5 for ids in completion_ids]  # often equal in a subgroup
-
-    config = make_config(tmp_path, subgroup_rejection=True, scale_rewards="none", max_steps=4)
-    trainer = build(SpyTrainer, tiny_model_dir, config, reward_funcs=coarse)
-    trainer.train()
-    differs = False
-    for generation in trainer.generations:
-        expected = expected_advantages(generation, "none", rejection=True)
-        torch.testing.assert_close(generation["output"]["advantages"], expected, atol=1e-5, rtol=1e-4)
-        differs |= not torch.allclose(expected, expected_advantages(generation, "none"))
-    assert differs
-
-
 def test_leaf_weighting_weights_the_loss(tmp_path: Path, tiny_model_dir: str) -> None:
     """`inverse_branching`: weighted group mean, and W times the weight on each leaf's advantage."""
     config = make_config(
-        tmp_path, leaf_weighting="inverse_branching", advantage_estimator="grpo", scale_rewards="none", max_steps=4
+        tmp_path, leaf_weighting="inverse_branching", advantage_estimator="grpo", scale_rewards="none"
     )
     trainer = build(SpyTrainer, tiny_model_dir, config)
     trainer.train()
@@ -119,7 +121,7 @@ def test_leaf_weighting_weights_the_loss(tmp_path: Path, tiny_model_dir: str) ->
         for i, tree in enumerate(generation["trees"]):
             rewards = generation["rewards"][i * 4 : i * 4 + 4, 0].tolist()
             weights = []
-            for leaf in tree.depth_first_leaves():
+            for leaf in tree.leaves:
                 weight = 1.0
                 for node in tree.path(leaf):
                     parent = tree.nodes[node].parent
@@ -133,28 +135,23 @@ def test_leaf_weighting_weights_the_loss(tmp_path: Path, tiny_model_dir: str) ->
     assert uneven
 
 
-def test_logged_advantages_are_the_trees(tmp_path: Path, tiny_model_dir: str) -> None:
-    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, log_completions=True, scale_rewards="group"))
-    trainer.train()
-    for step, generation in enumerate(trainer.generations, start=1):
-        expected = expected_advantages(generation, "group")[:, 0].tolist()
-        assert generation["logged"] == pytest.approx(expected, abs=1e-4)
-        table = pd.read_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet")
-        assert len(table) == 2 * NUM_GENERATIONS
-        assert table["advantage"].tolist() == pytest.approx(expected, abs=1e-4)
-        assert table["parity_reward"].tolist() == pytest.approx(generation["rewards"][:, 0].tolist(), abs=1e-6)
-    assert list(trainer._logs["advantages"]) == pytest.approx(trainer.generations[-1]["logged"])
-
-
-def test_logged_advantages_keep_their_place_over_generations(tmp_path: Path, tiny_model_dir: str) -> None:
-    """One generation for two logged steps, then the next: old entries are neither lost nor doubled."""
+@pytest.mark.parametrize("steps_per_generation", [1, 2])
+def test_logged_advantages_are_the_trees(tmp_path: Path, tiny_model_dir: str, steps_per_generation: int) -> None:
+    """The table of each step shows the generation that is under way; entries are neither lost nor doubled."""
     config = make_config(
-        tmp_path, log_completions=True, per_device_train_batch_size=4, steps_per_generation=2, max_steps=4
+        tmp_path,
+        log_completions=True,
+        per_device_train_batch_size=8 // steps_per_generation,
+        steps_per_generation=steps_per_generation,
+        max_steps=2 * steps_per_generation,
     )
     trainer = build(SpyTrainer, tiny_model_dir, config)
     trainer.train()
     assert len(trainer.generations) == 2
-    for log in ("prompt", "completion", "advantages"):
-        assert len(trainer._logs[log]) == 8
-    expected = expected_advantages(trainer.generations[-1], "group")[:, 0].tolist()
-    assert list(trainer._logs["advantages"]) == pytest.approx(expected, abs=1e-4)
+    for step in range(2 * steps_per_generation):
+        generation = trainer.generations[step // steps_per_generation]
+        table = pd.read_parquet(tmp_path / "completions" / f"completions_{step + 1:05d}.parquet")
+        assert len(table) == 8
+        expected = expected_advantages(generation, "group")[:, 0].tolist()
+        assert table["advantage"].tolist() == pytest.approx(expected, abs=1e-4)
+        assert table["parity_reward"].tolist() == pytest.approx(generation["rewards"][:, 0].tolist(), abs=1e-6)

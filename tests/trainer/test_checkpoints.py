@@ -1,5 +1,6 @@
 """Checkpoints and saved models."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ from tests.support.trainers import (
     train,
 )
 from treepo_trl import TreePOTrainer
+
+
+def saved_state(checkpoint: Path) -> dict[str, Any]:
+    """What this package keeps in a checkpoint. Its names are those of older checkpoints too."""
+    return json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "two steps per generation", "spread"])
@@ -48,6 +54,7 @@ def test_resume_continues_the_run(tmp_path: Path, tiny_model_dir: str, kind: str
     assert resumed.state.global_step == 4
     assert_same_parameters(parameters_of(whole), parameters_of(resumed), 1e-6)
     assert logs_of(whole, "reward") == pytest.approx(logs_of(resumed, "reward"), abs=1e-6)
+    assert "treepo_expected_length" in saved_state(tmp_path / "whole/checkpoint-2")
     card = (tmp_path / "whole/README.md").read_text()
     assert "TreePO" in card
     assert "2508.17445" in card
@@ -86,24 +93,20 @@ def test_a_resumed_training_draws_on(tmp_path: Path, tiny_model_dir: str, kind: 
     whole.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
     assert len(resumed.sampled) < len(whole.sampled)
+    number, row = saved_state(tmp_path / "whole/checkpoint-2")["treepo_prompts_drawn"]
+    drawn = whole.sampled[: -len(resumed.sampled)]
+    assert number * len(kinds) + row == sum(len(prompts) for prompts in drawn)
     assert whole.sampled[-len(resumed.sampled) :] == resumed.sampled
     assert_same_parameters(parameters_of(whole), parameters_of(resumed), 1e-6)
 
 
 def test_a_training_resumed_inside_a_batch_samples_it_again(tmp_path: Path, tiny_model_dir: str) -> None:
     def make(name: str) -> Any:
-        config = make_config(
-            tmp_path / name,
-            max_steps=4,
-            num_iterations=2,
-            dynamic_sampling_rounds=4,
-            save_strategy="steps",
-            save_steps=1,
-        )
+        changes = {"num_iterations": 2, "dynamic_sampling_rounds": 4, "save_strategy": "steps", "save_steps": 1}
         return build(
             RecordingTrainer,
             tiny_model_dir,
-            config,
+            make_config(tmp_path / name, max_steps=4, **changes),
             train_dataset=labelled("cvvcvcvvccvvvv"),
             reward_funcs=reward_by_kind,
         )
@@ -122,15 +125,8 @@ def test_a_checkpoint_without_position_is_warned_about(
     tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def run(name: str, rounds: int, checkpoint: str | None, **changes: Any) -> Any:
-        config = make_config(
-            tmp_path / name,
-            max_steps=2,
-            dynamic_sampling_rounds=rounds,
-            save_strategy="steps",
-            save_steps=1,
-            **changes,
-        )
-        trainer = build(RecordingTrainer, tiny_model_dir, config)
+        changes = {"dynamic_sampling_rounds": rounds, "save_strategy": "steps", "save_steps": 1, **changes}
+        trainer = build(RecordingTrainer, tiny_model_dir, make_config(tmp_path / name, **changes))
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
 

@@ -16,7 +16,7 @@ from tests.support.trainers import (
 )
 
 
-@pytest.mark.parametrize("packing", ["auto", "sdpa", "off"])
+@pytest.mark.parametrize("packing", ["auto", "sdpa"])
 def test_evaluation_samples_independently(tmp_path: Path, tiny_model_dir: str, packing: str) -> None:
     config = make_config(
         tmp_path,

@@ -14,17 +14,14 @@ from tests.support.trainers import (
     make_config,
     parity_reward,
 )
-from treepo_trl import SegmentTree, TreePOTrainer
+from treepo_trl import SegmentTree
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {},
-        {"branch_schedule": "spread"},
-        {"branching_policy": "low_prob", "fallback_policy": "low_prob"},
-        {"initial_branching_factor": [1, 3], "branching_factor": 4},
-        {"branching_factor": 1},
+        {"initial_branching_factor": [1, 3], "branching_policy": "low_prob", "fallback_policy": "low_prob"},
     ],
     ids=lambda changes: "-".join(changes) or "defaults",
 )
@@ -51,21 +48,26 @@ def test_tree_metrics_are_those_of_the_trees(tmp_path: Path, tiny_model_dir: str
         assert log["tree/engine_seconds"] > 0
         assert log["tree/sampler_seconds"] >= 0
         assert log["completions/mean_length"] == pytest.approx(sum(lengths) / 8)
+    assert not (tmp_path / "trees").exists()  # unless it is asked for
 
 
-def test_tree_metrics_sum_over_generations(tmp_path: Path, tiny_model_dir: str) -> None:
-    """One optimizer step over two generations logs the mean of both, as GRPOTrainer's metrics do."""
-    config = make_config(tmp_path, gradient_accumulation_steps=2, steps_per_generation=1, max_steps=1)
-    trainer = build(SpyTrainer, tiny_model_dir, config)
-    trainer.train()
-    totals = [sum(tree.num_leaf_tokens for tree in trees) for trees in trainer.all_trees]
-    assert len(totals) == 2
-    assert logs_of(trainer, "tree/leaf_tokens") == [pytest.approx(sum(totals) / 2)]
+def test_a_step_over_two_generations(tmp_path: Path, tiny_model_dir: str) -> None:
+    """Metrics are the mean of both, as GRPOTrainer's are; the tree log has both."""
+    config = make_config(tmp_path, log_trees=True, gradient_accumulation_steps=2, steps_per_generation=1, max_steps=1)
+    for _ in range(2):  # a second run into the same folder writes its steps anew
+        trainer = build(SpyTrainer, tiny_model_dir, config)
+        trainer.train()
+        totals = [sum(tree.num_leaf_tokens for tree in trees) for trees in trainer.all_trees]
+        assert len(totals) == 2
+        assert logs_of(trainer, "tree/leaf_tokens") == [pytest.approx(sum(totals) / 2)]
+        lines = (tmp_path / "trees/trees_000000.jsonl").read_text().splitlines()
+        assert [json.loads(line)["tree"] for line in lines] == [
+            t.to_dict() for trees in trainer.all_trees for t in trees
+        ]
 
 
-@pytest.mark.parametrize("estimator", ["treepo", "grpo"])
-def test_tree_log_reads_back(tmp_path: Path, tiny_model_dir: str, estimator: str) -> None:
-    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, log_trees=True, advantage_estimator=estimator))
+def test_tree_log_reads_back(tmp_path: Path, tiny_model_dir: str) -> None:
+    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, log_trees=True))
     trainer.train()
     files = sorted((tmp_path / "trees").iterdir())
     assert [file.name for file in files] == ["trees_000000.jsonl", "trees_000001.jsonl"]
@@ -77,22 +79,9 @@ def test_tree_log_reads_back(tmp_path: Path, tiny_model_dir: str, estimator: str
             read = SegmentTree.from_dict(record["tree"])
             assert read.to_dict() == tree.to_dict()
             assert record["prompt"] == generation["inputs"][4 * i]["prompt"]
-            assert record["rows"] == tree.depth_first_leaves()
+            assert record["rows"] == tree.leaves
             assert record["rewards"] == pytest.approx(generation["rewards"][4 * i : 4 * i + 4, 0].tolist())
-            expected = expected_advantages(generation, "group", estimator=estimator)[4 * i : 4 * i + 4, 0]
+            expected = expected_advantages(generation, "group")[4 * i : 4 * i + 4, 0]
             assert record["advantages"] == pytest.approx(expected.tolist(), abs=1e-4)
             for leaf, reward in zip(record["rows"], record["rewards"], strict=True):
                 assert parity_reward([read.completion_ids(leaf)])[0] == pytest.approx(reward, abs=1e-5)
-
-
-def test_tree_log_holds_every_generation_of_a_step(tmp_path: Path, tiny_model_dir: str) -> None:
-    config = make_config(tmp_path, log_trees=True, gradient_accumulation_steps=2, steps_per_generation=1, max_steps=1)
-    for _ in range(2):  # a second run into the same folder writes its steps anew
-        build(SpyTrainer, tiny_model_dir, config).train()
-        lines = (tmp_path / "trees/trees_000000.jsonl").read_text().splitlines()
-        assert len(lines) == 4
-
-
-def test_no_tree_log_by_default(tmp_path: Path, tiny_model_dir: str) -> None:
-    build(TreePOTrainer, tiny_model_dir, make_config(tmp_path, max_steps=1)).train()
-    assert not (tmp_path / "trees").exists()

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig
 from transformers import (
     BitsAndBytesConfig,
     Qwen3ForCausalLM,
@@ -26,54 +25,72 @@ from tests.support.trainers import (
     logs_of,
     make_config,
     parameters_of,
+    watch_loss,
 )
 from treepo_trl import TreePOTrainer
-from treepo_trl.checks import check_packing
 
 
-def run_packed_and_plain(
-    tmp_path: Path,
-    model: Any,
-    packing: str = "sdpa",
-    trainer_changes: Callable[[], dict[str, Any]] = dict,
-    **changes: Any,
-) -> tuple[Any, Any, dict[str, torch.Tensor]]:
-    without_budget = {k: v for k, v in changes.items() if k != "max_tokens_per_micro_batch"}
-    plain = build(
-        SpyTrainer, model, make_config(tmp_path / "off", tree_packing="off", **without_budget), **trainer_changes()
-    )
+def run_plain(
+    folder: Path, model: Any, arguments: dict[str, Any], **changes: Any
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A run on plain rows, and the parameters before it."""
+    plain = build(SpyTrainer, model, make_config(folder / "plain", tree_packing="off", **changes), **arguments)
     before = parameters_of(plain)
     plain.train()
+    assert not logs_of(plain, "tree/packing_ratio")
+    return plain, before
+
+
+def run_packed(folder: Path, model: Any, plain: Any, arguments: dict[str, Any], **changes: Any) -> Any:
+    """A run on packed rows of the trees of `plain`."""
     packed = build(
-        ReplayTrainer, model, make_config(tmp_path / packing, tree_packing=packing, **changes), **trainer_changes()
+        ReplayTrainer, model, make_config(folder / "packed", **{"tree_packing": "sdpa", **changes}), **arguments
     )
     packed.recorded = plain.all_trees
     packed.train()
-    return plain, packed, before
+    return packed
+
+
+def run_packed_and_plain(
+    folder: Path, model: Any, trainer_changes: Callable[[], dict[str, Any]] = dict, **changes: Any
+) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """Both, with `trainer_changes()` as further arguments of each trainer."""
+    of_plain = {k: v for k, v in changes.items() if k not in ("max_tokens_per_micro_batch", "tree_packing")}
+    plain, before = run_plain(folder, model, trainer_changes(), **of_plain)
+    return plain, run_packed(folder, model, plain, trainer_changes(), **changes), before
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_packing_changes_no_loss(tmp_path: Path, tiny_model_dir: str, loss_type: str) -> None:
-    plain, packed, before = run_packed_and_plain(tmp_path, tiny_model_dir, loss_type=loss_type, num_iterations=2)
-    assert_same_run(plain, packed)
-    assert largest_change(before, parameters_of(packed)) > 1e-2
-    assert logs_of(packed, "tree/packing_ratio")[0] > 1.2
-    assert not logs_of(plain, "tree/packing_ratio")
+def test_packing_changes_no_loss(
+    tmp_path: Path, tiny_model_dir: str, loss_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Whole micro-batches of two trees, and the same cut into pieces of a few rows; there the attention's blocks are
+    smaller than pieces.
+    """
+    changes = {"loss_type": loss_type, "num_iterations": 2}
+    plain, before = run_plain(tmp_path, tiny_model_dir, {}, **changes)
+    packed = run_packed(tmp_path, tiny_model_dir, plain, {}, **changes)
+    monkeypatch.setattr("treepo_trl.update.tree_attention._QUERY_BLOCK", 8)
+    pieces = run_packed(tmp_path, tiny_model_dir, plain, {}, max_tokens_per_micro_batch=20, **changes)
+    for run in (packed, pieces):
+        assert_same_run(plain, run)
+        assert largest_change(before, parameters_of(run)) > 1e-2
+        assert logs_of(run, "tree/packing_ratio")[0] > 1.2
 
 
 @pytest.mark.parametrize(
     "changes",
     [
+        {"tree_packing": "auto"},
         {"mask_truncated_completions": True},
         {"top_entropy_quantile": 0.5},
         {"importance_sampling_level": "sequence", "loss_type": "luspo", "num_iterations": 2},
-        {"beta": 0.1},
-        {"gradient_checkpointing": True},
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "loss_type": "dapo"},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "loss_type": "grpo"},
         {"temperature": 0.7, "pad_to_multiple_of": 8},
         {"model_init_kwargs": {"attn_implementation": "eager", "dtype": "float32"}},
-        {"cast_lm_head_to_fp32": True, "entropy_coef": 0.1},
+        {"cast_lm_head_to_fp32": True, "entropy_coef": 0.1, "beta": 0.1},
     ],
     ids=lambda changes: "-".join(changes),
 )
@@ -84,13 +101,7 @@ def test_packing_changes_no_option(tmp_path: Path, tiny_model_dir: str, changes:
         keys = ("grad_norm", "reward")
     assert_same_run(plain, packed, keys)
     assert largest_change(before, parameters_of(packed)) > 1e-2
-
-
-def test_packing_auto_decides_by_sharing(tmp_path: Path, tiny_model_dir: str) -> None:
-    plain, packed, _ = run_packed_and_plain(tmp_path, tiny_model_dir, packing="auto")
-    assert_same_run(plain, packed)
-    assert logs_of(packed, "tree/packing_ratio")[0] > 1.15
-    assert packed._packed_forward.checked
+    assert len(logs_of(packed, "tree/packing_ratio")) == 2
 
 
 def test_packing_with_lora(tmp_path: Path, tiny_model_dir: str) -> None:
@@ -135,19 +146,6 @@ def test_packing_with_qlora(tmp_path: Path, tiny_model_dir: str, changes: dict[s
     assert max((before[name] - after[name]).abs().max().item() for name in adapter) > 1e-2
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_the_token_budget_changes_no_loss(
-    tmp_path: Path, tiny_model_dir: str, loss_type: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two trees per micro-batch, cut into pieces of a few rows; the attention's blocks are smaller than pieces."""
-    monkeypatch.setattr("treepo_trl.update.tree_attention._QUERY_BLOCK", 8)
-    plain, packed, before = run_packed_and_plain(
-        tmp_path, tiny_model_dir, loss_type=loss_type, num_iterations=2, max_tokens_per_micro_batch=20
-    )
-    assert_same_run(plain, packed)
-    assert largest_change(before, parameters_of(packed)) > 1e-2
-
-
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_token_budget_goes_with_gradient_checkpointing(
@@ -190,13 +188,12 @@ def test_packing_a_mixture_of_experts(tmp_path: Path, changes: dict[str, Any]) -
     torch.manual_seed(0)
     config = Qwen3MoeConfig(**{**make_model().config.to_dict(), **settings, "router_aux_loss_coef": 0.5})
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
-    auto = run_packed_and_plain(tmp_path, str(tmp_path / "model"), packing="auto", **changes)
-    assert_same_run(*auto[:2], ("loss", "grad_norm", "aux_loss"))
-    assert logs_of(auto[1], "aux_loss")[0] > 0
+    plain, auto, _ = run_packed_and_plain(tmp_path, str(tmp_path / "model"), tree_packing="auto", **changes)
+    assert_same_run(plain, auto, ("loss", "grad_norm", "aux_loss"))
+    assert logs_of(auto, "aux_loss")[0] > 0
     is_eager = bool(changes)
-    assert (auto[1]._packed_forward is None) == is_eager
+    assert (not logs_of(auto, "tree/packing_ratio")) == is_eager
     if not is_eager:
-        assert auto[1]._packed_forward.checked
         with pytest.raises(ValueError, match=r"not supported with a load-balancing loss.*router_aux_loss_coef=0"):
             build(
                 TreePOTrainer, str(tmp_path / "model"), make_config(tmp_path, max_tokens_per_micro_batch=9, **changes)
@@ -226,48 +223,26 @@ def test_the_reference_model_may_have_another_attention(tmp_path: Path) -> None:
     assert logs_of(runs[1], "kl")[0] == pytest.approx(0, abs=1e-6)
 
 
-def test_packing_keeps_trees_together_in_micro_batches(tmp_path: Path, tiny_model_dir: str) -> None:
+def test_shuffled_rows_stay_with_their_tree_and_their_advantages(tmp_path: Path, tiny_model_dir: str) -> None:
     """Micro-batches of one tree each: every row of a micro-batch has the same prompt, and all prompts come up."""
-    config = make_config(
-        tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4, tree_packing="auto", max_steps=1
-    )
-    trainer = build(SpyTrainer, tiny_model_dir, config)
-    seen = []
-    compute_loss = trainer._compute_loss
-
-    def spy(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        seen.append(inputs["prompt_ids"].clone())
-        return compute_loss(model, inputs)
-
-    trainer._compute_loss = spy
-    trainer.train()
-    assert len(seen) == 4
-    assert all((prompts == prompts[0]).all() for prompts in seen)
-    assert len({tuple(prompts[0].tolist()) for prompts in seen}) == 4
-
-
-def test_rows_stay_with_their_advantages_when_shuffled(tmp_path: Path, tiny_model_dir: str) -> None:
     config = make_config(
         tmp_path,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=4,
-        tree_packing="sdpa",
-        max_steps=1,
         beta=0.1,
+        tree_packing="auto",
+        max_steps=1,
     )
     trainer = build(SpyTrainer, tiny_model_dir, config)
-    seen = []
-    compute_loss = trainer._compute_loss
-
-    def spy(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        seen.append({k: v.clone() for k, v in inputs.items()})
-        return compute_loss(model, inputs)
-
-    trainer._compute_loss = spy
+    seen: list[dict[str, torch.Tensor]] = []
+    watch_loss(trainer, lambda model, inputs: seen.append({k: v.clone() for k, v in inputs.items()}))
     trainer.train()
-    output = trainer.generations[0]["output"]
+    prompts = [batch["prompt_ids"] for batch in seen]
+    assert len(prompts) == 4
+    assert all((rows == rows[0]).all() for rows in prompts)
+    assert len({tuple(rows[0].tolist()) for rows in prompts}) == 4
 
-    def rows(batches: list[dict[str, torch.Tensor]]) -> list[tuple]:
+    def rows_of(batches: list[dict[str, torch.Tensor]]) -> list[tuple]:
         names = ("prompt_ids", "completion_ids", "completion_mask", "advantages", "ref_per_token_logps")
         return sorted(
             tuple(tuple(batch[n][i].tolist()) for n in names)
@@ -275,89 +250,25 @@ def test_rows_stay_with_their_advantages_when_shuffled(tmp_path: Path, tiny_mode
             for i in range(len(batch["prompt_ids"]))
         )
 
-    assert rows(seen) == rows([output])
+    assert rows_of(seen) == rows_of([trainer.generations[0]["output"]])
 
 
-def with_window() -> Any:
-    model = make_model()
-    model.config.layer_types = ["full_attention", "sliding_attention"]
-    return model
-
-
-def with_prompt_tuning() -> Any:
-    return get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-
-
-def with_dropout() -> Any:
-    return make_model(attention_dropout=0.1)
-
-
-def eager() -> Any:
-    model = make_model()
-    model.set_attn_implementation("eager")
-    return model
-
-
-@pytest.mark.parametrize(
-    ("model", "changes", "message"),
-    [
-        (with_window, {"tree_packing": "sdpa"}, r"has layers of type sliding_attention.*Set it to 'off'"),
-        (
-            with_window,
-            {"max_tokens_per_micro_batch": 99},
-            r"`max_tokens_per_micro_batch` counts.*sliding.*Leave it out",
-        ),
-        (with_prompt_tuning, {"tree_packing": "sdpa"}, r"virtual tokens before each row.*Set it to 'off'"),
-        (
-            make_model,
-            {"tree_packing": "flex"},
-            r"'flex'` needs a CUDA device, this is 'cpu'.*Set `tree_packing='sdpa'`",
-        ),
-    ],
-)
-def test_packing_refuses_what_it_cannot_do(
-    tmp_path: Path, model: Callable[[], Any], changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(TreePOTrainer, "_build_engine", lambda self: None)  # it has opinions of its own on windows
-    with pytest.raises(ValueError, match=message):
-        build(TreePOTrainer, model(), make_config(tmp_path, **changes))
-
-
-CUDA = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [(eager, r"this one has 'eager'"), (with_dropout, r"has no dropout, but.*`attention_dropout=0.1`")],
-)
-def test_flex_refuses_models_that_it_does_not_serve(tmp_path: Path, model: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_packing(make_config(tmp_path, tree_packing="flex"), model().config, CUDA, False, False)
-
-
-def test_the_token_budget_is_refused_where_forwards_are_collective(tmp_path: Path) -> None:
-    config = make_config(tmp_path, max_tokens_per_micro_batch=99)
-    with pytest.raises(ValueError, match=r"not supported with FSDP and DeepSpeed.*per_device_train_batch_size"):
-        check_packing(config, make_model().config, CUDA, True, False)
-
-
-def test_the_token_budget_is_refused_with_reentrant_checkpoints_in_several_processes(tmp_path: Path) -> None:
-    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
-    config = make_config(tmp_path, max_tokens_per_micro_batch=99, **reentrant)
-    check_packing(config, make_model().config, CUDA, False, False)
-    with pytest.raises(ValueError, match=r"several processes and `use_reentrant=True`.*Set it to False"):
-        check_packing(config, make_model().config, SimpleNamespace(num_processes=2), False, False)
+def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'flex'` needs a CUDA device, this is 'cpu'.*Set `tree_packing='sdpa'`"):
+        build(TreePOTrainer, make_model(), make_config(tmp_path, tree_packing="flex"))
 
 
 def test_auto_packing_falls_back_to_plain_rows_with_one_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("treepo_trl.treepo_trainer.why_no_trees", lambda model: "it does not hand keywords on")
-    trainer = build(TreePOTrainer, make_model(), make_config(tmp_path, tree_packing="auto"))
+    model = make_model()
+    model._supports_attention_backend = False
+    trainer = build(TreePOTrainer, model, make_config(tmp_path, tree_packing="auto"))
     trainer.train()
-    assert trainer._packed_forward is None
+    assert trainer.state.global_step == 2
+    assert not logs_of(trainer, "tree/packing_ratio")
     warnings = [r.message.removeprefix("[RANK 0] ") for r in caplog.records if "not packed" in r.message]
     assert warnings == [
-        "Shared prefixes are not packed for Qwen3ForCausalLM: it does not hand keywords on. Training forwards plain "
-        "rows, as GRPOTrainer does."
+        "Shared prefixes are not packed for Qwen3ForCausalLM: its attention does not go through transformers' common "
+        "interface. Training forwards plain rows, as GRPOTrainer does."
     ]

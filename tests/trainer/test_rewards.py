@@ -2,26 +2,19 @@
 
 import asyncio
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import (
     Qwen2ForSequenceClassification,
 )
-from trl import GRPOConfig
 
 from tests.support.models import make_model, make_tokenizer
 from tests.support.trainers import (
-    SETTINGS,
-    ReplayStockTrainer,
     SpyTrainer,
-    assert_same_run,
     build,
-    chat_prompts,
     expected_advantages,
     largest_change,
     length_reward,
@@ -34,90 +27,61 @@ from treepo_trl import TreePOTrainer
 
 
 def test_several_rewards_are_weighted(tmp_path: Path, tiny_model_dir: str) -> None:
+    async def slow_parity(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        await asyncio.sleep(0.01)
+        return parity_reward(completion_ids)
+
     config = make_config(tmp_path, reward_weights=[0.5, 2.0], scale_rewards="none")
-    trainer = build(SpyTrainer, tiny_model_dir, config, reward_funcs=[parity_reward, length_reward])
+    trainer = build(SpyTrainer, tiny_model_dir, config, reward_funcs=[slow_parity, length_reward])
     trainer.train()
     for generation in trainer.generations:
         assert generation["rewards"].shape == (8, 2)
+        completions = [tree.completion_ids(leaf) for tree in generation["trees"] for leaf in tree.leaves]
+        assert generation["rewards"][:, 0].tolist() == pytest.approx(parity_reward(completions))
         generation["rewards"] = generation["rewards"] * torch.tensor([0.5, 2.0])
         expected = expected_advantages(generation, "none")
         torch.testing.assert_close(generation["output"]["advantages"], expected, atol=1e-4, rtol=1e-4)
     assert all(log["rewards/length_reward/mean"] > 0 for log in trainer.state.log_history if "loss" in log)
 
 
-def test_normalize_then_sum(tmp_path: Path, tiny_model_dir: str) -> None:
-    """TRL's other aggregation: without branching below the root it must give stock's advantages."""
-    changes = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, 0.3]}
-    config = make_config(tmp_path / "a", branching_factor=1, advantage_estimator="treepo", **changes)
-    rewards = [parity_reward, length_reward]
-    ours = build(SpyTrainer, tiny_model_dir, config, reward_funcs=rewards)
-    ours.train()
-    stock_config = GRPOConfig(output_dir=str(tmp_path / "b"), **SETTINGS, **changes)
-    stock = build(ReplayStockTrainer, tiny_model_dir, stock_config, reward_funcs=rewards)
-    stock.recorded = ours.completions
-    stock.train()
-    assert_same_run(ours, stock)
-
-
-def test_async_reward(tmp_path: Path, tiny_model_dir: str) -> None:
-    async def slow_parity(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-        await asyncio.sleep(0.01)
-        return parity_reward(completion_ids)
-
-    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path), reward_funcs=[slow_parity, parity_reward])
-    trainer.train()
-    for generation in trainer.generations:
-        rewards = generation["rewards"]
-        assert torch.equal(rewards[:, 0], rewards[:, 1])
-        torch.testing.assert_close(
-            generation["output"]["advantages"], expected_advantages(generation, "group"), atol=1e-4, rtol=1e-3
-        )
-
-
-@pytest.mark.parametrize("dataset", [plain_prompts, chat_prompts])
-def test_reward_model(tmp_path: Path, tiny_model_dir: str, dataset: Callable[[], Dataset]) -> None:
+def test_reward_model(tmp_path: Path, tiny_model_dir: str) -> None:
     policy = make_model()
     torch.manual_seed(1)
     reward_model = Qwen2ForSequenceClassification(
         policy.config.__class__(**{**policy.config.to_dict(), "num_labels": 1})
     )
-    reward_tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer()
     trainer = build(
         SpyTrainer,
         tiny_model_dir,
-        make_config(tmp_path),
+        make_config(tmp_path, max_steps=1),
         reward_funcs=reward_model,
-        reward_processing_classes=reward_tokenizer,
-        train_dataset=dataset(),
+        reward_processing_classes=tokenizer,
     )
     trainer.train()
-    for generation in trainer.generations:
-        rewards = generation["rewards"][:, 0]
-        assert rewards.std() > 0
-        torch.testing.assert_close(
-            generation["output"]["advantages"], expected_advantages(generation, "group"), atol=1e-4, rtol=1e-3
-        )
-        if dataset is chat_prompts:
-            continue
-        tree = generation["trees"][0]
-        leaf = tree.depth_first_leaves()[0]
-        text = generation["inputs"][0]["prompt"] + reward_tokenizer.decode(
-            tree.completion_ids(leaf), skip_special_tokens=True
-        )
-        ids = reward_tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-        with torch.no_grad():
-            assert reward_model(ids).logits.item() == pytest.approx(rewards[0].item(), abs=1e-4)
+    (generation,) = trainer.generations
+    rewards = generation["rewards"][:, 0]
+    assert rewards.std() > 0
+    expected = expected_advantages(generation, "group")
+    torch.testing.assert_close(generation["output"]["advantages"], expected, atol=1e-4, rtol=1e-3)
+    for i, tree in enumerate(generation["trees"]):
+        for j, leaf in enumerate(tree.leaves):
+            text = generation["inputs"][4 * i]["prompt"] + tokenizer.decode(
+                tree.completion_ids(leaf), skip_special_tokens=True
+            )
+            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                assert reward_model(ids).logits.item() == pytest.approx(rewards[4 * i + j].item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("missing", [None, float("nan")])
-def test_missing_rewards_are_left_out(tmp_path: Path, tiny_model_dir: str, missing: float | None) -> None:
+def test_missing_rewards_are_left_out(tmp_path: Path, tiny_model_dir: str) -> None:
     """The first leaf of each tree is scored by no function, the second by one of two."""
 
     def first(completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
-        return [missing if i % 4 < 2 else r for i, r in enumerate(parity_reward(completion_ids))]
+        return [None if i % 4 < 2 else r for i, r in enumerate(parity_reward(completion_ids))]
 
     def second(completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
-        return [missing if i % 4 == 0 else 2 * r for i, r in enumerate(parity_reward(completion_ids))]
+        return [float("nan") if i % 4 == 0 else 2 * r for i, r in enumerate(parity_reward(completion_ids))]
 
     trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, log_trees=True), reward_funcs=[first, second])
     trainer.train()
@@ -159,7 +123,7 @@ def test_dataset_columns_reach_the_reward(tmp_path: Path, tiny_model_dir: str) -
     assert [call[-1] for call in calls] == [0, 1]
     for (prompts, completions, completion_ids, answers, _), trees in zip(calls, trainer.all_trees, strict=True):
         assert answers == [f"answer to {p}" for p in prompts]
-        for i, (tree, leaf) in enumerate((t, leaf) for t in trees for leaf in t.depth_first_leaves()):
+        for i, (tree, leaf) in enumerate((t, leaf) for t in trees for leaf in t.leaves):
             assert tokenizer(prompts[i])["input_ids"] == tree.prompt_ids
             assert completion_ids[i] == tree.completion_ids(leaf)
             assert completions[i] == tokenizer.decode(completion_ids[i], skip_special_tokens=True)
@@ -169,13 +133,8 @@ def test_an_infinite_reward_is_left_out(tmp_path: Path, tiny_model_dir: str) -> 
     def reward(completions: list[Any], **_: Any) -> list[float]:
         return [float("inf"), *(float(len(c.split()) % 3) for c in completions[1:])]
 
-    trainer = TreePOTrainer(
-        model=tiny_model_dir,
-        reward_funcs=reward,
-        args=make_config(tmp_path, max_steps=1),
-        train_dataset=plain_prompts(),
-    )
-    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer = build(TreePOTrainer, tiny_model_dir, make_config(tmp_path, max_steps=1), reward_funcs=reward)
+    before = parameters_of(trainer)
     trainer.train()
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
-    assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())  # the others count
+    assert largest_change(before, parameters_of(trainer)) > 0  # the others count

@@ -11,12 +11,16 @@ from peft import LoraConfig
 
 from tests.support.models import make_model
 from tests.support.trainers import (
+    RecordingTrainer,
     SpyTrainer,
     build,
+    logs_of,
     make_config,
+    parity_reward,
     plain_prompts,
+    watch_loss,
 )
-from treepo_trl import SegmentTree
+from treepo_trl import TreePOTrainer
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -24,15 +28,12 @@ def test_logprobs_are_those_of_the_current_weights(tmp_path: Path, tiny_model_di
     """No state of older weights is reused: after each of several large steps the engine agrees with a full forward."""
     peft = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.3) if kind == "lora" else None
     config = make_config(tmp_path, max_steps=4, learning_rate=2.0, temperature=0.8)
-    trainer = build(SpyTrainer, tiny_model_dir, config, train_dataset=plain_prompts(2), peft_config=peft)
-    generate = trainer._generate_single_turn
     differences, firsts = [], []
 
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        result = generate(*args, **kwargs)
+    def check_and_reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
         assert trainer.model.training
         trainer.model.eval()
-        for tree in trainer._trees:
+        for tree in trainer.all_trees[-1]:
             for leaf in tree.leaves:
                 completion = tree.completion_ids(leaf)
                 ids = torch.tensor([tree.prompt_ids + completion])
@@ -42,31 +43,41 @@ def test_logprobs_are_those_of_the_current_weights(tmp_path: Path, tiny_model_di
                 differences.append((expected - torch.tensor(tree.logprobs(leaf))).abs().max().item())
         firsts.append(trainer.model(torch.tensor([[5, 6, 7]])).logits[0, -1].detach())
         trainer.model.train()
-        return result
+        return parity_reward(completion_ids)
 
-    trainer._generate_single_turn = checked
+    trainer = build(
+        SpyTrainer,
+        tiny_model_dir,
+        config,
+        train_dataset=plain_prompts(2),
+        reward_funcs=check_and_reward,
+        peft_config=peft,
+    )
     trainer.train()
     assert len(firsts) == 4
     assert max(differences) < 1e-4
     assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(firsts)), "the policy moved"
 
 
-def test_dropout_is_off_in_sampling_and_on_in_training(tmp_path: Path) -> None:
-    model = make_model(attention_dropout=0.5)
-    trainer = build(SpyTrainer, model, make_config(tmp_path, model_init_kwargs=None))
-    modes, in_loss = [], []
+def test_dropout_and_checkpointing_are_off_in_sampling_and_on_in_training(tmp_path: Path) -> None:
+    trainer = build(
+        TreePOTrainer, make_model(attention_dropout=0.5), make_config(tmp_path, gradient_checkpointing=True)
+    )
+
+    def state_of(model: Any) -> tuple[bool, bool, str]:
+        return model.training, model.is_gradient_checkpointing, model.config._attn_implementation
+
+    in_engine, in_loss = [], []
     collect = trainer.sampler.engine.collect
-    trainer.sampler.engine.collect = lambda: (modes.append(trainer.model.training), collect())[1]
-    compute_loss = trainer._compute_loss
-    trainer._compute_loss = lambda m, i: (in_loss.append(m.training), compute_loss(m, i))[1]
+    trainer.sampler.engine.collect = lambda: (in_engine.append(state_of(trainer.model)), collect())[1]
+    watch_loss(trainer, lambda model, inputs: in_loss.append(state_of(model)))
     trainer.train()
-    assert modes
-    assert not any(modes)
-    assert in_loss == [True, True]
+    assert {state[:2] for state in in_engine} == {(False, False)}
+    assert in_loss == [(True, True, "sdpa")] * 2
 
 
 def test_model_is_back_in_train_mode_after_a_failed_sampling(tmp_path: Path, tiny_model_dir: str) -> None:
-    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path))
+    trainer = build(RecordingTrainer, tiny_model_dir, make_config(tmp_path))
     engine = trainer.sampler.engine
     collect = engine.collect
 
@@ -83,7 +94,7 @@ def test_model_is_back_in_train_mode_after_a_failed_sampling(tmp_path: Path, tin
 
 
 def test_sampling_leaves_attention_and_checkpointing_as_they_were(tmp_path: Path, tiny_model_dir: str) -> None:
-    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, gradient_checkpointing=True))
+    trainer = build(RecordingTrainer, tiny_model_dir, make_config(tmp_path, gradient_checkpointing=True))
     states = []
     compute_loss = trainer._compute_loss
 
@@ -99,7 +110,7 @@ def test_sampling_leaves_attention_and_checkpointing_as_they_were(tmp_path: Path
 def test_same_seed_same_run(tmp_path: Path, tiny_model_dir: str) -> None:
     runs = []
     for seed in (7, 7, 8):
-        trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, seed=seed))
+        trainer = build(RecordingTrainer, tiny_model_dir, make_config(tmp_path, seed=seed))
         trainer.train()
         runs.append([tree.to_dict() for trees in trainer.all_trees for tree in trees])
     assert runs[0] == runs[1]
@@ -108,44 +119,30 @@ def test_same_seed_same_run(tmp_path: Path, tiny_model_dir: str) -> None:
 
 def test_steps_of_a_run_branch_differently(tmp_path: Path, tiny_model_dir: str) -> None:
     """The sampler's seed is a new one for each generation, also within one optimizer step."""
-    trainer = build(
-        SpyTrainer, tiny_model_dir, make_config(tmp_path, gradient_accumulation_steps=2, steps_per_generation=1)
-    )
-    seeds = []
-    sample = trainer.sampler.sample
-    trainer.sampler.sample = lambda prompts, seed, **k: (seeds.append(seed), sample(prompts, seed, **k))[1]
+    config = make_config(tmp_path, gradient_accumulation_steps=2, steps_per_generation=1)
+    trainer = build(RecordingTrainer, tiny_model_dir, config)
     trainer.train()
-    assert len(seeds) == 4
-    assert len(set(seeds)) == 4
+    assert [told["seed"] for told in trainer.told] == ["7/0/0/0", "7/0/1/0", "7/1/0/0", "7/1/1/0"]
 
 
 def test_the_sampler_knows_the_progress_and_the_last_batchs_mean_length(tmp_path: Path, tiny_model_dir: str) -> None:
-    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, max_steps=4))
-    told, trees_of = [], []
-    sample = trainer.sampler.sample
-
-    def recording(prompts: list[list[int]], seed: str, **kwargs: Any) -> list[SegmentTree]:
-        told.append(kwargs)
-        trees_of.append(sample(prompts, seed, **kwargs))
-        return trees_of[-1]
-
-    trainer.sampler.sample = recording
+    trainer = build(RecordingTrainer, tiny_model_dir, make_config(tmp_path, max_steps=4))
     trainer.train()
-    assert [kwargs["progress"] for kwargs in told] == [0.0, 0.25, 0.5, 0.75]
-    assert told[0]["expected_length"] is None  # nothing is known yet: the cap
-    logged = [log["tree/mean_length"] for log in trainer.state.log_history if "tree/mean_length" in log]
-    for kwargs, trees, value in zip(told[1:], trees_of, logged, strict=False):
+    assert [told["progress"] for told in trainer.told] == [0.0, 0.25, 0.5, 0.75]
+    assert trainer.told[0]["expected_length"] is None  # nothing is known yet: the cap
+    logged = logs_of(trainer, "tree/mean_length")
+    for told, trees, value in zip(trainer.told[1:], trainer.all_trees, logged, strict=False):
         lengths = [
             sum(w * tree.nodes[leaf].end for w, leaf in zip(tree.leaf_weights(), tree.leaves, strict=True))
             for tree in trees
         ]
         assert value == pytest.approx(sum(lengths) / len(lengths), rel=1e-5)
-        assert kwargs["expected_length"] == pytest.approx(value, abs=0.51)
+        assert told["expected_length"] == pytest.approx(value, abs=0.51)
 
 
 def test_branching_by_entropy_trains(tmp_path: Path, tiny_model_dir: str) -> None:
     args = make_config(tmp_path, branching_policy="entropy", branching_temperature=0.2, branching_temperature_end=1.0)
-    trainer = build(SpyTrainer, tiny_model_dir, args)
+    trainer = build(RecordingTrainer, tiny_model_dir, args)
     trainer.train()
     nodes = [node for trees in trainer.all_trees for tree in trees for node in tree.nodes]
     assert nodes

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -32,7 +33,7 @@ def test_old_logprobs_for_several_iterations(tmp_path: Path, tiny_model_dir: str
     assert len(trainer.generations) == 2
     for generation in trainer.generations:
         old, mask = generation["output"]["old_per_token_logps"], generation["output"]["completion_mask"]
-        for i, (tree, leaf) in enumerate((t, leaf) for t in generation["trees"] for leaf in t.depth_first_leaves()):
+        for i, (tree, leaf) in enumerate((t, leaf) for t in generation["trees"] for leaf in t.leaves):
             logprobs = tree.logprobs(leaf)  # temperature 1, nothing cut off: the policy's own
             assert old[i, : len(logprobs)].tolist() == pytest.approx(logprobs, abs=1e-4)
             assert mask[i].sum() == len(logprobs)
@@ -50,7 +51,7 @@ def test_kl_to_the_reference_model(tmp_path: Path, tiny_model_dir: str, kind: st
     reference = make_model().eval()
     generation = trainer.generations[-1]
     tree = generation["trees"][0]
-    completion = tree.completion_ids(tree.depth_first_leaves()[0])
+    completion = tree.completion_ids(tree.leaves[0])
     with torch.no_grad():
         logits = reference(torch.tensor([tree.prompt_ids + completion])).logits[0, len(tree.prompt_ids) - 1 : -1]
     expected = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
@@ -58,63 +59,46 @@ def test_kl_to_the_reference_model(tmp_path: Path, tiny_model_dir: str, kind: st
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_lora_trains_the_adapter_alone(tmp_path: Path, tiny_model_dir: str, checkpointing: bool) -> None:
-    config = make_config(tmp_path, gradient_checkpointing=checkpointing)
-    trainer = build(SpyTrainer, tiny_model_dir, config, peft_config=LoraConfig(r=4, target_modules="all-linear"))
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_lora_trains_the_adapter_alone(tmp_path: Path, is_wrapped: bool) -> None:
+    """With the adapter as `peft_config`, and with a model that has one."""
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    config = make_config(tmp_path, gradient_checkpointing=True)
+    if is_wrapped:
+        trainer = build(TreePOTrainer, get_peft_model(make_model(), lora), config)
+    else:
+        trainer = build(TreePOTrainer, make_model(), config, peft_config=lora)
     before = parameters_of(trainer)
     trainer.train()
     after = parameters_of(trainer)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed
-    assert all("lora_" in name for name in changed)
     assert any("lora_B" in name for name in changed)
-    base = {name: p for name, p in after.items() if "lora_" not in name}
-    assert all(not p.requires_grad for name, p in trainer.model.named_parameters() if name in base)
-
-
-def test_peft_model_as_model(tmp_path: Path) -> None:
-
-    model = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear"))
-    trainer = build(SpyTrainer, model, make_config(tmp_path))
-    before = parameters_of(trainer)
-    trainer.train()
-    after = parameters_of(trainer)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed
     assert all("lora_" in name for name in changed)
+    assert not any(p.requires_grad for name, p in trainer.model.named_parameters() if "lora_" not in name)
 
 
-def test_mask_truncated_completions(tmp_path: Path, tiny_model_dir: str) -> None:
-    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, mask_truncated_completions=True, max_steps=3))
+@pytest.mark.parametrize("estimator", ["grpo", "treepo"])
+def test_truncated_completions_are_masked_and_logged(tmp_path: Path, tiny_model_dir: str, estimator: str) -> None:
+    """As GRPOTrainer does: the table and the tree log show what a completion was worth, masked or not."""
+    changes = {"log_trees": True, "log_completions": True, "advantage_estimator": estimator}
+    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, mask_truncated_completions=True, **changes))
     trainer.train()
     num_masked = num_kept = 0
-    for generation in trainer.generations:
+    for step, generation in enumerate(trainer.generations):
         mask = generation["output"]["completion_mask"]
-        leaves = [(tree, leaf) for tree in generation["trees"] for leaf in tree.depth_first_leaves()]
+        leaves = [(tree, leaf) for tree in generation["trees"] for leaf in tree.leaves]
         for i, (tree, leaf) in enumerate(leaves):
             ids = tree.completion_ids(leaf)
             ended = ids[-1] in (0, 1)  # TRL counts EOS and padding as ended
             assert mask[i].sum() == (len(ids) if ended else 0)
             num_kept, num_masked = num_kept + ended, num_masked + (not ended)
+        expected = expected_advantages(generation, "group", estimator=estimator)[:, 0].tolist()
+        table = pd.read_parquet(tmp_path / f"completions/completions_{step + 1:05d}.parquet")
+        assert table["advantage"].tolist() == pytest.approx(expected, abs=1e-4)
+        lines = (tmp_path / f"trees/trees_{step:06d}.jsonl").read_text().splitlines()
+        assert [a for line in lines for a in json.loads(line)["advantages"]] == pytest.approx(expected, abs=1e-4)
     assert num_masked
     assert num_kept
-
-
-def test_truncated_rows_are_logged_with_their_advantage(tmp_path: Path, tiny_model_dir: str) -> None:
-    """As GRPOTrainer does: the table and the tree log show what a completion was worth, masked or not."""
-    for estimator in ("grpo", "treepo"):
-        config = make_config(
-            tmp_path, mask_truncated_completions=True, log_trees=True, max_steps=1, advantage_estimator=estimator
-        )
-        trainer = build(SpyTrainer, tiny_model_dir, config)
-        trainer.train()
-        (generation,) = trainer.generations
-        assert (generation["output"]["completion_mask"].sum(1) == 0).any()
-        expected = expected_advantages(generation, "group", estimator=estimator)[:, 0].tolist()
-        assert generation["logged"] == pytest.approx(expected, abs=1e-4), estimator
-        records = [json.loads(line) for line in (tmp_path / "trees/trees_000000.jsonl").read_text().splitlines()]
-        assert [a for record in records for a in record["advantages"]] == pytest.approx(expected, abs=1e-4), estimator
 
 
 def test_all_completions_truncated_moves_nothing(tmp_path: Path, tiny_model_dir: str) -> None:
@@ -171,7 +155,7 @@ def test_default_precision(tmp_path: Path, tiny_model_dir: str, args: str, monke
     trainer.train()
     assert trainer.state.global_step == 2
     assert all(torch.isfinite(torch.tensor(logs_of(trainer, "loss"))))
-    assert trainer._packed_forward.checked
+    assert len(logs_of(trainer, "tree/packing_ratio")) == 2
 
 
 def test_args_may_be_left_out(tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
