@@ -9,7 +9,6 @@ Keys and values for rows of different length: where the transformers engine keep
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor,
     scaling: float | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """
     Scaled dot product attention of (rows, heads, queries, head_dim) over grouped keys with a boolean mask.

@@ -8,40 +8,22 @@ prefix is computed once. Rows join and leave the running batch one by one, each 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import LogitsProcessorList, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from treepo_trl.model_support import other_layers
 
 from .base import SamplingOptions, SegmentEngine, SegmentEngineError, SegmentRequest, SegmentResult
+from .draw import TokenDraw
 from .row_states import ROW_ATTENTION, Block, BlockCache, SlotLayer
 
 
-def logits_processors(options: SamplingOptions) -> LogitsProcessorList:
-    """The transformers processors for sampling options, in the order of `generate`."""
-    processors = LogitsProcessorList()
-    if options.repetition_penalty != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
-    if options.temperature not in (0.0, 1.0):
-        processors.append(TemperatureLogitsWarper(options.temperature))
-    if options.top_k > 0:  # vLLM writes -1 for all
-        processors.append(TopKLogitsWarper(options.top_k))
-    if options.top_p < 1.0:
-        processors.append(TopPLogitsWarper(options.top_p))
-    if options.min_p:
-        processors.append(MinPLogitsWarper(options.min_p))
-    return processors
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(eq=False)
@@ -124,7 +106,7 @@ class TransformersEngine(SegmentEngine):
         self.max_batch_tokens = affordable if max_batch_tokens is None else max_batch_tokens
         max_cached_tokens = affordable if max_cached_tokens is None else max_cached_tokens
         self.num_cache_tokens: int | None = max_cached_tokens + self.max_batch_tokens
-        self._processors = logits_processors(self.options)
+        self._draw = TokenDraw(self.options, with_entropies)
         self._pending: list[SegmentRequest] = []
         self._rows: list[_Row] = []
         self._storage: torch.Tensor | None = None
@@ -329,7 +311,8 @@ class TransformersEngine(SegmentEngine):
         positions = torch.tensor([[row.position] for row in self._rows], device=device)
         logits = self._forward(slice(0, len(self._rows)), input_ids, positions, logits=True)
         assert logits is not None, "asked for"
-        token_ids, logprobs, entropies = self._draw(logits)
+        histories = [row.request.token_ids + row.token_ids for row in self._rows] if self._draw.reads_history else []
+        token_ids, logprobs, entropies = self._draw(logits, histories)
         results, finished = [], []
         for slot, (row, token, logprob) in enumerate(zip(self._rows, token_ids, logprobs, strict=True)):
             row.token_ids.append(token)
@@ -348,25 +331,6 @@ class TransformersEngine(SegmentEngine):
         for slot in reversed(finished):
             self._free(slot)
         return results
-
-    def _draw(self, logits: torch.Tensor) -> tuple[list[int], list[float], list[float] | None]:
-        """A token for each row of logits, its log-probability, and the entropy of its distribution if asked for."""
-        if self._processors:
-            history = [row.request.token_ids + row.token_ids for row in self._rows]
-            longest = max(map(len, history))
-            # Only the repetition penalty reads the history; repeating a token of the row changes nothing for it.
-            padded = torch.tensor([ids + ids[-1:] * (longest - len(ids)) for ids in history], device=logits.device)
-            logits = self._processors(padded, logits)  # pyright: ignore[reportArgumentType]
-        logprobs = logits.log_softmax(-1)
-        if not torch.isfinite(logprobs.amax(-1)).all():
-            raise RuntimeError(
-                "The model's logits are not finite: its weights or a sampling option are broken. Look for a reward or "
-                "a learning rate that made the loss infinite."
-            )
-        greedy = self.options.temperature == 0.0
-        tokens = logprobs.argmax(-1, keepdim=True) if greedy else _sample(logprobs.exp())
-        entropies = torch.special.entr(logprobs.exp()).sum(-1).tolist() if self.reports_entropies else None
-        return tokens[:, 0].tolist(), logprobs.gather(1, tokens)[:, 0].tolist(), entropies
 
     def _keep_row(self, slot: int) -> None:
         """Store a finished segment's states for its children: everything but the last token, which was never fed."""
@@ -388,21 +352,9 @@ class TransformersEngine(SegmentEngine):
         self._rows[slot] = last
 
 
-def _sample(probabilities: torch.Tensor) -> torch.Tensor:
-    """One index per row (rows, 1), drawn in proportion to (rows, vocab)."""
-    if probabilities.device.type != "cpu":
-        return torch.multinomial(probabilities, 1)
-    # On CPU `multinomial` draws one exponential per entry; inverting the distribution function is 10 times faster.
-    cumulative = probabilities.cumsum(-1)
-    threshold = torch.rand(len(cumulative), 1) * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, threshold, right=True)  # never an entry of probability 0
-    last_possible = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())  # where rounding overshoots
-    return drawn.minimum(last_possible)
-
-
-def _check_attention(model: Any) -> None:
+def _check_attention(model: PreTrainedModel) -> None:
     """Raise for models whose attention would ignore this engine's function and read its mask as something else."""
-    base = model.get_base_model() if is_peft_model(model) else model
+    base = cast("PeftModel", model).get_base_model() if is_peft_model(model) else model
     if not base._supports_attention_backend or getattr(base.config, "alibi", False):
         raise ValueError(
             f"The transformers engine cannot drive the attention of {type(base).__name__}: it does not go through "

@@ -6,7 +6,7 @@ at all different times, submitting every child at once mixes a prefill into almo
 than it wins.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from .base import SamplingOptions, SegmentEngine, SegmentEngineError, SegmentReq
 
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, RequestOutput
+    from vllm.logprobs import FlatLogprobs
     from vllm.lora.request import LoRARequest
 
 _STEPS_PER_BURST = 16  # at most; a sixteenth of a segment where segments are short
@@ -46,7 +47,7 @@ class VLLMEngine(SegmentEngine):
         llm: "LLM",
         eos_token_ids: list[int],
         options: SamplingOptions | None = None,
-        generation_kwargs: dict[str, Any] | None = None,
+        generation_kwargs: dict[str, object] | None = None,
         lora_request: "LoRARequest | None" = None,
         with_entropies: bool = False,
     ) -> None:
@@ -125,7 +126,7 @@ class VLLMEngine(SegmentEngine):
         while self._in_flight and not (results and steps >= burst):
             steps += 1
             for output in self.llm.llm_engine.step():
-                results.append(self._read(output))
+                results.append(self._read(cast("RequestOutput", output)))
         return results
 
     def abort(self) -> None:
@@ -139,13 +140,13 @@ class VLLMEngine(SegmentEngine):
         """Forget all keys and values. Needed after a change of the weights."""
         self.llm.reset_prefix_cache()
 
-    def _read(self, output: Any) -> SegmentResult:
+    def _read(self, output: "RequestOutput") -> SegmentResult:
         self._in_flight.pop(output.request_id)
-        self.num_prompt_tokens += len(output.prompt_token_ids)
+        self.num_prompt_tokens += len(output.prompt_token_ids or ())
         self.num_cached_tokens += output.num_cached_tokens or 0
         (completion,) = output.outputs
         token_ids = list(completion.token_ids)
-        logprobs = np.array(completion.logprobs.logprobs, dtype=np.float64)
+        logprobs = np.array(cast("FlatLogprobs", completion.logprobs).logprobs, dtype=np.float64)
         width = 1 + (_NUM_TOP_LOGPROBS if self.reports_entropies else 0)  # the sampled token, then the most likely
         if (
             completion.finish_reason not in ("stop", "length")

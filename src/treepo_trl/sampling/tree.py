@@ -7,7 +7,7 @@ prompt followed by the tokens along a path is exactly what the engine was given 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, NotRequired, TypedDict
 
 
 FinishReason = Literal["stop", "pattern", "repetition", "length"]
@@ -34,6 +34,36 @@ class SegmentNode:
     """Completion tokens on the path up to and including this node."""
     children: list[int] = field(default_factory=list[int])
     """Node ids of the children, in order of creation."""
+
+
+class NodeRecord(TypedDict):
+    """A node in `TreeRecord`, with the fields of [`SegmentNode`] that cannot be worked out."""
+
+    parent: int | None
+    token_ids: list[int]
+    logprobs: list[float] | None
+    finish_reason: FinishReason | None
+    entropy: NotRequired[float]
+
+
+class TreeRecord(TypedDict):
+    """A tree in a file."""
+
+    prompt_ids: list[int]
+    nodes: list[NodeRecord]
+    leaves: list[int]
+
+
+def _node_record(node: SegmentNode) -> NodeRecord:
+    record: NodeRecord = {
+        "parent": node.parent,
+        "token_ids": list(node.token_ids),
+        "logprobs": None if node.logprobs is None else list(node.logprobs),
+        "finish_reason": node.finish_reason,
+    }
+    if node.entropy is not None:
+        record["entropy"] = node.entropy
+    return record
 
 
 class SegmentTree:
@@ -226,25 +256,16 @@ class SegmentTree:
         """Completion tokens of the leaves, each leaf counted in full."""
         return sum(self.nodes[leaf].end for leaf in self.leaves)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> TreeRecord:
         """The tree as plain JSON types; `from_dict` reads it back."""
         return {
             "prompt_ids": self.prompt_ids,
-            "nodes": [
-                {
-                    "parent": node.parent,
-                    "token_ids": list(node.token_ids),
-                    "logprobs": None if node.logprobs is None else list(node.logprobs),
-                    "finish_reason": node.finish_reason,
-                    **({} if node.entropy is None else {"entropy": node.entropy}),
-                }
-                for node in self.nodes
-            ],
+            "nodes": [_node_record(node) for node in self.nodes],
             "leaves": self.leaves,
         }
 
     @classmethod
-    def from_dict(cls, d: dict[str, Any]) -> "SegmentTree":
+    def from_dict(cls, d: TreeRecord) -> "SegmentTree":
         """
         Rebuild a tree from `to_dict`, its leaves in the stored order.
 
