@@ -30,8 +30,8 @@ OPENING = """\
 
 A setting is a field of `TreePOConfig`.
 Give it by name: in Python, in a YAML file (`--config`), or as an option of `treepo-trl train`.
-All settings of TRL's [`GRPOConfig`](https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig) stay; this page has
-those that trees add or read in their own way.
+All settings of TRL's [`GRPOConfig`](https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig) stay, and this page
+has those that trees add.
 `TreeSamplingConfig` and `treepo-trl sample` have the ones about trees and paths.
 Most need no change, so start with eight.
 
@@ -131,7 +131,7 @@ def settings_page() -> str:
 
 
 def _setting(field: Field[Any]) -> str:
-    return f"### `{field.name}`\n\n*{_value(field)}.* {_help(field)}\n"
+    return f"### `{field.name}`\n\n*{_value(field)}*\n\n{_help(field)}\n"
 
 
 def _options(title: str, options: Iterable[Field[Any]]) -> str:

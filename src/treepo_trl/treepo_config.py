@@ -65,7 +65,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "fresh ones. 0 trains on every prompt. Paper: 2. Set 2 if the metric `frac_reward_zero_std` is high with "
             "`scale_rewards='group'`; each round samples at most one batch more. Prompts with equal rewards after the "
             "last round stay, with advantages of 0. Prompts are drawn one after another, each once per pass over the "
-            "dataset, so a subclass with its own sampler or data loader is refused."
+            "dataset. So a subclass with its own sampler or data loader is refused."
         },
     )
     tree_packing: TreePacking = field(
@@ -109,19 +109,18 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
     vllm_share_base_weights: bool = field(
         default=False,
         metadata={
-            "help": "Whether a LoRA or QLoRA policy computes with the engine's copy of the frozen base, so that the "
-            "card holds the base once. Set it if memory is short. Weights are shared where both are equal bit for "
-            "bit, so load the policy in the engine's precision; a QLoRA engine is then `quantized`. Needs "
-            "`use_vllm=True` and `vllm_lora_sync='adapter'`; not with tensor parallelism, FSDP or DeepSpeed."
+            "help": "Whether a LoRA or QLoRA policy computes with the engine's copy of the frozen base. The card then "
+            "holds the base once. Set it if memory is short. Weights are shared where both are equal bit for bit, so "
+            "load the policy in the engine's precision. A QLoRA engine is then `quantized`. Needs `use_vllm=True` and "
+            "`vllm_lora_sync='adapter'`. Not with tensor parallelism, FSDP or DeepSpeed."
         },
     )
     vllm_sleep_keeps_weights: bool = field(
         default=False,
         metadata={
-            "help": "Whether a sleeping engine frees its cache alone and keeps its weights on the card, instead of "
-            "moving them to the processor's memory at each update. Shared weights stay in any case. Set it if the "
-            "update needs the cache's memory but not that of the weights. Needs `vllm_enable_sleep_mode=True` and "
-            "`vllm_lora_sync='adapter'`."
+            "help": "Whether a sleeping engine frees its cache alone. Otherwise its weights move to the processor's "
+            "memory and back at each generation, unless they are shared. Set it if the update needs the cache's "
+            "memory but not that of the weights. Needs `vllm_enable_sleep_mode=True` and `vllm_lora_sync='adapter'`."
         },
     )
     log_trees: bool = field(
