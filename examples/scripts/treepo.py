@@ -18,13 +18,10 @@ Full fine-tuning on several GPUs:
     accelerate launch examples/scripts/treepo.py --config examples/cli_configs/paper-qwen2.5-7b.yaml
 """
 
-from trl import DatasetMixtureConfig, ModelConfig, TrlParser
-
-from treepo_trl import TreePOConfig
-from treepo_trl.cli import TreePOScriptArguments, train
+from treepo_trl.commands.arguments import make_parser
+from treepo_trl.commands.train import train
 
 
 if __name__ == "__main__":
-    parser = TrlParser((TreePOScriptArguments, TreePOConfig, ModelConfig, DatasetMixtureConfig))
-    script_args, training_args, model_args, dataset_args = parser.parse_args_and_config()
+    script_args, training_args, model_args, dataset_args = make_parser().parse_args_and_config()
     train(script_args, training_args, model_args, dataset_args)

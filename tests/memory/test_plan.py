@@ -1,24 +1,16 @@
 """The plan's bytes against real tensors and by hand, and what it says of a card that is too small."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    DeepseekV3Config,
-    FalconConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, DeepseekV3Config
 from trl import ModelConfig
 
 from tests.support.models import make_model
 from treepo_trl import TreePOConfig
-from treepo_trl.cli import check_memory, main
 from treepo_trl.memory.activations import STAND_IN, PeakBytes, activation_bytes, register_stand_in
 from treepo_trl.memory.plan import GIB, RESERVE, MemoryPlan, plan_memory
 
@@ -411,70 +403,3 @@ def test_what_does_not_fit_names_the_settings(tmp_path: Path, small_model_dir: s
 def test_a_card_in_bytes_is_an_error(tmp_path: Path, small_model_dir: str) -> None:
     with pytest.raises(ValueError, match="`--card_gib 24`"):
         plan(tmp_path, small_model_dir, card_gib=24 / GIB)
-
-
-def test_command(tmp_path: Path, small_model_dir: str, capsys: pytest.CaptureFixture) -> None:
-    command = ["plan", "--model_name_or_path", small_model_dir, "--output_dir", str(tmp_path), "--use_vllm", "true"]
-    command += ["--dtype", "bfloat16", "--per_device_train_batch_size", "8", "--dataset_name", "unused"]
-    main([*command, "--card_gib", "24"])
-    output = capsys.readouterr().out
-    assert "policy: weights" in output
-    assert output.strip().endswith("It fits.")
-    with pytest.raises(SystemExit) as exit_:
-        main([*command, "--card_gib", "1"])
-    assert exit_.value.code == 1
-    assert "The update takes" in capsys.readouterr().out
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit, match="This machine has no GPU"):
-            main(command)
-
-
-# Before a training
-
-
-@pytest.fixture
-def one_small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine with one GPU of 0.2 GiB."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    properties = SimpleNamespace(total_memory=int(0.2 * GIB))
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: properties)
-
-
-def script_arguments(tmp_path: Path, model: str, **changes: Any) -> tuple[Any, ModelConfig]:
-    settings = {"use_cpu": False, "world_size": 1, "deepspeed": None, "fsdp": None, **changes}
-    args = arguments(tmp_path)
-    training = SimpleNamespace(**{**vars(args), **settings, "trust_remote_code": False})
-    return training, ModelConfig(model, dtype="bfloat16", use_peft=True, lora_target_modules=["all-linear"])
-
-
-@pytest.mark.usefixtures("one_small_gpu")
-def test_a_training_that_cannot_fit_is_refused(tmp_path: Path, small_model_dir: str) -> None:
-    with pytest.raises(ValueError, match=r"weights and gradients take 0\.3 GiB, the card has 0\.2"):
-        check_memory(*script_arguments(tmp_path, small_model_dir))
-
-
-@pytest.mark.usefixtures("one_small_gpu")
-@pytest.mark.parametrize(
-    "changes", [{"use_cpu": True}, {"world_size": 2}, {"deepspeed": "zero3.json"}, {"fsdp": "full_shard"}]
-)
-def test_other_machines_are_not_planned(
-    tmp_path: Path, small_model_dir: str, changes: dict[str, Any], capsys: pytest.CaptureFixture
-) -> None:
-    check_memory(*script_arguments(tmp_path, small_model_dir, **changes))
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.usefixtures("one_small_gpu")
-def test_a_model_that_cannot_be_planned_is_trained_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
-    check_memory(*script_arguments(tmp_path, str(tmp_path)))
-    assert "Memory is not planned for this training" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("one_small_gpu")
-def test_an_estimate_does_not_stop_a_training(
-    tmp_path: Path, tiny_model_dir: str, capsys: pytest.CaptureFixture
-) -> None:
-    check_memory(*script_arguments(tmp_path, tiny_model_dir))
-    assert "May not fit: The update takes" in capsys.readouterr().out

@@ -11,8 +11,8 @@ import torch
 from tests.support.architectures import QWEN3_4B, QWEN25_1_5B, QWEN25_7B
 from tests.support.paths import ROOT
 from treepo_trl import TreePOConfig
-from treepo_trl.cli import make_parser
-from treepo_trl.memory.plan import GIB, plan_memory
+from treepo_trl.commands.arguments import make_parser
+from treepo_trl.memory import GIB, plan_memory
 
 
 DOCUMENTATION = (ROOT / "docs/recipes.md").read_text()

@@ -1,24 +1,21 @@
-"""
-What sampling cost: reports on trees and on ordinary completions of the same engine, side by side.
-
-Behind `treepo-trl sample` and `benchmarks/rollout.py`.
-"""
+"""What sampling cost: reports on trees and on ordinary completions of the same engine, side by side."""
 
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
-from treepo_trl.engines import SegmentRequest
+from treepo_trl.engines import SegmentEngine, SegmentRequest
 from treepo_trl.sampling.config import TreeSamplingConfig
 from treepo_trl.sampling.sampler import SamplingStats, completion_cap
 from treepo_trl.sampling.tree import FinishReason, SegmentTree
 
 
 def sample_independent(
-    engine: Any,
+    engine: SegmentEngine,
     prompts: list[list[int]],
     config: TreeSamplingConfig,
     on_leaves: Callable[[int], None] | None = None,
@@ -40,21 +37,13 @@ def sample_independent(
         cap = completion_cap(engine, config, prompt)
         first = i * config.num_generations
         requests += [SegmentRequest(first + j, prompt, cap) for j in range(config.num_generations)]
-    try:
-        engine.submit(requests)
-        num_missing = len(requests)
-        while num_missing:
-            results = engine.collect()
-            num_missing -= len(results)
-            for result in results:
-                tree = trees[result.request_id // config.num_generations]
-                tree.add(None, result.token_ids, result.logprobs, result.finish_reason)
-                stats.num_decoded_tokens += len(result.token_ids)
+    with closing(engine.complete(requests)) as results:  # an error of the callback aborts too
+        for result in results:
+            tree = trees[result.request_id // config.num_generations]
+            tree.add(None, result.token_ids, result.logprobs, result.finish_reason)
+            stats.num_decoded_tokens += len(result.token_ids)
             if on_leaves is not None:
-                on_leaves(len(results))
-    except BaseException:
-        engine.abort()
-        raise
+                on_leaves(1)
     stats.num_prompt_tokens = engine.num_prompt_tokens - num_prompt_tokens
     stats.num_cached_tokens = engine.num_cached_tokens - num_cached_tokens
     stats.seconds = stats.engine_seconds = time.perf_counter() - started

@@ -3,10 +3,16 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from treepo_trl.engines import SamplingOptions
+from treepo_trl.engines import SamplingOptions, SegmentEngine
 from treepo_trl.sampling.config import check_choice
+
+from .arguments import require_model
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 EngineName = Literal["auto", "vllm", "transformers"]
@@ -15,54 +21,38 @@ WeightType = Literal["auto", "bfloat16", "float16", "float32"]
 
 @dataclass
 class EngineArguments:
-    """
-    The model and the engine that samples from it.
+    """The model and the engine that samples from it."""
 
-    Parameters:
-        model_name_or_path (`str`):
-            Model of the hub or folder.
-        model_revision (`str`, *optional*, defaults to `"main"`):
-            Branch, tag or commit of the model.
-        adapter_name_or_path (`str`, *optional*):
-            LoRA adapter to sample with.
-        engine (`str`, *optional*, defaults to `"auto"`):
-            `"vllm"`, `"transformers"`, or vLLM where it is installed.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the weights: `"bfloat16"`, `"float16"`, `"float32"`, or that of the checkpoint.
-        attn_implementation (`str`, *optional*):
-            Passed to transformers; its engine decodes with an attention of its own.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether code that comes with the model may run.
-        vllm_gpu_memory_utilization (`float`, *optional*):
-            Fraction of the memory that vLLM may use. Default: 0.9, on a CPU 0.3.
-        vllm_max_model_length (`int`, *optional*):
-            Longest sequence of the vLLM engine. Default: the model's.
-        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
-            Cards that share the model.
-        vllm_max_num_seqs (`int`, *optional*):
-            Sequences that vLLM runs at once. Default: vLLM's.
-        vllm_quantization (`str`, *optional*):
-            vLLM's quantization method, such as `"bitsandbytes"`.
-        vllm_enforce_eager (`bool`, *optional*, defaults to `False`):
-            Whether to leave CUDA graphs out.
-    """
-
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Model of the hub or folder."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Model of the hub, or folder."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
-    adapter_name_or_path: str | None = field(default=None, metadata={"help": "LoRA adapter to sample with."})
+    adapter_name_or_path: str | None = field(
+        default=None, metadata={"help": "LoRA adapter to sample with, of the hub or a folder."}
+    )
     engine: EngineName = field(
         default="auto", metadata={"help": "Engine; auto is vLLM where it is installed, else transformers."}
     )
     dtype: WeightType = field(default="auto", metadata={"help": "Type of the weights; auto is the checkpoint's."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention that transformers loads."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether the model's own code may run."})
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention that transformers loads the model with. The engine decodes with one of its own."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether code that comes with the model may run."}
+    )
     vllm_gpu_memory_utilization: float | None = field(
         default=None, metadata={"help": "Fraction of the memory that vLLM may use. Default: 0.9, on a CPU 0.3."}
     )
-    vllm_max_model_length: int | None = field(default=None, metadata={"help": "Longest sequence of vLLM."})
+    vllm_max_model_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest sequence of the vLLM engine, prompt and completion. Default: the model's."},
+    )
     vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "Cards that share the model in vLLM."})
-    vllm_max_num_seqs: int | None = field(default=None, metadata={"help": "Sequences that vLLM runs at once."})
-    vllm_quantization: str | None = field(default=None, metadata={"help": "vLLM's quantization method."})
+    vllm_max_num_seqs: int | None = field(
+        default=None, metadata={"help": "Sequences that vLLM runs at once. Default: vLLM's."}
+    )
+    vllm_quantization: str | None = field(
+        default=None, metadata={"help": "vLLM's quantization method, such as bitsandbytes. Default: the checkpoint's."}
+    )
     vllm_enforce_eager: bool = field(default=False, metadata={"help": "Whether vLLM leaves CUDA graphs out."})
 
     def __post_init__(self) -> None:
@@ -70,7 +60,7 @@ class EngineArguments:
         check_choice("dtype", self.dtype, WeightType)
 
 
-def load_tokenizer(arguments: EngineArguments) -> Any:
+def load_tokenizer(arguments: EngineArguments) -> "PreTrainedTokenizerBase":
     """
     Tokenizer of the model.
 
@@ -79,22 +69,19 @@ def load_tokenizer(arguments: EngineArguments) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not arguments.model_name_or_path:
-        raise ValueError("No model: give `--model_name_or_path` (hub id or folder).")
-    folder = Path(arguments.model_name_or_path)
+    name = require_model(arguments.model_name_or_path)
+    folder = Path(name)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(
             f"`--model_name_or_path {folder}` is an adapter. Give it as `--adapter_name_or_path`, and the model that "
             "it belongs to as `--model_name_or_path`."
         )
     return AutoTokenizer.from_pretrained(
-        arguments.model_name_or_path,
-        revision=arguments.model_revision,
-        trust_remote_code=arguments.trust_remote_code,
+        name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
     )
 
 
-def eos_token_ids(arguments: EngineArguments, tokenizer: Any) -> list[int]:
+def eos_token_ids(arguments: EngineArguments, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """
     Every token that ends a completion: the tokenizer's and those that the model generates with, as in `GRPOTrainer`.
 
@@ -103,7 +90,7 @@ def eos_token_ids(arguments: EngineArguments, tokenizer: Any) -> list[int]:
     """
     from transformers import AutoConfig, GenerationConfig
 
-    name, revision = str(arguments.model_name_or_path), arguments.model_revision
+    name, revision = require_model(arguments.model_name_or_path), arguments.model_revision
     try:
         config = GenerationConfig.from_pretrained(name, revision=revision)
     except OSError:  # many models come without one; then transformers makes it from the model's config
@@ -111,8 +98,9 @@ def eos_token_ids(arguments: EngineArguments, tokenizer: Any) -> list[int]:
             name, revision=revision, trust_remote_code=arguments.trust_remote_code
         )
         config = GenerationConfig.from_model_config(model_config)
-    listed = config.eos_token_id
-    ids = {*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id} - {None}
+    listed = cast(int | list[int] | None, config.eos_token_id)
+    candidates = [*(listed if isinstance(listed, list) else [listed]), cast(int | None, tokenizer.eos_token_id)]
+    ids = {token_id for token_id in candidates if token_id is not None}
     if not ids:
         raise ValueError(
             f"{arguments.model_name_or_path} names no EOS token, in its tokenizer or its generation config: "
@@ -127,7 +115,7 @@ def build_engine(
     options: SamplingOptions,
     with_entropies: bool = False,
     seed: int = 0,
-) -> Any:
+) -> SegmentEngine:
     """
     The engine that `arguments` describe, with the model loaded.
 
@@ -160,7 +148,7 @@ def build_engine(
 
 def _vllm_engine(
     arguments: EngineArguments, eos_ids: list[int], options: SamplingOptions, with_entropies: bool, seed: int
-) -> Any:
+) -> SegmentEngine:
     # The engine's steps run in this process, as in training; standard output is for results.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -169,7 +157,7 @@ def _vllm_engine(
     from vllm.platforms import current_platform
 
     from treepo_trl.engines.vllm import VLLMEngine
-    from treepo_trl.policy.adapter_sync import engine_lora_rank
+    from treepo_trl.policy.adapter_sync import lora_engine_options
 
     on_cpu = current_platform.is_cpu()
     settings: dict[str, Any] = {
@@ -189,37 +177,38 @@ def _vllm_engine(
         settings["block_size"] = 32  # the default of 128 tokens is longer than many segments: nothing would be shared
     adapter = arguments.adapter_name_or_path
     if adapter is not None:
-        from peft import PeftConfig
+        from peft import LoraConfig, PeftConfig
 
-        rank: Any = PeftConfig.from_pretrained(adapter)
-        settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": engine_lora_rank(rank.r)}
+        settings |= lora_engine_options(cast(LoraConfig, PeftConfig.from_pretrained(adapter)).r)
     if arguments.vllm_max_num_seqs is not None:
         settings["max_num_seqs"] = arguments.vllm_max_num_seqs
-    llm = LLM(model=str(arguments.model_name_or_path), **settings)
+    llm = LLM(model=require_model(arguments.model_name_or_path), **settings)
     request = None if adapter is None else LoRARequest("adapter", 1, adapter)
     return VLLMEngine(llm, eos_ids, options, lora_request=request, with_entropies=with_entropies)
 
 
 def _transformers_engine(
     arguments: EngineArguments, eos_ids: list[int], options: SamplingOptions, with_entropies: bool, seed: int
-) -> Any:
+) -> SegmentEngine:
     import torch
     from transformers import AutoModelForCausalLM, set_seed
 
     from treepo_trl.engines.transformers import TransformersEngine
 
     extra = {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        str(arguments.model_name_or_path),
+    loaded = AutoModelForCausalLM.from_pretrained(
+        require_model(arguments.model_name_or_path),
         revision=arguments.model_revision,
         dtype=arguments.dtype,
         trust_remote_code=arguments.trust_remote_code,
         **extra,
     )
+    model = cast(torch.nn.Module, loaded)
     if arguments.adapter_name_or_path is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, arguments.adapter_name_or_path)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     set_seed(seed)
-    return TransformersEngine(model, eos_ids, options, with_entropies=with_entropies)
+    # A model with an adapter is called as the model that it wraps.
+    return TransformersEngine(cast("PreTrainedModel", model), eos_ids, options, with_entropies=with_entropies)

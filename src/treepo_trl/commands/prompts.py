@@ -1,18 +1,48 @@
 """Datasets from the hub, from local files and folders, and prompts from standard input."""
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
-from datasets import DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from jinja2 import TemplateError
+
+from .arguments import SampleArguments
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 _DATA_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
-def load_named_dataset(name: str, config_name: str | None, file_split: str, streaming: bool = False) -> Any:
+def load_prompts(arguments: SampleArguments) -> list[object]:
+    """
+    Prompts of the dataset, text or messages.
+
+    Raises:
+        ValueError: if the split or the column does not exist.
+    """
+    if arguments.dataset_name == "-":
+        if sys.stdin.isatty():
+            print("Type prompts, one per line, and end with Ctrl-D; or set `--dataset_name`.", file=sys.stderr)
+        return read_prompts(sys.stdin, arguments.prompt_column or "prompt")[: arguments.max_prompts]
+    splits = load_named_dataset(arguments.dataset_name, arguments.dataset_config, arguments.dataset_split)
+    dataset = cast(Dataset, take_split(splits, arguments.dataset_split, "--dataset_split"))  # not streamed
+    columns = dataset.column_names
+    column = arguments.prompt_column or ("prompt" if "prompt" in columns or len(columns) != 1 else columns[0])
+    if column not in columns:
+        raise ValueError(f"The dataset has no column {column!r}, only {', '.join(columns)}. Set `--prompt_column`.")
+    return list(dataset[column][: arguments.max_prompts])
+
+
+def load_named_dataset(
+    name: str, config_name: str | None, file_split: str, streaming: bool = False
+) -> DatasetDict | IterableDatasetDict:
     """
     Splits of a dataset of the hub, of a local file, or of a folder written by `Dataset.save_to_disk`.
 
@@ -41,16 +71,20 @@ def load_named_dataset(name: str, config_name: str | None, file_split: str, stre
         if path.stat().st_size == 0:
             raise ValueError(f"`--dataset_name {name}` is an empty file.")
         try:
-            return load_dataset(builder, data_files={file_split: name}, streaming=streaming)
+            return _splits(load_dataset(builder, data_files={file_split: name}, streaming=streaming))
         except DatasetGenerationError as error:
             raise ValueError(f"`--dataset_name {name}` is no valid {builder} file: {error.__cause__}.") from error
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = load_from_disk(name)
         return saved if isinstance(saved, DatasetDict) else DatasetDict({file_split: saved})
-    return load_dataset(name, name=config_name, streaming=streaming)
+    return _splits(load_dataset(name, name=config_name, streaming=streaming))
 
 
-def take_split(splits: Any, name: str, flag: str) -> Any:
+def _splits(loaded: object) -> DatasetDict | IterableDatasetDict:
+    return cast(DatasetDict | IterableDatasetDict, loaded)  # `load_dataset` without `split`
+
+
+def take_split(splits: DatasetDict | IterableDatasetDict, name: str, flag: str) -> Dataset | IterableDataset:
     """
     One split of a dataset.
 
@@ -58,11 +92,11 @@ def take_split(splits: Any, name: str, flag: str) -> Any:
         ValueError: naming the splits and the option that chooses one, if there is no such split.
     """
     if name not in splits:
-        raise ValueError(f"The dataset has no split {name!r}, only {', '.join(splits)}. Set `{flag}`.")
+        raise ValueError(f"The dataset has no split {name!r}, only {', '.join(map(str, splits))}. Set `{flag}`.")
     return splits[name]
 
 
-def read_prompts(stream: TextIO, key: str = "prompt") -> list[Any]:
+def read_prompts(stream: TextIO, key: str = "prompt") -> list[object]:
     """
     Prompts from standard input, one per line: every line a JSON object with a `key`, or every line text as it is.
 
@@ -78,7 +112,7 @@ def read_prompts(stream: TextIO, key: str = "prompt") -> list[Any]:
     rows = {number: _json_object(line) for number, line in lines.items()}
     if not any(row is not None for row in rows.values()):
         return list(lines.values())
-    prompts: list[Any] = []
+    prompts: list[object] = []
     for number, row in rows.items():
         if row is None:
             raise ValueError(
@@ -93,7 +127,7 @@ def read_prompts(stream: TextIO, key: str = "prompt") -> list[Any]:
     return prompts
 
 
-def _json_object(line: str) -> dict[str, Any] | None:
+def _json_object(line: str) -> dict[str, object] | None:
     try:
         row = json.loads(line)
     except json.JSONDecodeError:
@@ -102,7 +136,9 @@ def _json_object(line: str) -> dict[str, Any] | None:
 
 
 def prompt_token_ids(
-    prompts: list[Any], tokenizer: Any, chat_template_kwargs: dict[str, Any] | None = None
+    prompts: Sequence[object],
+    tokenizer: "PreTrainedTokenizerBase",
+    chat_template_kwargs: dict | None = None,
 ) -> list[list[int]]:
     """
     Token ids of prompts given as text or as lists of messages, as `GRPOTrainer` makes them.
@@ -110,25 +146,23 @@ def prompt_token_ids(
     Raises:
         ValueError: for messages without a chat template or that it refuses, and prompts of another kind.
     """
-    ids: list[list[int]] = []
-    for i, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            ids.append(list(tokenizer(prompt)["input_ids"]))
-        elif isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):
-            if tokenizer.chat_template is None:
-                raise ValueError(
-                    "The prompts are messages, but the tokenizer has no chat template. Give text prompts, or choose a "
-                    "model with a template."
-                )
-            try:
-                encoded = tokenizer.apply_chat_template(
-                    prompt, add_generation_prompt=True, return_dict=True, **(chat_template_kwargs or {})
-                )
-            except TemplateError as error:
-                raise ValueError(f"The chat template refuses prompt {i}, {prompt!r:.80}: {error}") from error
-            ids.append(list(encoded["input_ids"]))
-        else:
-            raise ValueError(
-                f"Prompt {i} is {prompt!r:.80}: give text, or a list of messages with 'role' and 'content'."
-            )
-    return ids
+    return [_token_ids(i, prompt, tokenizer, chat_template_kwargs or {}) for i, prompt in enumerate(prompts)]
+
+
+def _token_ids(i: int, prompt: object, tokenizer: "PreTrainedTokenizerBase", chat_template_kwargs: dict) -> list[int]:
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if not (isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt)):
+        raise ValueError(f"Prompt {i} is {prompt!r:.80}: give text, or a list of messages with 'role' and 'content'.")
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "The prompts are messages, but the tokenizer has no chat template. Give text prompts, or choose a model "
+            "with a template."
+        )
+    try:
+        encoded = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=True, **chat_template_kwargs
+        )
+    except TemplateError as error:
+        raise ValueError(f"The chat template refuses prompt {i}, {prompt!r:.80}: {error}") from error
+    return list(cast(dict[str, list[int]], encoded)["input_ids"])

@@ -14,10 +14,14 @@ import torch
 import yaml
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig
+from trl import ModelConfig
 
 from tests.support.paths import ROOT
-from treepo_trl.cli import TreePOScriptArguments, load_reward_funcs, main
+from treepo_trl import TreePOConfig
+from treepo_trl.commands.arguments import TreePOScriptArguments
+from treepo_trl.commands.train import check_memory, load_reward_funcs, main
+from treepo_trl.memory import GIB
 
 
 REWARDS = """
@@ -74,7 +78,7 @@ def arguments(model: str, **changes: Any) -> list[str]:
         **FLAGS,
         **changes,
     }
-    result = ["train"]
+    result: list[str] = []
     for name, value in flags.items():
         if value is not None:
             result += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -121,14 +125,14 @@ def test_config_file_and_evaluation(folder: Path, tiny_model_dir: str) -> None:
         "save_steps": 2,
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    main(["train", "--config", "config.yaml"])
+    main(["--config", "config.yaml"])
     state = json.loads((folder / "out/checkpoint-2/trainer_state.json").read_text())
     assert sum("eval_reward" in log for log in state["log_history"]) == 2
     assert sum("tree/leaf_tokens" in log for log in state["log_history"]) == 2
     args = torch.load(folder / "out/training_args.bin", weights_only=False)
     assert args.initial_branching_factor == [1, 3]
     # and on from there, with the flag over the file
-    main(["train", "--config", "config.yaml", "--max_steps", "3", "--resume_from_checkpoint", "out/checkpoint-2"])
+    main(["--config", "config.yaml", "--max_steps", "3", "--resume_from_checkpoint", "out/checkpoint-2"])
     assert sys.modules["my_rewards"].calls.count(4) >= 3
 
 
@@ -191,6 +195,7 @@ def test_rewards_by_name() -> None:
             r"`--reward_funcs my_rewards.none` could not be loaded: .*no attribute 'none'",
         ),
         ({"reward_funcs": None}, r"No reward: give `--reward_funcs`"),
+        ({"model_name_or_path": None}, r"No model: give `--model_name_or_path`"),
         ({"dataset_name": None}, r"No dataset: give `--dataset_name`"),
         (
             {"dataset_train_split": "training", "dataset_name": "saved"},
@@ -228,22 +233,15 @@ def test_unknown_key_in_the_config(folder: Path, tiny_model_dir: str, capsys: py
     assert "segment_lenght" in capsys.readouterr().err + str(error.value)
 
 
-def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as error:
-        main(["trian"])
-    assert error.value.code == 2
-    assert "trian" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
-def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    main(argv)
-    assert "treepo-trl {train,plan,sample}" in capsys.readouterr().out
+def test_a_broken_config_is_one_line(folder: Path, tiny_model_dir: str) -> None:
+    (folder / "config.yaml").write_text("segment_length: [4\n")
+    with pytest.raises(SystemExit, match=r"(?s)treepo-trl: error: .*config\.yaml"):
+        main([*arguments(tiny_model_dir), "--config", "config.yaml"])
 
 
 def test_help_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
-        main(["train", "--help"])
+        main(["--help"])
     assert error.value.code == 0
     text = capsys.readouterr().out
     for flag in (
@@ -255,6 +253,59 @@ def test_help_of_train(capsys: pytest.CaptureFixture[str]) -> None:
         "--reward_funcs",
     ):
         assert flag in text
+
+
+# The memory is planned before a training
+
+
+@pytest.fixture
+def one_small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with one GPU of 0.2 GiB."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    properties = SimpleNamespace(total_memory=int(0.2 * GIB))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: properties)
+
+
+def planned(tmp_path: Path, model: str, **changes: Any) -> tuple[Any, ModelConfig]:
+    """Arguments of a training as on a GPU, which `TreePOConfig` itself refuses on a machine without one."""
+    settings = {"use_cpu": True, "bf16": False, "report_to": [], "gradient_checkpointing": True}
+    args = TreePOConfig(output_dir=str(tmp_path), max_completion_length=100, vllm_max_model_length=120, **settings)
+    settings = {"use_cpu": False, "world_size": 1, "deepspeed": None, "fsdp": None, **changes}
+    training = SimpleNamespace(**{**vars(args), **settings, "trust_remote_code": False})
+    return training, ModelConfig(model, dtype="bfloat16", use_peft=True, lora_target_modules=["all-linear"])
+
+
+@pytest.mark.usefixtures("one_small_gpu")
+def test_a_training_that_cannot_fit_is_refused(tmp_path: Path, small_model_dir: str) -> None:
+    with pytest.raises(ValueError, match=r"weights and gradients take 0\.3 GiB, the card has 0\.2"):
+        check_memory(*planned(tmp_path, small_model_dir))
+
+
+@pytest.mark.usefixtures("one_small_gpu")
+@pytest.mark.parametrize(
+    "changes", [{"use_cpu": True}, {"world_size": 2}, {"deepspeed": "zero3.json"}, {"fsdp": "full_shard"}]
+)
+def test_other_machines_are_not_planned(
+    tmp_path: Path, small_model_dir: str, changes: dict[str, Any], capsys: pytest.CaptureFixture
+) -> None:
+    check_memory(*planned(tmp_path, small_model_dir, **changes))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("one_small_gpu")
+def test_a_model_that_cannot_be_planned_is_trained_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    check_memory(*planned(tmp_path, str(tmp_path)))
+    assert "Memory is not planned for this training" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("one_small_gpu")
+def test_an_estimate_does_not_stop_a_training(
+    tmp_path: Path, tiny_model_dir: str, capsys: pytest.CaptureFixture
+) -> None:
+    check_memory(*planned(tmp_path, tiny_model_dir))
+    assert "May not fit: The update takes" in capsys.readouterr().out
 
 
 # The example script
@@ -286,26 +337,3 @@ def test_example_script(folder: Path, tiny_model_dir: str) -> None:
     assert (folder / "out/adapter_model.safetensors").exists()
     # the logged metrics reach a user's terminal
     assert "tree/leaf_tokens" in result.stdout
-
-
-def test_installed_command(tmp_path: Path) -> None:
-    command = Path(sys.executable).parent / "treepo-trl"
-    if not command.exists():
-        pytest.skip("treepo-trl is not installed in this environment")
-    result = subprocess.run([command], capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
-    assert result.returncode == 0
-    assert "usage: treepo-trl {train,plan,sample}" in result.stdout
-
-
-def test_a_broken_config_is_one_line(folder: Path, tiny_model_dir: str) -> None:
-    (folder / "config.yaml").write_text("segment_length: [4\n")
-    with pytest.raises(SystemExit, match=r"(?s)treepo-trl: error: .*config\.yaml"):
-        main([*arguments(tiny_model_dir), "--config", "config.yaml"])
-
-
-@pytest.mark.parametrize("command", ["train", "sample"])
-def test_config_without_a_file(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as error:
-        main([command, "--num_generations", "4", "--config"])
-    assert error.value.code == 2
-    assert "--config: expected one argument" in capsys.readouterr().err

@@ -1,0 +1,59 @@
+"""`treepo-trl plan`: what a training would take of one GPU's memory. Loads no weights."""
+
+import torch
+from transformers import AutoConfig
+from trl import ModelConfig
+
+from treepo_trl.memory import GIB, MemoryPlan, plan_memory
+from treepo_trl.treepo_config import TreePOConfig
+
+from .arguments import PlanArguments, make_parser, require_model
+from .errors import user_errors
+
+
+def main(argv: list[str]) -> None:
+    """
+    Run the command with the arguments after `treepo-trl plan`.
+
+    Exits with 1 and the reasons if the training does not fit. Needs no GPU if `--card_gib` says how large it is.
+    """
+    if not torch.cuda.is_available():  # what the training would check on a machine that has one
+        argv = [*argv, "--use_cpu", "true", "--bf16", "false"]
+    with user_errors():
+        parser = make_parser("treepo-trl plan", PlanArguments)
+        _, training_args, model_args, _, plan_args = parser.parse_args_and_config(argv)
+        card = this_card() if plan_args.card_gib is None else plan_args.card_gib * GIB
+        result = plan_training(training_args, model_args, card)
+    print(result.table())
+    problems = result.problems()
+    print("\n".join(problems) if problems else "It fits.")
+    if problems:
+        raise SystemExit(1)
+
+
+def this_card() -> float:
+    """
+    Bytes of this machine's first GPU.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("This machine has no GPU. Say how large the card is: `--card_gib 24`.")
+    return float(torch.cuda.get_device_properties(0).total_memory)
+
+
+def plan_training(training_args: TreePOConfig, model_args: ModelConfig, card: float) -> MemoryPlan:
+    """
+    What a training takes of a card of `card` bytes. Reads the config of the model.
+
+    Raises:
+        ValueError: if no model is given, and as [`~treepo_trl.memory.plan_memory`] does. `OSError` if there is no such
+            model.
+    """
+    config = AutoConfig.from_pretrained(
+        require_model(model_args.model_name_or_path),
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+    return plan_memory(config, training_args, model_args, card)

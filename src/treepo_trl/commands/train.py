@@ -1,0 +1,164 @@
+"""`treepo-trl train`: a training as `trl grpo` runs it, with [`TreePOTrainer`]."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+import torch
+from datasets import DatasetDict, IterableDatasetDict
+from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
+
+from treepo_trl.treepo_config import TreePOConfig
+
+from .arguments import TRL_REWARDS, TreePOScriptArguments, make_parser, require_model
+from .errors import user_errors
+from .plan import plan_training, this_card
+from .prompts import load_named_dataset, take_split
+
+
+if TYPE_CHECKING:
+    from trl.trainer.grpo_trainer import RewardFunc
+
+
+def main(argv: list[str]) -> None:
+    """Run the command with the arguments after `treepo-trl train`."""
+    with user_errors():
+        arguments = make_parser("treepo-trl train").parse_args_and_config(argv)
+    train(*arguments)
+
+
+def train(
+    script_args: TreePOScriptArguments,
+    training_args: TreePOConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> None:
+    """Train, and save the model to `training_args.output_dir`."""
+    from treepo_trl.treepo_trainer import TreePOTrainer
+
+    with user_errors():
+        model = require_model(model_args.model_name_or_path)
+        check_memory(training_args, model_args)
+        reward_funcs = load_reward_funcs(script_args, training_args)
+        dataset = load_train_and_test(script_args, dataset_args)
+        train_dataset = take_split(dataset, script_args.dataset_train_split, "--dataset_train_split")
+        eval_dataset = None
+        if training_args.eval_strategy != "no":
+            eval_dataset = take_split(dataset, script_args.dataset_test_split, "--dataset_test_split")
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **cast(dict[str, object], training_args.model_init_kwargs or {}),
+    }
+    trainer = TreePOTrainer(
+        model=model,
+        reward_funcs=reward_funcs,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+def check_memory(training_args: TreePOConfig, model_args: ModelConfig) -> None:
+    """
+    Print the plan of a training on this machine's one GPU before anything is loaded.
+
+    A model that cannot be counted is trained all the same, after a line that says why it was not counted.
+
+    Raises:
+        ValueError: if weights and gradients alone are more than the card has, with the settings to change.
+    """
+    is_one_gpu = torch.cuda.is_available() and torch.cuda.device_count() == 1 and training_args.world_size == 1
+    if not is_one_gpu or training_args.use_cpu or training_args.deepspeed or training_args.fsdp:
+        return
+    try:
+        result = plan_training(training_args, model_args, this_card())
+    except Exception as error:
+        print(f"Memory is not planned for this training: {type(error).__name__}: {error}")
+        return
+    print(result.table())
+    reason = result.impossible()
+    if reason is not None:
+        raise ValueError(reason)
+    for problem in result.problems():
+        print(f"May not fit: {problem}")
+
+
+def load_reward_funcs(script_args: TreePOScriptArguments, training_args: TreePOConfig) -> "list[RewardFunc]":
+    """
+    Reward functions by TRL's names or by import path, after the reward model if there is one.
+
+    Raises:
+        ValueError: for a name that is neither, or when no reward is given at all.
+    """
+    rewards: list[RewardFunc] = []
+    if script_args.reward_model_name_or_path:
+        rewards.append(script_args.reward_model_name_or_path)
+    for name in script_args.reward_funcs or []:
+        rewards.append(_trl_reward(name, training_args) if name in TRL_REWARDS else _imported_reward(name))
+    if not rewards:
+        raise ValueError(
+            "No reward: give `--reward_funcs` (TRL's names or import paths) or `--reward_model_name_or_path`."
+        )
+    return rewards
+
+
+def _trl_reward(name: str, training_args: TreePOConfig) -> Callable[..., list[float | None]]:
+    from trl import rewards  # pyright: ignore
+
+    if name == "get_soft_overlong_punishment":
+        assert training_args.segment_length is not None, "set in __post_init__"
+        return rewards.get_soft_overlong_punishment(
+            max_completion_len=training_args.max_completion_length, soft_punish_cache=training_args.segment_length
+        )
+    return getattr(rewards, name)
+
+
+def _imported_reward(name: str) -> Callable[..., list[float | None]]:
+    module_name, _, attribute = name.rpartition(".")
+    if not module_name:
+        raise ValueError(
+            f"`--reward_funcs {name}` is no reward of TRL. Choose from {', '.join(TRL_REWARDS)}, or give an import "
+            "path such as `my_package.rewards.my_reward`."
+        )
+    if os.getcwd() not in sys.path:  # as in TRL's script: a module beside the run is found
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"`--reward_funcs {name}` could not be loaded: {error}. Check the path, and that {os.getcwd()} or the "
+            "installed packages hold it."
+        ) from error
+
+
+def load_train_and_test(
+    script_args: TreePOScriptArguments, dataset_args: DatasetMixtureConfig
+) -> DatasetDict | IterableDatasetDict:
+    """
+    The dataset splits from a mixture, a local file or folder, or the hub.
+
+    Raises:
+        ValueError: if no dataset is given, or the file's kind is unknown.
+    """
+    if dataset_args.datasets:
+        return get_dataset(dataset_args)
+    if not script_args.dataset_name:
+        raise ValueError("No dataset: give `--dataset_name` (hub id, file or folder) or `datasets` in the config.")
+    return load_named_dataset(
+        script_args.dataset_name,
+        script_args.dataset_config,
+        script_args.dataset_train_split,
+        script_args.dataset_streaming,
+    )

@@ -1,0 +1,65 @@
+"""Which command runs, and what is said where none does."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from treepo_trl import __version__
+from treepo_trl.cli import COMMANDS, main
+
+
+@pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
+def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(argv)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "usage: treepo-trl {train,plan,sample} [--config FILE] [options]"
+    described = [entry.split(None, 1) for entry in lines[3 : 3 + len(COMMANDS)]]
+    assert described == [[name, line] for name, (line, _) in COMMANDS.items()]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"treepo-trl {__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_gets_the_arguments_after_its_name(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(importlib.import_module(f"treepo_trl.commands.{COMMANDS[command][1]}"), "main", calls.append)
+    main([command, "--num_generations", "4"])
+    assert calls == [["--num_generations", "4"]]
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["trian"])
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert "usage: treepo-trl {train,plan,sample}" in message
+    assert "trian" in message
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_config_without_a_file(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main([command, "--num_generations", "4", "--config"])
+    assert error.value.code == 2
+    assert "--config: expected one argument" in capsys.readouterr().err
+
+
+def test_help_loads_no_library() -> None:
+    code = "import sys; from treepo_trl.cli import main; main(['--help']); print({'torch', 'trl'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_installed_command(tmp_path: Path) -> None:
+    command = Path(sys.executable).parent / "treepo-trl"
+    if not command.exists():
+        pytest.skip("treepo-trl is not installed in this environment")
+    result = subprocess.run([command], capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
+    assert result.returncode == 0
+    assert "usage: treepo-trl {train,plan,sample}" in result.stdout
