@@ -1,16 +1,18 @@
 """
-How easy the code is to take over: sizes, imports, types, tests and prose of this checkout, and of older ones beside it.
+How easy the code is to take over: sizes, imports, types, tests and prose of this checkout, beside those of older ones.
 
     python -m benchmarks.house                     # this checkout
     python -m benchmarks.house --tree ../before    # before and after: a column for each tree, this checkout last
 
-Everything is read from files, nothing is imported. Prints a Markdown table. Lines are all lines of a file. A function's
-lines go from its `def` to its end. "Import cycles" counts modules that import each other in a circle. Imports inside
-functions count, those under `TYPE_CHECKING` do not. "Imports upward" are judged by the `FLOORS` of the tree's own
-`tests/test_layering.py`. Sentences of prose leave out fenced code,
-tables, headings and the addresses of links. A setting is described by an
-entry in a class docstring, by its field's `help`, and by a row of a table in the docs; pages that `make docs` writes
-do not count, since nobody keeps them up by hand.
+Everything is read from files, nothing is imported. Prints a Markdown table.
+
+- Lines are all lines of a file. A function's lines go from its `def` to its end.
+- A module is in an import cycle if its imports lead back to it. Imports inside functions count, those under
+  `TYPE_CHECKING` do not.
+- An import goes upward by the `FLOORS` of the tree's own `tests/test_layering.py`.
+- Sentences of prose have more than two words. Fenced code, tables, headings and addresses of links are left out.
+- A setting is described by an entry in a class docstring, by its field's `help`, and by a row of a table in the docs.
+  Pages that `make docs` writes do not count, since nobody keeps them up by hand.
 """
 
 import ast

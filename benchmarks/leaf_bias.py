@@ -1,27 +1,37 @@
 """
 How far the leaves of trees are from independent completions, with and without `leaf_weights`.
 
-    python benchmarks/leaf_bias.py
+    python -m benchmarks.leaf_bias
 
-A Markov chain with known expectations (`tests/fakes.py`) instead of a model. Prints a Markdown table: for each
-fallback and schedule the mean over leaves of the length in tokens and of a reward that depends on how a completion
-ends, plain and weighted, beside the exact values, with standard errors over trees.
+A Markov chain with known expectations (`MarkovEngine` in `tests/support/fakes.py`) takes the place of a model. The
+Markdown table has a row for each schedule and fallback. It shows two means over leaves, plain and weighted, with
+standard errors over trees: of the length in tokens, and of a reward that depends on how a completion ends. The exact
+values stand above it.
 """
 
-import argparse
 import statistics
+from typing import get_args
 
+from benchmarks.common import make_parser, table_head, table_row
 from tests.support.fakes import EOS, MarkovEngine
 from treepo_trl import TreeSampler, TreeSamplingConfig
+from treepo_trl.sampling.branching import BranchSchedule, FallbackPolicy
 
 
 STATISTICS = ("length", "from_three")
 
 
-def estimate(num_trees: int, width: int, cap: int, **changes: str) -> dict[str, tuple[float, float]]:
-    """Mean and standard error over trees of each statistic, plain and weighted, and of the fallback leaves."""
+def estimate(
+    num_trees: int, width: int, cap: int, schedule: BranchSchedule, fallback: FallbackPolicy
+) -> dict[str, tuple[float, float]]:
+    """Mean and standard error over trees of each statistic, plain and weighted; and the share of fallback leaves."""
     config = TreeSamplingConfig(
-        num_generations=width, segment_length=4, max_completion_length=cap, stop_repetition=False, **changes
+        num_generations=width,
+        segment_length=4,
+        max_completion_length=cap,
+        stop_repetition=False,
+        branch_schedule=schedule,
+        fallback_policy=fallback,
     )
     sampler = TreeSampler(MarkovEngine(1), config, [EOS])
     values: dict[str, list[float]] = {f"{kind} {name}": [] for name in STATISTICS for kind in ("plain", "weighted")}
@@ -38,24 +48,24 @@ def estimate(num_trees: int, width: int, cap: int, **changes: str) -> dict[str, 
 
 def main() -> None:
     """Estimate and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--trees", type=int, default=10_000)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--cap", type=int, default=40)
     args = parser.parse_args()
     exact = MarkovEngine.exact(args.cap)
     print(f"Exact: length {exact['length']:.3f}, reward {exact['from_three']:.4f}; {args.width} leaves\n")
-    print("| schedule | fallback | fallback leaves | length, plain | weighted | reward, plain | weighted |")
-    print("|---|---|---|---|---|---|---|")
-    for schedule in ("early", "spread"):
+    names = "schedule", "fallback", "fallback leaves", "length, plain", "weighted", "reward, plain", "weighted"
+    print(table_head(*names))
+    for schedule in get_args(BranchSchedule):
         for fallback in ("none", "random", "low_prob", "root"):
-            result = estimate(args.trees, args.width, args.cap, branch_schedule=schedule, fallback_policy=fallback)
+            result = estimate(args.trees, args.width, args.cap, schedule, fallback)
             cells = [
                 f"{result[f'{kind} {name}'][0]:.{digits}f} ± {result[f'{kind} {name}'][1]:.{digits}f}"
                 for name, digits in (("length", 2), ("from_three", 4))
                 for kind in ("plain", "weighted")
             ]
-            print(f"| {schedule} | {fallback} | {result['fallback'][0]:.0%} | {' | '.join(cells)} |")
+            print(table_row(schedule, fallback, f"{result['fallback'][0]:.0%}", *cells))
 
 
 if __name__ == "__main__":

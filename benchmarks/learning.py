@@ -1,26 +1,29 @@
 """
 What the estimators learn from equally many decoded tokens: reward of held-out tasks against tokens, several seeds.
 
-    python benchmarks/learning.py                       # table and plot of docs/performance.md
-    python benchmarks/learning.py --model MODEL --dtype bfloat16 --use_vllm  # a real model on one GPU
+    python -m benchmarks.learning                       # a small model; table and plot
+    python -m benchmarks.learning --model MODEL --dtype bfloat16 --use_vllm  # a real model on one GPU
+    python -m benchmarks.learning --tasks gcd --seeds 1 --tokens 2000 --warm_steps 5  # a quick look
 
-Two families of tasks from reasoning-gym, one reward: 1 if the last number is the answer. Without `--model` the policy
-is a Llama of 2.7 million parameters with a token per character, warmed up on demonstrations of the family (TRL's
-`SFTTrainer`, minutes on two cores). One step in five of a demonstration is wrong, and the rest follows from it: the
-model learns the task together with the habit to slip, and has something to unlearn. A run stops when it has decoded
-its tokens; what the engine decoded counts, so a token that several leaves share counts once. Held-out reward is that
-of independent completions at temperature 1 for every trainer. Each run is a process of its own; finished runs are not
-repeated.
+There are two families of tasks from reasoning-gym. The reward is 1 if the last number is the answer, else 0.
+
+Without `--model` the policy is a Llama of 2.7 million parameters with a token per character. TRL's `SFTTrainer` first
+trains it on demonstrations of the family, which takes minutes on two cores. One step in five of a demonstration is
+wrong, and the rest follows from it. So the model learns to solve the task and to slip, and training has something to
+improve.
+
+A run stops when it has decoded its tokens. A token that several leaves share counts once, as the engine decodes it
+once. Held-out reward is that of independent completions at temperature 1 for every trainer. Each run is a process of
+its own. Finished runs are not repeated.
 """
 
 import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,11 +33,28 @@ import reasoning_gym
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+from benchmarks.common import (
+    OUTPUTS,
+    ProcessFailed,
+    device_name,
+    make_parser,
+    run_to_log,
+    table_head,
+    table_row,
+)
 from treepo_trl import TreePOConfig, TreePOTrainer
-from treepo_trl.quickstart.embedded import answer_reward
+from treepo_trl.quickstart import answer_reward
 
 
 ARMS = {
@@ -46,7 +66,6 @@ ARMS = {
     "tree, leave_one_out": {"advantage_estimator": "leave_one_out", "leaf_weighting": "inverse_branching"},
 }
 WARM_START = "warm start"
-WARM_STEPS = 500
 SLIPS = 0.2  # of a demonstration's steps, which goes on with the wrong result
 Slip = Callable[[], int]
 
@@ -101,9 +120,8 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def warm_start(task: str, folder: Path) -> None:
+def warm_start(task: str, folder: Path, steps: int) -> None:
     """Train the small Llama on demonstrations: it learns the task and to slip as often as they do."""
-    steps = WARM_STEPS
     tokenizer = character_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -113,8 +131,8 @@ def warm_start(task: str, folder: Path) -> None:
         num_hidden_layers=6,
         num_attention_heads=6,
         max_position_embeddings=256,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.get_vocab()["<eos>"],
+        pad_token_id=tokenizer.get_vocab()["<pad>"],
         bos_token_id=None,
     )
     rows = task_rows(task, 64 * steps, seed=1)
@@ -150,7 +168,14 @@ class TokenBudget(TrainerCallback):
         self.tokens = 0.0
         self.curve: list[dict] = []
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: object,
+    ) -> None:
         """Take tokens from a training step's log and the reward from an evaluation's."""
         logs = logs or {}
         if "eval_reward" in logs:
@@ -162,24 +187,13 @@ class TokenBudget(TrainerCallback):
             control.should_training_stop = self.tokens >= self.budget
 
 
-def train(arm: str, task: str, seed: int, options: argparse.Namespace, folder: Path) -> None:
-    """One run; writes `result.json`."""
-    rows = task_rows(task, options.held_out, seed=2), task_rows(task, 4096, seed=100 + seed)
-    if options.model is None:
-        model_path = str(run_folder(WARM_START, task, 0, options))
-        held_out, train_set = ([{"prompt": r["short"] + "\n", "answer": r["answer"]} for r in part] for part in rows)
-    else:
-        model_path = options.model
-        held_out, train_set = (
-            [{"prompt": [{"role": "user", "content": r["question"]}], "answer": r["answer"]} for r in part]
-            for part in rows
-        )
-    completions = options.prompts * options.width
-    settings = {
+def settings(seed: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What every trainer gets."""
+    return {
         "output_dir": str(folder),
         "seed": seed,
         "max_steps": 100_000,  # the callback stops
-        "per_device_train_batch_size": completions,
+        "per_device_train_batch_size": options.prompts * options.width,
         "per_device_eval_batch_size": options.held_out * 4,
         "num_generations_eval": 4,
         "num_generations": options.width,
@@ -201,18 +215,33 @@ def train(arm: str, task: str, seed: int, options: argparse.Namespace, folder: P
         "use_vllm": options.use_vllm,
         "model_init_kwargs": {"dtype": options.dtype},
     }
+
+
+def prompts_of(rows: list[dict], is_small: bool) -> Dataset:
+    """Prompts and answers: the short form for the small model, a conversation for a real one."""
+    prompts = [r["short"] + "\n" if is_small else [{"role": "user", "content": r["question"]}] for r in rows]
+    return Dataset.from_list(
+        [{"prompt": prompt, "answer": row["answer"]} for prompt, row in zip(prompts, rows, strict=True)]
+    )
+
+
+def train(arm: str, task: str, seed: int, options: argparse.Namespace, folder: Path) -> None:
+    """One run; writes `result.json`."""
     tree = ARMS[arm]
+    values = settings(seed, options, folder)
+    trainer_class: Any = GRPOTrainer if tree is None else TreePOTrainer
     if tree is None:
-        trainer_class, args = GRPOTrainer, GRPOConfig(**settings)
+        args = GRPOConfig(**values)
     else:
-        trainer_class, args = TreePOTrainer, TreePOConfig(segment_length=options.segment_length, **tree, **settings)
-    budget = TokenBudget(options.tokens, completions, options.points)
+        args = TreePOConfig(segment_length=options.segment_length, **tree, **values)
+    budget = TokenBudget(options.tokens, options.prompts * options.width, options.points)
+    is_small = options.model is None
     trainer = trainer_class(
-        model=model_path,
+        model=str(run_folder(WARM_START, task, 0, options)) if is_small else options.model,
         reward_funcs=answer_reward,
         args=args,
-        train_dataset=Dataset.from_list(train_set),
-        eval_dataset=Dataset.from_list(held_out),
+        train_dataset=prompts_of(task_rows(task, 4096, seed=100 + seed), is_small),
+        eval_dataset=prompts_of(task_rows(task, options.held_out, seed=2), is_small),
         callbacks=[budget],
     )
     started = time.perf_counter()
@@ -222,7 +251,7 @@ def train(arm: str, task: str, seed: int, options: argparse.Namespace, folder: P
         "arm": arm,
         "task": task,
         "seed": seed,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": device_name(),
         "curve": budget.curve,
         "steps": trainer.state.global_step,
         "seconds": seconds,
@@ -235,13 +264,12 @@ def start(name: str, task: str, seed: int, options: argparse.Namespace, result: 
     """Folder of one run, which runs in a process of its own if its result is not there yet."""
     folder = run_folder(name, task, seed, options)
     if not (folder / result).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, *sys.argv, "--run", name, task, str(seed)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
-        with open(folder / "log.txt", "w") as log:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
-        if code != 0:
-            raise SystemExit(f"{task} {name} seed {seed} failed: see {folder / 'log.txt'}")
+        command = ["-m", "benchmarks.learning", *sys.argv[1:], "--run", name, task, str(seed)]
+        threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+        try:
+            run_to_log(command, folder / "log.txt", OMP_NUM_THREADS=threads)
+        except ProcessFailed as error:
+            raise SystemExit(f"{task} {name} seed {seed} failed: {error}") from None
         print(f"{task} {name} seed {seed} done", file=sys.stderr, flush=True)
     return folder
 
@@ -256,17 +284,16 @@ def print_table(task: str, runs: dict[str, list[dict]], budget: int) -> None:
     points = [budget * quarter / 4 for quarter in range(5)]
     first = next(iter(runs.values()))[0]
     print(f"\n`{task}`, {first['device']}, {len(next(iter(runs.values())))} seeds\n")
-    print("| arm | " + " | ".join(f"{point / 1000:.0f}k" for point in points) + " | mean of the curve | steps |")
-    print("|---|" + "---|" * (len(points) + 2))
+    print(table_head("arm", *(f"{point / 1000:.0f}k" for point in points), "mean of the curve", "steps"))
     for arm, results in runs.items():
         curves = np.array([interpolate(result, points) for result in results])
         means = np.array([interpolate(result, np.linspace(0, budget, 101)).mean() for result in results])
         freedom = min(1, len(results) - 1)
         cells = [f"{column.mean():.3f} ± {column.std(ddof=freedom):.3f}" for column in [*curves.T, means]]
-        print(f"| {arm} | " + " | ".join(cells) + f" | {np.mean([result['steps'] for result in results]):.0f} |")
+        print(table_row(arm, *cells, f"{np.mean([result['steps'] for result in results]):.0f}"))
 
 
-def interpolate(result: dict, tokens: Any) -> np.ndarray:
+def interpolate(result: dict, tokens: Sequence[float] | np.ndarray) -> np.ndarray:
     """Held-out reward of a run at these numbers of decoded tokens, on lines between its evaluations."""
     curve = result["curve"]
     return np.interp(tokens, [point["tokens"] for point in curve], [point["reward"] for point in curve])
@@ -293,9 +320,9 @@ def draw(results: dict[str, dict[str, list[dict]]], budget: int, file: Path) -> 
     print(f"\n{file}", file=sys.stderr)
 
 
-def main() -> None:
-    """Run what is missing, print the table and draw the plot."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+def parse_options() -> argparse.Namespace:
+    """Options of the command line."""
+    parser = make_parser(__doc__)
     parser.add_argument("--model", help="a chat model; without it the small one with a warm start")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--use_vllm", action="store_true")
@@ -310,29 +337,40 @@ def main() -> None:
     parser.add_argument("--max_completion_length", type=int, default=64)
     parser.add_argument("--segment_length", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--warm_steps", type=int, default=500, help="of the small model on demonstrations")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/learning"))
-    parser.add_argument("--plot", type=Path, default=Path("outputs/benchmarks/learning/learning.png"))
+    parser.add_argument("--out", type=Path, default=OUTPUTS / "learning")
+    parser.add_argument("--plot", type=Path, default=OUTPUTS / "learning/learning.png")
     parser.add_argument("--run", nargs=3, metavar=("ARM", "TASK", "SEED"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.run:
-        name, task, seed = options.run
-        folder = run_folder(name, task, int(seed), options)
-        if name == WARM_START:
-            warm_start(task, folder)
-        else:
-            train(name, task, int(seed), options, folder)
-        return
+    return parser.parse_args()
+
+
+def run_all(options: argparse.Namespace) -> dict[str, dict[str, list[dict]]]:
+    """Results of all seeds by task and arm; runs what is missing."""
     runs = [(arm, task, seed) for seed in range(options.seeds) for task in options.tasks for arm in options.arms]
     with ThreadPoolExecutor(options.jobs) as pool:
         if options.model is None:
             list(pool.map(lambda task: start(WARM_START, task, 0, options, "config.json"), options.tasks))
-        folders = list(pool.map(lambda run: start(*run, options), runs))
+        folders = list(pool.map(lambda run: start(run[0], run[1], run[2], options), runs))
     by_run = {run: json.loads((folder / "result.json").read_text()) for run, folder in zip(runs, folders, strict=True)}
-    by_task = {
+    return {
         task: {arm: [by_run[arm, task, seed] for seed in range(options.seeds)] for arm in options.arms}
         for task in options.tasks
     }
+
+
+def main() -> None:
+    """Run what is missing, print the table and draw the plot; with `--run`, one run in this process."""
+    options = parse_options()
+    if options.run:
+        name, task, seed = options.run
+        folder = run_folder(name, task, int(seed), options)
+        if name == WARM_START:
+            warm_start(task, folder, options.warm_steps)
+        else:
+            train(name, task, int(seed), options, folder)
+        return
+    by_task = run_all(options)
     for task, arms in by_task.items():
         print_table(task, arms, options.tokens)
     draw(by_task, options.tokens, options.plot)

@@ -1,25 +1,25 @@
 """
 Peak memory of full steps of a recipe (rollout, scoring, update): stock TRL, and this package's ways to hold the base.
 
-    python benchmarks/memory.py --card_gib 12                                       # the 1.5B recipe, on a GPU
-    python benchmarks/memory.py --recipe qwen2.5-7b-qlora-24gb --architecture qwen2.5-7b --card_gib 24
-    python benchmarks/memory.py --architecture smollm2-135m --length 64 --trees 1   # the plumbing, on a CPU
+    python -m benchmarks.memory --card_gib 12                                       # the 1.5B recipe, on a GPU
+    python -m benchmarks.memory --recipe qwen2.5-7b-qlora-24gb --architecture qwen2.5-7b --card_gib 24
+    python -m benchmarks.memory --architecture smollm2-135m --length 64 --trees 1   # that the script works, on a CPU
 
-Random weights of the architecture, everything else from the recipe but the batch: `--trees` trees of `--leaves` leaves
-and at most `--length` tokens, one tree per micro-batch; stock TRL forwards one row at a time. On CUDA the process may
-take `--card_gib` and no more (torch's limit, and the engine's share is of that card), whatever the card has. A way
-whose engine sleeps has no such limit, since torch goes on counting what a sleeping engine has given back: whether it
-fits is judged by its peaks alone. Each way is a process of its own. Peaks are of the whole device, context included,
-looked at every few milliseconds in each part of a step; on a CPU of the process's resident memory, in which vLLM's
-cache counts as far as it was touched. "planned" is what `treepo-trl plan` says. Prints a Markdown table; a way that
-fails has its error there.
+The model has random weights of the architecture. Its settings are the recipe's, but for the batch: `--trees` trees of
+`--leaves` leaves and at most `--length` tokens, one tree per micro-batch. Stock TRL forwards one row at a time. Each
+way runs in a process of its own.
+
+On CUDA the process may take `--card_gib`, however much the card has: torch gets that limit, and the engine its share
+of it. A way whose engine sleeps has no such limit, since torch goes on counting what a sleeping engine has given back.
+Its peaks alone tell whether it fits.
+
+Memory is looked at every few milliseconds in each part of a step. On CUDA it is that of the whole device, context
+included. On a CPU it is the resident memory of the process, in which vLLM's cache counts as far as it was touched.
+"planned" is what `treepo-trl plan` says. Prints a Markdown table; a way that fails has its error there.
 """
 
 import argparse
-import json
 import multiprocessing
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -27,17 +27,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from datasets import Dataset
-from random_models import MODELS, random_checkpoint
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+
+from benchmarks.common import (
+    OUTPUTS,
+    ROOT,
+    ProcessFailed,
+    device_name,
+    make_parser,
+    option_arguments,
+    print_result,
+    result_of,
+    table_head,
+    table_row,
+)
+from benchmarks.random_models import MODELS, random_checkpoint
+from treepo_trl import TreePOConfig, TreePOTrainer
+from treepo_trl.commands import arguments as command_arguments
+from treepo_trl.memory import plan_memory
 
 
-ROOT = Path(__file__).parent.parent
 GIB = 2**30
-SLEEPS = {"vllm_enable_sleep_mode": True}
-WAYS: dict[str, dict[str, Any]] = {
+SLEEPS: dict[str, object] = {"vllm_enable_sleep_mode": True}
+WAYS: dict[str, dict[str, object]] = {
     "stock TRL": {},
     "stock TRL, engine sleeps": SLEEPS,
     "treepo": {},
@@ -47,6 +63,25 @@ WAYS: dict[str, dict[str, Any]] = {
     "treepo, shared base, engine sleeps": {**SLEEPS, "vllm_share_base_weights": True},
 }
 PARTS = ("loading", "rollout", "scoring", "update")
+PASSED_ON = ("recipe", "architecture", "card_gib", "leaves", "length", "trees", "steps")
+"""Options that the process of a way gets."""
+
+
+class Measured(TypedDict):
+    """What one way took."""
+
+    peaks: dict[str, float]
+    """GiB of each part of a step."""
+    planned: float | None
+    """GiB that the planner says; not for stock TRL."""
+    seconds: float
+    """Of the last step."""
+    device: str
+
+
+def has_sleeping_engine(way: str) -> bool:
+    """Whether the engine gives its memory back during the update."""
+    return SLEEPS.items() <= WAYS[way].items()
 
 
 class PeakMemory:
@@ -54,7 +89,7 @@ class PeakMemory:
 
     def __init__(self, interval: float = 0.003) -> None:
         self.part = "loading"
-        self.peaks = dict.fromkeys(PARTS, 0)
+        self.peaks: dict[str, int] = dict.fromkeys(PARTS, 0)
         self._interval = interval
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -76,12 +111,12 @@ class PeakMemory:
         finally:
             self.part = before
 
-    def wrap(self, owner: Any, name: str, part: str) -> None:
+    def wrap(self, owner: object, name: str, part: str) -> None:
         """Let each call of a method count for `part`."""
-        method: Callable[..., Any] = getattr(owner, name)
+        method: Callable[..., object] = getattr(owner, name)
 
         @wraps(method)
-        def measured(*args: Any, **kwargs: Any) -> Any:
+        def measured(*args: object, **kwargs: object) -> object:
             with self.during(part):
                 return method(*args, **kwargs)
 
@@ -102,14 +137,12 @@ def used_bytes() -> int:
         return 4096 * int(file.read().split()[1])
 
 
-def parse_recipe(way: str, options: argparse.Namespace, model: str) -> tuple[Any, Any]:
+def parse_recipe(way: str, options: argparse.Namespace, model: str) -> tuple[TreePOConfig, ModelConfig]:
     """The recipe's arguments of training and model, with the batch and the way of this benchmark."""
-    from treepo_trl.cli import make_parser
-
     rows = 1 if way.startswith("stock") else options.leaves
     changes = {
         "model_name_or_path": model,
-        "output_dir": "outputs/benchmarks/memory",
+        "output_dir": OUTPUTS / "memory",
         "num_generations": options.leaves,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": options.trees * options.leaves // rows,
@@ -126,24 +159,25 @@ def parse_recipe(way: str, options: argparse.Namespace, model: str) -> tuple[Any
     arguments = ["--config", str(ROOT / f"examples/cli_configs/{options.recipe}.yaml")]
     for name, value in changes.items():
         arguments += [f"--{name}", str(value)]
-    _, training_args, model_args, _ = make_parser().parse_args_and_config(arguments, fail_with_unknown_args=True)
-    return training_args, model_args
+    parser = command_arguments.make_parser()
+    _, training_args, model_args, _ = parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
+    return cast(TreePOConfig, training_args), cast(ModelConfig, model_args)
 
 
-def build(way: str, training_args: Any, model_args: Any) -> Any:
+def stock_config(config: TreePOConfig) -> GRPOConfig:
+    """The settings that stock TRL has too."""
+    names = GRPOConfig.__dataclass_fields__.keys() - {
+        "generation_batch_size",
+        "distributed_state",
+    }  # follow from these
+    return GRPOConfig(**{name: value for name, value in vars(config).items() if name in names and value is not None})
+
+
+def build(way: str, config: TreePOConfig, model_args: ModelConfig) -> GRPOTrainer:
     """A trainer of TRL or of this package."""
-    from trl import GRPOConfig, GRPOTrainer, get_peft_config, get_quantization_config
-
-    from treepo_trl import TreePOTrainer
-
-    trainer_class: Any = TreePOTrainer
-    if way.startswith("stock"):
-        trainer_class = GRPOTrainer
-        names = GRPOConfig.__dataclass_fields__
-        values = {name: value for name, value in vars(training_args).items() if name in names and value is not None}
-        values.pop("generation_batch_size", None)  # follows from the others
-        values.pop("distributed_state", None)
-        training_args = GRPOConfig(**values)
+    is_stock = way.startswith("stock")
+    trainer_class: Any = GRPOTrainer if is_stock else TreePOTrainer
+    training_args = stock_config(config) if is_stock else config
     training_args.model_init_kwargs = {"dtype": model_args.dtype}
     words = [" ".join(f"w{i + j}" for j in range(128)) for i in range(64)]
     return trainer_class(
@@ -156,32 +190,30 @@ def build(way: str, training_args: Any, model_args: Any) -> Any:
     )
 
 
-def planned_gib(training_args: Any, model_args: Any, options: argparse.Namespace) -> float:
+def planned_gib(training_args: TreePOConfig, model_args: ModelConfig, options: argparse.Namespace) -> float:
     """What the planner says of these arguments on the card of `--card_gib`."""
-    from treepo_trl.memory.plan import plan_memory
-
     plan = plan_memory(MODELS[options.architecture], training_args, model_args, options.card_gib * GIB)
     return max(plan.rollout, plan.update) / GIB
 
 
-def measure(way: str, options: argparse.Namespace, model: str) -> dict[str, Any]:
+def measure(way: str, options: argparse.Namespace, model: str) -> Measured:
     """Peaks of each part in GiB, and seconds of the last step."""
     training_args, model_args = parse_recipe(way, options, model)
     planned = None if way.startswith("stock") else planned_gib(training_args, model_args, options)
     if torch.cuda.is_available():
         fraction = options.card_gib * GIB / torch.cuda.get_device_properties(0).total_memory
         training_args.vllm_gpu_memory_utilization *= fraction  # of this card, as much as of the smaller one
-        if SLEEPS.items().isdisjoint(WAYS[way].items()):
+        if not has_sleeping_engine(way):
             torch.cuda.set_per_process_memory_fraction(min(fraction, 1.0))
     with PeakMemory() as memory:
         trainer = build(way, training_args, model_args)
         memory.wrap(trainer, "training_step", "update")
         memory.wrap(trainer, "_generate_and_score_completions", "scoring")
         memory.wrap(trainer, "_generate", "rollout")
-        started = []
+        started: list[float] = []
         inner = trainer.training_step
 
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def step(*args: Any, **kwargs: Any) -> torch.Tensor:
             started.append(time.perf_counter())
             return inner(*args, **kwargs)
 
@@ -190,39 +222,40 @@ def measure(way: str, options: argparse.Namespace, model: str) -> dict[str, Any]
             trainer.train()
         seconds = time.perf_counter() - started[-training_args.gradient_accumulation_steps]
     peaks = {part: peak / GIB for part, peak in memory.peaks.items()}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"peaks": peaks, "planned": planned, "seconds": seconds, "device": device}
+    return {"peaks": peaks, "planned": planned, "seconds": seconds, "device": device_name()}
 
 
-def run(way: str, options: argparse.Namespace, model: str) -> dict[str, Any]:
-    """Measure a way in a process of its own; its last line, or why it ended."""
-    command = [sys.executable, __file__, "--only", way, "--model_folder", model]
-    for name in ("recipe", "architecture", "card_gib", "leaves", "length", "trees", "steps"):
-        command += [f"--{name}", str(getattr(options, name))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"peaks"')]
-    if done.returncode == 0 and lines:
-        return json.loads(lines[-1])
-    _, found, message = done.stderr.rpartition("Error")  # of the exception that ended it
-    text = f"Error{message}" if found else f"exit status {done.returncode}"
-    return {"error": " ".join(text.split()).replace("|", "/")[:160]}
+def run(way: str, options: argparse.Namespace, model: str) -> Measured | ProcessFailed:
+    """Measure a way in a process of its own; its figures, or why it ended."""
+    arguments = ["--only", way, "--model_folder", model, *option_arguments(options, PASSED_ON)]
+    try:
+        return cast(Measured, result_of("benchmarks.memory", arguments))
+    except ProcessFailed as error:
+        return error
 
 
-def report(way: str, result: dict[str, Any], card: float) -> None:
+def report(way: str, result: Measured | ProcessFailed, card: float) -> None:
     """Print a row of the table."""
-    if "error" in result:
-        print(f"| {way} | - | - | - | - | - | {result['error']} |", flush=True)
+    if isinstance(result, ProcessFailed):
+        print(table_row(way, *["-"] * (len(PARTS) + 1), result), flush=True)
         return
     peaks = result["peaks"]
     fits = "yes" if max(peaks.values()) <= card or not torch.cuda.is_available() else "no"
     planned = "-" if result["planned"] is None else f"{result['planned']:.1f}"
     cells = [f"{peaks[part]:.2f}" for part in PARTS]
-    print(f"| {way} | {' | '.join(cells)} | {planned} | {fits}, {result['seconds']:.1f} s |", flush=True)
+    print(table_row(way, *cells, planned, f"{fits}, {result['seconds']:.1f} s"), flush=True)
+
+
+def write_checkpoint(architecture: str, folder: str) -> None:
+    """Write random weights in another process: a CUDA context in this one would count in every peak."""
+    writer = multiprocessing.get_context("spawn").Process(target=random_checkpoint, args=(architecture, Path(folder)))
+    writer.start()
+    writer.join()
 
 
 def main() -> None:
     """Run every way and print a row of each."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--recipe", default="qwen2.5-1.5b-lora-12gb", help="a file in examples/cli_configs")
     parser.add_argument("--architecture", default="qwen2.5-1.5b", choices=MODELS)
     parser.add_argument("--card_gib", type=float, default=12, help="memory that the process may take on CUDA")
@@ -231,29 +264,26 @@ def main() -> None:
     parser.add_argument("--trees", type=int, default=2, help="per step")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--ways", nargs="+", choices=WAYS, help="all; on a CPU those whose engine does not sleep")
-    parser.add_argument("--only", choices=WAYS, help="measure one way in this process and print JSON")
+    parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--model_folder", help="checkpoint to use; random weights are written without it")
     options = parser.parse_args()
     if options.only:
-        print(json.dumps(measure(options.only, options, options.model_folder)))
+        print_result(measure(options.only, options, options.model_folder))
         return
     print(f"{options.recipe} on {options.architecture}, a card of {options.card_gib:g} GiB: ", end="")
     print(f"{options.trees} trees of {options.leaves} leaves, {options.length} tokens each at most. Peaks in GiB.\n")
-    print(f"| way | {' | '.join(PARTS)} | planned | fits, s of the last step |\n|{'---|' * 7}", flush=True)
+    print(table_head("way", *PARTS, "planned", "fits, s of the last step"), flush=True)
     devices = set()
     with tempfile.TemporaryDirectory() as folder:
-        if not options.model_folder:  # in another process: a CUDA context here would count in every peak
-            writer = multiprocessing.get_context("spawn").Process(
-                target=random_checkpoint, args=(options.architecture, Path(folder))
-            )
-            writer.start()
-            writer.join()
+        if not options.model_folder:
+            write_checkpoint(options.architecture, folder)
         on_cuda = torch.cuda.is_available()
-        for way in options.ways or [way for way in WAYS if on_cuda or SLEEPS.items().isdisjoint(WAYS[way].items())]:
+        for way in options.ways or [way for way in WAYS if on_cuda or not has_sleeping_engine(way)]:
             result = run(way, options, options.model_folder or folder)
             report(way, result, options.card_gib)
-            devices.add(result.get("device"))
-    print(f"\nDevice: {', '.join(filter(None, devices)) or 'unknown, every way failed'}")
+            if not isinstance(result, ProcessFailed):
+                devices.add(result["device"])
+    print(f"\nDevice: {', '.join(devices) or 'unknown, every way failed'}")
 
 
 if __name__ == "__main__":

@@ -1,33 +1,39 @@
 """
 QLoRA with vLLM: how far the engine that samples is from the policy that is trained, per step, with stock TRL and here.
 
-    python benchmarks/qlora.py                      # SmolLM2-135M-Instruct in NF4; CPU (20 minutes) or GPU
+    python -m benchmarks.qlora                      # SmolLM2-135M-Instruct in NF4; CPU (20 minutes) or GPU
 
-The figure is `sampling/sampling_logp_difference/mean`, the mean absolute difference of the sampled tokens'
-log-probabilities in nats, as TRL logs it. Stock TRL merges the adapter into the 4-bit weights, pushes every weight
-(of 4-bit ones the codes without their scales) into an engine that has quantized the checkpoint itself, and takes the
-adapter out again. The reward is the length of the answer, and the learning rate high, so that few steps move the
-policy. Each way is a process of its own.
+The figure is `sampling/sampling_logp_difference/mean` as TRL logs it: the mean absolute difference of the sampled
+tokens' log-probabilities in nats. In stock TRL the engine quantizes the checkpoint itself. At each step TRL merges the
+adapter into the 4-bit weights, pushes every weight into the engine and takes the adapter out again. Of a 4-bit weight
+it pushes the codes without their scales. The reward is the length of the answer and the learning rate is high, so that
+few steps move the policy. Each way runs in a process of its own. Prints a Markdown table.
 """
 
 import argparse
-import json
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 
+from benchmarks.common import (
+    OUTPUTS,
+    ProcessFailed,
+    make_parser,
+    nf4_config,
+    option_arguments,
+    print_result,
+    result_of,
+    small_model_folder,
+    table_head,
+    table_row,
+)
 from treepo_trl import TreePOConfig, TreePOTrainer
-from treepo_trl.quickstart.embedded import small_model
 
 
-WAYS: dict[str, dict[str, Any]] = {
+WAYS: dict[str, dict[str, object]] = {
     "stock TRL": {},
     "quantized": {"vllm_base_weights": "quantized"},
     "dequantized": {"vllm_base_weights": "dequantized"},
@@ -39,7 +45,7 @@ def train(way: str, options: argparse.Namespace) -> list[float]:
     """The difference at each step of a short training."""
     use_cpu = not torch.cuda.is_available()
     arguments: dict[str, Any] = {
-        "output_dir": "outputs/benchmarks/qlora",
+        "output_dir": str(OUTPUTS / "qlora"),
         "use_cpu": use_cpu,
         "bf16": not use_cpu,
         "report_to": [],
@@ -60,20 +66,15 @@ def train(way: str, options: argparse.Namespace) -> list[float]:
         **WAYS[way],
     }
     trainer_class: Any = GRPOTrainer if way == "stock TRL" else TreePOTrainer
-    config_class: Any = GRPOConfig if way == "stock TRL" else TreePOConfig
+    config_class = GRPOConfig if way == "stock TRL" else TreePOConfig
     if use_cpu and way != "stock TRL":
         arguments["tree_packing"] = "off"  # 8 rows of few tokens, as in stock TRL
     trainer = trainer_class(
-        model=str(small_model(Path(".cache/smollm2-135m-instruct"))),
+        model=small_model_folder(),
         args=config_class(**arguments),
         reward_funcs=lambda completions, **_: [float(len(completion)) for completion in completions],
         train_dataset=Dataset.from_dict({"prompt": ["Tell me about the sea.", "What is two plus two?"] * 32}),
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        ),
+        quantization_config=nf4_config(),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
     )
     trainer.train()
@@ -82,30 +83,28 @@ def train(way: str, options: argparse.Namespace) -> list[float]:
 
 def run(way: str, options: argparse.Namespace) -> str:
     """A row of the table, from a process of its own."""
-    command = [sys.executable, __file__, "--only", way]
-    for name in ("steps", "length", "learning_rate"):
-        command += [f"--{name}", str(getattr(options, name))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
-    if done.returncode != 0 or not lines:
-        return f"| {way} | {' '.join(done.stderr.split())[-160:]} |"
-    return f"| {way} | {' | '.join(f'{value:.3f}' for value in json.loads(lines[-1]))} |"
+    arguments = ["--only", way, *option_arguments(options, ("steps", "length", "learning_rate"))]
+    try:
+        differences = cast(list[float], result_of("benchmarks.qlora", arguments))
+    except ProcessFailed as error:
+        return table_row(way, error)
+    return table_row(way, *(f"{value:.3f}" for value in differences))
 
 
 def main() -> None:
     """Print a row for each way."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--length", type=int, default=32, help="max_completion_length")
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
-    parser.add_argument("--only", choices=WAYS, help="train in one way in this process and print JSON")
+    parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        print(json.dumps(train(options.only, options)))
+        print_result(train(options.only, options))
         return
     print(f"Nats between engine and policy, learning rate {options.learning_rate:g}\n")
-    print(f"| way | {' | '.join(f'step {i + 1}' for i in range(options.steps))} |\n|{'---|' * (options.steps + 1)}")
+    print(table_head("way", *(f"step {i + 1}" for i in range(options.steps))))
     for way in options.ways:
         print(run(way, options), flush=True)
 

@@ -1,29 +1,28 @@
 """
 The quickstart with TreePO and with stock GRPO: held-out accuracy, tokens and seconds per step over several seeds.
 
-    python benchmarks/quickstart.py                     # three seeds of each, alternating; CPU or GPU
-    python benchmarks/quickstart.py --seeds 1 --steps 5  # a quick look
-    python benchmarks/quickstart.py --seeds 1 --steps 6 --trainers treepo treepo_plain  # what the packed update saves
+    python -m benchmarks.quickstart                     # three seeds of each, alternating; CPU or GPU
+    python -m benchmarks.quickstart --seeds 1 --steps 5  # a quick look
+    python -m benchmarks.quickstart --seeds 1 --steps 6 --trainers treepo treepo_plain  # what the packed update saves
 
-`treepo_plain` is TreePO with `tree_packing="off"`. Each run is a process of its own
-(`examples/scripts/quickstart.py`); finished runs are not repeated. Prints a Markdown table. "tokens" are those that
-the engine sampled for a step; a step's seconds hold sampling, rewards and update.
+`treepo_plain` is TreePO with `tree_packing="off"`. Each run is `examples/scripts/quickstart.py` in a process of its
+own. Finished runs are not repeated. Options that this script does not know go to the runs. Prints a Markdown table:
+tokens are those that the engine sampled for a step, and a step's seconds hold sampling, rewards and update.
 """
 
-import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.common import OUTPUTS, ROOT, make_parser, run_to_log, table_head, table_row
 
-OPTIONS = {
+
+OPTIONS: dict[str, list[str]] = {
     "treepo": [],
     "treepo_plain": ["--tree_packing", "off"],
     "grpo": ["--stock_grpo", "true", "--log_trees", "false"],
 }
-ROOT = Path(__file__).parent.parent
 
 
 def run(trainer: str, seed: int, steps: int, out: Path, extra: list[str]) -> dict:
@@ -31,13 +30,11 @@ def run(trainer: str, seed: int, steps: int, out: Path, extra: list[str]) -> dic
     folder = out / f"{trainer}-{seed}"
     result = folder / "quickstart.json"
     if not result.exists():
-        command = [sys.executable, str(ROOT / "examples/scripts/quickstart.py")]
+        command = [str(ROOT / "examples/scripts/quickstart.py")]
         command += ["--config", str(ROOT / "examples/cli_configs/quickstart.yaml"), "--output_dir", str(folder)]
         command += ["--seed", str(seed), "--max_steps", str(steps), *extra]
         command += OPTIONS[trainer]
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "log.txt", "w") as log:
-            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+        run_to_log(command, folder / "log.txt")
     return json.loads(result.read_text())
 
 
@@ -48,12 +45,12 @@ def sampled_tokens(step: dict, completions: int) -> float:
 
 def main() -> None:
     """Run what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--completions", type=int, default=64, help="completions per step, as in the recipe")
     parser.add_argument("--trainers", nargs="+", default=["treepo", "grpo"], choices=OPTIONS)
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/quickstart"))
+    parser.add_argument("--out", type=Path, default=OUTPUTS / "quickstart")
     args, extra = parser.parse_known_args()
     runs: dict[str, list[dict]] = {trainer: [] for trainer in args.trainers}
     for seed in range(42, 42 + args.seeds):
@@ -62,8 +59,8 @@ def main() -> None:
             print(f"{trainer} seed {seed} done", file=sys.stderr)
     first = runs[args.trainers[0]][0]
     print(f"{first['device']}, {first['dtype']}, {first['engine']} engine, {args.steps} steps\n")
-    print("| trainer | accuracy before -> after, each seed | mean gain | tokens per step | s per step | s total |")
-    print("|---|---|---|---|---|---|")
+    names = "trainer", "accuracy before -> after, each seed", "mean gain", "tokens per step", "s per step", "s total"
+    print(table_head(*names))
     for trainer, results in runs.items():
         pairs = ", ".join(f"{r['accuracy_before']:.1%} -> {r['accuracy_after']:.1%}" for r in results)
         gain = statistics.mean(r["accuracy_after"] - r["accuracy_before"] for r in results)
@@ -71,7 +68,7 @@ def main() -> None:
         tokens = statistics.median(sampled_tokens(step, args.completions) for step in steps)
         seconds = statistics.median(step["step_time"] for step in steps)
         total = statistics.median(r["train_seconds"] for r in results)
-        print(f"| {trainer} | {pairs} | {gain:+.1%} | {tokens:.0f} | {seconds:.2f} | {total:.0f} |")
+        print(table_row(trainer, pairs, f"{gain:+.1%}", f"{tokens:.0f}", f"{seconds:.2f}", f"{total:.0f}"))
 
 
 if __name__ == "__main__":

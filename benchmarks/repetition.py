@@ -1,13 +1,13 @@
 """
 Errors and cost of the repetition rule, next to the rule of the paper's released code.
 
-    python benchmarks/repetition.py
+    python -m benchmarks.repetition
 
-Reads the labelled strings of the tests. Both rules look at a text every 16 characters: a string without a loop is a
-false positive if a rule fires anywhere, one with a loop is missed if it fires nowhere. Prints Markdown tables.
+Reads the labelled strings of the tests. Both rules look at a text every 16 characters. A string without a loop is a
+false positive if a rule fires anywhere in it. A string with a loop is missed if the rule fires nowhere. Prints
+Markdown tables.
 """
 
-import argparse
 import json
 import random
 import statistics
@@ -15,14 +15,14 @@ import string
 import timeit
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
+from benchmarks.common import ROOT, make_parser, table_head, table_row
 from treepo_trl.sampling.stopping import MIN_REPEATED_CHARACTERS, MIN_REPEATS, is_repetitive
 
 
 SEGMENT_CHARACTERS = 1800
 """Roughly the 512 tokens of a segment in the paper."""
-LABELLED = Path(__file__).parent.parent / "tests" / "data" / "repetition.jsonl"
+LABELLED = ROOT / "tests/data/repetition.jsonl"
 
 
 def released_rule(text: str) -> bool:
@@ -69,23 +69,25 @@ def print_errors() -> None:
             if detection is not None and start is not None:
                 delays[name].append(max(detection - start, 0))
     negatives = sum(not row["is_loop"] for row in rows)
-    print("| rule | false positives | missed loops | characters into the loop, median | largest |")
-    print("|---|---|---|---|---|")
+    print(table_head("rule", "false positives", "missed loops", "characters into the loop, median", "largest"))
     for name in RULES:
         false, missed = (sum(n for (loop, _), n in wrong[name].items() if loop is label) for label in (False, True))
-        totals = f"{false} of {negatives} ({false / negatives:.1%}) | "
-        totals += f"{missed} of {len(rows) - negatives} ({missed / (len(rows) - negatives):.1%})"
-        print(f"| {name} | {totals} | {statistics.median(delays[name]):.0f} | {max(delays[name])} |")
+        shares = [
+            f"{errors} of {count} ({errors / count:.1%})"
+            for errors, count in ((false, negatives), (missed, len(rows) - negatives))
+        ]
+        print(table_row(name, *shares, f"{statistics.median(delays[name]):.0f}", max(delays[name])))
     print(f"\nFalse positives of treepo-trl: {', '.join(false_positives['treepo-trl'])}.")
-    print(f"\n| label | kind | strings | {' | '.join(f'wrong, {name}' for name in RULES)} |")
-    print("|---|---|---|" + "---|" * len(RULES))
+    print()
+    print(table_head("label", "kind", "strings", *(f"wrong, {name}" for name in RULES)))
     for is_loop, kind in kinds:
         count = sum((row["is_loop"], row["kind"]) == (is_loop, kind) for row in rows)
-        errors = " | ".join(str(wrong[name][is_loop, kind]) for name in RULES)
-        print(f"| {'loop' if is_loop else 'no loop'} | {kind} | {count} | {errors} |")
+        print(
+            table_row("loop" if is_loop else "no loop", kind, count, *(wrong[name][is_loop, kind] for name in RULES))
+        )
 
 
-def seconds(call: Callable[[], object]) -> float:
+def shortest_seconds(call: Callable[[], object]) -> float:
     """Shortest time of one call."""
     return min(timeit.repeat(call, number=1, repeat=50))
 
@@ -101,18 +103,18 @@ def print_times(num_characters: int) -> None:
         "rules between numbers": "".join(["-" * 40 + f"{i}\n" for i in range(num_characters)])[: num_characters - 40]
         + "-" * 40,
     }
-    print(f"\n| {num_characters} characters | us, treepo-trl | us, released code |")
-    print("|---|---|---|")
+    print()
+    print(table_head(f"{num_characters} characters", "us, treepo-trl", "us, released code"))
     for name, text in texts.items():
         ends = [*range(SEGMENT_CHARACTERS, len(text), SEGMENT_CHARACTERS), len(text)]
-        ours = seconds(lambda text=text: is_repetitive(text))
-        released = seconds(lambda text=text, ends=ends: [released_rule(text[:end]) for end in ends])
-        print(f"| {name} | {1e6 * ours:.0f} | {1e6 * released:.0f} |")
+        ours = shortest_seconds(lambda text=text: is_repetitive(text))
+        released = shortest_seconds(lambda text=text, ends=ends: [released_rule(text[:end]) for end in ends])
+        print(table_row(name, f"{1e6 * ours:.0f}", f"{1e6 * released:.0f}"))
 
 
 def main() -> None:
     """Print errors and times."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--num_characters", type=int, default=30_000, help="length of the texts that are timed")
     args = parser.parse_args()
     print_errors()

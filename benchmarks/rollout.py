@@ -1,46 +1,90 @@
 """
 Trees against independent sampling on the same engine, in one process: trajectories per second and tokens decoded.
 
-    python benchmarks/rollout.py                                   # SmolLM2-135M, fixed and ragged lengths
-    python benchmarks/rollout.py --model Qwen/Qwen2.5-1.5B-Instruct --prompts 64 --length 1024 --lengths fixed ragged
+    python -m benchmarks.rollout                                   # SmolLM2-135M, fixed and ragged lengths
+    python -m benchmarks.rollout --model Qwen/Qwen2.5-1.5B-Instruct --prompts 64 --length 1024
+    python -m benchmarks.rollout --prompts 1 --length 32 --lengths fixed --ways early --repeats 1  # a quick look
 
-Lengths: `fixed` runs every path to the cap; `ragged` draws lognormal lengths (sigma 0.5) with a mean of half the cap,
-a path's remaining length depending on how long it is already; `model` lets the model end its answers to arithmetic
-tasks. Ways: `independent` is one request per completion, all submitted at once; `early` and `spread` are trees; a way
-with `+barrier` waits for all segments of all trees before the next ones, one with `+unaligned` cuts segments anywhere
-in a cache block; `spread+cap` spreads ragged lengths over the cap instead of their mean. Ways are interleaved; medians
-of the repeats.
+Values of `--lengths`, the length of a completion:
+
+- `fixed`: the cap.
+- `ragged`: lognormal (sigma 0.5) with a mean of half the cap. What remains of a path is drawn given its length so far.
+- `model`: the model ends its answers to arithmetic tasks.
+
+Values of `--ways`; `independent` always runs too, with one request per completion and all submitted at once:
+
+- `early`, `spread`: trees with that schedule.
+- `early+barrier`, `spread+barrier`: all trees wait for each other after each segment.
+- `early+unaligned`, `spread+unaligned`: segments end anywhere in a block of the engine's cache.
+- `spread+cap`: the branches of ragged lengths are spread over the cap instead of the mean.
+
+Ways take turns. Prints a Markdown table with medians of the repeats.
 """
 
-import argparse
 import math
 import random
 import statistics
 import sys
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
-import torch
-
+from benchmarks.common import (
+    device_name,
+    make_parser,
+    median_and_range,
+    small_model_folder,
+    table_head,
+    table_row,
+)
 from treepo_trl import TreeSampler, TreeSamplingConfig
 from treepo_trl.commands.cost_table import RolloutReport, report, sample_independent
 from treepo_trl.commands.engine import EngineArguments, build_engine, load_tokenizer
 from treepo_trl.commands.prompts import prompt_token_ids
-from treepo_trl.engines import SamplingOptions, SegmentRequest, SegmentResult
-from treepo_trl.quickstart.embedded import addition_tasks, small_model
+from treepo_trl.engines import SamplingOptions, SegmentEngine, SegmentRequest, SegmentResult
+from treepo_trl.quickstart import addition_tasks
+from treepo_trl.sampling.branching import BranchSchedule
 
+
+if TYPE_CHECKING:
+    from treepo_trl.engines.transformers import TransformersEngine
+    from treepo_trl.engines.vllm import VLLMEngine
 
 SIGMA = 0.5
 
 
-class Wrapped:
-    """An engine with everything passed on to another one."""
+class Wrapped(SegmentEngine):
+    """An engine that passes everything on to another one."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: SegmentEngine) -> None:
         self.engine = engine
+        self.context_length = engine.context_length
+        self.num_cache_tokens = engine.num_cache_tokens
+        self.block_size = engine.block_size
+        self.reports_entropies = engine.reports_entropies
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.engine.num_prompt_tokens
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return self.engine.num_cached_tokens
+
+    def submit(self, requests: list[SegmentRequest]) -> None:
+        self.engine.submit(requests)
+
+    def collect(self) -> list[SegmentResult]:
+        return self.engine.collect()
+
+    def abort(self) -> None:
+        self.engine.abort()
+
+    def num_slots(self, length: int) -> int | None:
+        return self.engine.num_slots(length)
+
+    def reset_prefix_cache(self) -> None:
+        self.engine.reset_prefix_cache()
 
 
 class BarrierEngine(Wrapped):
@@ -64,13 +108,15 @@ class BarrierEngine(Wrapped):
 class UnalignedEngine(Wrapped):
     """Does not tell where its cache blocks end."""
 
-    block_size = None
+    def __init__(self, engine: SegmentEngine) -> None:
+        super().__init__(engine)
+        self.block_size = None
 
 
 class RaggedEngine(Wrapped):
     """Ends paths at lengths of its own: lognormal with a given mean, given that a path has got as far as it has."""
 
-    def __init__(self, engine: Any, mean: float, prompt_length: int, eos: int, seed: int) -> None:
+    def __init__(self, engine: SegmentEngine, mean: float, prompt_length: int, eos: int, seed: int) -> None:
         super().__init__(engine)
         self.distribution = statistics.NormalDist(math.log(mean) - SIGMA**2 / 2, SIGMA)
         self.prompt_length, self.eos = prompt_length, eos
@@ -101,7 +147,9 @@ class RaggedEngine(Wrapped):
         return results
 
 
-def sample(way: str, engine: Any, prompts: list[list[int]], args: Any, eos: list[int], seed: int) -> RolloutReport:
+def sample(
+    way: str, engine: SegmentEngine, prompts: list[list[int]], args: Namespace, eos: list[int], seed: int
+) -> RolloutReport:
     """Sample all prompts in one of the ways."""
     engine.reset_prefix_cache()
     schedule, _, change = way.partition("+")
@@ -109,7 +157,7 @@ def sample(way: str, engine: Any, prompts: list[list[int]], args: Any, eos: list
         num_generations=args.width,
         max_completion_length=args.length,
         segment_length=args.segment_length,
-        branch_schedule="early" if schedule == "independent" else schedule,
+        branch_schedule=cast(BranchSchedule, "early" if schedule == "independent" else schedule),
         branching_policy=args.policy,
         stop_repetition=False,
     )
@@ -125,21 +173,21 @@ def sample(way: str, engine: Any, prompts: list[list[int]], args: Any, eos: list
 
 def print_table(runs: dict[str, list[RolloutReport]]) -> None:
     """Medians of each way, and what they are of independent sampling."""
-    print("| way | trajectories/s | of independent | decoded/trajectory | of independent | of what tokens allow |")
-    print("|---|---|---|---|---|---|")
+    names = "trajectories/s", "of independent", "decoded/trajectory", "of independent", "of what tokens allow"
+    print(table_head("way", *names))
     base_speed = statistics.median(r.leaves_per_second for r in runs["independent"])
     base_tokens = statistics.median(r.decoded_tokens_per_leaf for r in runs["independent"])
     for way, reports in runs.items():
         speeds = [r.leaves_per_second for r in reports]
         speed, tokens = statistics.median(speeds), statistics.median(r.decoded_tokens_per_leaf for r in reports)
         ratio, share = speed / base_speed, tokens / base_tokens
-        spread = f"{min(speeds):.2f} to {max(speeds):.2f}"
-        print(f"| {way} | {speed:.2f} ({spread}) | {ratio:.2f} | {tokens:.0f} | {share:.3f} | {ratio * share:.2f} |")
+        cells = f"{ratio:.2f}", f"{tokens:.0f}", f"{share:.3f}", f"{ratio * share:.2f}"
+        print(table_row(way, median_and_range(speeds), *cells))
 
 
-def main() -> None:
-    """Build the engine once and measure every kind of lengths."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+def parse_options() -> Namespace:
+    """Options of the command line."""
+    parser = make_parser(__doc__)
     parser.add_argument("--model", help="hub id or folder; default: the small model that comes with packages")
     parser.add_argument("--engine", default="vllm", choices=["vllm", "transformers"])
     parser.add_argument("--dtype", default="bfloat16")
@@ -155,42 +203,56 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     args.segment_length = args.segment_length or math.ceil(args.length / 16)
-    model = args.model or small_model(Path(__file__).parent.parent / ".cache/smollm2-135m-instruct")
+    args.model = args.model or small_model_folder()
+    return args
+
+
+def main() -> None:
+    """Build the engine once and measure every kind of lengths."""
+    args = parse_options()
     arguments = EngineArguments(
-        model_name_or_path=model,
+        model_name_or_path=args.model,
         engine=args.engine,
         dtype=args.dtype,
         vllm_max_num_seqs=args.max_num_seqs,
         vllm_max_model_length=args.length + max(args.prompt_length, 256),
     )
     tokenizer = load_tokenizer(arguments)
-    eos = tokenizer.eos_token_id
-    engines = {}
-    base = build_engine(arguments, [], SamplingOptions(), with_entropies=args.policy == "entropy")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    eos = cast(int, tokenizer.eos_token_id)
+    built = build_engine(arguments, [], SamplingOptions(), with_entropies=args.policy == "entropy")
+    base = cast("TransformersEngine | VLLMEngine", built)  # both have EOS tokens that can be set
     rng = random.Random(0)
     noise = [[rng.randrange(100, 10_000) for _ in range(args.prompt_length)] for _ in range(args.prompts)]
-    engines["fixed"] = base, noise
-    engines["ragged"] = RaggedEngine(base, args.length / 2, args.prompt_length, eos, seed=0), noise
     tasks, _ = addition_tasks(args.prompts, 1, seed=0)
-    engines["model"] = base, prompt_token_ids(list(tasks["prompt"]), tokenizer)
+    engines: dict[str, tuple[SegmentEngine, list[list[int]]]] = {
+        "fixed": (base, noise),
+        "ragged": (RaggedEngine(base, args.length / 2, args.prompt_length, eos, seed=0), noise),
+        "model": (base, prompt_token_ids(list(tasks["prompt"]), tokenizer)),
+    }
     for lengths in args.lengths:
         engine, prompts = engines[lengths]
         base.eos_token_ids = frozenset([eos] if lengths == "model" else [])
-        eos_ids = [] if lengths == "fixed" else [eos]
-        ways = ["independent", *args.ways]
-        sample(args.ways[0], engine, prompts[:2], args, eos_ids, seed=99)  # warm-up
-        runs: dict[str, list[RolloutReport]] = {way: [] for way in ways}
-        for repeat in range(args.repeats):
-            for way in ways:
-                runs[way].append(sample(way, engine, prompts, args, eos_ids, repeat))
-                print(f"{lengths} {way}: {runs[way][-1].seconds:.1f} s", file=sys.stderr)
+        runs = compare(lengths, engine, prompts, args, [] if lengths == "fixed" else [eos])
         print(
-            f"\n{device}, {args.engine}, {Path(model).name}: {args.prompts} prompts of {len(prompts[0])} tokens x "
-            f"{args.width}, cap {args.length}, segments of {args.segment_length}, {lengths} lengths, "
+            f"\n{device_name()}, {args.engine}, {Path(args.model).name}: {args.prompts} prompts of {len(prompts[0])} "
+            f"tokens x {args.width}, cap {args.length}, segments of {args.segment_length}, {lengths} lengths, "
             f"{args.max_num_seqs} slots, {args.repeats} repeats\n"
         )
         print_table(runs)
+
+
+def compare(
+    lengths: str, engine: SegmentEngine, prompts: list[list[int]], args: Namespace, eos: list[int]
+) -> dict[str, list[RolloutReport]]:
+    """Reports of every way, which take turns."""
+    ways = ["independent", *args.ways]
+    sample(args.ways[0], engine, prompts[:2], args, eos, seed=99)  # warm-up
+    runs: dict[str, list[RolloutReport]] = {way: [] for way in ways}
+    for repeat in range(args.repeats):
+        for way in ways:
+            runs[way].append(sample(way, engine, prompts, args, eos, repeat))
+            print(f"{lengths} {way}: {runs[way][-1].seconds:.1f} s", file=sys.stderr)
+    return runs
 
 
 if __name__ == "__main__":

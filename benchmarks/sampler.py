@@ -1,35 +1,35 @@
 """
-Host time of the tree sampler outside the engine, with an engine that answers at once.
+The tree sampler's own time and memory, with an engine that answers at once.
 
-    python benchmarks/sampler_overhead.py
+    python -m benchmarks.sampler               # all sizes
+    python -m benchmarks.sampler --with_text   # with stop pattern and repetition check
+    python -m benchmarks.sampler --sizes 24    # a quick look
 
-Completions have geometric lengths, cut at a cap of twice their mean, in 14 segments per cap. Prints a Markdown table:
-seconds outside the engine, in all and per million unique tokens, and the memory that the trees hold per unique token,
-without the numbers themselves, which belong to the engine's results (in CPython 28 bytes for a token id and 24 for a
-log-probability, where they are not shared).
+Completions have geometric lengths and are cut at twice their mean, which is 14 segments. The Markdown table shows the
+seconds outside the engine, the same per million decoded tokens, and the bytes that the trees hold per unique token.
+Token ids and log-probabilities themselves are not counted, since they belong to the engine's results. In CPython they
+take 28 and 24 bytes each where they are not shared.
 """
 
-import argparse
 import gc
 import random
 import tracemalloc
 
+from benchmarks.common import make_parser, table_head, table_row
 from treepo_trl import TreeSampler, TreeSamplingConfig
-from treepo_trl.engines import SegmentRequest, SegmentResult
+from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
 
 
 EOS = 0
+WIDTH = 16
+MEAN_LENGTHS = {24: 3600, 64: 8192, 128: 8192, 256: 8192, 512: 8192}
+"""Mean length of a completion in tokens for each number of prompts."""
 
 
-class InstantEngine:
+class InstantEngine(SegmentEngine):
     """Segments of random length from precomputed tokens; its own time does not count."""
 
-    context_length = None
-    num_cache_tokens = None
     block_size = 16
-    reports_entropies = False
-    num_prompt_tokens = 0
-    num_cached_tokens = 0
 
     def __init__(self, mean_length: int, seed: int = 0) -> None:
         self.rng = random.Random(seed)
@@ -62,7 +62,7 @@ class InstantEngine:
 
 
 def measure(num_prompts: int, width: int, mean_length: int, with_text: bool) -> tuple[float, int, float]:
-    """Seconds outside the engine, unique tokens, and bytes held by the result per unique token."""
+    """Seconds outside the engine, decoded tokens, and bytes that the trees hold per unique token."""
     cap = 2 * mean_length
     config = TreeSamplingConfig(
         num_generations=width,
@@ -89,16 +89,20 @@ def measure(num_prompts: int, width: int, mean_length: int, with_text: bool) -> 
 
 def main() -> None:
     """Measure a few sizes and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", choices=MEAN_LENGTHS, default=list(MEAN_LENGTHS), help="prompts"
+    )
     parser.add_argument("--with_text", action="store_true", help="with stop pattern and repetition check")
     args = parser.parse_args()
-    print("| prompts | leaves | mean length | s outside the engine | s per million tokens | bytes per token |")
-    print("|---|---|---|---|---|---|")
-    sizes = ((24, 16, 3600), (64, 16, 8192), (128, 16, 8192), (256, 16, 8192), (512, 16, 8192))
-    for num_prompts, width, mean_length in sizes:
-        seconds, num_tokens, size = measure(num_prompts, width, mean_length, args.with_text)
+    names = "prompts", "leaves", "mean length", "s outside the engine", "s per million tokens", "bytes per token"
+    print(table_head(*names))
+    for num_prompts in args.sizes:
+        mean_length = MEAN_LENGTHS[num_prompts]
+        seconds, num_tokens, size = measure(num_prompts, WIDTH, mean_length, args.with_text)
         per_million = seconds / num_tokens * 1e6
-        print(f"| {num_prompts} | {width} | {mean_length} | {seconds:.2f} | {per_million:.3f} | {size:.1f} |")
+        cells = f"{seconds:.2f}", f"{per_million:.3f}", f"{size:.1f}"
+        print(table_row(num_prompts, WIDTH, mean_length, *cells), flush=True)
 
 
 if __name__ == "__main__":

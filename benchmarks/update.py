@@ -1,23 +1,25 @@
 """
 One update's forward and backward pass: packed rows against TRL's plain rows, time and peak memory.
 
-    python benchmarks/update.py             # SmolLM2's architecture, one tree; 2 cores: 20 minutes
-    python benchmarks/update.py --model small --unique 1024 4096 16384 32768 --ratios 2  # long rows
-    python benchmarks/update.py --model qwen2.5-1.5b --lora 16 --gradient_checkpointing --dtype bfloat16  # GPU
+    python -m benchmarks.update             # SmolLM2's architecture, one tree; 20 minutes on 2 cores
+    python -m benchmarks.update --model small --unique 1024 4096 16384 32768 --ratios 2  # long rows
+    python -m benchmarks.update --model qwen2.5-1.5b --lora 16 --gradient_checkpointing --dtype bfloat16  # GPU
+    python -m benchmarks.update --model small --unique 256 --ratios 2 --repeats 1  # a quick look
 
-Trees of 16 leaves with random tokens and weights: a prompt, three doublings, then tails of their own; "ratio" is leaf
-tokens per unique token. Plain rows go through TRL's own method in micro-batches of each size in `--rows`, packed rows
-through `PackedForward` in one micro-batch, or in pieces under `--max_tokens`. All ways run in turn in one process
-after a pass of each that warms up and measures memory; medians of the seconds. Peak memory is what a pass adds to the
-process (CPU) or the device (CUDA). On a CPU the allocator is told to keep freed memory: fetching it anew from the
-system costs more than the passes themselves where they are large. Prints Markdown tables.
+A tree has 16 leaves with random tokens: a prompt, three doublings, then a tail of each leaf's own. The model's weights
+are random too. "ratio" is leaf tokens per unique token. Plain rows go through TRL's own method in micro-batches of
+each size in `--rows`. Packed rows go through `PackedForward` in one micro-batch, or in pieces of `--max_tokens`.
+
+A first pass of each way warms up and measures memory. Then all ways run in turn in the same process; seconds are
+medians. Peak memory is what a pass adds to the process (CPU) or to the device (CUDA). On a CPU the allocator is told
+to keep freed memory, because fetching it anew from the system costs more than a large pass itself. Prints Markdown
+tables.
 """
 
 import argparse
 import ctypes
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -25,11 +27,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from random_models import MODELS
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from benchmarks.common import device_name, make_parser, median_and_range, seconds, table_head, table_row
+from benchmarks.random_models import MODELS
 from treepo_trl.update.packed_forward import PackedForward
 from treepo_trl.update.packing import pack_rows
 
@@ -62,7 +65,7 @@ def make_batch(num_unique: int, ratio: float, vocab_size: int, device: torch.dev
     return rows, torch.ones_like(rows), rows.size(1) - prompt
 
 
-def make_model(args: argparse.Namespace, device: torch.device) -> Any:
+def make_model(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
     """The architecture with random weights, TRL's fused LM head and what the options ask for."""
     torch.manual_seed(0)
     config = MODELS[args.model]
@@ -78,7 +81,7 @@ def make_model(args: argparse.Namespace, device: torch.device) -> Any:
     return model.train()
 
 
-def make_ways(args: argparse.Namespace, model: Any, batch: Batch) -> dict[str, Callable[[], dict]]:
+def make_ways(args: argparse.Namespace, model: torch.nn.Module, batch: Batch) -> dict[str, Callable[[], dict]]:
     """Each way to compute the gradient of the batch's log-probabilities; returns what PackedForward logs."""
     accelerator = Accelerator(cpu=batch[0].device.type == "cpu")
     trainer = SimpleNamespace(accelerator=accelerator)
@@ -138,36 +141,43 @@ def keep_freed_memory() -> None:
         LIBC.mallopt(option, value)
 
 
-def measure(model: Any, run: Callable[[], dict]) -> tuple[float, float]:
+def measure(model: torch.nn.Module, run: Callable[[], dict]) -> tuple[float, float]:
     """Seconds of a pass, and of packing in it."""
     model.zero_grad(set_to_none=True)
-    started = time.perf_counter()
-    log = run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started, sum(log.get("tree/packing_seconds", []))
+    log = {}
+    total = seconds(lambda: log.update(run()))
+    return total, sum(log.get("tree/packing_seconds", []))
 
 
-def report(title: str, ratio: float, seconds: dict[str, list[tuple[float, float]]], gib: dict[str, float]) -> None:
+def measure_all(
+    model: torch.nn.Module, ways: dict[str, Callable[[], dict]], repeats: int
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, float]]:
+    """Seconds of each pass and of packing in it for every way, and the GiB that a way adds."""
+    model.zero_grad(set_to_none=True)
+    gib = {name: peak_gib(run) for name, run in ways.items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, run in ways.items():
+            times[name].append(measure(model, run))
+    return times, gib
+
+
+def report(title: str, ratio: float, times: dict[str, list[tuple[float, float]]], gib: dict[str, float]) -> None:
     """Print the table of one tree."""
-    medians = {name: statistics.median(total for total, _ in results) for name, results in seconds.items()}
+    medians = {name: statistics.median(total for total, _ in results) for name, results in times.items()}
     best = min(value for name, value in medians.items() if name.startswith("rows"))
-    print(f"\n{title}\n\n| way | s (lowest to highest) | speed-up | of the ratio | peak GiB | packing |")
-    print("|---|---|---|---|---|---|")
-    for name, results in seconds.items():
-        low, high = min(results)[0], max(results)[0]
+    print(f"\n{title}\n")
+    print(table_head("way", "s (lowest to highest)", "speed-up", "of the ratio", "peak GiB", "packing"))
+    for name, results in times.items():
         speedup = best / medians[name]
         packing = statistics.median(part / total for total, part in results)
-        print(
-            f"| {name} | {medians[name]:.2f} ({low:.2f} to {high:.2f}) | {speedup:.2f} | {speedup / ratio:.2f} "
-            f"| {gib[name]:.2f} | {packing:.2%} |",
-            flush=True,
-        )
+        cells = f"{speedup:.2f}", f"{speedup / ratio:.2f}", f"{gib[name]:.2f}", f"{packing:.2%}"
+        print(table_row(name, median_and_range([total for total, _ in results]), *cells), flush=True)
 
 
 def main() -> None:
     """Measure all cases and print a table of each."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--unique", type=int, nargs="+", default=[2048], help="unique tokens of the tree")
@@ -182,22 +192,16 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory()
     model = make_model(args, device)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    machine = device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.model}, {args.dtype}, {f'LoRA rank {args.lora}' if args.lora else 'all weights'}, ", end="")
     print(f"{'with' if args.gradient_checkpointing else 'no'} gradient checkpointing, {machine}")
     for num_unique in args.unique:
         for ratio in args.ratios:
             batch = make_batch(num_unique, ratio, MODELS[args.model].vocab_size, device)
             packed = pack_rows(*batch)
-            ways = make_ways(args, model, batch)
-            model.zero_grad(set_to_none=True)
-            gib = {name: peak_gib(run) for name, run in ways.items()}
-            seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-            for _ in range(args.repeats):
-                for name, run in ways.items():
-                    seconds[name].append(measure(model, run))
+            times, gib = measure_all(model, make_ways(args, model, batch), args.repeats)
             title = f"{batch[0].size(1)} tokens per row, {packed.input_ids.size(1)} unique, ratio {packed.ratio:.2f}"
-            report(title, packed.ratio, seconds, gib)
+            report(title, packed.ratio, times, gib)
 
 
 if __name__ == "__main__":

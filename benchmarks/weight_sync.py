@@ -1,52 +1,56 @@
 """
 Seconds from an optimizer step to an engine that answers with the new policy: the adapter alone against TRL's way.
 
-    python benchmarks/sync.py                              # SmolLM2-135M, on a CPU or a GPU
-    python benchmarks/sync.py --architecture qwen2.5-1.5b  # random weights, for a GPU
-    python benchmarks/sync.py --load_in_4bit               # QLoRA: the engine's base in 4 bits, and dequantized
+    python -m benchmarks.weight_sync                              # SmolLM2-135M, on a CPU or a GPU
+    python -m benchmarks.weight_sync --architecture qwen2.5-1.5b  # random weights, for a GPU
+    python -m benchmarks.weight_sync --load_in_4bit               # QLoRA: the engine's base in 4 bits, and dequantized
 
-Each way in a trainer of its own in one process, one after the other; the adapter changes before each synchronization,
-and the first one, which compiles and allocates, is left out. TRL's way merges the adapter and pushes every weight.
-vLLM for CPUs packs its weights for its kernels and can take none after that: there TRL's way comes twice, the second
-time with layers as they are on CUDA. Before that the same prompts are sampled from both engines: with LoRA layers, and
-with the plain layers of a merged model. In 4 bits both ways load the adapter alone, on the two kinds of base that
-`vllm_base_weights` has.
+Each way has a trainer of its own. They run one after the other in one process. First the engine's speed is measured,
+on the same prompts for each way: an engine that loads the adapter has LoRA layers, one that takes merged weights has
+plain ones. Then come the synchronizations. The adapter changes before each of them, and the first one is left out,
+since it compiles and allocates.
+
+TRL's way merges the adapter and pushes every weight. vLLM for CPUs packs its weights for its kernels and can take none
+after that. So TRL's way comes twice on a CPU, the second time with layers that are not packed, as on CUDA. In 4 bits
+both ways load the adapter alone, on the two kinds of base that `vllm_base_weights` has. Prints a Markdown table.
 """
 
 import argparse
 import gc
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from random_models import MODELS, random_checkpoint
-from transformers import BitsAndBytesConfig
 
+from benchmarks.common import (
+    OUTPUTS,
+    device_name,
+    make_parser,
+    median_and_range,
+    nf4_config,
+    seconds,
+    small_model_folder,
+    table_head,
+    table_row,
+)
+from benchmarks.random_models import MODELS, random_checkpoint
 from treepo_trl import TreePOConfig, TreePOTrainer
-from treepo_trl.policy.adapter_sync import replaced
-from treepo_trl.quickstart.embedded import small_model
+from treepo_trl.trl_seams import replaced
 
 
 UNPACKED = "merge, layers not packed"
-FOUR_BITS = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.bfloat16,
-)
 
 
 def model_folder(architecture: str | None, folder: Path) -> str:
     """SmolLM2-135M-Instruct, or random weights of an architecture."""
     if architecture is None:
-        return str(small_model(Path(".cache/smollm2-135m-instruct")))
+        return small_model_folder()
     return random_checkpoint(architecture, folder)
 
 
@@ -62,8 +66,10 @@ def plain_layers() -> Iterator[None]:
 def build(model: str, way: str, options: argparse.Namespace) -> TreePOTrainer:
     """A trainer whose engine gets a LoRA policy in this way."""
     use_cpu = not torch.cuda.is_available()
+    name = "vllm_base_weights" if options.load_in_4bit else "vllm_lora_sync"
+    update_settings: dict[str, Any] = {name: way.split(",")[0]}
     args = TreePOConfig(
-        output_dir="outputs/benchmarks/sync",
+        output_dir=str(OUTPUTS / "weight_sync"),
         use_cpu=use_cpu,
         bf16=not use_cpu,
         report_to=[],
@@ -71,7 +77,7 @@ def build(model: str, way: str, options: argparse.Namespace) -> TreePOTrainer:
         max_completion_length=64,
         use_vllm=True,
         vllm_mode="colocate",
-        **({"vllm_base_weights": way} if options.load_in_4bit else {"vllm_lora_sync": way.split(",")[0]}),
+        **update_settings,
         vllm_gpu_memory_utilization=0.3,
         vllm_max_model_length=1024,
         model_init_kwargs={"dtype": "bfloat16"},
@@ -81,41 +87,29 @@ def build(model: str, way: str, options: argparse.Namespace) -> TreePOTrainer:
         args=args,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         train_dataset=Dataset.from_dict({"prompt": ["Hello"] * 8}),
-        quantization_config=FOUR_BITS if options.load_in_4bit else None,
+        quantization_config=nf4_config() if options.load_in_4bit else None,
         peft_config=LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear"),
     )
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """Wall time of a call, with the device's work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def measure_speed(trainer: TreePOTrainer, options: argparse.Namespace) -> float:
     """Tokens per second of the engine; they do not depend on what its weights are."""
-    from vllm import SamplingParams
+    from vllm import LLM, SamplingParams, TokensPrompt
 
-    generation: Any = trainer.vllm_generation
+    llm = cast(LLM, trainer.vllm_generation.llm)
     params = SamplingParams(max_tokens=options.tokens, ignore_eos=True, temperature=1.0)
-    prompts = [{"prompt_token_ids": [100 + i] * 32} for i in range(options.prompts)]
-    generation.llm.generate(prompts, params, use_tqdm=False)
-    taken = [
-        seconds(lambda: generation.llm.generate(prompts, params, use_tqdm=False)) for _ in range(options.generations)
-    ]
+    prompts = [TokensPrompt(prompt_token_ids=[100 + i] * 32) for i in range(options.prompts)]
+    llm.generate(prompts, params, use_tqdm=False)
+    taken = [seconds(lambda: llm.generate(prompts, params, use_tqdm=False)) for _ in range(options.generations)]
     return options.prompts * options.tokens / statistics.median(taken)
 
 
 def measure_syncs(trainer: TreePOTrainer, options: argparse.Namespace) -> list[float]:
     """Seconds of each synchronization."""
+    model = cast(torch.nn.Module, trainer.model)
     times = []
     for _ in range(options.repeats + 1):
-        for parameter in trainer.model.parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data.add_(torch.randn_like(parameter), alpha=1e-3)
         times.append(seconds(trainer.vllm_generation.sync_weights))
@@ -128,9 +122,9 @@ def row(way: str, trainer: TreePOTrainer, options: argparse.Namespace) -> str:
     try:
         times = measure_syncs(trainer, options)
     except (AttributeError, KeyError, RuntimeError) as error:
-        return f"| {way} | this engine takes no pushed weights: {type(error).__name__}: {str(error)[:80]} | {speed} |"
-    low, mid, high = (1000 * value for value in (min(times), statistics.median(times), max(times)))
-    return f"| {way} | {mid:.1f} ({low:.1f} to {high:.1f}) | {speed} |"
+        reason = f"this engine takes no pushed weights: {type(error).__name__}: {str(error)[:80]}"
+        return table_row(way, reason, speed)
+    return table_row(way, median_and_range([1000 * value for value in times], digits=1), speed)
 
 
 def ways(options: argparse.Namespace) -> list[str]:
@@ -142,7 +136,7 @@ def ways(options: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     """Print a row for each way."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--architecture", choices=MODELS, help="random weights; SmolLM2-135M without it")
     parser.add_argument("--load_in_4bit", action="store_true", help="a QLoRA policy, and its engines")
     parser.add_argument("--rank", type=int, default=16)
@@ -151,10 +145,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each")
     parser.add_argument("--generations", type=int, default=3, help="times that these are sampled; the median counts")
     options = parser.parse_args()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    print(f"{options.architecture or 'SmolLM2-135M'}, rank {options.rank} on all linear layers, {device}\n")
-    print("| way | ms per synchronization, median (range) | tokens/s of the engine |")
-    print("|---|---|---|")
+    print(f"{options.architecture or 'SmolLM2-135M'}, rank {options.rank} on all linear layers, {device_name()}\n")
+    print(table_head("way", "ms per synchronization, median (range)", "tokens/s of the engine"))
     with tempfile.TemporaryDirectory() as folder:
         model = model_folder(options.architecture, Path(folder))
         for way in ways(options):
