@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOTrainer
 
-from treepo_trl.commands.prompts import load_named_dataset, prompt_token_ids, read_prompts
+from treepo_trl.commands.arguments import SampleArguments
+from treepo_trl.commands.prompts import load_named_dataset, load_prompts, prompt_token_ids, read_prompts
 
 
 PROMPTS = ["w1 w2", "w3, 'w4'", "w5"]
@@ -117,6 +119,47 @@ def test_json_lines_give_their_key() -> None:
 def test_what_is_wrong_with_standard_input(text: str, words: list[str]) -> None:
     with pytest.raises(ValueError, match="(?s)" + ".*".join(map(re.escape, words))):
         read(text)
+
+
+# The prompts of a run
+
+
+def test_a_terminal_is_told_what_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("w1\n"))
+    assert load_prompts(SampleArguments()) == ["w1"]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "one per line" in err
+    assert "Ctrl-D" in err
+
+
+def test_columns_splits_and_the_number_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = Dataset.from_dict({"question": ["q1", "q2"], "prompt": ["p1", "p2"]})
+    rows.to_json("two.jsonl")
+    rows.select_columns(["question"]).to_json("one.jsonl")
+    DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk("saved")
+    assert load_prompts(SampleArguments("two.jsonl")) == ["p1", "p2"]
+    assert load_prompts(SampleArguments("two.jsonl", prompt_column="question")) == ["q1", "q2"]
+    assert load_prompts(SampleArguments("one.jsonl")) == ["q1", "q2"]
+    assert load_prompts(SampleArguments("two.jsonl", max_prompts=1)) == ["p1"]
+    assert load_prompts(SampleArguments("two.jsonl", max_prompts=9)) == ["p1", "p2"]
+    assert load_prompts(SampleArguments("two.jsonl", dataset_split="mine")) == ["p1", "p2"]
+    assert load_prompts(SampleArguments("saved", dataset_split="test")) == ["p2"]
+
+
+def test_the_column_and_the_number_of_prompts_hold_for_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = '{"question": "q1", "prompt": "p1"}\n{"question": "q2"}\n'
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    assert load_prompts(SampleArguments(prompt_column="question")) == ["q1", "q2"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w1\nw2\n"))
+    assert load_prompts(SampleArguments(max_prompts=1)) == ["w1"]
 
 
 # Token ids

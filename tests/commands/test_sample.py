@@ -1,9 +1,8 @@
-"""`treepo-trl sample` on a tiny model: what it reads, writes and prints, and that it loses nothing."""
+"""`treepo-trl sample` on a tiny model: what it reads, writes and prints."""
 
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,66 +16,30 @@ from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from treepo_trl.cli import main
+from tests.support.sample_runs import (
+    FLAGS,
+    PROMPT_IDS,
+    PROMPTS,
+    arguments,
+    cells,
+    fail_to_build,
+    read_lines,
+    read_trees,
+)
 from treepo_trl.commands import sample as sample_command
-from treepo_trl.commands.sample import SampleArguments, load_prompts
+from treepo_trl.commands.sample import main
 from treepo_trl.engines.transformers import TransformersEngine
-from treepo_trl.sampling.sampler import TreeSampler
-from treepo_trl.sampling.tree import SegmentTree
+from treepo_trl.sampling import SegmentTree, TreeSampler
 
 
-PROMPTS = ["w1 w2 w3", "w4 w5", "w6", "w7 w8"]
-PROMPT_IDS = [[6, 7, 8], [9, 10], [11], [12, 13]]  # w0 is token 5
-FLAGS: dict[str, Any] = {
-    "engine": "transformers",
-    "num_generations": 4,
-    "max_completion_length": 12,
-    "segment_length": 4,
-}
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's working folder with a dataset; nothing on standard input."""
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": 1}) + "\n" for p in PROMPTS))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    return tmp_path
-
-
-def arguments(model: str | None, **changes: Any) -> list[str]:
-    flags = {"model_name_or_path": model, "dataset_name": "data.jsonl", "output": "trees.jsonl", **FLAGS, **changes}
-    result = ["sample"]
-    for name, value in flags.items():
-        if value is not None:
-            result += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return result
-
-
-def read_lines(path: str = "trees.jsonl") -> list[dict[str, Any]]:
-    """Lines of an output file, in the order of their prompts."""
-    return sorted(map(json.loads, Path(path).read_text().splitlines()), key=lambda record: record["index"])
-
-
-def read_trees(path: str = "trees.jsonl") -> list[SegmentTree]:
-    return [SegmentTree.from_dict(record["tree"]) for record in read_lines(path)]
-
-
-def cells(table: str) -> dict[str, list[str]]:
-    rows = [[cell.strip().replace(",", "") for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    return {row[0]: row[1:] for row in rows}
-
-
-def fail_to_build(*args: Any, **kwargs: Any) -> Any:
-    raise AssertionError("the model was loaded before all was checked")
+pytestmark = pytest.mark.usefixtures("prompts_folder")
 
 
 # What comes out
 
 
 def test_the_output_has_a_tree_for_each_prompt_and_the_table_counts_them(
-    folder: Path, tiny_model_dir: str, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(arguments(tiny_model_dir, output="new/folder/trees.jsonl"))
     records, trees = read_lines("new/folder/trees.jsonl"), read_trees("new/folder/trees.jsonl")
@@ -109,7 +72,7 @@ def test_the_output_has_a_tree_for_each_prompt_and_the_table_counts_them(
 
 
 def test_without_an_output_the_first_prompts_completions_are_shown(
-    folder: Path, tiny_model_dir: str, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(arguments(tiny_model_dir, seed=3))
     record = read_lines("trees.jsonl")[0]
@@ -130,31 +93,31 @@ def test_without_an_output_the_first_prompts_completions_are_shown(
 
 @pytest.mark.parametrize(("rule", "is_said"), [({}, True), ({"stop_repetition": False}, False)])
 def test_a_comparison_says_that_early_stop_helps_only_trees(
-    folder: Path, tiny_model_dir: str, capsys: pytest.CaptureFixture[str], rule: dict[str, Any], is_said: bool
+    tiny_model_dir: str, capsys: pytest.CaptureFixture[str], rule: dict[str, Any], is_said: bool
 ) -> None:
     main(arguments(tiny_model_dir, compare="independent", repeats=1, **rule))
     assert ("end paths of trees early" in capsys.readouterr().err) == is_said
 
 
-def test_the_seed_decides_the_trees(folder: Path, tiny_model_dir: str) -> None:
+def test_the_seed_decides_the_trees(tiny_model_dir: str) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         main(arguments(tiny_model_dir, output=name, seed=seed))
     texts = {name: [record["completions"] for record in read_lines(name)] for name in "abc"}
     assert texts["a"] == texts["b"] != texts["c"]
 
 
-def test_a_config_file_does_what_flags_do(folder: Path, tiny_model_dir: str) -> None:
+def test_a_config_file_does_what_flags_do(tiny_model_dir: str) -> None:
     settings = {**FLAGS, "model_name_or_path": tiny_model_dir, "dataset_name": "data.jsonl", "seed": 3}
     settings |= {"temperature": 0.7, "initial_branching_factor": [1, 3], "output": "a"}
     Path("sample.yaml").write_text(yaml.safe_dump(settings))
-    main(["sample", "--config", "sample.yaml"])
+    main(["--config", "sample.yaml"])
     main(arguments(tiny_model_dir, seed=3, temperature=0.7, initial_branching_factor=[1, 3], output="b"))
     assert read_lines("a") == read_lines("b")
-    main(["sample", "--config", "sample.yaml", "--output", "c", "--num_generations", "3"])  # a flag wins
+    main(["--config", "sample.yaml", "--output", "c", "--num_generations", "3"])  # a flag wins
     assert {len(tree.leaves) for tree in read_trees("c")} == {3}
 
 
-def test_temperature_zero_takes_the_greedy_path(folder: Path, tiny_model_dir: str) -> None:
+def test_temperature_zero_takes_the_greedy_path(tiny_model_dir: str) -> None:
     """Every leaf is the one completion that transformers' `generate` finds."""
     main(arguments(tiny_model_dir, temperature=0, stop_repetition=False))
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
@@ -165,7 +128,7 @@ def test_temperature_zero_takes_the_greedy_path(folder: Path, tiny_model_dir: st
 
 
 def test_trees_may_have_fewer_leaves_where_that_was_asked_for(
-    folder: Path, tiny_model_dir: str, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(arguments(tiny_model_dir, temperature=0, fallback_policy="none", num_generations=8, branching_factor=2))
     greedy_ends = [tree.nodes[tree.leaves[0]].finish_reason == "stop" for tree in read_trees()]
@@ -175,19 +138,19 @@ def test_trees_may_have_fewer_leaves_where_that_was_asked_for(
     assert cells(capsys.readouterr().out)["trajectories (leaves)"] == [str(num_leaves)]
 
 
-def test_the_token_budget_of_a_tree_holds(folder: Path, tiny_model_dir: str) -> None:
+def test_the_token_budget_of_a_tree_holds(tiny_model_dir: str) -> None:
     main(arguments(tiny_model_dir, output="a", num_generations=8, stop_repetition=False))
     main(arguments(tiny_model_dir, output="b", num_generations=8, stop_repetition=False, max_tree_tokens=30))
     assert max(tree.num_unique_tokens for tree in read_trees("a")) > 30
     assert max(tree.num_unique_tokens for tree in read_trees("b")) <= 30
 
 
-def test_the_entropy_policy_gets_its_entropies(folder: Path, tiny_model_dir: str) -> None:
+def test_the_entropy_policy_gets_its_entropies(tiny_model_dir: str) -> None:
     main(arguments(tiny_model_dir, branching_policy="entropy"))
     assert all(node.entropy is not None and node.entropy >= 0 for tree in read_trees() for node in tree.nodes)
 
 
-def test_sampling_options_reach_the_engine(folder: Path, tiny_model_dir: str) -> None:
+def test_sampling_options_reach_the_engine(tiny_model_dir: str) -> None:
     """With one token considered, any temperature is greedy; a huge penalty never repeats a token."""
     main(arguments(tiny_model_dir, output="a", temperature=0))
     for name, option in (("b", {"top_k": 1}), ("c", {"top_p": 1e-6}), ("d", {"min_p": 1.0})):
@@ -203,14 +166,14 @@ def test_sampling_options_reach_the_engine(folder: Path, tiny_model_dir: str) ->
 # What goes in
 
 
-def test_prompts_from_standard_input(folder: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_from_standard_input(tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("w1 w2 w3\n\nw4 w5\n"))
     main(arguments(tiny_model_dir, dataset_name=None))
     assert [tree.prompt_ids for tree in read_trees()] == PROMPT_IDS[:2]
 
 
 def test_messages_get_the_chat_template_and_its_arguments(
-    folder: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """<user> w1 <assistant>; with an unused argument the template says the same."""
     line = json.dumps({"prompt": [{"role": "user", "content": "w1"}]})
@@ -221,43 +184,6 @@ def test_messages_get_the_chat_template_and_its_arguments(
     monkeypatch.setattr(sys, "stdin", io.StringIO(line))
     main(arguments(tiny_model_dir, dataset_name="-", output="b", chat_template_kwargs=json.dumps(template)))
     assert [tree.prompt_ids for tree in read_trees("b")] == [[14, 6]]
-
-
-def test_a_terminal_is_told_what_is_waited_for(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setattr(sys, "stdin", Terminal("w1\n"))
-    assert load_prompts(SampleArguments()) == ["w1"]
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "one per line" in err
-    assert "Ctrl-D" in err
-
-
-def test_columns_splits_and_the_number_of_prompts(folder: Path) -> None:
-    rows = Dataset.from_dict({"question": ["q1", "q2"], "prompt": ["p1", "p2"]})
-    rows.to_json("two.jsonl")
-    rows.select_columns(["question"]).to_json("one.jsonl")
-    DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk("saved")
-    assert load_prompts(SampleArguments("two.jsonl")) == ["p1", "p2"]
-    assert load_prompts(SampleArguments("two.jsonl", prompt_column="question")) == ["q1", "q2"]
-    assert load_prompts(SampleArguments("one.jsonl")) == ["q1", "q2"]
-    assert load_prompts(SampleArguments("two.jsonl", max_prompts=1)) == ["p1"]
-    assert load_prompts(SampleArguments("two.jsonl", max_prompts=9)) == ["p1", "p2"]
-    assert load_prompts(SampleArguments("two.jsonl", dataset_split="mine")) == ["p1", "p2"]
-    assert load_prompts(SampleArguments("saved", dataset_split="test")) == ["p2"]
-
-
-def test_the_column_and_the_number_of_prompts_hold_for_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = '{"question": "q1", "prompt": "p1"}\n{"question": "q2"}\n'
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    assert load_prompts(SampleArguments(prompt_column="question")) == ["q1", "q2"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("w1\nw2\n"))
-    assert load_prompts(SampleArguments(max_prompts=1)) == ["w1"]
 
 
 # Errors
@@ -294,7 +220,6 @@ def test_the_column_and_the_number_of_prompts_hold_for_standard_input(monkeypatc
     ],
 )
 def test_user_errors_are_one_line_before_the_model_is_loaded(
-    folder: Path,
     tiny_model_dir: str,
     monkeypatch: pytest.MonkeyPatch,
     changes: dict[str, Any],
@@ -327,18 +252,18 @@ def _renamed(changes: dict[str, Any]) -> dict[str, Any]:
         ({"temprature": 1}, "temprature"),
     ],
 )
-def test_a_config_file_is_checked_as_flags_are(folder: Path, settings: dict[str, Any], words: str) -> None:
+def test_a_config_file_is_checked_as_flags_are(settings: dict[str, Any], words: str) -> None:
     """argparse checks neither the choices nor the types of what comes from the file."""
     Path("sample.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(SystemExit) as error:
-        main(["sample", "--config", "sample.yaml"])
+        main(["--config", "sample.yaml"])
     assert words in str(error.value.code)
 
 
 @pytest.mark.parametrize(
     ("prompt", "words"), [("w1 " * 600, ["600 tokens", "context of 512"]), ("", ["Prompt 0", "empty"])]
 )
-def test_a_prompt_that_cannot_be_continued(folder: Path, tiny_model_dir: str, prompt: str, words: list[str]) -> None:
+def test_a_prompt_that_cannot_be_continued(tiny_model_dir: str, prompt: str, words: list[str]) -> None:
     Path("data.jsonl").write_text(json.dumps({"prompt": prompt}))
     with pytest.raises(SystemExit) as error:
         main(arguments(tiny_model_dir))
@@ -348,7 +273,7 @@ def test_a_prompt_that_cannot_be_continued(folder: Path, tiny_model_dir: str, pr
 
 def test_help_lists_the_options_of_all_parts(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
-        main(["sample", "--help"])
+        main(["--help"])
     assert error.value.code == 0
     out = capsys.readouterr().out
     for option in ("--dataset_name", "--engine {auto,vllm,transformers}", "--num_generations", "--compare"):
@@ -359,7 +284,7 @@ def test_help_lists_the_options_of_all_parts(capsys: pytest.CaptureFixture[str])
 
 
 def test_compare_samples_both_in_turn_and_prints_the_ratio(
-    folder: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls: list[tuple[str, int]] = []
 
@@ -394,7 +319,7 @@ def test_compare_samples_both_in_turn_and_prints_the_ratio(
 
 
 def test_every_seed_and_every_round_has_its_own_branching_draws(
-    folder: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeds: list[str] = []
     sample = TreeSampler.sample
@@ -409,182 +334,11 @@ def test_every_seed_and_every_round_has_its_own_branching_draws(
     assert len(set(seeds)) == len(seeds) == 4
 
 
-# A run that dies
-
-
-class Lost(RuntimeError):
-    """An engine or a disk that fails."""
-
-
-def fail_after(monkeypatch: pytest.MonkeyPatch, num_trees: int, error: BaseException) -> None:
-    """Let a run die once it has written some trees."""
-    write = sample_command.write_tree
-    written: list[int] = []
-
-    def write_or_fail(file: Any, index: int, *args: Any) -> None:
-        if len(written) == num_trees:
-            raise error
-        write(file, index, *args)
-        written.append(index)
-
-    monkeypatch.setattr(sample_command, "write_tree", write_or_fail)
-
-
-def test_an_error_keeps_the_trees_and_resume_samples_the_others(
-    folder: Path, tiny_model_dir: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        fail_after(patch, 2, Lost("disk"))
-        with pytest.raises(Lost) as error:
-            main(arguments(tiny_model_dir))
-    assert any("--resume" in note and "trees.jsonl" in note for note in error.value.__notes__)
-    kept = Path("trees.jsonl").read_bytes()
-    assert kept.count(b"\n") == 2
-    first = [record["index"] for record in read_lines()]
-    with pytest.raises(SystemExit, match=r"trees\.jsonl` exists already.*--resume"):
-        main(arguments(tiny_model_dir))
-    assert Path("trees.jsonl").read_bytes() == kept
-    capsys.readouterr()
-    main([*arguments(tiny_model_dir), "--resume"])
-    assert Path("trees.jsonl").read_bytes().startswith(kept)
-    assert [tree.prompt_ids for tree in read_trees()] == PROMPT_IDS
-    assert sorted(record["index"] for record in read_lines()) == [0, 1, 2, 3]
-    assert len(set(first)) == 2
-    out, err = capsys.readouterr()
-    assert cells(out)["prompts"] == ["2"]  # what this run sampled
-    assert "2 of 4 trees are in trees.jsonl already" in err
-    assert "8/8" in err
-
-
-def test_an_engine_that_dies_keeps_the_trees(
-    folder: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    collect = TransformersEngine.collect
-
-    def collect_or_fail(engine: Any) -> Any:
-        if Path("trees.jsonl").read_bytes().count(b"\n") >= 1:
-            raise Lost("engine")
-        return collect(engine)
-
-    monkeypatch.setattr(TransformersEngine, "collect", collect_or_fail)
-    monkeypatch.setattr(TransformersEngine, "num_slots", lambda engine, length: 2)  # one tree after the other
-    with pytest.raises(Lost) as error:
-        main(arguments(tiny_model_dir))
-    assert any("--resume" in note for note in error.value.__notes__)
-    assert 1 <= len(read_trees()) < 4
-
-
-def test_an_interrupt_is_no_traceback(folder: Path, tiny_model_dir: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        fail_after(patch, 1, KeyboardInterrupt())
-        with pytest.raises(
-            SystemExit,
-            match=r"^Interrupted\. While sampling prompt 1 of 4 .*`--resume` goes on from the trees in trees\.jsonl\.",
-        ):
-            main(arguments(tiny_model_dir))
-    assert len(read_trees()) == 1
-    with pytest.MonkeyPatch.context() as patch:
-        fail_after(patch, 1, KeyboardInterrupt())
-        with pytest.raises(
-            SystemExit, match=r"^Interrupted\. While sampling prompt 1 of 4[^`]*$"
-        ):  # a comparison is not resumed
-            main(arguments(tiny_model_dir, output="other.jsonl", compare="independent"))
-
-
-KILLED = """
-import os, signal, sys
-from treepo_trl.commands import sample as sample_command
-from treepo_trl.cli import main
-
-write, written = sample_command.write_tree, []
-
-
-def write_and_die(file, index, *args):
-    write(file, index, *args)
-    written.append(index)
-    if len(written) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-sample_command.write_tree = write_and_die
-main(sys.argv[1:])
-"""
-
-
-def test_a_killed_process_leaves_every_tree_that_was_done(folder: Path, tiny_model_dir: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments(tiny_model_dir)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    assert len(read_trees()) == 2
-
-
-@pytest.mark.parametrize("num_bytes", [1, 5, 10, 40])
-def test_a_line_that_was_cut_off_is_sampled_again(folder: Path, tiny_model_dir: str, num_bytes: int) -> None:
-    main(arguments(tiny_model_dir))
-    lines = Path("trees.jsonl").read_bytes().splitlines(keepends=True)
-    Path("trees.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:num_bytes])
-    main([*arguments(tiny_model_dir), "--resume"])
-    again = Path("trees.jsonl").read_bytes().splitlines(keepends=True)
-    assert again[:3] == lines[:3]
-    assert [tree.prompt_ids for tree in read_trees()] == PROMPT_IDS
-
-
-def test_nothing_is_left_to_do(
-    folder: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(arguments(tiny_model_dir))
-    content = Path("trees.jsonl").read_bytes()
-    capsys.readouterr()
-    monkeypatch.setattr(sample_command, "build_engine", fail_to_build)
-    main([*arguments(tiny_model_dir), "--resume"])
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "4 of 4 trees are in trees.jsonl already" in err
-    assert Path("trees.jsonl").read_bytes() == content
-
-
-def test_resume_without_a_file_starts_one(folder: Path, tiny_model_dir: str) -> None:
-    main([*arguments(tiny_model_dir), "--resume"])
-    assert [tree.prompt_ids for tree in read_trees()] == PROMPT_IDS
-
-
-def test_a_resumed_run_does_not_draw_the_same_again(folder: Path, tiny_model_dir: str) -> None:
-    """The same prompt twice, in two runs with the same seed."""
-    Path("data.jsonl").write_text('{"prompt": "w1 w2"}\n')
-    main(arguments(tiny_model_dir))
-    Path("data.jsonl").write_text('{"prompt": "w1 w2"}\n' * 2)
-    main([*arguments(tiny_model_dir), "--resume"])
-    first, second = read_lines()
-    assert first["prompt"] == second["prompt"]
-    assert first["completions"] != second["completions"]
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b'{"prompt": "w1"}\n', "no tree of this command"),
-        (b"some notes", "no tree of this command"),  # not a line that was cut off
-        (b"\xff\xfe\n", "no tree of this command"),
-        (b'{"index": 0, "tree": {"prompt_ids": [6, 7]}}\n', "a tree of another prompt 0"),
-        (b'{"index": 4, "tree": {"prompt_ids": [6, 7, 8]}}\n', "a tree of another prompt 4"),
-    ],
-)
-def test_a_file_of_something_else_is_refused_and_left_as_it_is(
-    folder: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, content: bytes, words: str
-) -> None:
-    monkeypatch.setattr(sample_command, "build_engine", fail_to_build)
-    Path("trees.jsonl").write_bytes(content)
-    with pytest.raises(SystemExit, match=words):
-        main([*arguments(tiny_model_dir), "--resume"])
-    assert Path("trees.jsonl").read_bytes() == content
-
-
 # The real vLLM
 
 
 @pytest.mark.vllm
-def test_vllm_with_an_adapter(folder: Path, tiny_model_dir: str) -> None:
+def test_vllm_with_an_adapter(tiny_model_dir: str) -> None:
     """
     The console script on vLLM, with all of its logging on: standard output is the table alone, and greedy completions
     with a LoRA adapter are those of the transformers engine. vLLM binds its process to cores: a process of its own.
@@ -607,7 +361,7 @@ def test_vllm_with_an_adapter(folder: Path, tiny_model_dir: str) -> None:
         vllm_max_model_length=128,  # the memory is left to the default
     )
     done = subprocess.run(
-        [sys.executable, "-m", "treepo_trl.cli", *flags],
+        [sys.executable, "-m", "treepo_trl.cli", "sample", *flags],
         input="\n".join(PROMPTS),
         capture_output=True,
         text=True,
