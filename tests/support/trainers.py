@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from trl import GRPOTrainer
 
 from tests.support.models import make_tokenizer
@@ -204,6 +205,11 @@ def logs_of(trainer: Any, key: str) -> list[float]:
     return [log[key] for log in trainer.state.log_history if key in log]
 
 
+def tables_of(folder: Path) -> list[pd.DataFrame]:
+    """The tables of completions that a run with `log_completions` has written, one per step."""
+    return [pd.read_parquet(file) for file in sorted((folder / "completions").iterdir())]
+
+
 def assert_same_run(
     a: Any,
     b: Any,
@@ -269,8 +275,12 @@ def reward_by_kind(completion_ids: list[list[int]], kind: list[str], **_: Any) -
     return [values[k](i) for i, k in enumerate(kind)]
 
 
-def train(tmp_path: Path, model: str, kinds: str, rewards: Any = reward_by_kind, **changes: Any) -> Any:
-    config = make_config(tmp_path, **{"max_steps": 3, "dynamic_sampling_rounds": 4, **changes})
-    trainer = build(RecordingTrainer, model, config, train_dataset=labelled(kinds), reward_funcs=rewards)
+def train(
+    folder: Path, model: str, data: str | Dataset | IterableDataset, rewards: Any = reward_by_kind, **changes: Any
+) -> Any:
+    """A training with dynamic sampling that is done; `data` is a dataset or the kinds of its prompts."""
+    config = make_config(folder, **{"max_steps": 3, "dynamic_sampling_rounds": 4, **changes})
+    dataset = labelled(data) if isinstance(data, str) else data
+    trainer = build(RecordingTrainer, model, config, train_dataset=dataset, reward_funcs=rewards)
     trainer.train()
     return trainer

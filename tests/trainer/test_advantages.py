@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 
@@ -13,6 +12,7 @@ from tests.support.trainers import (
     expected_advantages,
     make_config,
     parity_reward,
+    tables_of,
 )
 from treepo_trl import SegmentTree
 
@@ -148,9 +148,10 @@ def test_logged_advantages_are_the_trees(tmp_path: Path, tiny_model_dir: str, st
     trainer = build(SpyTrainer, tiny_model_dir, config)
     trainer.train()
     assert len(trainer.generations) == 2
-    for step in range(2 * steps_per_generation):
+    tables = tables_of(tmp_path)
+    assert len(tables) == 2 * steps_per_generation
+    for step, table in enumerate(tables):
         generation = trainer.generations[step // steps_per_generation]
-        table = pd.read_parquet(tmp_path / "completions" / f"completions_{step + 1:05d}.parquet")
         assert len(table) == 8
         expected = expected_advantages(generation, "group")[:, 0].tolist()
         assert table["advantage"].tolist() == pytest.approx(expected, abs=1e-4)

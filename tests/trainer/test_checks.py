@@ -9,36 +9,23 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from peft import IA3Config, LoraConfig, PromptTuningConfig
 from trl import GRPOConfig
 
-from tests.support.models import make_model, make_tokenizer
-from treepo_trl import TreePOConfig, TreePOTrainer, TreeSamplingConfig, checks
+from tests.support.models import make_model
+from tests.support.trainers import SETTINGS, build, make_config, plain_prompts
+from treepo_trl import TreePOConfig, TreePOTrainer, checks
 from treepo_trl.checks import check_arguments, check_datasets
 from treepo_trl.policy.adapter_sync import check_adapter
 
 
-PROMPTS = Dataset.from_dict({"prompt": ["w1 w2"] * 8})
+PROMPTS = plain_prompts(8)
 
 
-def reward(completions: list[str], **kwargs: Any) -> list[float]:
-    return [float(len(c)) for c in completions]
-
-
-def make_config(folder: Path, cls: type = TreePOConfig, **changes: Any) -> Any:
-    settings = {"use_cpu": True, "bf16": False, "report_to": [], "max_completion_length": 8, "num_generations": 4}
-    return cls(output_dir=str(folder), **{**settings, **changes})
-
-
-def make_trainer(folder: Path, config: Any = None, **arguments: Any) -> TreePOTrainer:
-    arguments = {"train_dataset": PROMPTS, "reward_funcs": reward, "processing_class": make_tokenizer(), **arguments}
-    return TreePOTrainer(model=make_model(), args=config or make_config(folder), **arguments)
-
-
-def test_accepts_the_ordinary(tmp_path: Path) -> None:
-    assert make_trainer(tmp_path).args.num_generations == 4
+def make_trainer(config: TreePOConfig, **arguments: Any) -> TreePOTrainer:
+    return build(TreePOTrainer, make_model(), config, **arguments)
 
 
 def test_plain_grpo_config(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"`args` is a `GRPOConfig`\. Pass a `TreePOConfig`"):
-        make_trainer(tmp_path, make_config(tmp_path, GRPOConfig))
+        build(TreePOTrainer, make_model(), GRPOConfig(output_dir=str(tmp_path), **SETTINGS))
 
 
 def a_tool(x: int) -> int:
@@ -67,17 +54,11 @@ class Environment:
 )
 def test_several_turns(tmp_path: Path, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"`{name}` is not supported yet .*Leave it out, or use `GRPOTrainer`"):
-        make_trainer(tmp_path, **{name: value})
+        make_trainer(make_config(tmp_path), **{name: value})
 
 
 def test_no_tools_are_no_tools(tmp_path: Path) -> None:
     check_arguments(make_config(tmp_path), [], None, None)
-
-
-def test_fallback_none(tmp_path: Path) -> None:
-    TreeSamplingConfig(fallback_policy="none")  # for offline sampling
-    with pytest.raises(ValueError, match=r"`fallback_policy='none'`.*fewer than `num_generations`.*offline"):
-        make_config(tmp_path, fallback_policy="none")
 
 
 @pytest.mark.parametrize(
@@ -89,12 +70,12 @@ def test_unknown_generation_kwargs(tmp_path: Path, kwargs: dict[str, Any], named
     with pytest.raises(
         ValueError, match=rf"`generation_kwargs` has {named}, which .*Remove the others, or set `use_vllm"
     ):
-        make_trainer(tmp_path, config)
+        make_trainer(config)
 
 
 def test_known_generation_kwargs_are_used(tmp_path: Path) -> None:
     config = make_config(tmp_path, generation_kwargs={"top_k": 3, "temperature": 0.5})
-    engine = make_trainer(tmp_path, config).sampler.engine
+    engine = make_trainer(config).sampler.engine
     assert (engine.options.top_k, engine.options.temperature) == (3, 0.5)
 
 
@@ -106,7 +87,7 @@ def test_vllm_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(
         ImportError, match=r"`use_vllm=True`, but vLLM is not installed.*pip install treepo-trl\[vllm\]"
     ):
-        make_trainer(tmp_path, make_config(tmp_path, use_vllm=True))
+        make_trainer(make_config(tmp_path, use_vllm=True))
 
 
 @pytest.mark.parametrize(
@@ -120,13 +101,13 @@ def test_vllm_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_reserved_vllm_generation_kwargs(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
     with pytest.raises(ValueError, match=rf"`generation_kwargs` has {name}, which the tree sampler sets itself"):
-        make_trainer(tmp_path, make_config(tmp_path, use_vllm=True, generation_kwargs={name: 1, "best_of": 3}))
+        make_trainer(make_config(tmp_path, use_vllm=True, generation_kwargs={name: 1, "best_of": 3}))
 
 
 def test_vllm_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
     with pytest.raises(ValueError, match=r"`vllm_structured_outputs_regex` is not supported.*Leave it out"):
-        make_trainer(tmp_path, make_config(tmp_path, use_vllm=True, vllm_structured_outputs_regex="a+"))
+        make_trainer(make_config(tmp_path, use_vllm=True, vllm_structured_outputs_regex="a+"))
 
 
 # Datasets
@@ -138,7 +119,7 @@ def test_image_columns(tmp_path: Path, column: str) -> None:
     with pytest.raises(
         ValueError, match=rf"column '{column}': image prompts are not supported yet.*Remove the column"
     ):
-        make_trainer(tmp_path, train_dataset=dataset)
+        make_trainer(make_config(tmp_path), train_dataset=dataset)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +136,7 @@ def test_image_columns(tmp_path: Path, column: str) -> None:
 def test_dataset_without_prompts(tmp_path: Path, wrap: Callable[[Any], dict[str, Any]]) -> None:
     dataset = Dataset.from_dict({"question": ["w1"] * 8, "answer": ["w2"] * 8})
     with pytest.raises(ValueError, match=r"no column 'prompt', only question, answer.*Rename"):
-        make_trainer(tmp_path, **wrap(dataset))
+        make_trainer(make_config(tmp_path), **wrap(dataset))
 
 
 def test_streams_of_unknown_columns_pass() -> None:
@@ -166,12 +147,12 @@ def test_streams_of_unknown_columns_pass() -> None:
 
 def test_no_train_dataset_is_trls_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`train_dataset` is required"):
-        make_trainer(tmp_path, train_dataset=None)
+        make_trainer(make_config(tmp_path), train_dataset=None)
 
 
 def test_prompt_longer_than_the_context(tmp_path: Path) -> None:
     long = Dataset.from_dict({"prompt": ["w1 " * 600] * 8})
-    trainer = make_trainer(tmp_path, make_config(tmp_path, max_steps=1), train_dataset=long)
+    trainer = make_trainer(make_config(tmp_path, max_steps=1), train_dataset=long)
     with pytest.raises(
         ValueError, match=r"(?s)starts with 'w1 w1.*has 600 tokens.*no room.*512 tokens.*Drop or shorten"
     ):
@@ -180,7 +161,7 @@ def test_prompt_longer_than_the_context(tmp_path: Path) -> None:
 
 def test_empty_prompt(tmp_path: Path) -> None:
     empty = Dataset.from_dict({"prompt": ["w1", ""] * 4})
-    trainer = make_trainer(tmp_path, make_config(tmp_path, max_steps=2), train_dataset=empty)
+    trainer = make_trainer(make_config(tmp_path, max_steps=2), train_dataset=empty)
     with pytest.raises(ValueError, match=r"[Pp]rompt"):
         trainer.train()
 
@@ -232,8 +213,8 @@ def test_adapter_is_checked_by_the_trainer(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
     config = make_config(tmp_path, use_vllm=True)
     with pytest.raises(ValueError, match=r"`use_dora=True`.*vllm_lora_sync='merge'"):
-        make_trainer(tmp_path, config, peft_config=LoraConfig(use_dora=True, target_modules=["q_proj"]))
+        make_trainer(config, peft_config=LoraConfig(use_dora=True, target_modules=["q_proj"]))
 
 
 def test_adapter_is_not_checked_without_vllm(tmp_path: Path) -> None:
-    make_trainer(tmp_path, peft_config=LoraConfig(use_dora=True, target_modules=["q_proj"]))
+    make_trainer(make_config(tmp_path), peft_config=LoraConfig(use_dora=True, target_modules=["q_proj"]))

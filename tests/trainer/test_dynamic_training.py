@@ -7,26 +7,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import (
-    Qwen2Config,
     Qwen2ForSequenceClassification,
 )
 
-from tests.support.models import make_tokenizer
+from tests.support.models import make_model, make_tokenizer
 from tests.support.trainers import (
     RecordingTrainer,
     assert_same_parameters,
     assert_same_run,
     build,
+    chat_prompts,
     labelled,
     logs_of,
     make_config,
     parameters_of,
     reward_by_kind,
+    tables_of,
     train,
 )
 from treepo_trl import SegmentTree, TreePOTrainer
@@ -90,6 +92,10 @@ def test_a_batch_that_stays_without_signal_moves_nothing(tmp_path: Path, tiny_mo
     assert_same_parameters(before, parameters_of(trainer), 0.0)
     assert [len(prompts) for prompts in trainer.sampled] == [2, 2, 2] * 2
     assert logs_of(trainer, "dynamic_sampling/frac_without_signal") == [1, 1]
+    # Rounds branch differently, as steps do.
+    assert [told["seed"] for told in trainer.told] == [
+        f"7/{step}/0/0{round}" for step in (0, 1) for round in ("", "/1", "/2")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -108,9 +114,8 @@ def test_with_nothing_to_replace_it_is_the_run_without(
     """Also what is logged is logged once, for the same completions."""
     runs = []
     for rounds in (0, 3):
-        config = make_config(
-            tmp_path / str(rounds), **{"max_steps": 3, "dynamic_sampling_rounds": rounds, "log_trees": True, **changes}
-        )
+        settings = {"max_steps": 3, "dynamic_sampling_rounds": rounds, "log_trees": True, "log_completions": True}
+        config = make_config(tmp_path / str(rounds), **{**settings, **changes})
         runs.append(build(RecordingTrainer, tiny_model_dir, config))
         runs[-1].train()
     without, dynamic = runs
@@ -121,8 +126,8 @@ def test_with_nothing_to_replace_it_is_the_run_without(
         for key in a:
             if not any(part in key for part in ("seconds", "time", "per_second", "profiling/")):
                 assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4, nan_ok=True), key
-    assert list(without._logs["completion"]) == list(dynamic._logs["completion"])
-    assert list(without._logs["advantages"]) == pytest.approx(list(dynamic._logs["advantages"]), abs=1e-4)
+    for a, b in zip(tables_of(tmp_path / "0"), tables_of(tmp_path / "3"), strict=True):
+        pd.testing.assert_frame_equal(a, b, atol=1e-4)
     trees = [sorted((tmp_path / str(rounds) / "trees").iterdir()) for rounds in (0, 3)]
     assert [file.name for file in trees[0]] == [file.name for file in trees[1]]
     counts = [[len(file.read_text().splitlines()) for file in files] for files in trees]
@@ -153,21 +158,16 @@ def test_several_rewards_none_and_logged_columns(tmp_path: Path, tiny_model_dir:
         log_metric("seen", float(len(prompts)))
         return [None if k == "n" else 1.0 for k in kind]
 
-    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=3, shuffle_dataset=False)
-    trainer = build(
-        RecordingTrainer,
-        tiny_model_dir,
-        config,
-        train_dataset=labelled("cvnvv"),
-        reward_funcs=[first, reward_by_kind],
+    rewards = [first, reward_by_kind]
+    trainer = train(
+        tmp_path, tiny_model_dir, "cvnvv", rewards, max_steps=1, shuffle_dataset=False, log_completions=True
     )
-    trainer.train()
     assert trainer.sampled == [["w0", "w1"], ["w2"], ["w3"]]
-    extra = trainer._logs["extra"]
-    assert list(extra["from"]) == [f"{prompt}/{i}" for prompt in ("w3", "w1") for i in range(4)]
-    assert list(extra["sometimes"]) == ["v"] * 4 + [None] * 4
-    assert list(trainer._logs["prompt"]) == ["w3"] * 4 + ["w1"] * 4
-    assert list(trainer._logs["rewards"]["reward_by_kind"]) == [0.0, 1.0] * 4
+    (table,) = tables_of(tmp_path)
+    assert table["from"].tolist() == [f"{prompt}/{i}" for prompt in ("w3", "w1") for i in range(4)]
+    assert table["sometimes"].tolist() == ["v"] * 4 + [None] * 4
+    assert table["prompt"].tolist() == ["w3"] * 4 + ["w1"] * 4
+    assert table["reward_by_kind"].tolist() == [0.0, 1.0] * 4
     assert logs_of(trainer, "seen") == pytest.approx([(8 + 4 + 4) / 3])
     assert logs_of(trainer, "rewards/first/mean") == [1.0]
 
@@ -181,32 +181,20 @@ def test_a_reward_function_may_change_what_it_is_given(tmp_path: Path, tiny_mode
             note.append("seen")
         return [float(len(p) + len(n)) for p, n in zip(prompts, notes, strict=True)]
 
-    messages = [[{"role": "user", "content": f"w{i}"}] for i in range(8)]
-    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1)
-    dataset = Dataset.from_list([{"prompt": message, "notes": ["a"]} for message in messages])
-    trainer = build(RecordingTrainer, tiny_model_dir, config, train_dataset=dataset, reward_funcs=judge)
-    trainer.train()
+    dataset = chat_prompts(8).add_column("notes", [["a"]] * 8)
+    changes = {"max_steps": 1, "dynamic_sampling_rounds": 1, "log_completions": True}
+    trainer = train(tmp_path, tiny_model_dir, dataset, judge, **changes)
     assert [len(prompts) for prompts in trainer.sampled] == [2, 2]  # all rewards are 2 + 2: no signal
     assert logs_of(trainer, "dynamic_sampling/reward") == [4.0]
-    assert all(len(prompt) == 1 for prompt in trainer._logs["prompt"])
+    (table,) = tables_of(tmp_path)
+    assert [len(prompt) for prompt in table["prompt"]] == [1] * 8
 
 
 def test_async_and_model_rewards_with_chat_prompts_and_lora(tmp_path: Path, tiny_model_dir: str) -> None:
     """A reward model differs between completions, so every prompt has a signal until it is weighted with 0."""
     torch.manual_seed(0)
-    reward_model = Qwen2ForSequenceClassification(
-        Qwen2Config(
-            vocab_size=65,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_labels=1,
-            pad_token_id=1,
-            initializer_range=0.5,
-        )
-    )
+    config = make_model().config
+    reward_model = Qwen2ForSequenceClassification(config.__class__(**{**config.to_dict(), "num_labels": 1}))
 
     async def constant(completions: list, **_: Any) -> list[float]:
         return [1.0] * len(completions)
@@ -220,7 +208,7 @@ def test_async_and_model_rewards_with_chat_prompts_and_lora(tmp_path: Path, tiny
             RecordingTrainer,
             tiny_model_dir,
             config,
-            train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": f"w{i}"}] for i in range(8)]}),
+            train_dataset=chat_prompts(8),
             reward_funcs=[constant, reward_model],
             reward_processing_classes=[None, make_tokenizer()],
             peft_config=LoraConfig(r=4, target_modules="all-linear"),
@@ -239,32 +227,25 @@ def test_aggregation_decides_what_is_a_signal(tmp_path: Path, tiny_model_dir: st
     def down(completion_ids: list, **_: Any) -> list[float]:
         return [-2.0 * (i % 2) for i in range(len(completion_ids))]
 
-    rounds = {}
-    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
-        config = make_config(
-            tmp_path,
-            max_steps=1,
-            dynamic_sampling_rounds=1,
-            multi_objective_aggregation=aggregation,
-            reward_weights=[1.0, 0.5],
-        )
-        trainer = build(RecordingTrainer, tiny_model_dir, config, reward_funcs=[up, down])
-        trainer.train()
-        rounds[aggregation] = len(trainer.sampled)
-    assert rounds == {"sum_then_normalize": 2, "normalize_then_sum": 1}
+    changes = {"max_steps": 1, "dynamic_sampling_rounds": 1, "reward_weights": [1.0, 0.5]}
+    for aggregation, num_samplings in (("sum_then_normalize", 2), ("normalize_then_sum", 1)):
+        changes["multi_objective_aggregation"] = aggregation
+        trainer = train(tmp_path, tiny_model_dir, "vvvv", [up, down], **changes)
+        assert len(trainer.sampled) == num_samplings
 
 
 def test_an_infinite_reward_is_no_signal_and_is_logged(tmp_path: Path, tiny_model_dir: str) -> None:
     def infinite(kind: list[str], **_: Any) -> list[float]:
         return [-math.inf if k == "i" and i % 2 else 0.0 for i, k in enumerate(kind)]
 
-    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1)
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1, log_completions=True)
     trainer = build(RecordingTrainer, tiny_model_dir, config, train_dataset=labelled("iiiiiii"), reward_funcs=infinite)
     before = parameters_of(trainer)
     trainer.train()
     assert len(trainer.sampled) == 2
     assert logs_of(trainer, "dynamic_sampling/frac_without_signal") == [1.0]
-    assert -math.inf in trainer._logs["rewards"]["infinite"]
+    (table,) = tables_of(tmp_path)
+    assert table["infinite"].tolist() == [0.0, -math.inf] * 4
     assert_same_parameters(before, parameters_of(trainer), 0.0)
 
 
@@ -276,9 +257,7 @@ def test_unused_columns_are_removed_as_trl_does(tmp_path: Path, tiny_model_dir: 
         return [float(i % 2) for i in range(len(prompts))]
 
     for remove in (False, True):
-        config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1, remove_unused_columns=remove)
-        dataset = labelled("vvvv")
-        build(RecordingTrainer, tiny_model_dir, config, train_dataset=dataset, reward_funcs=spy).train()
+        train(tmp_path, tiny_model_dir, "vvvv", spy, max_steps=1, remove_unused_columns=remove)
     assert seen == [{"kind"}, set()]
 
 
@@ -290,20 +269,11 @@ def test_examples_may_hold_tensors(tmp_path: Path, tiny_model_dir: str) -> None:
 
     rows_with_numbers = [{"prompt": f"w{i}", "numbers": [0, 0] if i < 3 else [i, i]} for i in range(6)]
     dataset = Dataset.from_list(rows_with_numbers).with_format("torch")
-    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=2, shuffle_dataset=False)
-    trainer = build(RecordingTrainer, tiny_model_dir, config, train_dataset=dataset, reward_funcs=reward)
-    trainer.train()
+    changes = {"max_steps": 1, "shuffle_dataset": False, "log_completions": True}
+    trainer = train(tmp_path, tiny_model_dir, dataset, reward, **changes)
     assert trainer.sampled == [["w0", "w1"], ["w2", "w3"], ["w4"]]
-    assert list(trainer._logs["extra"]["sum"]) == [8] * 4 + [6] * 4
-
-
-def test_rounds_branch_differently(tmp_path: Path, tiny_model_dir: str) -> None:
-    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=2)
-    trainer = build(
-        RecordingTrainer, tiny_model_dir, config, train_dataset=labelled("cccccccc"), reward_funcs=reward_by_kind
-    )
-    trainer.train()
-    assert [told["seed"] for told in trainer.told] == ["7/0/0/0", "7/0/0/0/1", "7/0/0/0/2"]
+    (table,) = tables_of(tmp_path)
+    assert table["sum"].tolist() == [8] * 4 + [6] * 4
 
 
 def test_an_iterable_dataset_is_read_once(tmp_path: Path, tiny_model_dir: str) -> None:
@@ -314,11 +284,8 @@ def test_an_iterable_dataset_is_read_once(tmp_path: Path, tiny_model_dir: str) -
         yield from ({"prompt": prompt, "kind": "v"} for prompt in source)
 
     def train_on_source(steps: int) -> Any:
-        config = make_config(tmp_path, max_steps=steps, dynamic_sampling_rounds=2, shuffle_dataset=False)
         dataset = IterableDataset.from_generator(generate)
-        trainer = build(RecordingTrainer, tiny_model_dir, config, train_dataset=dataset, reward_funcs=reward_by_kind)
-        trainer.train()
-        return trainer
+        return train(tmp_path, tiny_model_dir, dataset, max_steps=steps, shuffle_dataset=False)
 
     assert train_on_source(3).sampled == [["w0", "w1"], ["w2", "w3"], ["w4", "w5"]]
     with pytest.raises(ValueError, match="Pass 2 over the training dataset gave no example"):
@@ -327,20 +294,21 @@ def test_an_iterable_dataset_is_read_once(tmp_path: Path, tiny_model_dir: str) -
 
 def test_a_failed_batch_leaves_nothing_behind(tmp_path: Path, tiny_model_dir: str) -> None:
     def fails_once(completion_ids: list, log_extra: Any, **_: Any) -> list[float]:
-        log_extra("column", ["x"] * len(completion_ids))
+        log_extra("column", ["fine" if failed else "failed"] * len(completion_ids))
         if not failed:
             failed.append(True)
             raise RuntimeError("judge is down")
         return [float(i % 2) for i in range(len(completion_ids))]
 
     failed: list[bool] = []
-    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1, log_trees=True)
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1, log_completions=True)
     trainer = build(RecordingTrainer, tiny_model_dir, config, reward_funcs=fails_once)
     with pytest.raises(RuntimeError, match="judge is down"):
         trainer.train()
     trainer.train()
     assert logs_of(trainer, "dynamic_sampling/discarded_tokens") == [0]
-    assert len(trainer._logs["extra"]["column"]) == 8
+    (table,) = tables_of(tmp_path)
+    assert table["column"].tolist() == ["fine"] * 8
 
 
 def test_evaluation_is_not_touched(tmp_path: Path, tiny_model_dir: str) -> None:
@@ -368,9 +336,3 @@ def test_an_order_of_its_own_is_refused(tmp_path: Path, tiny_model_dir: str) -> 
     ):
         build(Curriculum, tiny_model_dir, make_config(tmp_path, dynamic_sampling_rounds=1))
     build(Curriculum, tiny_model_dir, make_config(tmp_path))
-
-
-@pytest.mark.parametrize("value", [-1, 1.5, True])
-def test_rounds_are_a_number(tmp_path: Path, value: Any) -> None:
-    with pytest.raises((TypeError, ValueError), match="`dynamic_sampling_rounds`"):
-        make_config(tmp_path, dynamic_sampling_rounds=value)

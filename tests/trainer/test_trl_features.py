@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -23,6 +22,7 @@ from tests.support.trainers import (
     parameters_of,
     parity_reward,
     plain_prompts,
+    tables_of,
 )
 from treepo_trl import TreePOConfig, TreePOTrainer
 
@@ -84,7 +84,7 @@ def test_truncated_completions_are_masked_and_logged(tmp_path: Path, tiny_model_
     trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, mask_truncated_completions=True, **changes))
     trainer.train()
     num_masked = num_kept = 0
-    for step, generation in enumerate(trainer.generations):
+    for step, (generation, table) in enumerate(zip(trainer.generations, tables_of(tmp_path), strict=True)):
         mask = generation["output"]["completion_mask"]
         leaves = [(tree, leaf) for tree in generation["trees"] for leaf in tree.leaves]
         for i, (tree, leaf) in enumerate(leaves):
@@ -93,7 +93,6 @@ def test_truncated_completions_are_masked_and_logged(tmp_path: Path, tiny_model_
             assert mask[i].sum() == (len(ids) if ended else 0)
             num_kept, num_masked = num_kept + ended, num_masked + (not ended)
         expected = expected_advantages(generation, "group", estimator=estimator)[:, 0].tolist()
-        table = pd.read_parquet(tmp_path / f"completions/completions_{step + 1:05d}.parquet")
         assert table["advantage"].tolist() == pytest.approx(expected, abs=1e-4)
         lines = (tmp_path / f"trees/trees_{step:06d}.jsonl").read_text().splitlines()
         assert [a for line in lines for a in json.loads(line)["advantages"]] == pytest.approx(expected, abs=1e-4)
