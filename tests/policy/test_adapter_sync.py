@@ -1,105 +1,18 @@
-"""What happens around a generation with vLLM: sleep mode, and ranks that share an engine. Without an engine."""
+"""What a LoRA engine is given and when: the order of its construction, its worker, its base. Without an engine."""
 
 import inspect
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from accelerate.utils import DistributedType
 from trl.generation.vllm_generation import VLLMGeneration
 
-from treepo_trl.policy import adapter_sync as weight_sync
-from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration, awake, gather_prompts, same_draws
-
-
-class Generation:
-    """Records what TRL's `VLLMGeneration` would be asked to do."""
-
-    def __init__(self, enable_sleep_mode: bool, tensor_parallel_size: int = 1) -> None:
-        self.calls: list[Any] = []
-        self.enable_sleep_mode = enable_sleep_mode
-        self.tensor_parallel_size = tensor_parallel_size
-        self.model = object()
-        self._llm_weights_sleeping = enable_sleep_mode
-        self.llm = SimpleNamespace(
-            wake_up=lambda tags: self.calls.append(("wake", tags)),
-            sleep=lambda level: self.calls.append(("sleep", level)),
-        )
-
-    def sync_weights(self) -> None:
-        self.calls.append("sync")
-        self._llm_weights_sleeping = False
-
-
-def test_a_sleeping_engine_gets_its_weights_first_and_sleeps_again() -> None:
-    generation: Any = Generation(enable_sleep_mode=True)
-    with awake(generation):
-        assert generation.calls == ["sync", ("wake", ["kv_cache"])]
-        assert not generation._llm_weights_sleeping
-    assert generation.calls[2:] == [("sleep", 2)]
-    assert generation._llm_weights_sleeping
-
-
-def test_weights_that_were_just_synchronized_are_not_sent_twice() -> None:
-    generation: Any = Generation(enable_sleep_mode=True)
-    generation.sync_weights()
-    with awake(generation):
-        pass
-    assert generation.calls == ["sync", ("wake", ["kv_cache"]), ("sleep", 2)]
-
-
-def test_an_engine_sleeps_after_an_error_too() -> None:
-    generation: Any = Generation(enable_sleep_mode=True)
-    with pytest.raises(KeyboardInterrupt), awake(generation):
-        raise KeyboardInterrupt
-    assert generation.calls[-1] == ("sleep", 2)
-
-
-def test_without_sleep_mode_nothing_is_done() -> None:
-    generation: Any = Generation(enable_sleep_mode=False)
-    with awake(generation):
-        pass
-    assert generation.calls == []
-
-
-def draws() -> list[float]:
-    return [random.random(), float(np.random.random()), float(torch.rand(1))]
-
-
-def test_ranks_that_share_an_engine_draw_alike_and_get_their_own_numbers_back() -> None:
-    generation: Any = Generation(enable_sleep_mode=False, tensor_parallel_size=2)
-    inside, after, alone = [], [], []
-    for rank in (0, 1):
-        for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(100 + rank)
-        expected = draws()
-        for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(100 + rank)
-        with same_draws(generation, "7/3"):
-            inside.append(draws())
-        after.append(draws())
-        alone.append(expected)
-    assert inside[0] == inside[1]
-    assert after == alone
-    assert after[0] != after[1]
-    with same_draws(generation, "7/4"):
-        assert draws() != inside[0]
-
-
-def test_an_engine_of_its_own_leaves_numbers_and_prompts_alone() -> None:
-    generation: Any = Generation(enable_sleep_mode=False)
-    torch.manual_seed(5)
-    expected = draws()[2]
-    torch.manual_seed(5)
-    with same_draws(generation, "7/3"):
-        assert draws()[2] == expected
-    assert gather_prompts(generation, [[1], [2, 3]]) == ([[1], [2, 3]], slice(0, 2))
+from treepo_trl.policy import adapter_sync
+from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration, lora_engine_options
 
 
 def parts_of_a_generation(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
@@ -139,7 +52,7 @@ def test_an_adapter_is_tried_at_construction_and_the_engine_sleeps_as_before(
     ("shares", "expected"),
     [
         (False, ["engine, asleep", "try"]),
-        (True, ["parked", "cache emptied", "engine, asleep", "share", "report", "back", "try"]),
+        (True, ["check", "parked", "cache emptied", "engine, asleep", "share", "report", "back", "try"]),
     ],
 )
 def test_order_of_construction(monkeypatch: pytest.MonkeyPatch, shares: bool, expected: list[str]) -> None:
@@ -155,11 +68,16 @@ def test_order_of_construction(monkeypatch: pytest.MonkeyPatch, shares: bool, ex
     base = SimpleNamespace(config=SimpleNamespace(_commit_hash=None), is_loaded_in_4bit=False)
     generation.model.get_base_model = lambda: base
     generation.enable_sleep_mode = True
-    monkeypatch.setattr(weight_sync, "engine_lora_rank", lambda rank: 8)
-    monkeypatch.setattr(weight_sync, "_lora_llm_class", lambda options: None)
+    base.dtype = torch.bfloat16
+    generation.llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float16)),
+    )
+    monkeypatch.setattr(adapter_sync, "lora_engine_options", lambda rank: {"max_lora_rank": 2 * rank})
+    monkeypatch.setattr(adapter_sync, "_lora_llm_class", lambda options: options)
+    monkeypatch.setattr(adapter_sync, "check_sharing", lambda *_: calls.append("check"))
     monkeypatch.setattr(VLLMGeneration, "_init_vllm", lambda self: calls.append("engine, asleep"))
-    monkeypatch.setattr(weight_sync, "different_weights", lambda *_: calls.append("weights read"))
-    monkeypatch.setattr(weight_sync, "empty_cache", lambda: calls.append("cache emptied"))
+    monkeypatch.setattr(adapter_sync, "different_weights", lambda *_: calls.append("weights read"))
+    monkeypatch.setattr(adapter_sync, "empty_cache", lambda: calls.append("cache emptied"))
 
     @contextmanager
     def parked(of: Any) -> Iterator[None]:
@@ -168,12 +86,28 @@ def test_order_of_construction(monkeypatch: pytest.MonkeyPatch, shares: bool, ex
         yield
         calls.append("back")
 
-    monkeypatch.setattr(weight_sync, "parked", parked)
-    generation._share_base_weights = lambda: calls.append("share") or (1, {})
-    generation._report_sharing = lambda *_: calls.append("report")
+    def report(*arguments: Any) -> None:
+        assert arguments == (1, {"norm": 2}, torch.bfloat16, torch.float16)
+        calls.append("report")
+
+    monkeypatch.setattr(adapter_sync, "parked", parked)
+    monkeypatch.setattr(adapter_sync, "report_sharing", report)
+    generation._share_base_weights = lambda: calls.append("share") or (1, {"norm": 2})
     generation._try_adapter = lambda: calls.append("try")
     generation._init_vllm()
     assert calls == expected
+
+
+@pytest.mark.parametrize(("rank", "largest"), [(1, 1), (2, 8), (8, 8), (9, 16), (512, 512)])
+def test_the_engine_has_room_for_the_adapters_rank(rank: int, largest: int) -> None:
+    pytest.importorskip("vllm")
+    assert lora_engine_options(rank) == {"enable_lora": True, "max_loras": 1, "max_lora_rank": largest}
+
+
+def test_a_rank_above_vllms_largest_is_refused() -> None:
+    pytest.importorskip("vllm")
+    with pytest.raises(ValueError, match=r"up to rank 512, this one has 513\. Lower `r`"):
+        lora_engine_options(513)
 
 
 # An engine that sleeps without its cache alone
@@ -228,25 +162,6 @@ def test_other_devices_have_another_worker(monkeypatch: pytest.MonkeyPatch) -> N
 # One copy of the base
 
 
-@pytest.mark.parametrize("sharding", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_a_policy_in_parts_shares_nothing(monkeypatch: pytest.MonkeyPatch, sharding: DistributedType) -> None:
-    generation = parts_of_a_generation(monkeypatch, share_base_weights=True)
-    generation.accelerator.distributed_type = sharding
-    with pytest.raises(ValueError, match=f"{sharding.value} splits the policy's weights"):
-        generation._init_vllm()
-
-
-def test_a_policy_on_several_cards_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    generation = parts_of_a_generation(monkeypatch, share_base_weights=True)
-    device_map: dict[str, Any] = {"model.layers.0": 0, "model.layers.1": 1}
-    generation.model = SimpleNamespace(get_base_model=lambda: SimpleNamespace(hf_device_map=device_map))
-    with pytest.raises(ValueError, match=r"spread over 0, 1 and .*`CUDA_VISIBLE_DEVICES=0`"):
-        generation._init_vllm()
-    device_map["lm_head"] = "cpu"
-    with pytest.raises(ValueError, match=r"spread over 0, 1, cpu and .*`load_in_4bit`"):
-        generation._init_vllm()
-
-
 @pytest.mark.parametrize(
     ("processes", "sharding", "compares"),
     [(1, DistributedType.NO, True), (2, DistributedType.NO, False), (1, DistributedType.FSDP, False)],
@@ -258,23 +173,6 @@ def test_whole_weights_are_compared(
     generation.tensor_parallel_size = processes
     generation.accelerator.distributed_type = sharding
     monkeypatch.setattr(AdapterVLLMGeneration, "_engine_model", None)
-    monkeypatch.setattr(weight_sync, "different_weights", lambda *_: generation.calls.append("compare") or [])
+    monkeypatch.setattr(adapter_sync, "different_weights", lambda *_: generation.calls.append("compare") or [])
     generation._compare_base_weights()
     assert generation.calls == (["compare"] if compares else [])
-
-
-def test_what_is_held_twice_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    PartialState()  # accelerate's logger wants it
-    generation = parts_of_a_generation(monkeypatch, share_base_weights=True)
-    generation.model = SimpleNamespace(get_base_model=lambda: SimpleNamespace(dtype=torch.bfloat16))
-    generation.llm = SimpleNamespace(
-        llm_engine=SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float16)),
-    )
-    generation._report_sharing(900 * 2**20, {"norm": 100 * 2**20})
-    assert caplog.text == ""
-    own = {"norm": 2**10, "experts": 3 * 2**30, "embed": 2**30, "head": 2**29}
-    generation._report_sharing(2**30, own)
-    assert "share 1.00 GiB of the base. 4.50 GiB are held twice, experts, embed, head for example" in caplog.text
-    assert "(policy bfloat16, engine float16)" in caplog.text
-    with pytest.raises(ValueError, match=r"`--dtype float16`"):
-        generation._report_sharing(0, own)

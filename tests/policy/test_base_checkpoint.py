@@ -8,22 +8,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from tests.support.models import make_model
 from tests.support.processes import run_in_two_processes
+from tests.support.qlora import qlora
 from treepo_trl.policy.base_checkpoint import base_checkpoint, base_state_dict, choose_base_weights, is_4bit
 
 
 IDS = torch.tensor([[10, 11, 12, 13, 14, 15, 16]])
-
-
-def qlora(folder: str, dtype: str = "float32", **changes: Any) -> Any:
-    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, **changes}
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=getattr(torch, dtype), **settings)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
-    # In training mode: in evaluation bitsandbytes computes in bfloat16 on some CPUs.
-    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
 
 
 @torch.no_grad()
@@ -114,13 +107,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from tests.policy import test_base_checkpoint as here
+from tests.support.qlora import qlora
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
 
 model, folder, base_weights = sys.argv[1:]
 generation = object.__new__(AdapterVLLMGeneration)
 generation.accelerator = Accelerator()
-generation.model = here.qlora(model)
+generation.model = qlora(model)
 rank = generation.accelerator.process_index
 with generation._shared_checkpoint(base_weights) as path:
     files = sorted(os.listdir(path))
@@ -151,7 +144,6 @@ def choose(
     parameters: float = 7.6e9,
     processes: int = 1,
     model: Any = None,
-    share: bool = False,
 ) -> str:
     """The choice for a bfloat16 model on a card that this machine need not have."""
     pytest.importorskip("vllm")
@@ -167,7 +159,7 @@ def choose(
         named_parameters=list,
     )
     policy = model or SimpleNamespace(get_base_model=lambda: base)
-    return choose_base_weights(wanted, policy, torch.device(device), 0.5, processes, share)
+    return choose_base_weights(wanted, policy, torch.device(device), 0.5, processes)
 
 
 @pytest.mark.parametrize(
@@ -238,16 +230,6 @@ def test_4_bits_in_a_storage_that_vllm_does_not_have(monkeypatch: pytest.MonkeyP
         choose(monkeypatch, "quantized", model=policy)
     with base_checkpoint(policy, "dequantized") as written, policy.disable_adapter():
         assert torch.equal(logits(policy), logits(AutoModelForCausalLM.from_pretrained(written)))
-
-
-def test_a_shared_base_is_quantized_or_refused_by_its_own_name(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
-    assert choose(monkeypatch, "auto", gib=80, share=True) == "quantized"
-    assert choose(monkeypatch, "auto", device="cpu", share=True) == "quantized"
-    policy = qlora(folder, llm_int8_skip_modules=["k_proj", "lm_head"])
-    with pytest.raises(ValueError, match=r"`vllm_share_base_weights=True` needs .*k_proj") as error:
-        choose(monkeypatch, "auto", model=policy, share=True)
-    assert "Unset it" in str(error.value)
-    assert "dequantized" not in str(error.value)  # which sharing excludes
 
 
 def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

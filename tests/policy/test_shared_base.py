@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from torch.nn import Parameter
 from transformers import AutoModelForCausalLM
 
-from tests.policy.test_base_checkpoint import qlora
 from tests.support.models import make_model
-from treepo_trl.policy.shared_base import different_weights, parked, share_weights
+from tests.support.qlora import qlora
+from treepo_trl.policy.shared_base import check_sharing, different_weights, parked, report_sharing, share_weights
 
 
 IDS = torch.tensor([[10, 11, 12, 13, 14, 15, 16]])
@@ -290,3 +292,57 @@ def test_a_merged_adapter_and_more_tokens_are_seen() -> None:
     names = different_weights(get_peft_model(changed, config).get_base_model(), engine)
     linear = [name for name, _ in make_model().named_parameters() if "proj" in name]
     assert set(names) == {*linear, "model.embed_tokens.weight", "lm_head.weight"}
+
+
+# Who may share, and how much is shared
+
+
+def check(policy: Any, sharding: DistributedType = DistributedType.NO, processes: int = 1) -> None:
+    accelerator: Any = SimpleNamespace(distributed_type=sharding)
+    check_sharing(policy, accelerator, processes)
+
+
+@pytest.mark.parametrize("sharding", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_a_policy_in_parts_shares_nothing(sharding: DistributedType) -> None:
+    check(make_policy(), DistributedType.MULTI_GPU)
+    with pytest.raises(ValueError, match=f"{sharding.value} splits the policy's weights"):
+        check(make_policy(), sharding)
+
+
+def test_a_policy_on_several_cards_shares_nothing() -> None:
+    policy = make_policy()
+    device_map: dict[str, Any] = {"model.layers.0": 0, "model.layers.1": 0}
+    policy.get_base_model().hf_device_map = device_map
+    check(policy)
+    device_map["model.layers.1"] = 1
+    with pytest.raises(ValueError, match=r"spread over 0, 1 and .*`CUDA_VISIBLE_DEVICES=0`"):
+        check(policy)
+    device_map["lm_head"] = "cpu"
+    with pytest.raises(ValueError, match=r"spread over 0, 1, cpu and .*`load_in_4bit`"):
+        check(policy)
+
+
+def test_4_bits_are_shared_if_vllm_can_hold_them(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: str) -> None:
+    pytest.importorskip("vllm")
+    monkeypatch.setattr("vllm.model_executor.layers.quantization.QUANTIZATION_METHODS", ["bitsandbytes"])
+    monkeypatch.setattr("vllm.plugins.load_general_plugins", lambda: None)
+    check(qlora(tiny_model_dir))
+    with pytest.raises(ValueError, match=r"`vllm_share_base_weights=True` needs .*k_proj") as error:
+        check(qlora(tiny_model_dir, llm_int8_skip_modules=["k_proj", "lm_head"]))
+    assert "Unset it" in str(error.value)
+    assert "dequantized" not in str(error.value)  # which sharing excludes
+    with pytest.raises(ValueError, match="with tensor parallelism"):
+        check(qlora(tiny_model_dir), processes=2)
+
+
+def test_what_is_held_twice_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    PartialState()  # accelerate's logger wants it
+    dtypes = torch.bfloat16, torch.float16
+    report_sharing(900 * 2**20, {"norm": 100 * 2**20}, *dtypes)
+    assert caplog.text == ""
+    own = {"norm": 2**10, "experts": 3 * 2**30, "embed": 2**30, "head": 2**29}
+    report_sharing(2**30, own, *dtypes)
+    assert "share 1.00 GiB of the base. 4.50 GiB are held twice, experts, embed, head for example" in caplog.text
+    assert "(policy bfloat16, engine float16)" in caplog.text
+    with pytest.raises(ValueError, match=r"`--dtype float16`"):
+        report_sharing(0, own, *dtypes)

@@ -76,16 +76,16 @@ def recording_sample(prompts, seed, **kwargs):
 
 
 trainer.sampler.sample = recording_sample
-write_trees = trainer._write_trees
+log_metrics = trainer._log_metrics
 
 
-def recording_write(*args):
-    own.append([tree.to_dict() for tree in trainer._trees])
+def recording_log(batch):
+    own.append([tree.to_dict() for tree in batch.trees])
     states.append(random.random())
-    write_trees(*args)
+    log_metrics(batch)
 
 
-trainer._write_trees = recording_write
+trainer._log_metrics = recording_log
 trainer.train()
 trainer.evaluate(Dataset.from_dict({"prompt": ["w1 w2", "w3 w4", "w5 w6", "w7 w8"]}))
 rank = trainer.accelerator.process_index

