@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.sampling import decode_bytes
 from treepo_trl.sampling.stopping import find_eos, find_match_end, join_text, matching_tail, text_change, tokens_until
 
 
@@ -33,13 +34,8 @@ def test_first_eos(token_ids: list[int], eos_token_ids: list[int], position: int
 # Text of a path
 
 
-def decode_bytes(ids: list[int]) -> str:
-    """Byte-level decoding as in GPT-2-like tokenizers: one token per byte, one U+FFFD per incomplete character."""
-    return bytes(ids).decode("utf-8", errors="replace")
-
-
 def decode_byte_fallback(ids: list[int]) -> str:
-    """SentencePiece's byte fallback in `tokenizers`: a run of bytes that is no UTF-8 gives one U+FFFD per byte."""
+    """A decoder that gives one U+FFFD per byte from the first incomplete character on."""
     try:
         return bytes(ids).decode("utf-8")
     except UnicodeDecodeError as error:

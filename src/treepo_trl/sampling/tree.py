@@ -214,12 +214,6 @@ class SegmentTree:
                 self.leaves.append(node)
             stack.extend(reversed(self.nodes[node].children))
 
-    def depth_first_leaves(self) -> list[int]:
-        """The leaves of a tree that a sampler handed out. Goes once its last callers read `leaves`."""
-        tree = SegmentTree.from_dict(self.to_dict())
-        tree.sort_leaves()
-        return tree.leaves
-
     def leaf_weights(self) -> list[float]:
         """
         Weight of each leaf, in the order of `leaves`: the product over its path of 1 / (number of siblings).
