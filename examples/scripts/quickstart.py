@@ -22,9 +22,15 @@ from trl import GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quanti
 from trl.import_utils import is_vllm_available
 
 from treepo_trl import TreePOConfig, TreePOTrainer
-from treepo_trl.quickstart.accuracy import AnswerAccuracy, greedy_completions
-from treepo_trl.quickstart.embedded import addition_tasks, answer_reward, last_number, small_model
-from treepo_trl.quickstart.progress import TreeProgressCallback
+from treepo_trl.quickstart import (
+    AnswerAccuracy,
+    TreeProgressCallback,
+    addition_tasks,
+    answer_reward,
+    greedy_completions,
+    last_number,
+    small_model,
+)
 
 
 @dataclass

@@ -1,3 +1,42 @@
 """
 A first training without a hub: a small model, tasks with answers, their accuracy and a line per step.
+
+Names are loaded on first use: the tasks need `datasets`, their accuracy `evaluate` and an engine.
 """
+
+import importlib
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .accuracy import AnswerAccuracy, greedy_completions
+    from .model import small_model
+    from .progress import TreeProgressCallback
+    from .tasks import addition_tasks, answer_reward, last_number
+
+
+__all__ = [
+    "AnswerAccuracy",
+    "TreeProgressCallback",
+    "addition_tasks",
+    "answer_reward",
+    "greedy_completions",
+    "last_number",
+    "small_model",
+]
+
+_MODULES = {
+    "AnswerAccuracy": "accuracy",
+    "TreeProgressCallback": "progress",
+    "addition_tasks": "tasks",
+    "answer_reward": "tasks",
+    "greedy_completions": "accuracy",
+    "last_number": "tasks",
+    "small_model": "model",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

@@ -1,14 +1,15 @@
 """Accuracy of a policy on tasks with known answers, through the `evaluate` library."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import datasets
 import evaluate
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treepo_trl.engines import SamplingOptions, SegmentRequest
 from treepo_trl.engines.transformers import TransformersEngine
+from treepo_trl.sampling import text_decoder
 
 
 class AnswerAccuracy(evaluate.Metric):
@@ -20,8 +21,8 @@ class AnswerAccuracy(evaluate.Metric):
             Finds the answer in a text.
     """
 
-    def __init__(self, parse: Callable[[str], str], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, parse: Callable[[str], str]) -> None:
+        super().__init__()
         self.parse = parse
 
     def _info(self) -> evaluate.MetricInfo:
@@ -41,20 +42,19 @@ class AnswerAccuracy(evaluate.Metric):
 
 def greedy_completions(
     model: PreTrainedModel,
-    tokenizer: Any,
-    prompts: list[list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[dict[str, str]]],
     max_tokens: int,
     eos_token_ids: list[int],
 ) -> list[str]:
     """Text of the most likely next tokens after each conversation, up to EOS or `max_tokens`."""
+    encoded = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)
+    ids = cast(dict[str, list[list[int]]], encoded)["input_ids"]
     engine = TransformersEngine(model, eos_token_ids, SamplingOptions(temperature=0.0))
+    requests = [SegmentRequest(i, list(prompt), max_tokens) for i, prompt in enumerate(ids)]
+    decode = text_decoder(tokenizer)
     was_training = model.training
     model.eval()
-    ids = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
-    engine.submit([SegmentRequest(i, list(prompt), max_tokens) for i, prompt in enumerate(ids)])
-    texts: dict[int, str] = {}
-    while len(texts) < len(prompts):
-        for result in engine.collect():
-            texts[result.request_id] = tokenizer.decode(result.token_ids, skip_special_tokens=True)
+    texts = {result.request_id: decode(result.token_ids) for result in engine.complete(requests)}
     model.train(was_training)
-    return [texts[i] for i in range(len(prompts))]
+    return [texts[i] for i in range(len(ids))]

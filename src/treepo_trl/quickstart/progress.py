@@ -1,6 +1,6 @@
 """A progress bar with one readable line per logged step."""
 
-from typing import Any
+from collections.abc import Mapping
 
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -13,15 +13,15 @@ class TreeProgressCallback(ProgressCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
     ) -> None:
         """Print the line, where this process shows a bar at all."""
         if state.is_world_process_zero and self.training_bar is not None and logs is not None and "reward" in logs:
             self.training_bar.write(step_line(logs, state.global_step, state.max_steps))
 
 
-def step_line(logs: dict[str, Any], step: int, max_steps: int) -> str:
+def step_line(logs: Mapping[str, float], step: int, max_steps: int) -> str:
     """One step's reward, tokens decoded, tokens that sharing saved, and seconds."""
     line = f"step {step:>{len(str(max_steps))}}/{max_steps}  reward {logs['reward']:.3f}"
     if "tree/decoded_tokens" in logs:
