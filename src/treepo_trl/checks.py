@@ -1,13 +1,14 @@
 """Checks of a trainer's arguments that would otherwise fail late, each with what was set and what to do."""
 
+from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import cast
 
 from datasets import Dataset, IterableDataset
 from trl.import_utils import is_vllm_available
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from .engines import SamplingOptions
-from .model_support import has_attention_dropout
 from .treepo_config import TreePOConfig
 
 
@@ -34,7 +35,12 @@ _RESERVED_VLLM_FIELDS = (
 )
 
 
-def check_arguments(args: TreePOConfig, tools: Any, rollout_func: Any, environment_factory: Any) -> None:
+def check_arguments(
+    args: TreePOConfig,
+    tools: list[Callable[..., object]] | None,
+    rollout_func: Callable[..., object] | None,
+    environment_factory: object,
+) -> None:
     """
     Raise for arguments that `TreePOTrainer` cannot serve.
 
@@ -57,25 +63,29 @@ def check_arguments(args: TreePOConfig, tools: Any, rollout_func: Any, environme
                 f"`{name}` is not supported yet by `TreePOTrainer`: a tree's segments continue one model turn. "
                 "Leave it out, or use `GRPOTrainer`."
             )
-    sampling: Any = args.generation_kwargs or {}
-    generation_kwargs = set(sampling)
-    temperature = sampling.get("temperature", args.temperature)
+    given = cast("dict[str, float]", args.generation_kwargs or {})  # parsed by the config
+    temperature = given.get("temperature", args.temperature)
     if not temperature > 0:
         raise ValueError(f"`generation_kwargs` has temperature {temperature}; training samples and needs one above 0.")
-    if not args.use_vllm:
-        unknown = sorted(generation_kwargs - set(_SAMPLING_FIELDS))
-        if unknown:
-            raise ValueError(
-                f"`generation_kwargs` has {', '.join(unknown)}, which the transformers engine does not know. It takes "
-                f"{', '.join(_SAMPLING_FIELDS)}. Remove the others, or set `use_vllm=True`."
-            )
+    if args.use_vllm:
+        _check_vllm(args, set(given))
         return
+    unknown = sorted(set(given) - set(_SAMPLING_FIELDS))
+    if unknown:
+        raise ValueError(
+            f"`generation_kwargs` has {', '.join(unknown)}, which the transformers engine does not know. It takes "
+            f"{', '.join(_SAMPLING_FIELDS)}. Remove the others, or set `use_vllm=True`."
+        )
+
+
+def _check_vllm(args: TreePOConfig, given: set[str]) -> None:
+    """Raise for `generation_kwargs` of these names, and other settings, that segments of vLLM cannot have."""
     if not is_vllm_available():
         raise ImportError(
             "`use_vllm=True`, but vLLM is not installed. Run `pip install treepo-trl[vllm]`, or leave `use_vllm` out "
             "to sample with transformers."
         )
-    reserved = sorted(generation_kwargs & set(_RESERVED_VLLM_FIELDS))
+    reserved = sorted(given & set(_RESERVED_VLLM_FIELDS))
     if reserved:
         raise ValueError(
             f"`generation_kwargs` has {', '.join(reserved)}, which the tree sampler sets itself "
@@ -89,55 +99,9 @@ def check_arguments(args: TreePOConfig, tools: Any, rollout_func: Any, environme
         )
 
 
-def check_packing(
-    args: TreePOConfig, model_config: Any, accelerator: Any, is_sharded: bool, has_aux_loss: bool
-) -> None:
+def check_datasets(*datasets: object) -> None:
     """
-    Raise for settings of the packed update that this model and machine do not have.
-
-    Raises:
-        ValueError: with what was set and what to set instead.
-    """
-    if args.tree_packing == "flex":
-        device_type = accelerator.device.type
-        if device_type != "cuda":
-            raise ValueError(
-                f"`tree_packing='flex'` needs a CUDA device, this is {device_type!r}: FlexAttention has no backward "
-                "pass there. Set `tree_packing='sdpa'` or 'auto'."
-            )
-        if model_config._attn_implementation == "eager":
-            raise ValueError(
-                "`tree_packing='flex'` needs a model whose attention can be replaced, this one has 'eager'. Load it "
-                "with `attn_implementation='sdpa'`."
-            )
-        if has_attention_dropout(model_config):
-            raise ValueError(
-                f"`tree_packing='flex'` has no dropout, but the model has `attention_dropout="
-                f"{model_config.attention_dropout}`. Set that to 0, or `tree_packing='sdpa'`."
-            )
-    if args.max_tokens_per_micro_batch is None:
-        return
-    if is_sharded:
-        raise ValueError(
-            "`max_tokens_per_micro_batch` is not supported with FSDP and DeepSpeed: their processes would run "
-            "different numbers of forwards and wait for each other. Lower `per_device_train_batch_size` instead."
-        )
-    checkpointing: Any = args.gradient_checkpointing_kwargs or {}
-    if accelerator.num_processes > 1 and args.gradient_checkpointing and checkpointing.get("use_reentrant"):
-        raise ValueError(
-            "`max_tokens_per_micro_batch` is not supported with several processes and `use_reentrant=True` in "
-            "`gradient_checkpointing_kwargs`: gradients would be reduced before the last piece. Set it to False."
-        )
-    if has_aux_loss:
-        raise ValueError(
-            "`max_tokens_per_micro_batch` is not supported with a load-balancing loss, which would depend on how the "
-            "rows are cut. Lower `per_device_train_batch_size` instead, or set `router_aux_loss_coef=0`."
-        )
-
-
-def check_datasets(*datasets: Any) -> None:
-    """
-    Raise for datasets without prompts or with images.
+    Raise for datasets, or dictionaries of them, without prompts or with images.
 
     Columns are checked where the dataset knows them; a streamed dataset may not.
 
@@ -163,7 +127,7 @@ def check_datasets(*datasets: Any) -> None:
             )
 
 
-def check_dynamic_sampling(args: TreePOConfig, trainer_class: type, base_class: type) -> None:
+def check_dynamic_sampling(args: TreePOConfig, trainer_class: type, base_class: type[GRPOTrainer]) -> None:
     """
     Raise for a trainer class whose own order of prompts dynamic sampling would not follow.
 
@@ -178,19 +142,4 @@ def check_dynamic_sampling(args: TreePOConfig, trainer_class: type, base_class: 
                 f"`dynamic_sampling_rounds={args.dynamic_sampling_rounds}` draws prompts from the dataset itself, but "
                 f"`{trainer_class.__name__}` overrides `{name}`. Order the dataset instead (`shuffle_dataset=False` "
                 "keeps that order), or set `dynamic_sampling_rounds=0`."
-            )
-
-
-def check_engine_weights(args: TreePOConfig, uses_adapter_sync: bool) -> None:
-    """
-    Raise for settings of a LoRA engine's weights where there is no LoRA engine.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    for name in ("vllm_share_base_weights", "vllm_sleep_keeps_weights"):
-        if getattr(args, name) and not uses_adapter_sync:
-            raise ValueError(
-                f"`{name}=True`, but the policy has no adapter: vLLM gets all its weights at each step. Pass a "
-                "`peft_config` (`--use_peft`), or unset it."
             )

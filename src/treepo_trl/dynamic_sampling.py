@@ -2,119 +2,42 @@
 Dynamic sampling: prompts whose completions all have the same reward teach nothing and are replaced by fresh ones.
 
 From [DAPO](https://huggingface.co/papers/2503.14476) (section 3.2), which the TreePO paper trains with.
+[`DynamicSampling`] is what the trainer holds; the rest of the file is what it is made of, and knows no trainer.
 """
 
+import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice, repeat
-from typing import Any
+from functools import partial
+from typing import cast
 
 import torch
+from accelerate.logging import get_logger
+from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
+from transformers import TrainerState
+from trl.trainer.grpo_trainer import GRPOTrainer
 
-from .sampling.tree import SegmentTree
-from .update.rewards import combine_rewards
-
-
-class PromptStream:
-    """
-    The dataset's examples one after another, without end: each once per pass, in `GRPOTrainer`'s order.
-
-    Every process reads the whole stream. Unlike `GRPOTrainer`'s batches it leaves none out at the end of a pass: a
-    batch goes on into the next one.
-
-    Args:
-        dataset (`Dataset` or `IterableDataset`):
-            Where the examples come from.
-        shuffle (`bool`):
-            Whether each pass has an order of its own; over a buffer for an `IterableDataset`.
-        seed (`int`):
-            Seed of the orders.
-        position (`tuple[int, int]`):
-            Where to start: pass, and number of its examples that are already drawn.
-    """
-
-    def __init__(
-        self, dataset: Dataset | IterableDataset, shuffle: bool, seed: int, position: tuple[int, int] = (0, 0)
-    ) -> None:
-        self.position = position
-        self._dataset, self._shuffle = dataset, shuffle
-        self._generator = torch.Generator().manual_seed(seed)
-        if isinstance(dataset, IterableDataset):
-            self._dataset = dataset.shuffle(seed=seed) if shuffle else dataset
-        else:
-            for _ in range(position[0]):  # the orders of all passes come from one generator, one after another
-                self._next_order()
-        self._rest = self._pass(*position)
-
-    def take(self, count: int) -> list[dict[str, Any]]:
-        """
-        Draw the next `count` examples.
-
-        Raises:
-            ValueError: if a whole pass holds none.
-        """
-        examples: list[dict[str, Any]] = []
-        while len(examples) < count:
-            number, row = self.position
-            part = list(islice(self._rest, count - len(examples)))
-            examples += part
-            self.position = (number, row + len(part))
-            if len(examples) == count:
-                break
-            if self.position[1] == 0:
-                raise ValueError(
-                    f"Pass {number + 1} over the training dataset gave no example. Check how it is loaded "
-                    "and filtered; a source that can be read only once must hold the prompts of all steps and "
-                    "replacements."
-                )
-            self.position = (number + 1, 0)
-            self._rest = self._pass(number + 1, 0)
-        return examples
-
-    def _pass(self, number: int, start: int) -> Iterator[dict[str, Any]]:
-        dataset: Any = self._dataset
-        if isinstance(dataset, IterableDataset):
-            dataset.set_epoch(number)
-            return islice(dataset, start, None)
-        order = self._next_order()
-        return (dataset[int(index)] for index in order[start:])
-
-    def _next_order(self) -> torch.Tensor:
-        """Order of the next pass, as TRL's `RepeatSampler` draws it."""
-        size = len(self._dataset)  # pyright: ignore[reportArgumentType]
-        return torch.randperm(size, generator=self._generator) if self._shuffle else torch.arange(size)
+from .prompt_stream import EndlessPlaceholders, Example, Placeholders, PromptStream
+from .sampling import SegmentTree
+from .tree_batch import TreeBatch
+from .treepo_config import TreePOConfig
+from .trl_seams import metrics_aside
+from .update.rewards import combine_rewards, finite
 
 
-class Placeholders(torch.utils.data.Dataset):
-    """
-    As many empty examples as a dataset has.
+logger = get_logger(__name__)
 
-    The data loader that counts a training's steps reads these, so that nothing is loaded that is not used.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {}
-
-
-class EndlessPlaceholders(torch.utils.data.IterableDataset):
-    """[`Placeholders`] for an `IterableDataset`, whose steps are counted by `max_steps`."""
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return repeat({})
+Rows = list[dict[str, object]]
+"""A row of the dataset for each completion."""
 
 
 @dataclass(eq=False)  # each is itself alone: examples may hold tensors, whose comparison is no truth
 class Candidate:
     """An example, its tree once that is sampled, and the columns that reward functions log about its completions."""
 
-    example: dict[str, Any]
+    example: Example
     tree: SegmentTree | None = None
     extra: dict[str, list] = field(default_factory=dict)
 
@@ -145,6 +68,26 @@ class DynamicBatch:
     num_replaced: int
     frac_without_signal: float
     mean_reward: float
+
+    @property
+    def trees(self) -> list[SegmentTree]:
+        """Trees of this process's prompts."""
+        return [candidate.tree for candidate in self.candidates if candidate.tree is not None]
+
+    def extra_columns(self, num_generations: int) -> dict[str, list[object]]:
+        """What reward functions log about this process's completions; `None` for those of prompts without a column."""
+        names = {name: None for candidate in self.candidates for name in candidate.extra}
+        empty: list[object] = [None] * num_generations
+        return {name: [v for each in self.candidates for v in each.extra.get(name, empty)] for name in names}
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics under `dynamic_sampling/`."""
+        return {
+            "dynamic_sampling/rounds": self.num_rounds,
+            "dynamic_sampling/replaced_prompts": self.num_replaced,
+            "dynamic_sampling/frac_without_signal": self.frac_without_signal,
+            "dynamic_sampling/reward": self.mean_reward,
+        }
 
 
 def without_signal(
@@ -242,6 +185,157 @@ def fill_batch(
         is_replaced.float().mean().item(),
         torch.cat([part.flatten() for part in scored]).nanmean().item(),
     )
+
+
+_PROMPTS_DRAWN = "treepo_prompts_drawn"  # pass over the dataset and examples drawn, in the state that checkpoints save
+
+
+class DynamicSampling:
+    """
+    Chooses the prompts of each batch of a training. Its place in the dataset is part of checkpoints.
+
+    Args:
+        trainer ([`TreePOTrainer`]):
+            Scores completions, and has the dataset and the state of the training.
+        sample (`Callable[[TreeBatch, list[list[int]], int], list[SegmentTree]]`):
+            Samples the trees of this process's prompts for a batch, given the round.
+    """
+
+    def __init__(
+        self, trainer: GRPOTrainer, sample: Callable[[TreeBatch, list[list[int]], int], list[SegmentTree]]
+    ) -> None:
+        self.args = cast(TreePOConfig, trainer.args)
+        self._trainer, self._sample = trainer, sample
+        self._num_generations = cast(int, trainer.num_generations)
+        self._stream: PromptStream | None = None
+        self._state: TrainerState | None = None  # of the training that the stream belongs to
+        self._batch_start = (0, 0)  # the stream's position before the last batch
+        self._prepared_at = -1  # global step at which rows were last taken
+
+    # Choosing
+
+    def fill(self, batch: TreeBatch, num_prompts: int) -> Rows:
+        """
+        Give the batch `num_prompts` prompts of this process, with their trees and rewards; see [`fill_batch`].
+
+        Returns the rows, as the data loader would give them.
+        """
+        trainer = self._trainer
+        stream = self._current_stream()
+        self._batch_start = stream.position
+        trainer._pending_extra_logs.clear()  # of a batch that failed
+        weights = trainer.reward_weights.to(trainer.accelerator.device)
+        chosen = fill_batch(
+            stream,
+            num_prompts,
+            self.args.dynamic_sampling_rounds,
+            partial(self._score, batch),
+            lambda rewards: without_signal(finite(rewards), weights, trainer.multi_objective_aggregation),
+            trainer.accelerator.process_index,
+            trainer.accelerator.num_processes,
+        )
+        saved_values(trainer.state)[_PROMPTS_DRAWN] = stream.position
+        batch.give(chosen.trees, chosen.rewards)
+        for column, values in chosen.extra_columns(self._num_generations).items():
+            trainer._pending_extra_logs[column] += values
+        for name, value in chosen.metrics().items():
+            trainer._metrics["train"][name].append(value)
+        return self._rows(chosen.candidates)
+
+    def _score(self, batch: TreeBatch, candidates: list[Candidate], round_number: int) -> torch.Tensor:
+        """Rewards of all processes' candidates; see [`fill_batch`]. Logs nothing, as most may yet be replaced."""
+        trainer = self._trainer
+        missing = [candidate for candidate in candidates if candidate.tree is None]
+        prompt_ids: list[list[int]] = []
+        if missing:
+            prompt_ids, _, _ = trainer._tokenize_prompts([candidate.example["prompt"] for candidate in missing])
+        # Also without any: processes that share an engine sample together.
+        for candidate, tree in zip(missing, self._sample(batch, prompt_ids, round_number), strict=True):
+            candidate.tree = tree
+        batch.give([candidate.tree for candidate in candidates if candidate.tree is not None])
+        rows = self._rows(candidates)
+        prompts = [row["prompt"] for row in rows]
+        num_tokens_seen = trainer.state.num_input_tokens_seen
+        with metrics_aside(trainer):
+            _, completion_ids, _, completions, *_ = trainer._generate(prompts)
+        rewards = trainer._calculate_rewards(rows, prompts, completions, completion_ids)
+        trainer.state.num_input_tokens_seen = num_tokens_seen
+        for i, candidate in enumerate(candidates):
+            if candidate in missing:  # the others fill up the number of candidates; their rewards are there
+                own = slice(i * self._num_generations, (i + 1) * self._num_generations)
+                candidate.extra = {column: values[own] for column, values in trainer._pending_extra_logs.items()}
+        trainer._pending_extra_logs.clear()
+        return rewards.view(trainer.accelerator.num_processes, len(candidates), self._num_generations, -1)
+
+    def _rows(self, candidates: list[Candidate]) -> Rows:
+        """A row for each completion, of its own: reward functions may change what they are given."""
+        trainer = self._trainer
+        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
+        examples = [candidate.example for candidate in candidates for _ in range(self._num_generations)]
+        return cast(Rows, send_to_device(collate(copy.deepcopy(examples)), trainer.accelerator.device))
+
+    # The place in the dataset
+
+    def placeholders(self) -> torch.utils.data.Dataset:
+        """What the data loader reads in place of the dataset: it only counts steps."""
+        dataset = self._dataset
+        return EndlessPlaceholders() if isinstance(dataset, IterableDataset) else Placeholders(len(dataset))
+
+    @property
+    def _dataset(self) -> Dataset | IterableDataset:
+        return cast("Dataset | IterableDataset", self._trainer.train_dataset)
+
+    def _current_stream(self) -> PromptStream:
+        """The stream of this training, at the position of the checkpoint that it resumes."""
+        trainer, state = self._trainer, self._trainer.state
+        if self._stream is None or self._state is not state:
+            position = None
+            if not self.args.ignore_data_skip:
+                position = cast("tuple[int, int] | None", saved_values(state).get(_PROMPTS_DRAWN))
+                if position is None and state.global_step > 0:
+                    logger.warning(
+                        "The checkpoint comes from a training without `dynamic_sampling_rounds`: it does not say "
+                        "which prompts that has drawn, so they are drawn from the start of the dataset."
+                    )
+            number, row = position or (0, 0)  # JSON makes lists of tuples
+            shuffle = bool(trainer.shuffle_dataset)
+            self._stream = PromptStream(self._dataset, shuffle, self.args.seed, (number, row))
+            self._state = state
+        return self._stream
+
+    def rows_taken(self) -> None:
+        """Note that the trainer takes rows of a batch for an update at the present global step."""
+        self._prepared_at = self._trainer.state.global_step
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """
+        Context in which a checkpoint is written, which says where a resumed training goes on drawing.
+
+        Completions are not saved: a training that is resumed samples the batch that is under way again. A batch is
+        over if its last rows were taken and the policy has been updated with them.
+        """
+        trainer, saved = self._trainer, saved_values(self._trainer.state)
+        drawn = saved.get(_PROMPTS_DRAWN)
+        is_last = trainer._step % (self.args.steps_per_generation * trainer.num_iterations) == 0
+        if drawn is None or (is_last and trainer.state.global_step > self._prepared_at):
+            yield
+            return
+        saved[_PROMPTS_DRAWN] = self._batch_start
+        try:
+            yield
+        finally:
+            saved[_PROMPTS_DRAWN] = drawn
+
+
+def forget_stream(state: TrainerState) -> None:
+    """Drop the place in the dataset: a training without dynamic sampling draws its prompts otherwise."""
+    saved_values(state).pop(_PROMPTS_DRAWN, None)
+
+
+def saved_values(state: TrainerState) -> dict[str, object]:
+    """The part of a trainer's state that checkpoints save under names of one's own."""
+    return cast("dict[str, object]", state.stateful_callbacks)
 
 
 def _is_equal(rewards: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """
 Every name of TRL that is replaced while one of its methods runs, with the reason and what would end it.
 
-TRL 1.16 builds and calls these names itself and takes no argument for them. Each is replaced for one call and put back,
-also after an error. `tests/trainer/test_trl_seams.py` holds that TRL still looks them up where they are replaced.
+TRL 1.16 builds and calls these names itself and takes no argument for them. Each is replaced for one call and put
+back, also after an error. `tests/trainer/test_trl_seams.py` tests that TRL still looks them up there.
 """
 
 from collections import defaultdict

@@ -38,3 +38,8 @@ def combine_rewards(
     else:
         divisors = torch.ones_like(rewards)
     return rewards, divisors
+
+
+def finite(rewards: torch.Tensor) -> torch.Tensor:
+    """Rewards of any shape in which an infinite one counts as a completion that could not be scored (`nan`)."""
+    return rewards.masked_fill(rewards.isinf(), torch.nan)

@@ -1,0 +1,184 @@
+"""
+The trees of one generation batch: from segments to rows, from rewards to advantages per token, and to log records.
+
+`GRPOTrainer` takes rows and knows no trees. A [`TreeBatch`] is made for each of its batches and holds what its methods
+have no argument for.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+
+from .logs import TreeLogLine, add_totals
+from .sampling import SegmentTree
+from .treepo_config import TreePOConfig
+from .update.advantages import expand_to_tokens, leaf_paths, tree_advantages
+
+
+@dataclass
+class TreeBatch:
+    """
+    Trees of one process and rewards of all processes.
+
+    Rows are the leaves of the trees, depth-first, tree after tree: B of them on this process.
+    """
+
+    step: int
+    """Global step before which the batch was sampled."""
+    number: int = 0
+    """How many batches were sampled before it at the same step."""
+    trees: list[SegmentTree] = field(default_factory=list)
+    """A tree for each prompt of this process."""
+    rewards_per_func: torch.Tensor | None = None
+    """`(rows of all processes, num_reward_funcs)`: rewards of the reward functions; `nan` where one does not apply."""
+    totals: list[dict[str, float]] = field(default_factory=list)
+    """What each sampling for this batch has cost, from `logs.tree_totals`."""
+    _given: list[SegmentTree] | None = None
+    _given_rewards: torch.Tensor | None = None
+
+    def next(self, step: int) -> "TreeBatch":
+        """The empty batch that comes after this one, sampled at a global step."""
+        return TreeBatch(step, self.number + 1 if step == self.step else 0)
+
+    # What dynamic sampling has already
+
+    def give(self, trees: list[SegmentTree], rewards_per_func: torch.Tensor | None = None) -> None:
+        """Let the next sampling take these trees, and the next scoring these rewards if there are any."""
+        self._given, self._given_rewards = trees, rewards_per_func
+
+    def take(self, sample: Callable[[], list[SegmentTree]]) -> list[SegmentTree]:
+        """The trees that were given, else those of `sample`; they are the batch's from now on."""
+        given, self._given = self._given, None
+        self.trees = sample() if given is None else given
+        return self.trees
+
+    def keeping_rewards(self, calculate_rewards: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """`calculate_rewards` that keeps its result, and returns the rewards that were given if there are any."""
+
+        def keep(*args: object, **kwargs: object) -> torch.Tensor:
+            given, self._given_rewards = self._given_rewards, None
+            self.rewards_per_func = calculate_rewards(*args, **kwargs) if given is None else given
+            return self.rewards_per_func
+
+        return keep
+
+    # Rows
+
+    def leaves(self) -> Iterator[tuple[SegmentTree, int]]:
+        """Tree and node id of each row."""
+        return ((tree, leaf) for tree in self.trees for leaf in tree.leaves)
+
+    def completion_ids(self) -> list[list[int]]:
+        """Completion tokens of each row."""
+        return [tree.completion_ids(leaf) for tree, leaf in self.leaves()]
+
+    def logprobs(self) -> list[list[float]]:
+        """The engine's log-probability of each completion token of each row."""
+        return [tree.logprobs(leaf) for tree, leaf in self.leaves()]
+
+    # Advantages
+
+    def advantages(
+        self, rewards: torch.Tensor, divisors: torch.Tensor, args: TreePOConfig, num_tokens: int
+    ) -> torch.Tensor:
+        """
+        Tree advantages of each row's tokens.
+
+        Args:
+            rewards (`torch.Tensor` of shape `(B,)`), divisors (`torch.Tensor` of shape `(B,)`):
+                Reward of each row, and what its advantage is divided by.
+            args ([`TreePOConfig`]):
+                Names the estimator and how leaves are weighted.
+            num_tokens (`int`):
+                T: tokens of the longest row.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)` on the device of the rewards; 0 past a row's end.
+        """
+        # Small tensors and a few dozen operations: not on the device.
+        ids, lengths = leaf_paths(self.trees)
+        shape = ids.shape[:2]
+        weights = None
+        if args.leaf_weighting == "inverse_branching":
+            weights = torch.tensor([tree.leaf_weights() for tree in self.trees])
+        advantages = tree_advantages(
+            rewards.cpu().view(shape),
+            ids,
+            args.advantage_estimator,
+            subgroup_rejection=args.subgroup_rejection,
+            leaf_weights=weights,
+        )
+        if weights is not None:  # the loss averages over leaves, so a weight of 1/W is neutral
+            advantages = advantages * (weights * shape[1])[:, :, None]
+        advantages = advantages / torch.nan_to_num(divisors.cpu().view(*shape, 1), nan=1.0)
+        return expand_to_tokens(advantages, lengths, num_tokens).to(rewards.device)
+
+    def mean_advantages(self, advantages: torch.Tensor) -> torch.Tensor:
+        """Mean `(B,)` of advantages `(B, T)` over each row's tokens."""
+        # TRL clears the completion mask of truncated completions, whose advantages are logged all the same.
+        ends = [tree.nodes[leaf].end for tree, leaf in self.leaves()]
+        return advantages.sum(1) / torch.tensor(ends, device=advantages.device)
+
+    # Logs
+
+    def summed_totals(self) -> dict[str, float]:
+        """What all samplings have cost, and the unique tokens of the trees that the batch has kept."""
+        return add_totals(self.totals) | {"kept_tokens": sum(tree.num_unique_tokens for tree in self.trees)}
+
+    def records(
+        self, rewards: torch.Tensor, advantages: torch.Tensor, decode: Callable[[list[int]], str]
+    ) -> list[TreeLogLine]:
+        """
+        A record per tree for the tree log.
+
+        Args:
+            rewards (`torch.Tensor` of shape `(B,)`):
+                Reward of each row, `nan` if it could not be scored.
+            advantages (`torch.Tensor` of shape `(B,)` or `(B, T)`):
+                Of each row, or of each of its tokens: the record has that of the last one.
+            decode (`Callable[[list[int]], str]`):
+                Text of a list of tokens.
+        """
+        ends = [tree.nodes[leaf].end for tree, leaf in self.leaves()]
+        last = advantages if advantages.dim() == 1 else advantages[range(len(ends)), [end - 1 for end in ends]]
+        values = iter(zip(rewards.tolist(), last.tolist(), strict=True))
+        records: list[TreeLogLine] = []
+        for tree in self.trees:
+            rows = [next(values) for _ in tree.leaves]
+            records.append(
+                {
+                    "step": self.step,
+                    "prompt": decode(tree.prompt_ids),
+                    "rows": tree.leaves,
+                    "rewards": [None if reward != reward else reward for reward, _ in rows],
+                    "advantages": [advantage for _, advantage in rows],
+                    "tree": tree.to_dict(),
+                }
+            )
+        return records
+
+
+def shuffle_trees(batch: dict[str, object], num_generations: int) -> dict[str, object]:
+    """
+    The rows of a generation batch with its trees in random order.
+
+    Stands in for TRL's `shuffle_sequence_dict`, which shuffles rows. Those of a tree stay together, depth-first.
+
+    Args:
+        batch (`dict[str, object]`):
+            Tensors and lists with a value per row in their first dimension, numbers, and `None`.
+        num_generations (`int`):
+            Rows per tree.
+    """
+    num_trees = len(cast(torch.Tensor, batch["completion_ids"])) // num_generations
+    order = torch.randperm(num_trees)[:, None] * num_generations + torch.arange(num_generations)
+    rows = order.flatten()
+
+    def permute(value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            return value if value.ndim == 0 else value[rows.to(value.device)]
+        return value if value is None else [cast("list[object]", value)[i] for i in rows]
+
+    return {key: permute(value) for key, value in batch.items()}
