@@ -31,7 +31,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def small_model_dir() -> str:
     """Folder of SmolLM2-135M-Instruct; shared with the quickstart."""
-    from treepo_trl.quickstart.embedded import small_model
+    from treepo_trl.quickstart import small_model
 
     return small_model(ROOT / ".cache/smollm2-135m-instruct")
 

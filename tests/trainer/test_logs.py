@@ -1,5 +1,8 @@
 """What is logged, by hand on small trees."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -91,9 +94,14 @@ def test_finish_fractions_sum_to_one() -> None:
     assert sum(value for name, value in metrics.items() if name.startswith("tree/finish_")) == pytest.approx(1.0)
 
 
+def processes(count: int) -> Any:
+    """An accelerator whose processes all hold the same."""
+    return SimpleNamespace(device=torch.device("cpu"), gather=lambda row: torch.cat([row] * count))
+
+
 def test_metrics_of_two_equal_processes_are_means_and_sums() -> None:
     totals = tree_totals(hand_trees(), STATS)
-    both = reduce_totals(totals, lambda row: torch.cat([row, row]), torch.device("cpu"))
+    both = reduce_totals(totals, processes(2))
     assert both == {name: 2 * value for name, value in totals.items()}
     one, two = tree_metrics(totals), tree_metrics(both)
     for name, value in two.items():
@@ -104,7 +112,7 @@ def test_metrics_of_two_equal_processes_are_means_and_sums() -> None:
 def test_large_token_counts_are_summed_to_six_digits() -> None:
     # 512 prompts x 16 leaves x 4096 tokens are 33.5 million: more than the 2 ** 24 that float32 counts exactly.
     totals = {"leaf_tokens": 33_554_433, "leaves": 8192}
-    assert reduce_totals(totals, lambda row: row, torch.device("cpu")) == pytest.approx(totals, rel=1e-6)
+    assert reduce_totals(totals, processes(1)) == pytest.approx(totals, rel=1e-6)
 
 
 # The progress line

@@ -73,10 +73,10 @@ def test_packing_changes_no_loss(
     packed = run_packed(tmp_path, tiny_model_dir, plain, {}, **changes)
     monkeypatch.setattr("treepo_trl.update.tree_attention._QUERY_BLOCK", 8)
     pieces = run_packed(tmp_path, tiny_model_dir, plain, {}, max_tokens_per_micro_batch=20, **changes)
-    for run in (packed, pieces):
+    for run, least in ((packed, 1.2), (pieces, 1.0)):  # a piece repeats the tokens before its rows
         assert_same_run(plain, run)
         assert largest_change(before, parameters_of(run)) > 1e-2
-        assert logs_of(run, "tree/packing_ratio")[0] > 1.2
+        assert logs_of(run, "tree/packing_ratio")[0] > least
 
 
 @pytest.mark.parametrize(
