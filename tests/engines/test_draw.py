@@ -4,9 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from tests.support.models import make_model
 from tests.support.segments import EOS, PROMPTS, complete, drain, full_logits

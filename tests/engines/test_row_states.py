@@ -4,9 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from tests.support.models import make_model
 from tests.support.segments import EOS, GREEDY, PROMPTS, drain, full_logprobs, generated

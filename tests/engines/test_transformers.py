@@ -5,9 +5,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from tests.support.models import make_model
 from tests.support.segments import EOS, GREEDY, PROMPTS, complete, drain, full_logits, full_logprobs, generated

@@ -95,7 +95,7 @@ class TransformersEngine(SegmentEngine):
         self.reports_entropies = with_entropies
         self.num_prompt_tokens = 0
         self.num_prefilled_tokens = 0
-        # A mixture of experts that trains with a load-balancing loss would compute it here, from another kind of mask.
+        # A mixture of experts with a load-balancing loss would compute it here too, and misread this engine's mask.
         has_router = getattr(config, "output_router_logits", False)
         self._without_router_logits = {"output_router_logits": False} if has_router else {}
         self._vocab_size = config.vocab_size
@@ -177,7 +177,8 @@ class TransformersEngine(SegmentEngine):
         self._storage = self._storage if self._rows else None
 
     def _read_weights_version(self) -> int:
-        # In-place updates, such as an optimizer's, count up; a forgotten reset cannot leave stale states behind.
+        # In-place updates, such as an optimizer's, raise a parameter's version. So stale states are dropped even if
+        # nobody calls `reset_prefix_cache`.
         return sum(parameter._version for parameter in self.model.parameters())
 
     # Admission
@@ -264,7 +265,7 @@ class TransformersEngine(SegmentEngine):
             most_rows, longest = max(num_rows, old.size(2)), max(length, old.size(4))
             if (most_rows, longest) == (old.size(2), old.size(4)):
                 return old
-            if most_rows * longest <= self.max_batch_tokens:  # else many short rows and few long ones would add up
+            if most_rows * longest <= self.max_batch_tokens:  # else many short rows and few long ones multiply
                 num_rows, length = most_rows, longest
         shape = (self._num_layers, 2, num_rows, self._num_heads, length, self._head_dim)
         if not self._rows:

@@ -1,9 +1,9 @@
 """
 Segments from a vLLM engine in this process, driven request by request.
 
-The prefix cache makes a child reuse its parent's keys and values. Results are handed out in bursts: when segments end
-at all different times, submitting every child at once mixes a prefill into almost every engine step, which costs more
-than it wins.
+vLLM's prefix cache makes a child reuse its parent's keys and values. Results are handed out in bursts. Segments end at
+different times, and submitting each child at once would add a prefill to almost every engine step, which costs more
+than it saves.
 """
 
 from typing import TYPE_CHECKING, cast
@@ -71,7 +71,7 @@ class VLLMEngine(SegmentEngine):
         """
         Requests that vLLM runs at once, whatever their length.
 
-        A queue behind them would keep slots full within a burst, at the price of a prefill in almost every step.
+        More requests than that would keep every slot busy within a burst, but add a prefill to almost every step.
         """
         return self._max_num_seqs
 
@@ -93,7 +93,7 @@ class VLLMEngine(SegmentEngine):
                 "top_k": options.top_k,
                 "min_p": options.min_p or 0.0,
                 "repetition_penalty": options.repetition_penalty,
-                # 0 is the sampled token's alone.
+                # With 0 only the sampled token's.
                 "logprobs": _NUM_TOP_LOGPROBS if self.reports_entropies else 0,
                 "flat_logprobs": True,
                 "stop_token_ids": sorted(self.eos_token_ids),
@@ -176,6 +176,6 @@ def entropies_of(top_logprobs: np.ndarray) -> np.ndarray:
     K-th, which is the most likely that they can be: a lower bound.
     """
     probabilities = np.exp(top_logprobs)
-    finite = np.where(np.isfinite(top_logprobs), top_logprobs, 0.0)  # nothing is left behind -inf
+    finite = np.where(np.isfinite(top_logprobs), top_logprobs, 0.0)  # 0 * -inf is no number
     rest = np.clip(1.0 - probabilities.sum(axis=1), 0.0, 1.0)
     return -(probabilities * finite).sum(axis=1) - rest * finite[:, -1]

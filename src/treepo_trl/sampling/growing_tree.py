@@ -114,7 +114,7 @@ class GrowingTree:
 
         A segment that will be continued ends one token behind a block of the engine's cache, if that takes no more
         than half of it: the last token of a sequence is not in the cache yet, so a child then starts with exactly this
-        one token to compute, as any decoding step does. Elsewhere it would compute up to a block again.
+        one token to compute, as any decoding step does. From another end it would compute up to a block again.
         """
         num_tokens = min(self._max_tokens, room)
         if self.block_size is None or num_tokens == room:

@@ -77,7 +77,8 @@ class TreeSampler:
         eos_token_ids (`list[int]`):
             Every token that ends a completion.
         decode (`Callable[[list[int]], str]`, *optional*):
-            Text of a list of tokens; needed for `stop_pattern` and `stop_repetition`.
+            Text of a list of tokens, such as `text_decoder(tokenizer)`; needed for `stop_pattern` and
+            `stop_repetition`.
 
     Attributes:
         stats ([`SamplingStats`]):
@@ -92,10 +93,12 @@ class TreeSampler:
     ```python
     >>> from treepo_trl import TreeSampler, TreeSamplingConfig
     >>> from treepo_trl.engines.transformers import TransformersEngine
+    >>> from treepo_trl.sampling import text_decoder
 
     >>> engine = TransformersEngine(model, [tokenizer.eos_token_id])  # doctest: +SKIP
     >>> config = TreeSamplingConfig(num_generations=16, max_completion_length=1024, branch_schedule="spread")
-    >>> sampler = TreeSampler(engine, config, [tokenizer.eos_token_id], tokenizer.decode)  # doctest: +SKIP
+    >>> decode = text_decoder(tokenizer)  # doctest: +SKIP
+    >>> sampler = TreeSampler(engine, config, [tokenizer.eos_token_id], decode)  # doctest: +SKIP
     >>> (tree,) = sampler.sample([tokenizer("1 + 1 =")["input_ids"]], seed=0)  # doctest: +SKIP
     ```
     """

@@ -62,7 +62,7 @@ def is_repetitive(text: str) -> bool:
     search in a quarter of it.
     """
     if text.endswith("\ufffd"):
-        text = text[:-3] + text[-3:].rstrip("\ufffd")  # of four bytes, three may be there
+        text = text[:-3] + text[-3:].rstrip("\ufffd")  # up to three of four bytes may be there
     if len(text) < MIN_REPEATED_CHARACTERS:
         return False
     longest_period = len(text) // MIN_REPEATS
@@ -146,7 +146,7 @@ def join_text(changes: Iterable[tuple[int, str]]) -> str:
 
 
 def find_match_end(pattern: re.Pattern[str], text: str) -> int | None:
-    """End of the first match that is not empty; `None` without one. Empty matches, as of `\\b`, say nothing."""
+    """End of the first match that is not empty; `None` without one. Matches such as that of `\\b` are empty."""
     return next((match.end() for match in pattern.finditer(text) if match.group()), None)
 
 
