@@ -7,16 +7,19 @@ Stands in for `GRPOTrainer._get_per_token_logps_and_entropies` with the same res
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import NamedTuple, cast, get_args
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from treepo_trl.model_support import has_attention_dropout
 
-from .packing import PackedRows, cut_rows, pack_rows
+from .packing import PackedRows, TreePacking, cut_rows, pack_rows
 from .tree_attention import AttentionBackend, TreeAttention, flex_length, serve_trees
 
 
@@ -27,8 +30,8 @@ _MIN_RATIO = 1.15
 _MIN_FLEX_LENGTH = 8192
 """Shortest row for FlexAttention under `auto`: below it, compiling costs more than the kernel saves."""
 _MIN_FLEX_SHARED_MEMORY = 160 * 1024
-"""Bytes of shared memory per block for FlexAttention under `auto`: data-centre cards have them. Its backward kernel
-can need more than the 99 KiB of consumer cards (pytorch/pytorch#133254), and would fail in the first step."""
+"""Bytes of shared memory per block for FlexAttention under `auto`. Data-centre cards have them. Consumer cards have
+99 KiB, with which its backward kernel can fail in the first step (pytorch/pytorch#133254)."""
 _MAX_EAGER_LENGTH = 8192
 """Longest row for eager attention under `auto`: its mask and scores are quadratic in the row."""
 
@@ -38,12 +41,27 @@ _TOLERANCE = 1e-3  # nats, mean over a tree, in float32
 _HALF_PRECISION_TOLERANCE = 0.1  # bfloat16 rounding alone gives about 0.03 (SmolLM2)
 
 
+PlainForward = Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
+"""`GRPOTrainer._get_per_token_logps_and_entropies`: log-probabilities, entropies and load-balancing loss."""
+
+
 class _Forwarded(NamedTuple):
     """Log-probabilities and entropies `(B, T)`, and the load-balancing loss of a mixture of experts."""
 
     logps: torch.Tensor
     entropies: torch.Tensor | None
     aux_loss: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call of [`PackedForward`] asks for, whatever the rows."""
+
+    model: torch.nn.Module
+    num_scored: int
+    compute_entropy: bool
+    compute_aux_loss: bool
+    plain: PlainForward
 
 
 class PackedForward:
@@ -56,22 +74,22 @@ class PackedForward:
         accelerator ([`~accelerate.Accelerator`]):
             Gives autocast and unwraps the model.
         is_sharded (`bool`):
-            Whether a forward is collective (FSDP, DeepSpeed). Then all processes compare rows of their first batch
-            with plain ones, whether they pack it or not, since they must run the same number of forwards.
+            Whether a forward is collective (FSDP, DeepSpeed): all processes must run as many. Then every process
+            compares rows of its first batch with plain ones, whether it packs that batch or not.
         max_tokens (`int`, *optional*):
-            Unique tokens per forward. A chunk that has more is cut into pieces of which only the largest is kept for
-            the backward pass; the others are forwarded again there. With it, every piece is packed.
+            Unique tokens per forward. A chunk that has more is cut into pieces, each of them packed. Only the largest
+            keeps what the backward pass needs. The others are forwarded again there.
 
     Attributes:
         checked (`set[tuple[int, str]]`):
-            Models (by `id`) and attention backends of which a packed tree has been compared with its plain rows, which
-            happens once.
+            Models (by `id`) and attention backends whose packed rows were compared with plain rows. That happens once
+            for each.
     """
 
     def __init__(
         self,
-        tree_packing: str,
-        accelerator: Any,
+        tree_packing: TreePacking,
+        accelerator: Accelerator,
         is_sharded: bool = False,
         max_tokens: int | None = None,
     ) -> None:
@@ -85,14 +103,14 @@ class PackedForward:
 
     def __call__(
         self,
-        model: Any,
+        model: torch.nn.Module,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         logits_to_keep: int,
         batch_size: int,
         compute_entropy: bool,
         compute_aux_loss: bool,
-        plain: Callable[..., Any],
+        plain: PlainForward,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, dict[str, list[float]]]:
         """
         Log-probabilities and entropies `(B, logits_to_keep)` of the last tokens of each row.
@@ -118,57 +136,66 @@ class PackedForward:
         Raises:
             RuntimeError: if the packed log-probabilities of the first packed tree are not those of its plain rows.
         """
-        config = self.accelerator.unwrap_model(model).config.get_text_config()
+        call = _Call(model, logits_to_keep, compute_entropy, compute_aux_loss, plain)
         if self.is_sharded:  # whatever is chosen below, which may differ between processes
-            first: AttentionBackend = "flex" if self.tree_packing == "flex" else "sdpa"
-            self._check_once(model, first, input_ids, attention_mask, logits_to_keep, plain)
+            self._check_once(call, "flex" if self.tree_packing == "flex" else "sdpa", input_ids, attention_mask)
         results: list[_Forwarded] = []
         log: dict[str, list[float]] = {"tree/packing_seconds": [], "tree/packing_ratio": []}
         for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True):
-            started = time.perf_counter()
-            pieces = [slice(None)]
-            if self.max_tokens is not None:
-                pieces = cut_rows(ids, mask, logits_to_keep, self.max_tokens)
-            packed = [pack_rows(ids[piece], mask[piece], logits_to_keep) for piece in pieces]
-            log["tree/packing_seconds"].append(time.perf_counter() - started)
-            num_unique = sum(each.input_ids.size(1) for each in packed)
-            log["tree/packing_ratio"].append(sum(each.num_row_tokens for each in packed) / num_unique)
-            backends: list[AttentionBackend | None] = [self._choose(each, config) for each in packed]
-            if backends == [None]:
-                options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
-                results.append(_Forwarded(*plain(model, ids, mask, logits_to_keep, **options)))
-                continue
-            for piece, backend in zip(pieces, backends, strict=True):
-                if backend is not None and not self.is_sharded:
-                    self._check_once(model, backend, ids[piece], mask[piece], logits_to_keep, plain)
-            results += self._forward_pieces(model, packed, backends, compute_aux_loss)
+            results += self._forward_chunk(call, ids, mask, log)
         logps = torch.cat([result.logps for result in results])
-        entropies = torch.cat([result.entropies for result in results]) if compute_entropy else None  # pyright: ignore[reportArgumentType, reportCallIssue]
-        aux_loss = torch.stack([result.aux_loss for result in results]).mean() if compute_aux_loss else None  # pyright: ignore[reportArgumentType, reportCallIssue]
-        return logps, entropies, aux_loss, log
+        entropies = torch.cat([cast(torch.Tensor, each.entropies) for each in results]) if compute_entropy else None
+        losses = [cast(torch.Tensor, each.aux_loss) for each in results]
+        return logps, entropies, torch.stack(losses).mean() if compute_aux_loss else None, log
+
+    def _forward_chunk(
+        self, call: _Call, ids: torch.Tensor, mask: torch.Tensor, log: dict[str, list[float]]
+    ) -> list[_Forwarded]:
+        """Rows packed, in pieces if they are too many tokens, or plain."""
+        started = time.perf_counter()
+        pieces = [slice(None)]
+        if self.max_tokens is not None:
+            pieces = cut_rows(ids, mask, call.num_scored, self.max_tokens)
+        packed = [pack_rows(ids[piece], mask[piece], call.num_scored) for piece in pieces]
+        log["tree/packing_seconds"].append(time.perf_counter() - started)
+        num_unique = sum(each.input_ids.size(1) for each in packed)
+        log["tree/packing_ratio"].append(sum(each.num_row_tokens for each in packed) / num_unique)
+        config = self._base_of(call.model).config.get_text_config()
+        backends: list[AttentionBackend | None] = [self._choose(each, config) for each in packed]
+        if backends == [None]:
+            options = {"compute_entropy": call.compute_entropy, "compute_aux_loss": call.compute_aux_loss}
+            return [_Forwarded(*call.plain(call.model, ids, mask, call.num_scored, **options))]
+        for piece, backend in zip(pieces, backends, strict=True):
+            if backend is not None and not self.is_sharded:
+                self._check_once(call, backend, ids[piece], mask[piece])
+        return self._forward_pieces(call, packed, backends)
 
     def _forward_pieces(
-        self, model: Any, packed: list[PackedRows], backends: list[AttentionBackend | None], compute_aux_loss: bool
+        self, call: _Call, packed: list[PackedRows], backends: list[AttentionBackend | None]
     ) -> list[_Forwarded]:
         """Every piece forwarded; all but the largest keep nothing for the backward pass."""
         results: dict[int, _Forwarded] = {}
-        # The largest comes last, so that nothing else is kept beside it when the backward pass gets there first.
+        # The backward pass starts with the last forward. The largest is last, so that nothing else is kept beside it.
         for i in sorted(range(len(packed)), key=lambda i: packed[i].input_ids.size(1)):
             backend = backends[i]
             assert backend is not None, "with a token budget every piece is packed"
             if len(results) == len(packed) - 1 or not torch.is_grad_enabled():
-                results[i] = self._forward(model, packed[i], backend, compute_aux_loss)
+                results[i] = self._forward(call.model, packed[i], backend, call.compute_aux_loss)
                 continue
-            # Not the wrapped model, which would take the forward in the backward pass for a new step.
-            module = self.accelerator.unwrap_model(model)
-            values: Any = checkpoint(self._forward, module, packed[i], backend, compute_aux_loss, use_reentrant=False)
-            results[i] = values
+            # Not the wrapped model: a forward of it inside the backward pass counts as a new step.
+            base = self._base_of(call.model)
+            again = checkpoint(self._forward, base, packed[i], backend, call.compute_aux_loss, use_reentrant=False)
+            results[i] = cast(_Forwarded, again)
         return [results[i] for i in range(len(packed))]
 
-    def _choose(self, packed: PackedRows, config: Any) -> AttentionBackend | None:
+    def _base_of(self, model: torch.nn.Module) -> PreTrainedModel:
+        """The model without the wrappers of the training."""
+        return cast(PreTrainedModel, self.accelerator.unwrap_model(model))
+
+    def _choose(self, packed: PackedRows, config: PreTrainedConfig) -> AttentionBackend | None:
         """The attention backend for a packed row; `None` for plain rows."""
         if self.tree_packing in get_args(AttentionBackend):
-            return self.tree_packing  # pyright: ignore[reportReturnType]
+            return cast(AttentionBackend, self.tree_packing)
         length = packed.input_ids.size(1)
         backend: AttentionBackend | None = "sdpa"
         why = f"below {_MIN_FLEX_LENGTH} tokens" if packed.input_ids.is_cuda else "FlexAttention needs a CUDA device"
@@ -191,10 +218,11 @@ class PackedForward:
         return backend
 
     def _forward(
-        self, model: Any, packed: PackedRows, backend: AttentionBackend, compute_aux_loss: bool = False
+        self, model: torch.nn.Module, packed: PackedRows, backend: AttentionBackend, compute_aux_loss: bool = False
     ) -> _Forwarded:
-        base = self.accelerator.unwrap_model(model)
-        inputs = model_inputs(packed, base.config.get_text_config()._attn_implementation, base.dtype, backend)
+        base = self._base_of(model)
+        implementation = cast(str, base.config.get_text_config()._attn_implementation)
+        inputs = model_inputs(packed, implementation, base.dtype, backend)
         if compute_aux_loss:
             inputs["output_router_logits"] = True
         with self.accelerator.autocast(), self._compile_notice(packed, backend):
@@ -220,40 +248,32 @@ class PackedForward:
 
     @torch.no_grad()
     def _check_once(
-        self,
-        model: Any,
-        backend: AttentionBackend,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        logits_to_keep: int,
-        plain: Callable[..., Any],
+        self, call: _Call, backend: AttentionBackend, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> None:
         """Compare the first tree of these rows with its plain rows; two rows of it where forwards are collective."""
-        module = model if self.is_sharded else self.accelerator.unwrap_model(model)
+        module = call.model if self.is_sharded else self._base_of(call.model)
         key = (id(module), "any" if self.is_sharded else backend)
         if key in self.checked:
             return
-        prompts = input_ids[:, :-logits_to_keep], attention_mask[:, :-logits_to_keep]
-        is_first_tree = torch.stack([(part == part[0]).all(1) for part in prompts]).all(0)
+        is_first_tree = _is_first_tree(input_ids, attention_mask, call.num_scored)
         input_ids, attention_mask = input_ids[is_first_tree], attention_mask[is_first_tree]
         if self.is_sharded:
             input_ids, attention_mask = input_ids[:2], attention_mask[:2]
-        packed = pack_rows(input_ids, attention_mask, logits_to_keep)
+        packed = pack_rows(input_ids, attention_mask, call.num_scored)
         if not packed.is_scored.any() and not self.is_sharded:
             return
         self.checked.add(key)
-        was_training = {part: part.training for part in module.modules()}
-        module.eval()  # dropout would make the two differ
-        logps = self._forward(module, packed, backend).logps[packed.is_scored]
         batch_size = len(input_ids) if self.is_sharded else 1
-        expected = plain(module, input_ids, attention_mask, logits_to_keep, batch_size=batch_size)[0][packed.is_scored]
-        for part, mode in was_training.items():
-            part.training = mode
-        if len(logps) == 0:
-            return
+        with _evaluated(module):  # dropout would make the two differ
+            logps = self._forward(module, packed, backend).logps
+            expected = call.plain(module, input_ids, attention_mask, call.num_scored, batch_size=batch_size)[0]
+        if packed.is_scored.any():
+            self._compare(module, logps[packed.is_scored], expected[packed.is_scored])
+
+    def _compare(self, module: torch.nn.Module, logps: torch.Tensor, expected: torch.Tensor) -> None:
         difference = (logps - expected).abs().mean().item()
         tolerance = _TOLERANCE if self._is_exact(module) else _HALF_PRECISION_TOLERANCE
-        if not difference <= tolerance:  # not a number is no agreement either
+        if not difference <= tolerance:  # so that a difference that is no number stops the run too
             raise RuntimeError(
                 "The packed forward does not reproduce this model's plain rows: the mean log-probability of a tree's "
                 f"completion tokens is {logps.mean().item():.4g} packed and {expected.mean().item():.4g} in plain "
@@ -261,23 +281,42 @@ class PackedForward:
                 "Set `tree_packing='off'`."
             )
 
-    def _is_exact(self, module: Any) -> bool:
+    def _is_exact(self, module: torch.nn.Module) -> bool:
         """Whether all of the model computes in float32: no half precision, no quantised weights, no TF32."""
         return (
             self.accelerator.mixed_precision == "no"
             and all(parameter.dtype == torch.float32 for parameter in module.parameters())
-            and (module.device.type != "cuda" or torch.get_float32_matmul_precision() == "highest")
+            and (
+                cast(PreTrainedModel, module).device.type != "cuda"
+                or torch.get_float32_matmul_precision() == "highest"
+            )
         )
 
 
-def _flex_obstacle(device: torch.device, config: Any) -> str | None:
+def _is_first_tree(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_scored: int) -> torch.Tensor:
+    """`(B,)` bool: the rows that have the first row's prompt."""
+    prompts = input_ids[:, :-num_scored], attention_mask[:, :-num_scored]
+    return torch.stack([(part == part[0]).all(1) for part in prompts]).all(0)
+
+
+@contextmanager
+def _evaluated(module: torch.nn.Module) -> Iterator[None]:
+    """All of a model in evaluation mode for a block."""
+    was_training = {part: part.training for part in module.modules()}
+    module.eval()
+    yield
+    for part, mode in was_training.items():
+        part.training = mode
+
+
+def _flex_obstacle(device: torch.device, config: PreTrainedConfig) -> str | None:
     """Why FlexAttention may not serve a model on a CUDA device; `None` if it does."""
     if has_attention_dropout(config):
         return "FlexAttention has no dropout"
     if not has_triton():
         return "FlexAttention needs Triton"
-    properties: Any = torch.cuda.get_device_properties(device)
-    # AMD's properties have no such field.
+    properties = torch.cuda.get_device_properties(device)
+    # Of AMD's cards torch does not say it.
     if getattr(properties, "shared_memory_per_block_optin", 0) < _MIN_FLEX_SHARED_MEMORY:
         return "FlexAttention may need more shared memory than this card has"
     return None
@@ -290,9 +329,9 @@ def is_worth_packing(packed: PackedRows) -> bool:
 
 def model_inputs(
     packed: PackedRows, attn_implementation: str, dtype: torch.dtype, backend: AttentionBackend
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Keyword arguments for a causal language model's forward over the packed row."""
-    inputs: dict[str, Any] = {
+    inputs: dict[str, object] = {
         "input_ids": packed.input_ids,
         "position_ids": packed.position_ids,
         "shift_labels": packed.shift_labels,
@@ -302,8 +341,8 @@ def model_inputs(
         zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
         return {**inputs, "attention_mask": zeros.masked_fill(~mask, torch.finfo(dtype).min)}
     serve_trees(attn_implementation)
-    # Models pass a mask of four dimensions on as it is. The attention reads `tree_attention` in its place; a
-    # load-balancing loss reads how often each token counts.
+    # Models do not change a mask of four dimensions. The attention reads `tree_attention` in its place. A
+    # load-balancing loss reads from it how often each token counts.
     return {
         **inputs,
         "attention_mask": packed.num_rows[None, None],

@@ -3,17 +3,17 @@ Attention over a packed row, in which a token attends to itself and its ancestor
 
 One function with two backends: SDPA over blocks of queries, each with just the keys that it can see, and
 FlexAttention. Both need memory linear in the row. `serve_trees` puts it in front of an attention function of
-transformers, under that function's own name: the choice travels with the call (`model(..., tree_attention=...)`), so
-that a layer which gradient checkpointing computes again in the backward pass makes the same choice.
+transformers, under that function's own name. The choice travels with the call (`model(..., tree_attention=...)`). So a
+layer that gradient checkpointing computes again in the backward pass makes the same choice.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
@@ -25,7 +25,7 @@ _FLEX_BLOCK = 128  # positions; FlexAttention's own block size
 _QUERY_BLOCK = 256  # on a processor: small blocks waste little
 _DEVICE_QUERY_BLOCK = 1024  # elsewhere: a block is a few kernel launches
 _MAX_KEPT_COPIES = 4
-"""Copies of a row's keys that are kept for the backward pass, together with the blocks' masks; where there would be
+"""Copies of a row's keys that are kept for the backward pass, together with the blocks' masks. Where there would be
 more, blocks are attended again instead."""
 
 
@@ -163,7 +163,7 @@ def _block_mask(last: torch.Tensor) -> BlockMask:
         order = block_pairs.int().argsort(dim=1, descending=True, stable=True)
         return block_pairs.sum(1)[None, None].int(), order[None, None].int()
 
-    def sees(_batch: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def sees(_batch: torch.Tensor, _head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (key <= query) & (query <= last[key])
 
     return BlockMask.from_kv_blocks(
@@ -222,21 +222,32 @@ def _attend(
     return output.transpose(0, 1).reshape(1, num_heads, length, value.size(-1))
 
 
+class _GatherContext(FunctionCtx):
+    saved_tensors: tuple[torch.Tensor]
+    length: int
+
+
 class _Gather(torch.autograd.Function):
     """`states[:, :, index]`, with the gradient summed in float32: states near the root collect from many blocks."""
 
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: _GatherContext, states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(index)
         ctx.length = states.size(2)
         return states.index_select(2, index)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: _GatherContext, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (index,) = ctx.saved_tensors
         sums = gradient.new_zeros(1, gradient.size(1), ctx.length, gradient.size(3), dtype=torch.float32)
         return sums.index_add_(2, index, gradient.float()).to(gradient.dtype), None
+
+
+class _AttendAgainContext(FunctionCtx):
+    saved_tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    blocks: list[QueryBlock]
+    scaling: float | None
 
 
 class _AttendAgain(torch.autograd.Function):
@@ -248,7 +259,7 @@ class _AttendAgain(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _AttendAgainContext,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -266,7 +277,7 @@ class _AttendAgain(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: _AttendAgainContext, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         grad_query = torch.empty_like(query)
         grad_key = torch.zeros_like(key, dtype=torch.float32)  # as in `_Gather`
@@ -294,15 +305,18 @@ def serve_trees(implementation: str) -> None:
             Name in transformers' `AttentionInterface`, such as `"sdpa"` or `"flash_attention_2"`. `"eager"` is no such
             name: every model has its own.
     """
-    plain: Any = AttentionInterface()[implementation]
+    plain = cast(_AttentionFunction, AttentionInterface()[implementation])
     if not isinstance(plain, _ServesTrees):
         AttentionInterface.register(implementation, _ServesTrees(plain))
 
 
-class _ServesTrees:
-    """An attention function of transformers that attends as `tree_attention` says where it is given one."""
+_AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
-    def __init__(self, plain: Callable[..., Any]) -> None:
+
+class _ServesTrees:
+    """An attention function of transformers that uses `tree_attention` where it is given one."""
+
+    def __init__(self, plain: _AttentionFunction) -> None:
         self.plain = plain
 
     def __call__(
@@ -311,10 +325,10 @@ class _ServesTrees:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: Any,
-        *args: Any,
+        attention_mask: object,
+        *args: object,
         tree_attention: TreeAttention | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if tree_attention is None:
             return self.plain(module, query, key, value, attention_mask, *args, **kwargs)
@@ -328,5 +342,5 @@ class _ServesTrees:
                 f"Shared prefixes are not packed: {type(module).__name__} gives its attention function arguments "
                 "without names. Set `tree_packing='off'`."
             )
-        output = tree_attention(module, query, key, value, kwargs.get("dropout", 0.0), kwargs.get("scaling"))
-        return output, None
+        dropout, scaling = kwargs.get("dropout", 0.0), kwargs.get("scaling")
+        return tree_attention(module, query, key, value, cast(float, dropout), cast("float | None", scaling)), None
