@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.sampling import decode_bytes
+from tests.support.sampling import decode_byte_fallback, decode_bytes
 from treepo_trl.sampling.stopping import find_eos, find_match_end, join_text, matching_tail, text_change, tokens_until
 
 
@@ -32,15 +32,6 @@ def test_first_eos(token_ids: list[int], eos_token_ids: list[int], position: int
 
 
 # Text of a path
-
-
-def decode_byte_fallback(ids: list[int]) -> str:
-    """A decoder that gives one U+FFFD per byte from the first incomplete character on."""
-    try:
-        return bytes(ids).decode("utf-8")
-    except UnicodeDecodeError as error:
-        good = bytes(ids)[: error.start].decode("utf-8")
-        return good + "\ufffd" * (len(ids) - error.start)
 
 
 def extend_text(text: str, tail_ids: list[int], token_ids: list[int], decode: Callable[[list[int]], str]) -> str:
@@ -126,7 +117,7 @@ def test_tokens_without_text_are_not_kept_behind_the_match() -> None:
 
 
 @pytest.mark.parametrize("decode", [decode_bytes, decode_byte_fallback])
-@pytest.mark.parametrize("text", ["x€", "x答", "x😀", "ab答案:7。 and on", "é😀"])
+@pytest.mark.parametrize("text", ["x€", "x答", "x😀", "ab答案:7。 and on", "é😀", "答案是七。", "a 答é b😀答 c"])
 def test_kept_tokens_spell_the_match_out_when_it_ends_inside_a_multi_byte_character(
     text: str, decode: Callable[[list[int]], str]
 ) -> None:

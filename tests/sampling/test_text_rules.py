@@ -114,7 +114,10 @@ def test_multi_byte_text_matches_wherever_segments_are_cut(segment_length: int) 
 def test_long_runs_of_bytes_come_out_whole_with_byte_fallback(segment_length: int) -> None:
     text = "a 😀😀😀😀😀😀 b 答案是七。 and so on and so forth"
     paths = paths_of(text, segment_length, "是七", decode_byte_fallback)
-    assert [reason for reason, _ in paths] == ["pattern"] * 2
+    match = text[: text.index("。")].encode()
+    # A segment that ends inside "。" hides the match until the next one has arrived.
+    is_hidden = len(match) % segment_length != 0 and any((len(match) + i) % segment_length == 0 for i in (1, 2))
+    assert paths == [("pattern", match + "。".encode() * is_hidden)] * 2
 
 
 @pytest.mark.parametrize("segment_length", [4, 5, 7, 100])

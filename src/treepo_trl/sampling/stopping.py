@@ -159,11 +159,20 @@ def tokens_until(match_end: int, token_ids: list[int], text_after: Callable[[lis
     compared, not counted: a character whose last bytes are missing already counts as one.
     """
     matched = text_after(token_ids)[:match_end]
-    low, high = 1, len(token_ids)
-    while low < high:
-        middle = (low + high) // 2
-        if text_after(token_ids[:middle])[:match_end] == matched:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    kept = len(token_ids)
+    while True:
+        low = 1
+        while low < kept:
+            middle = (low + kept) // 2
+            if text_after(token_ids[:middle])[:match_end] == matched:
+                kept = middle
+            else:
+                low = middle + 1
+        # With byte fallback an incomplete character makes the whole characters in front of it unreadable too. A prefix
+        # that ends before such characters may hold the match already.
+        shorter = kept - 1
+        while shorter and text_after(token_ids[:shorter]).endswith("\ufffd"):
+            shorter -= 1
+        if not shorter or text_after(token_ids[:shorter])[:match_end] != matched:
+            return kept
+        kept = shorter
