@@ -1,5 +1,5 @@
 """
-What a training takes of one GPU, counted without one: `plan` adds up, `activations` runs the update on shapes alone.
+What a training takes of a GPU's memory, counted without one: `plan` adds up what `weights` and `activations` count.
 """
 
 from .plan import GIB, MemoryPlan, plan_memory

@@ -1,30 +1,32 @@
 """
-What a training will take of one GPU's memory, counted before it starts: `treepo-trl plan`.
+What a training will take of one GPU's memory, counted before it starts.
 
-Weights, adapter, optimizer and cache are counted exactly from the model's config, activations by
-`activation_memory.py`. What is left is a reserve, a plain assumption.
+Weights, adapter, optimizer and cache are counted exactly, from the model's config. Activations are counted by
+`activations.py`. The rest is a reserve, which is an assumption.
 """
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
-from transformers import BitsAndBytesConfig
-from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers import PreTrainedConfig, PreTrainedModel
+from trl import ModelConfig
 
-from treepo_trl.policy.base_checkpoint import by_size, linear_layers
+from treepo_trl.policy.base_checkpoint import base_of, by_size
 from treepo_trl.treepo_config import TreePOConfig
 
 from .activations import STAND_IN, activation_bytes, register_stand_in
+from .weights import BaseSizes, four_bit_config
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 GIB = 2**30
 RESERVE = 1.5 * GIB
 """CUDA context, fragmentation, temporary buffers: an assumption, not a measurement."""
-
-# 4 bits, and per block of 64 weights a scale: of 32 bits, or of 8 with one of 32 per 256 scales.
-_BYTES_4BIT = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
 
 
 @dataclass
@@ -47,7 +49,7 @@ class MemoryPlan:
         longest (`int`):
             Tokens of the longest sequence that the engine must hold.
         base_weights (`str` or `None`):
-            How the engine of a 4-bit policy would get its base.
+            How the engine of a 4-bit policy gets its base.
         sleeps (`bool`):
             Whether the engine leaves the card during the update.
         keeps_weights (`bool`):
@@ -55,7 +57,7 @@ class MemoryPlan:
         shares (`bool`):
             Whether policy and engine share the base.
         could_share (`bool`):
-            Whether they do not, but could.
+            Whether policy and engine could share the base, but do not.
     """
 
     card: float
@@ -85,7 +87,7 @@ class MemoryPlan:
         return sum(self.policy.values()) + engine + RESERVE
 
     def problems(self) -> list[str]:
-        """Why this will hardly run, each with the settings to change; empty if nothing speaks against it."""
+        """Reasons why this may not run, each with the settings to change; empty if there is none."""
         found = []
         if self.rollout > self.card:
             once = ", let it share the base with vLLM (`vllm_share_base_weights`)" if self.could_share else ""
@@ -111,10 +113,10 @@ class MemoryPlan:
 
     def impossible(self) -> str | None:
         """
-        Why this cannot run, from weights and gradients alone; nothing where that is open.
+        Why this cannot run, from weights and gradients alone; `None` if it may run.
 
-        Optimizers may page, activations and the reserve are estimates, and caches differ by model: they may make a
-        training fail that this lets pass, and never refuse one that runs.
+        Optimizers may page, activations and the reserve are estimates, and caches differ by model. They do not count
+        here, so that no training is refused that would run.
         """
         resident = self.policy["weights"] + self.policy["gradients"]
         if resident <= self.card:
@@ -145,12 +147,14 @@ class MemoryPlan:
         return "\n".join([*rows, *notes])
 
 
-def plan_memory(config: Any, training_args: TreePOConfig, model_args: Any, card: float) -> MemoryPlan:
+def plan_memory(
+    config: PreTrainedConfig, training_args: TreePOConfig, model_args: ModelConfig, card: float
+) -> MemoryPlan:
     """
     Count what a training takes on one GPU.
 
     Args:
-        config ([`~transformers.PretrainedConfig`]):
+        config ([`~transformers.PreTrainedConfig`]):
             Config of the model.
         training_args ([`TreePOConfig`]):
             Arguments of the training.
@@ -160,18 +164,19 @@ def plan_memory(config: Any, training_args: TreePOConfig, model_args: Any, card:
             The GPU's memory in bytes.
 
     Raises:
-        ValueError: if the card is smaller than a tenth of a GiB, which is another unit, or for weights that are not
-            counted yet: in 8 bits, or in a checkpoint that is quantized otherwise than by bitsandbytes to 4 bits.
-            Models that transformers cannot build on the meta device raise what it raises.
+        ValueError: if the card is smaller than a tenth of a GiB, because its size was then given in another unit; for
+            weights in 8 bits; for a checkpoint that is quantized otherwise than by bitsandbytes to 4 bits. A model
+            that transformers cannot build on the meta device raises what transformers raises.
     """
     if card < 0.1 * GIB:
         raise ValueError(f"The card's memory is {card:.0f} bytes. Give it in GiB: `--card_gib 24`.")
     if model_args.load_in_8bit or "quantization_config" in (training_args.model_init_kwargs or {}):
         raise ValueError("Weights in 8 bits and `quantization_config` in `model_init_kwargs` are not planned yet.")
-    four_bits = _four_bits(config, model_args)
+    four_bits = four_bit_config(config, model_args)
     dtype = _dtype(config, training_args, model_args)
-    model, is_adapter = _build(config, dtype, model_args, bool(training_args.trust_remote_code))
-    base = _Base.of(model.get_base_model() if is_adapter else model, dtype, four_bits, getattr(config, "dtype", None))
+    model = _build(config, dtype, model_args, bool(training_args.trust_remote_code))
+    is_adapter = not isinstance(model, PreTrainedModel)
+    base = BaseSizes.of(base_of(model) if is_adapter else model, dtype, four_bits, _dtype_in_checkpoint(config))
     tokens = _micro_batch_tokens(training_args)
     activations = activation_bytes(model, tokens, bool(training_args.gradient_checkpointing))
     activations += base.largest_in_4bit * dtype.itemsize  # one layer's weights at a time, dequantized
@@ -194,111 +199,10 @@ def plan_memory(config: Any, training_args: TreePOConfig, model_args: Any, card:
     return plan
 
 
-@dataclass
-class _Base:
-    """
-    Numbers of weights of the base model, and how the policy holds them.
-
-    Attributes:
-        numel (`int`):
-            All of them.
-        in_4bit (`int`):
-            Those in 4 bits.
-        largest_in_4bit (`int`):
-            Those of the largest of these layers.
-        in_experts (`int`):
-            Those of experts in one tensor.
-        dtype (`torch.dtype`):
-            Of the others than those in 4 bits.
-        double (`bool` or `None`):
-            Whether the scales of 4-bit weights are quantized too; `None` without 4-bit weights.
-        engine_can_hold (`bool`):
-            Whether vLLM can have the same weights: all linear layers but the head in 4 bits, or all weights in the
-            checkpoint's 16 bits.
-    """
-
-    numel: int
-    in_4bit: int
-    largest_in_4bit: int
-    in_experts: int
-    dtype: torch.dtype
-    double: bool | None
-    engine_can_hold: bool
-
-    @classmethod
-    def of(cls, base: Any, dtype: torch.dtype, four_bits: Any, dtype_in_checkpoint: Any) -> "_Base":
-        in_experts = sum(p.numel() for p in base.parameters() if p.dim() > 2)
-        linear: list[int] = []
-        engine_can_hold = dtype.itemsize == 2 and dtype_in_checkpoint in (None, torch.float32, dtype)
-        if four_bits is not None:
-            skipped = four_bits.llm_int8_skip_modules
-            layers = [(name.replace(".base_layer", ""), layer.weight.numel()) for name, layer in linear_layers(base)]
-            linear = [numel for name, numel in layers if should_convert_module(name, skipped)]
-            head = _head_in_4bit(base, skipped)
-            is_uint8 = four_bits.bnb_4bit_quant_storage in (None, torch.uint8)
-            engine_can_hold = len(linear) == len(layers) and not in_experts and not head and is_uint8
-            linear += [head] if head else []
-        return cls(
-            numel=sum(p.numel() for name, p in base.named_parameters() if "lora_" not in name),
-            in_4bit=sum(linear),
-            largest_in_4bit=max(linear, default=0),
-            in_experts=in_experts,
-            dtype=dtype,
-            double=None if four_bits is None else bool(four_bits.bnb_4bit_use_double_quant),
-            engine_can_hold=engine_can_hold,
-        )
-
-    @property
-    def in_policy(self) -> float:
-        """Bytes."""
-        return (self.numel - self.in_4bit) * self.dtype.itemsize + self.in_4bit * _BYTES_4BIT[bool(self.double)]
-
-    @property
-    def shared(self) -> float:
-        """
-        Bytes that need not be the policy's own.
-
-        Not the scales of 4-bit weights, nor weights in another precision than the engine's 16 bits, nor experts, which
-        vLLM arranges otherwise.
-        """
-        others = self.numel - self.in_4bit - self.in_experts if self.dtype.itemsize == 2 else 0
-        return self.in_4bit / 2 + 2 * others
-
-    def in_engine(self, quantized: bool) -> float:
-        """Bytes; vLLM has float32 checkpoints in 16 bits, and the scales of 4-bit weights in float32."""
-        if not quantized:
-            return 2.0 * self.numel
-        return 2 * (self.numel - self.in_4bit) + self.in_4bit * _BYTES_4BIT[False]
-
-
-def _head_in_4bit(base: Any, skipped: list[str] | None) -> int:
-    """Weights of the output head if transformers quantizes it: own weights, and a list of exceptions without it."""
-    head = base.get_output_embeddings()
-    if skipped is None or head is None or head.weight is base.get_input_embeddings().weight:
-        return 0
-    (name,) = [name for name, module in base.named_modules() if module is head]
-    return head.weight.numel() if should_convert_module(name, skipped) else 0
-
-
-def _four_bits(config: Any, model_args: Any) -> Any:
-    """How the policy is quantized to 4 bits, by the arguments or in its checkpoint; `None` if it is not."""
-    from trl import get_quantization_config
-
-    in_checkpoint: Any = getattr(config, "quantization_config", None)
-    if in_checkpoint is None:
-        return get_quantization_config(model_args) if model_args.load_in_4bit else None
-    if not isinstance(in_checkpoint, dict):
-        in_checkpoint = in_checkpoint.to_dict()
-    if in_checkpoint.get("quant_method") != "bitsandbytes" or not in_checkpoint.get("load_in_4bit"):
-        raise ValueError(
-            f"The checkpoint is quantized by {in_checkpoint.get('quant_method')!r}; only 4 bits of bitsandbytes are "
-            "planned yet."
-        )
-    return BitsAndBytesConfig.from_dict(in_checkpoint)
-
-
-def _add_engine(plan: MemoryPlan, config: Any, args: TreePOConfig, base: _Base, is_adapter: bool) -> None:
-    """Fill in vLLM's share of the card, and what of the base it holds for the policy too."""
+def _add_engine(
+    plan: MemoryPlan, config: PreTrainedConfig, args: TreePOConfig, base: BaseSizes, is_adapter: bool
+) -> None:
+    """Fill in vLLM's share of the card, and take from the policy what the engine holds for it."""
     plan.longest = args.vllm_max_model_length or config.get_text_config().max_position_embeddings
     plan.sleeps = bool(args.vllm_enable_sleep_mode)
     plan.keeps_weights = args.vllm_sleep_keeps_weights or args.vllm_share_base_weights
@@ -326,7 +230,7 @@ def _add_engine(plan: MemoryPlan, config: Any, args: TreePOConfig, base: _Base, 
     plan.engine = {"weights": weights, "cache and buffers": max(share - weights, 0.0)}
 
 
-def _cache_bytes_per_token(text: Any) -> int:
+def _cache_bytes_per_token(text: PreTrainedConfig) -> int:
     """Bytes of vLLM's cache in 16 bits, with full attention in every layer."""
     if getattr(text, "kv_lora_rank", None):  # multi-head latent attention caches one vector for all heads
         numbers = text.kv_lora_rank + text.qk_rope_head_dim
@@ -336,17 +240,23 @@ def _cache_bytes_per_token(text: Any) -> int:
     return 2 * numbers * text.num_hidden_layers
 
 
-def _dtype(config: Any, args: TreePOConfig, model_args: Any) -> torch.dtype:
+def _dtype_in_checkpoint(config: PreTrainedConfig) -> torch.dtype | None:
+    return getattr(config, "dtype", None)
+
+
+def _dtype(config: PreTrainedConfig, args: TreePOConfig, model_args: ModelConfig) -> torch.dtype:
     """Precision that the policy is loaded in: `model_init_kwargs` go before `--dtype`, as in the trainer."""
-    options: Any = args.model_init_kwargs or {}
+    options = cast(dict[str, torch.dtype | str | None], args.model_init_kwargs or {})
     dtype = options.get("dtype", model_args.dtype)
-    if dtype in (None, "auto"):
-        dtype = getattr(config, "dtype", None) or torch.float32
+    if dtype is None or dtype == "auto":
+        dtype = _dtype_in_checkpoint(config) or torch.float32
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
 
 
-def _build(config: Any, dtype: torch.dtype, model_args: Any, trust_remote_code: bool) -> tuple[Any, bool]:
-    """The policy on the meta device, and whether it has an adapter."""
+def _build(
+    config: PreTrainedConfig, dtype: torch.dtype, model_args: ModelConfig, trust_remote_code: bool
+) -> "PreTrainedModel | PeftModel":
+    """The policy on the meta device, with its adapter if it trains one."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
     from trl import get_peft_config
@@ -354,19 +264,23 @@ def _build(config: Any, dtype: torch.dtype, model_args: Any, trust_remote_code: 
     register_stand_in()
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # layers are counted as what they stand for
+        delattr(config, "quantization_config")  # layers are counted as what they stand for
     peft_config = get_peft_config(model_args)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=STAND_IN, trust_remote_code=trust_remote_code
         )
         if peft_config is None:
-            return model, False
-        return get_peft_model(model, peft_config), True
+            return model
+        return get_peft_model(model, peft_config)
 
 
 def _micro_batch_tokens(args: TreePOConfig) -> int:
-    """Tokens of the largest micro-batch: its budget, else rows that share nothing; 512 for a prompt without bound."""
+    """
+    Tokens of the largest micro-batch: its budget, else that of rows which share nothing.
+
+    A prompt without a bound is counted with 512 tokens.
+    """
     row = args.vllm_max_model_length or int(args.max_completion_length or 256) + 512
     rows = args.per_device_train_batch_size * row
     budget = args.max_tokens_per_micro_batch
