@@ -165,7 +165,7 @@ def test_several_rewards_none_and_logged_columns(tmp_path: Path, tiny_model_dir:
     assert trainer.sampled == [["w0", "w1"], ["w2"], ["w3"]]
     (table,) = tables_of(tmp_path)
     assert table["from"].tolist() == [f"{prompt}/{i}" for prompt in ("w3", "w1") for i in range(4)]
-    assert table["sometimes"].tolist() == ["v"] * 4 + [None] * 4
+    assert table["sometimes"].fillna("").tolist() == ["v"] * 4 + [""] * 4
     assert table["prompt"].tolist() == ["w3"] * 4 + ["w1"] * 4
     assert table["reward_by_kind"].tolist() == [0.0, 1.0] * 4
     assert logs_of(trainer, "seen") == pytest.approx([(8 + 4 + 4) / 3])

@@ -259,16 +259,15 @@ def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:
 
 
 def test_auto_packing_falls_back_to_plain_rows_with_one_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make_model()
-    model._supports_attention_backend = False
-    trainer = build(TreePOTrainer, model, make_config(tmp_path, tree_packing="auto"))
+    monkeypatch.setattr("treepo_trl.update.packable.why_no_trees", lambda model: "it does not hand keywords on")
+    trainer = build(TreePOTrainer, make_model(), make_config(tmp_path, tree_packing="auto"))
     trainer.train()
     assert trainer.state.global_step == 2
     assert not logs_of(trainer, "tree/packing_ratio")
     warnings = [r.message.removeprefix("[RANK 0] ") for r in caplog.records if "not packed" in r.message]
     assert warnings == [
-        "Shared prefixes are not packed for Qwen3ForCausalLM: its attention does not go through transformers' common "
-        "interface. Training forwards plain rows, as GRPOTrainer does."
+        "Shared prefixes are not packed for Qwen3ForCausalLM: it does not hand keywords on. Training forwards plain "
+        "rows, as GRPOTrainer does."
     ]
