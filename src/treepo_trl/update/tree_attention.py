@@ -91,7 +91,7 @@ class TreeAttention:
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         blocks = self.query_blocks()
         num_keys = sum(len(block.keys) for block in blocks)
-        # Attending again would drop out other weights.
+        # With dropout, a block that is attended again would lose other weights than the first time.
         if dropout > 0 or num_keys <= _MAX_KEPT_COPIES * len(self._last):
             if query.dtype not in self._masks:
                 self._masks[query.dtype] = [block.mask(query.dtype) for block in blocks]  # once for all layers
@@ -108,7 +108,7 @@ class TreeAttention:
 
     def _query_block_at(self, start: int) -> QueryBlock:
         end = min(start + self._query_block, len(self._last))
-        # In depth-first order, what lies before a position and has not ended there is its path.
+        # In depth-first order, the ancestors of a position are those before it whose subtree has not ended.
         path = torch.nonzero(self._last[:start] >= start).flatten()
         keys = torch.cat([path, torch.arange(start, end, device=path.device)])
         return QueryBlock(start, end, keys, self._last[keys])
