@@ -1,4 +1,4 @@
-"""Errors that a user of the command line can set right, in one line."""
+"""Errors in what a user gave, said in one line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,11 @@ import yaml
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn errors in arguments, files and model names into one line, not a traceback. Not for the long job itself."""
+    """
+    Turn errors in arguments, files and model names into one line and the exit status 1.
+
+    A training or a sampling runs outside of it: an error there is no mistake of the user, and needs its traceback.
+    """
     try:
         yield
     except (ValueError, TypeError, ImportError, OSError, yaml.YAMLError) as error:
