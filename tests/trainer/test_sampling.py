@@ -93,20 +93,6 @@ def test_model_is_back_in_train_mode_after_a_failed_sampling(tmp_path: Path, tin
     assert trainer.state.global_step == 2
 
 
-def test_sampling_leaves_attention_and_checkpointing_as_they_were(tmp_path: Path, tiny_model_dir: str) -> None:
-    trainer = build(RecordingTrainer, tiny_model_dir, make_config(tmp_path, gradient_checkpointing=True))
-    states = []
-    compute_loss = trainer._compute_loss
-
-    def spy(model: Any, inputs: Any) -> torch.Tensor:
-        states.append((model.is_gradient_checkpointing, model.config._attn_implementation, model.training))
-        return compute_loss(model, inputs)
-
-    trainer._compute_loss = spy
-    trainer.train()
-    assert states == [(True, "sdpa", True)] * 2
-
-
 def test_same_seed_same_run(tmp_path: Path, tiny_model_dir: str) -> None:
     runs = []
     for seed in (7, 7, 8):
