@@ -181,14 +181,25 @@ def test_a_segment_is_cut_by_at_most_half() -> None:
 def test_progress_is_reported_leaf_by_leaf_and_tree_by_tree() -> None:
     leaves: list[int] = []
     done: dict[int, SegmentTree] = {}
+    handed_out: list[tuple[int, list[int]]] = []
+
+    def on_tree(index: int, tree: SegmentTree) -> None:
+        done[index] = tree
+        handed_out.append((index, list(tree.leaves)))
+
     trees = TreeSampler(FakeEngine(memoryless(0.1), arrival=random.Random(1), slots=7), make_config(8), [EOS]).sample(
-        prompts_of(6), seed=0, on_leaves=leaves.append, on_tree=done.__setitem__
+        prompts_of(6), seed=0, on_leaves=leaves.append, on_tree=on_tree
     )
     assert sum(leaves) == 48
     assert all(leaves)
     assert sorted(done) == list(range(6))
     assert list(done) != list(range(6))  # in order of completion
     assert all(done[i] is tree for i, tree in enumerate(trees))
+    assert [leaves for _, leaves in sorted(handed_out)] == [tree.leaves for tree in trees]
+    for tree in trees:  # depth-first
+        before = list(tree.leaves)
+        tree.sort_leaves()
+        assert tree.leaves == before
 
 
 def test_tokens_of_the_engine_are_counted_per_call() -> None:
