@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.support.vllm_policies import config, policy_logprobs
 from treepo_trl import TreeSampler, TreeSamplingConfig
 from treepo_trl.engines import SamplingOptions, SegmentEngineError, SegmentRequest
-from treepo_trl.quickstart.embedded import addition_tasks
+from treepo_trl.quickstart import addition_tasks
 from treepo_trl.sampling.tree import SegmentTree
 
 
