@@ -12,16 +12,6 @@ from treepo_trl.engines import SamplingOptions, SegmentRequest
 from treepo_trl.engines.transformers import TransformersEngine
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def model() -> PreTrainedModel:
-    return make_model().eval()
-
-
 @pytest.mark.parametrize(
     "options",
     [

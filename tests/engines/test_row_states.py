@@ -6,22 +6,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.support.models import make_model
 from tests.support.segments import EOS, GREEDY, PROMPTS, drain, full_logprobs, generated
 from treepo_trl import TreeSampler, TreeSamplingConfig
 from treepo_trl.engines import SegmentRequest
 from treepo_trl.engines.row_states import Block, BlockCache
 from treepo_trl.engines.transformers import TransformersEngine
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def model() -> PreTrainedModel:
-    return make_model().eval()
 
 
 # Rows

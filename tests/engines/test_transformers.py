@@ -13,16 +13,6 @@ from treepo_trl.engines import SegmentEngineError, SegmentRequest
 from treepo_trl.engines.transformers import TransformersEngine
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def model() -> PreTrainedModel:
-    return make_model().eval()
-
-
 @pytest.mark.parametrize("segment_length", [1, 2, 3, 7, 20])
 def test_greedy_segments_are_those_of_generate(model: PreTrainedModel, segment_length: int) -> None:
     engine = TransformersEngine(model, [EOS], GREEDY)
@@ -31,11 +21,12 @@ def test_greedy_segments_are_those_of_generate(model: PreTrainedModel, segment_l
 
 
 @pytest.mark.parametrize(
-    "limits", [{"max_batch_tokens": 1}, {"max_batch_tokens": 60}, {"max_cached_tokens": 0}, {"max_cached_tokens": 20},
-               {"max_batch_tokens": 30, "max_cached_tokens": 10}], ids=str
-)  # fmt: skip
-def test_small_limits_change_no_result(model: PreTrainedModel, limits: dict[str, int]) -> None:
-    engine = TransformersEngine(model, [EOS], GREEDY, **limits)
+    ("most_batch_tokens", "most_cached_tokens"), [(1, None), (60, None), (None, 0), (None, 20), (30, 10)]
+)
+def test_small_limits_change_no_result(
+    model: PreTrainedModel, most_batch_tokens: int | None, most_cached_tokens: int | None
+) -> None:
+    engine = TransformersEngine(model, [EOS], GREEDY, most_batch_tokens, most_cached_tokens)
     completions, _ = complete(engine, PROMPTS * 2, 3, 20)
     assert completions == generated(model, PROMPTS, 20) * 2
 
@@ -55,31 +46,22 @@ def test_model_is_left_as_it_was(attention: str) -> None:
 # The end of a segment
 
 
-def test_eos_ends_a_segment(model: PreTrainedModel) -> None:
-    tokens = complete(TransformersEngine(model, [99], GREEDY), [PROMPTS[0]], 12, 12, eos=99)[0][0]
-    eos = tokens[5]
-    result = drain(TransformersEngine(model, [eos], GREEDY), [SegmentRequest(0, PROMPTS[0], 12)])[0]
-    assert result.token_ids == tokens[: tokens.index(eos) + 1]
-    assert result.finish_reason == "stop"
-    several = drain(TransformersEngine(model, [98, eos, tokens[2]], GREEDY), [SegmentRequest(0, PROMPTS[0], 12)])[0]
-    assert several.token_ids == tokens[: min(tokens.index(eos), tokens.index(tokens[2])) + 1]
-    first = drain(TransformersEngine(model, [tokens[0]], GREEDY), [SegmentRequest(0, PROMPTS[0], 12)])[0]
-    assert (first.token_ids, first.finish_reason) == (tokens[:1], "stop")
+@pytest.mark.parametrize("places", [[5], [5, 2], [0]])
+def test_the_first_eos_ends_a_segment(model: PreTrainedModel, places: list[int]) -> None:
+    tokens = generated(model, PROMPTS[:1], 12)[0]
+    eos = [tokens[place] for place in places]
+    length = min(map(tokens.index, eos)) + 1
+    for max_tokens in (12, length):  # it may be the last token that was asked for
+        engine = TransformersEngine(model, [98, *eos], GREEDY)
+        result = drain(engine, [SegmentRequest(0, PROMPTS[0], max_tokens)])[0]
+        assert (result.token_ids, result.finish_reason) == (tokens[:length], "stop")
 
 
 def test_length_ends_a_segment(model: PreTrainedModel) -> None:
     engine = TransformersEngine(model, [99], GREEDY)
     results = drain(engine, [SegmentRequest(i, PROMPTS[0], i) for i in range(1, 6)])
-    for i in range(1, 6):
-        assert len(results[i].token_ids) == i
-        assert results[i].finish_reason == "length"
-
-
-def test_eos_on_the_last_token_is_a_stop(model: PreTrainedModel) -> None:
-    tokens = complete(TransformersEngine(model, [99], GREEDY), [PROMPTS[3]], 6, 6, eos=99)[0][0]
-    length = tokens.index(tokens[3]) + 1
-    result = drain(TransformersEngine(model, [tokens[3]], GREEDY), [SegmentRequest(0, PROMPTS[3], length)])[0]
-    assert (len(result.token_ids), result.finish_reason) == (length, "stop")
+    assert [len(results[i].token_ids) for i in range(1, 6)] == [1, 2, 3, 4, 5]
+    assert {result.finish_reason for result in results.values()} == {"length"}
 
 
 # Control
@@ -92,10 +74,6 @@ def test_abort_drops_everything(model: PreTrainedModel) -> None:
     engine.abort()
     assert engine.collect() == []
     assert complete(engine, PROMPTS, 3, 12)[0] == generated(model, PROMPTS, 12)
-
-
-def test_collect_without_requests_returns_nothing(model: PreTrainedModel) -> None:
-    assert TransformersEngine(model, [EOS]).collect() == []
 
 
 def test_reset_between_segments_changes_no_result(model: PreTrainedModel) -> None:
@@ -138,12 +116,7 @@ def test_changed_weights_forget_the_cache(model: PreTrainedModel, change: str) -
 
 
 def test_peft_model(model: PreTrainedModel) -> None:
-    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).eval()
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.3)
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     engine = TransformersEngine(wrapped, [EOS], GREEDY)
     adapted = complete(engine, PROMPTS, 3, 12)[0]
     assert adapted == generated(wrapped, PROMPTS, 12)

@@ -5,13 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.support.segments import drain
 from tests.support.vllm_policies import config, policy_logprobs
 from treepo_trl import TreeSampler, TreeSamplingConfig
-from treepo_trl.engines import SamplingOptions, SegmentEngineError, SegmentRequest
+from treepo_trl.engines import SamplingOptions, SegmentEngineError, SegmentRequest, SegmentResult
+from treepo_trl.engines.vllm import VLLMEngine, entropies_of
 from treepo_trl.quickstart import addition_tasks
 from treepo_trl.sampling.tree import SegmentTree
 
@@ -56,8 +59,6 @@ def small_llm(small_model_dir: str) -> Iterator[Any]:
 
 
 def test_trees_of_the_real_small_model(small_llm: Any, small_model_dir: str, tmp_path: Path) -> None:
-    from treepo_trl.engines.vllm import VLLMEngine
-
     tokenizer = AutoTokenizer.from_pretrained(small_model_dir)
     prompts = [
         tokenizer.apply_chat_template(
@@ -83,47 +84,31 @@ def test_trees_of_the_real_small_model(small_llm: Any, small_model_dir: str, tmp
     assert difference.max() < 1.0
 
 
-def test_top_k_and_temperature_reach_the_engine(small_llm: Any) -> None:
-    from treepo_trl.engines.vllm import VLLMEngine
+def test_sampling_options_reach_the_engine(small_llm: Any) -> None:
+    def drawn(num_tokens: int, **options: Any) -> SegmentResult:
+        engine = VLLMEngine(small_llm, [2], SamplingOptions(**options))
+        return drain(engine, [SegmentRequest(7, [1, 4093, 198, 198], num_tokens)])[7]
 
-    greedy = VLLMEngine(small_llm, [2], SamplingOptions(temperature=0.0))
-    only_one = VLLMEngine(small_llm, [2], SamplingOptions(temperature=1.3, top_k=1))
-    tokens = []
-    for engine in (greedy, only_one):
-        engine.submit([SegmentRequest(7, [1, 4093, 198, 198], 6)])
-        (result,) = engine.collect()
-        assert result.request_id == 7
-        tokens.append(result.token_ids)
-    nucleus = VLLMEngine(small_llm, [2], SamplingOptions(temperature=1.3, top_p=1e-6))
-    nucleus.submit([SegmentRequest(7, [1, 4093, 198, 198], 6)])
-    assert nucleus.collect()[0].token_ids == tokens[0]
-    least = VLLMEngine(small_llm, [2], SamplingOptions(temperature=1.3, min_p=1.0))
-    least.submit([SegmentRequest(7, [1, 4093, 198, 198], 6)])
-    assert least.collect()[0].token_ids == tokens[0]
-    penalized = VLLMEngine(small_llm, [2], SamplingOptions(temperature=0.0, repetition_penalty=50.0))
-    penalized.submit([SegmentRequest(7, [1, 4093, 198, 198], 12)])
-    drawn = penalized.collect()[0].token_ids
-    assert len(set(drawn)) == len(drawn)  # nothing comes twice
-    assert tokens[0] == tokens[1]
-    assert result.logprobs == pytest.approx([0.0] * len(result.token_ids), abs=1e-4)  # of the sampling distribution
+    greedy = drawn(6, temperature=0.0).token_ids
+    only_one = drawn(6, temperature=1.3, top_k=1)
+    assert only_one.token_ids == greedy
+    assert only_one.logprobs == pytest.approx([0.0] * len(greedy), abs=1e-4)  # of the sampling distribution
+    assert drawn(6, temperature=1.3, top_p=1e-6).token_ids == greedy
+    assert drawn(6, temperature=1.3, min_p=1.0).token_ids == greedy
+    penalized = drawn(12, temperature=0.0, repetition_penalty=50.0).token_ids
+    assert len(set(penalized)) == len(penalized)  # nothing comes twice
 
 
 def test_abort_leaves_the_engine_usable(small_llm: Any) -> None:
-    from treepo_trl.engines.vllm import VLLMEngine
-
     engine = VLLMEngine(small_llm, [2])
     engine.submit([SegmentRequest(i, [1, 4093 + i], 64) for i in range(4)])
     small_llm.llm_engine.step()
     engine.abort()
     assert not small_llm.llm_engine.has_unfinished_requests()
-    engine.submit([SegmentRequest(0, [1, 4093], 2)])
-    (result,) = engine.collect()
-    assert 1 <= len(result.token_ids) <= 2
+    assert 1 <= len(drain(engine, [SegmentRequest(0, [1, 4093], 2)])[0].token_ids) <= 2
 
 
 def test_results_arrive_in_bursts(small_llm: Any) -> None:
-    from treepo_trl.engines.vllm import VLLMEngine
-
     engine = VLLMEngine(small_llm, [])
     engine.submit([SegmentRequest(i, [1, 4093 + i], length) for i, length in enumerate((1, 3, 160))])
     first = engine.collect()  # the short ones together, without waiting for the long one
@@ -133,8 +118,6 @@ def test_results_arrive_in_bursts(small_llm: Any) -> None:
 
 def test_children_start_with_one_token_to_compute(small_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments end one token behind a block of vLLM's cache (32 tokens here), so a child is no prefill."""
-    from treepo_trl.engines.vllm import VLLMEngine
-
     engine = VLLMEngine(small_llm, [])
     assert engine.block_size == 32
     computed: list[tuple[int, int]] = []
@@ -156,26 +139,18 @@ def test_children_start_with_one_token_to_compute(small_llm: Any, monkeypatch: p
 
 
 def test_the_models_own_eos_ends_nothing_that_the_caller_did_not_name(small_llm: Any) -> None:
-    from treepo_trl.engines.vllm import VLLMEngine
-
     # Token 2 is the model's EOS: the most likely next token after a finished turn is drawn as any other.
     engine = VLLMEngine(small_llm, [], SamplingOptions(temperature=1.0), {"allowed_token_ids": [2]})
-    engine.submit([SegmentRequest(0, [1, 4093], 5)])
-    (result,) = engine.collect()
+    result = drain(engine, [SegmentRequest(0, [1, 4093], 5)])[0]
     assert result.token_ids == [2] * 5
     assert result.finish_reason == "length"
 
 
 def test_entropies_of_the_real_small_model(small_llm: Any, small_model_dir: str) -> None:
     """vLLM's 20 largest log-probabilities give a lower bound that is close to the exact entropy."""
-    from treepo_trl.engines.vllm import VLLMEngine
-
     prompt = [1, 4093, 198, 3400, 281]
     engine = VLLMEngine(small_llm, [2], SamplingOptions(temperature=0.8), with_entropies=True)
-    engine.submit([SegmentRequest(i, prompt, 12) for i in range(4)])
-    results = []
-    while len(results) < 4:
-        results += engine.collect()
+    results = drain(engine, [SegmentRequest(i, prompt, 12) for i in range(4)]).values()
     model = AutoModelForCausalLM.from_pretrained(small_model_dir, dtype=torch.bfloat16)
     exact, bounds = [], []
     for result in results:
@@ -196,10 +171,6 @@ def test_entropies_of_the_real_small_model(small_llm: Any, small_model_dir: str)
 
 
 def test_entropy_bounds_by_hand() -> None:
-    import numpy as np
-
-    from treepo_trl.engines.vllm import entropies_of
-
     half = [0.5, 0.25, 0.25]  # nothing is left: 0.5 ln 2 + 0.5 ln 4
     tail = [0.4, 0.2, 0.1]  # 0.3 is left: at least three tokens of 0.1
     cut = [1.0, 0.0, 0.0]  # top_k = 1: the others have no probability
@@ -210,8 +181,6 @@ def test_entropy_bounds_by_hand() -> None:
 
 
 def test_a_request_that_vllm_refuses_is_named(small_llm: Any) -> None:
-    from treepo_trl.engines.vllm import VLLMEngine
-
     engine = VLLMEngine(small_llm, [2])
     assert engine.num_slots(50) == 128
     assert engine.num_cache_tokens is not None
@@ -227,8 +196,6 @@ def test_a_request_that_vllm_refuses_is_named(small_llm: Any) -> None:
 def test_without_branching_completions_are_those_of_plain_sampling(small_llm: Any, small_model_dir: str) -> None:
     """2000 completions of 50 prompts each way: mean length and mean log-probability agree within four errors."""
     from vllm import SamplingParams
-
-    from treepo_trl.engines.vllm import VLLMEngine
 
     tokenizer = AutoTokenizer.from_pretrained(small_model_dir)
     tasks, _ = addition_tasks(50, 1, seed=5)
@@ -270,8 +237,6 @@ def mean(values: list[float]) -> float:
 
 
 def test_trees_of_a_tiny_random_model(tiny_model_dir: str, tmp_path: Path) -> None:
-    from treepo_trl.engines.vllm import VLLMEngine
-
     engine = VLLMEngine(make_llm(tiny_model_dir, dtype="float32"), [0])
     sampler = TreeSampler(engine, config(tmp_path, stop_repetition=False, fallback_policy="root"), [0])
     rng = random.Random(0)

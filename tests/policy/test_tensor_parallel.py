@@ -15,14 +15,14 @@ SCRIPT = """
 import json
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from vllm import LLM
 
-from treepo_trl import TreePOConfig, TreePOTrainer
+from tests.support.vllm_policies import lora_trainer
 
 model, folder = sys.argv[1:]
 original = LLM.__init__
@@ -36,34 +36,17 @@ def reward(completions, **_):
     return [sum(word in ("w1", "w2", "w3") for word in c.split()) / 4 for c in completions]
 
 
-trainer = TreePOTrainer(
-    model=model,
-    reward_funcs=reward,
-    args=TreePOConfig(
-        output_dir=folder,
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-        per_device_train_batch_size=8,
-        per_device_eval_batch_size=8,
-        num_generations=4,
-        max_completion_length=24,
-        segment_length=8,
-        gradient_checkpointing=False,
-        use_vllm=True,
-        vllm_mode="colocate",
-        vllm_tensor_parallel_size=2,
-        vllm_gpu_memory_utilization=0.2,
-        vllm_max_model_length=128,
-        learning_rate=0.05,
-        max_steps=2,
-        logging_steps=1,
-        save_strategy="no",
-        ddp_backend="gloo",
-        log_trees=True,
-    ),
-    train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1} w{i + 2}" for i in range(32)]}),
-    peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False),
+trainer = lora_trainer(
+    model,
+    Path(folder),
+    reward=reward,
+    per_device_train_batch_size=8,
+    per_device_eval_batch_size=8,
+    num_generations=4,
+    vllm_tensor_parallel_size=2,
+    use_cpu=True,
+    ddp_backend="gloo",
+    log_trees=True,
 )
 sampled, own, states = [], [], []
 sample = trainer.sampler.sample

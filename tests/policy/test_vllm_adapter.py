@@ -9,7 +9,15 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from tests.support.vllm_policies import SyncProbe, lora_trainer, pairs_after_each_update, policy_logprobs
+from tests.support.vllm_policies import (
+    NUM_SCORED,
+    TEXT,
+    both_logprobs,
+    logged,
+    lora_trainer,
+    policy_logprobs,
+    train_and_compare,
+)
 from treepo_trl.policy import adapter_sync
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
 
@@ -21,21 +29,15 @@ pytestmark = pytest.mark.vllm
 @pytest.mark.usefixtures("float32_engine")
 def test_adapter_reaches_the_engine_after_each_update(tiny_model_dir: str, tmp_path: Path) -> None:
     trainer = lora_trainer(tiny_model_dir, tmp_path, max_steps=5)
-    generation = trainer.vllm_generation
-    assert isinstance(generation, AdapterVLLMGeneration)
+    assert isinstance(trainer.vllm_generation, AdapterVLLMGeneration)
     base = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
-    pairs = pairs_after_each_update(trainer)
-    assert len(pairs) == 6
-    for engine, policy in pairs:
-        torch.testing.assert_close(engine, policy, atol=5e-3, rtol=0)
-    for (_, before), (_, after) in pairwise(pairs):
-        assert (before - after).abs().max() > 0.05  # each update moved the policy by far more than the tolerance
+    train_and_compare(trainer)
     for name, p in trainer.model.named_parameters():
         if name in base:
             assert torch.equal(p, base[name]), f"{name} of the base model changed"
-    logs = [log for log in trainer.state.log_history if "sampling/sampling_logp_difference/max" in log]
-    assert len(logs) == 5
-    assert all(log["sampling/sampling_logp_difference/max"] < 0.02 for log in logs)  # sampled from the policy itself
+    differences = logged(trainer, "sampling/sampling_logp_difference/max")
+    assert len(differences) == 5
+    assert max(differences) < 0.02  # sampled from the policy itself
 
 
 @pytest.mark.usefixtures("float32_engine")
@@ -51,9 +53,9 @@ def test_forgetting_the_sync_is_seen(tiny_model_dir: str, tmp_path: Path) -> Non
 
     generation.sync_weights = only_the_first
     trainer.train()
-    logs = [log for log in trainer.state.log_history if "sampling/sampling_logp_difference/max" in log]
-    assert logs[0]["sampling/sampling_logp_difference/max"] < 0.02
-    assert logs[1]["sampling/sampling_logp_difference/max"] > 0.05
+    first, second = logged(trainer, "sampling/sampling_logp_difference/max")
+    assert first < 0.02
+    assert second > 0.05
 
 
 @pytest.mark.usefixtures("float32_engine")
@@ -142,13 +144,11 @@ def most_probable_next(llm: Any, token_ids: list[int], lora_request: Any) -> dic
 )
 def test_the_engine_computes_what_peft_does(tiny_model_dir: str, tmp_path: Path, changes: dict[str, Any]) -> None:
     trainer = lora_trainer(tiny_model_dir, tmp_path, peft_changes=changes)
-    probe = SyncProbe(trainer, [10, 11, 12, 13, 14, 15, 16, 17], num_scored=6)
     trainer.vllm_generation.sync_weights()
-    probe.look()
-    ((engine, policy),) = probe.pairs
+    engine, policy = both_logprobs(trainer)
     torch.testing.assert_close(engine, policy, atol=5e-3, rtol=0)
     with trainer.model.disable_adapter():
-        assert (policy_logprobs(trainer.model, probe.text, 6) - policy).abs().max() > 0.1
+        assert (policy_logprobs(trainer.model, TEXT, NUM_SCORED) - policy).abs().max() > 0.1
 
 
 def test_an_adapter_that_vllm_cannot_load_is_refused_at_construction(

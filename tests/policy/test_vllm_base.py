@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from transformers import AutoModelForCausalLM
 from tests.support.vllm_policies import (
     NF4,
     engine_model,
+    logged,
     lora_trainer,
     memory_of,
-    pairs_after_each_update,
     qlora_trainer,
+    train_and_compare,
 )
 from treepo_trl.policy import adapter_sync
 from treepo_trl.policy.base_checkpoint import base_state_dict
@@ -34,24 +34,18 @@ def test_qlora_policy_and_engine_agree_after_each_of_five_updates(
     tiny_model_dir: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = qlora_trainer(tiny_model_dir, tmp_path, max_steps=5)
-    generation = trainer.vllm_generation
-    assert generation.base_weights == "dequantized"
+    assert trainer.vllm_generation.base_weights == "dequantized"
     layer = trainer.model.base_model.model.model.layers[0].mlp.up_proj.base_layer
     assert type(layer).__name__ == "Linear4bit"
     before = base_state_dict(trainer.model, "dequantized")
     original = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype="float32").state_dict()
-    pairs = pairs_after_each_update(trainer, in_training_mode=True)
-    assert len(pairs) == 6
-    for engine, policy in pairs:
-        torch.testing.assert_close(engine, policy, atol=5e-3, rtol=0)
-    for (_, first), (_, second) in pairwise(pairs):
-        assert (first - second).abs().max() > 0.05  # each update moved the policy by far more than the tolerance
+    train_and_compare(trainer)
     # The checkpoint before quantization is another model, by more than the tolerance: the engine has not loaded it.
     name = "model.layers.0.mlp.up_proj.weight"
     assert (original[name] - before[name]).abs().max() > 0.05
     after = base_state_dict(trainer.model, "dequantized")
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
-    differences = [log["sampling/sampling_logp_difference/max"] for log in trainer.state.log_history if "loss" in log]
+    differences = logged(trainer, "sampling/sampling_logp_difference/max")
     assert len(differences) == 5
     assert max(differences) < 0.02
     assert "the engine does not compute the policy" not in caplog.text
@@ -70,8 +64,8 @@ def test_an_engine_on_the_unquantized_checkpoint_is_seen(
     monkeypatch.setattr(adapter_sync, "base_checkpoint", checkpoint)
     trainer = qlora_trainer(tiny_model_dir, tmp_path, max_steps=1)
     trainer.train()
-    (log,) = [log for log in trainer.state.log_history if "loss" in log]
-    assert log["sampling/sampling_logp_difference/mean"] > 0.2
+    (difference,) = logged(trainer, "sampling/sampling_logp_difference/mean")
+    assert difference > 0.2
     assert "the engine does not compute the policy" in caplog.text
 
 
@@ -95,13 +89,8 @@ def test_an_engine_on_the_policys_own_4_bits(tiny_model_dir: str, tmp_path: Path
     held = engine_model(trainer).model.layers[0].self_attn.qkv_proj.base_layer.weight
     before = held.clone()
     assert torch.equal(held, torch.cat([p.data for p in parts]))
-    pairs = pairs_after_each_update(trainer, in_training_mode=True)
-    assert len(pairs) == 6
-    for rounded, policy in pairs:
-        torch.testing.assert_close(rounded, policy, atol=0.2, rtol=0)  # bfloat16 in both, on logits of up to 20
-    for (_, first), (_, second) in pairwise(pairs):
-        assert (first - second).abs().max() > 0.4
-    differences = [log["sampling/sampling_logp_difference/mean"] for log in trainer.state.log_history if "loss" in log]
+    train_and_compare(trainer, tolerance=0.2, least_change=0.4)  # bfloat16 in both, on logits of up to 20
+    differences = logged(trainer, "sampling/sampling_logp_difference/mean")
     assert len(differences) == 5
     assert max(differences) < 0.06  # on the plain checkpoint 0.2 and more, see above
     assert torch.equal(held, before)
@@ -118,12 +107,7 @@ def test_policy_and_engine_share_the_base(tiny_model_dir: str, tmp_path: Path) -
     frozen = {name: p for name, p in trainer.model.named_parameters() if not p.requires_grad}
     assert all(memory_of(p) in engine for p in frozen.values())
     before = {name: p.clone() for name, p in frozen.items()}
-    pairs = pairs_after_each_update(trainer)
-    assert len(pairs) == 6
-    for from_engine, from_policy in pairs:
-        torch.testing.assert_close(from_engine, from_policy, atol=5e-3, rtol=0)
-    for (_, first), (_, second) in pairwise(pairs):
-        assert (first - second).abs().max() > 0.05
+    train_and_compare(trainer)
     assert all(torch.equal(p, before[name]) for name, p in frozen.items())
     assert all(memory_of(p) in engine for p in frozen.values())
     moved = frozen["base_model.model.model.layers.1.mlp.down_proj.base_layer.weight"]
@@ -142,12 +126,7 @@ def test_policy_and_engine_share_4_bits(tiny_model_dir: str, tmp_path: Path) -> 
     assert len(linear) == 14
     assert all(memory_of(p) in engine for p in linear)
     before = [p.data.clone() for p in linear]
-    pairs = pairs_after_each_update(trainer, in_training_mode=True)
-    assert len(pairs) == 6
-    for from_engine, from_policy in pairs:
-        torch.testing.assert_close(from_engine, from_policy, atol=0.2, rtol=0)
-    for (_, first), (_, second) in pairwise(pairs):
-        assert (first - second).abs().max() > 0.4
+    train_and_compare(trainer, tolerance=0.2, least_change=0.4)
     assert all(torch.equal(p.data, weight) for p, weight in zip(linear, before, strict=True))
 
 

@@ -1,5 +1,6 @@
 """Tiny LoRA and QLoRA trainings with the real vLLM engine, and what engine and policy say about one text."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.support.models import make_tokenizer
 from treepo_trl import TreePOConfig, TreePOTrainer
 
 
+TEXT, NUM_SCORED = [10, 11, 12, 13, 14, 15, 16, 17], 6
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
@@ -36,7 +38,7 @@ def policy_logprobs(model: Any, token_ids: list[int], num_scored: int) -> torch.
     return logits.log_softmax(-1).gather(1, torch.tensor(token_ids[-num_scored:], device=logits.device)[:, None])[:, 0]
 
 
-def engine_logprobs(llm: Any, token_ids: list[int], num_scored: int, lora_request: Any = None) -> torch.Tensor:
+def engine_logprobs(llm: Any, token_ids: list[int], num_scored: int, lora_request: Any) -> torch.Tensor:
     """The same from vLLM, as prompt log-probabilities."""
     from vllm import SamplingParams
 
@@ -47,39 +49,49 @@ def engine_logprobs(llm: Any, token_ids: list[int], num_scored: int, lora_reques
     return torch.tensor([position[token].logprob for position, token in zip(scored, tokens, strict=True)])
 
 
-class SyncProbe:
-    """After every sync: the engine's and the policy's log-probabilities of one fixed text."""
-
-    def __init__(
-        self, trainer: TreePOTrainer, text: list[int], num_scored: int, in_training_mode: bool = False
-    ) -> None:
-        self.trainer, self.text, self.num_scored = trainer, text, num_scored
-        self.in_training_mode = in_training_mode  # in evaluation bitsandbytes computes in bfloat16 on some CPUs
-        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def look(self) -> None:
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        model.train(self.in_training_mode)
-        policy = policy_logprobs(model, self.text, self.num_scored)
-        model.train()
-        llm = self.trainer.vllm_generation.llm
-        self.pairs.append((engine_logprobs(llm, self.text, self.num_scored, llm.lora_request), policy))
+def both_logprobs(trainer: TreePOTrainer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the end of `TEXT` by the engine with its adapter, and by the policy."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    # In evaluation bitsandbytes computes in bfloat16 on some CPUs.
+    model.train(getattr(model.get_base_model(), "is_loaded_in_4bit", False))
+    policy = policy_logprobs(model, TEXT, NUM_SCORED)
+    model.train()
+    llm = trainer.vllm_generation.llm
+    return engine_logprobs(llm, TEXT, NUM_SCORED, llm.lora_request), policy
 
 
-def pairs_after_each_update(trainer: TreePOTrainer, **kwargs: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Log-probabilities of a text by engine and policy, after each synchronization of a training and after it."""
+def train_and_compare(trainer: TreePOTrainer, tolerance: float = 5e-3, least_change: float = 0.05) -> None:
+    """
+    Train for five steps; engine and policy must agree after each synchronization, and after the last update.
+
+    Each update must move the policy by `least_change` nats, far more than the tolerance.
+    """
+    pairs = []
     generation: Any = trainer.vllm_generation
-    probe = SyncProbe(trainer, [10, 11, 12, 13, 14, 15, 16, 17], num_scored=6, **kwargs)
     sync_weights = generation.sync_weights
 
     def sync_and_look() -> None:
         sync_weights()
-        probe.look()
+        pairs.append(both_logprobs(trainer))
 
     generation.sync_weights = sync_and_look
     trainer.train()
-    generation.sync_weights()  # after the last update
-    return probe.pairs
+    generation.sync_weights()
+    assert len(pairs) == 6
+    for engine, policy in pairs:
+        torch.testing.assert_close(engine, policy, atol=tolerance, rtol=0)
+    for (_, before), (_, after) in pairwise(pairs):
+        assert (before - after).abs().max() > least_change
+
+
+def logged(trainer: TreePOTrainer, name: str) -> list[float]:
+    """What each step has logged under a name."""
+    return [log[name] for log in trainer.state.log_history if "loss" in log]
+
+
+def different_words(completions: list[str], **_: Any) -> list[float]:
+    """Almost never the same for all completions of a batch: every step moves the policy."""
+    return [float(len(set(completion.split()))) for completion in completions]
 
 
 def lora_trainer(
@@ -87,41 +99,29 @@ def lora_trainer(
     tmp_path: Path,
     quantization_config: BitsAndBytesConfig | None = None,
     peft_changes: dict[str, Any] | None = None,
+    reward: Any = different_words,
     **kwargs: Any,
 ) -> TreePOTrainer:
-    dataset = Dataset.from_dict({"prompt": [f"w{i} w{i + 1} w{i + 2}" for i in range(32)]})
+    settings = {
+        "use_cpu": not torch.cuda.is_available(),
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": 0.2,
+        "vllm_max_model_length": 128,
+        "learning_rate": 0.05,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    adapter = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
     return TreePOTrainer(
         model=model,
         processing_class=make_tokenizer(),
-        # Almost never the same for all completions of a batch: every step moves the policy.
-        reward_funcs=lambda completions, **_: [float(len(set(completion.split()))) for completion in completions],
-        args=config(
-            tmp_path,
-            use_cpu=not torch.cuda.is_available(),
-            use_vllm=True,
-            vllm_mode="colocate",
-            vllm_gpu_memory_utilization=0.2,
-            **{
-                "vllm_max_model_length": 128,
-                "learning_rate": 0.05,
-                "max_steps": 2,
-                "logging_steps": 1,
-                "save_strategy": "no",
-                **kwargs,
-            },
-        ),
-        train_dataset=dataset,
+        reward_funcs=reward,
+        args=config(tmp_path, **{**settings, **kwargs}),
+        train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1} w{i + 2}" for i in range(32)]}),
         quantization_config=quantization_config,
-        peft_config=LoraConfig(
-            **{
-                "r": 4,
-                "lora_alpha": 8,
-                "target_modules": "all-linear",
-                "task_type": "CAUSAL_LM",
-                "init_lora_weights": False,
-                **(peft_changes or {}),
-            }
-        ),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **{**adapter, **(peft_changes or {})}),
     )
 
 
