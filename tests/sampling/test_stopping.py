@@ -34,11 +34,6 @@ def test_first_eos(token_ids: list[int], eos_token_ids: list[int], position: int
 # Text of a path
 
 
-def extend_text(text: str, tail_ids: list[int], token_ids: list[int], decode: Callable[[list[int]], str]) -> str:
-    """Text of a path after a segment, given that before it."""
-    return join_text([(0, text), text_change(text, tail_ids, token_ids, decode)])
-
-
 def grow(text: str, cuts: list[int], decode: Callable[[list[int]], str]) -> str:
     """Text after feeding the bytes of `text` in segments."""
     ids = list(text.encode())
@@ -49,21 +44,6 @@ def grow(text: str, cuts: list[int], decode: Callable[[list[int]], str]) -> str:
         changes.append(text_change(before, tail, ids[start:end], decode))
         start = end
     return join_text(changes)
-
-
-def test_extended_text_of_the_first_segment_is_its_text() -> None:
-    assert extend_text("", [], [104, 105], decode_bytes) == "hi"
-
-
-@pytest.mark.parametrize("character", ["é", "€", "答", "😀"])
-@pytest.mark.parametrize("decode", [decode_bytes, decode_byte_fallback])
-def test_a_character_split_over_two_segments_comes_out_whole(
-    character: str, decode: Callable[[list[int]], str]
-) -> None:
-    ids = list(f"ab{character}cd".encode())
-    for cut in range(1, len(ids)):
-        before = decode(ids[:cut])
-        assert extend_text(before, ids[:cut][-8:], ids[cut:], decode) == f"ab{character}cd"
 
 
 @given(st.text(alphabet="aé€😀", min_size=1, max_size=20), st.data())
@@ -93,8 +73,8 @@ def test_word_boundaries_of_the_tail_count() -> None:
     def decode(ids: list[int]) -> str:
         return "".join(pieces[i] for i in ids).replace("▁", " ").removeprefix(" ")
 
-    assert extend_text("the answer", [0, 1], [2, 3], decode) == "the answer is 4"
-    assert extend_text("the answer is 4", [2, 3], [4], decode) == "the answer is 42"
+    for text, tail_ids, token_ids, whole in (("the answer", [0, 1], [2, 3], "the answer is 4"), ("4", [3], [4], "42")):
+        assert join_text([(0, text), text_change(text, tail_ids, token_ids, decode)]) == whole
 
 
 # Where a match ends in tokens
