@@ -78,7 +78,6 @@ def pack_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_scored:
     """
     tokens, mask = input_ids.cpu().numpy(), attention_mask.cpu().numpy().astype(bool)
     rows = [row[keep] for row, keep in zip(tokens, mask, strict=True)]
-    columns = [np.flatnonzero(keep) for keep in mask]
     # Sorting the rows puts a row next to the one that it shares most with, in depth-first order.
     order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">u8").tobytes())
 
@@ -101,15 +100,9 @@ def pack_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_scored:
         num_nodes += num_new
     last[path] = num_nodes - 1
 
-    index = np.zeros((len(rows), num_scored), dtype=np.int64)
-    is_scored = np.zeros((len(rows), num_scored), dtype=bool)
+    index, is_scored = _predictors(paths, mask, num_scored)
     needs_label = np.zeros(max(num_nodes, 1), dtype=bool)
-    first_scored = tokens.shape[1] - num_scored
-    for i, (path, column) in enumerate(zip(paths, columns, strict=True)):
-        target = np.flatnonzero(column[1:] >= first_scored)  # position of the predicting token in its row
-        index[i, column[target + 1] - first_scored] = path[target]
-        is_scored[i, column[target + 1] - first_scored] = True
-        needs_label[path[target]] = True
+    needs_label[index[is_scored]] = True
 
     def to_tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(input_ids.device)
@@ -130,6 +123,19 @@ def pack_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_scored:
         num_row_tokens=int(mask.sum()),
         num_padded_tokens=mask.size,
     )
+
+
+def _predictors(paths: list[np.ndarray], mask: np.ndarray, num_scored: int) -> tuple[np.ndarray, np.ndarray]:
+    """Packed position that predicts each scored token `(B, T)`, and which entries mean something."""
+    index = np.zeros((len(paths), num_scored), dtype=np.int64)
+    is_scored = np.zeros((len(paths), num_scored), dtype=bool)
+    first_scored = mask.shape[1] - num_scored
+    for i, path in enumerate(paths):
+        column = np.flatnonzero(mask[i])
+        target = np.flatnonzero(column[1:] >= first_scored)  # position of the predicting token in its row
+        index[i, column[target + 1] - first_scored] = path[target]
+        is_scored[i, column[target + 1] - first_scored] = True
+    return index, is_scored
 
 
 def _num_shared_positions(a: np.ndarray, b: np.ndarray) -> int:
