@@ -13,6 +13,7 @@ from tests.support.sampling import (
     arrival,
     arrivals,
     configs,
+    decode_words,
     fingerprint,
     limits,
     make_config,
@@ -89,7 +90,7 @@ def test_after_a_failure_anywhere_nothing_is_left_behind(
         assert fingerprint(first) == fingerprint(again)
 
 
-def test_a_request_that_the_engine_refuses_names_its_prompt(decode_words: Callable[[list[int]], str]) -> None:
+def test_a_request_that_the_engine_refuses_names_its_prompt() -> None:
     class Engine(FakeEngine):
         def submit(self, requests: list[SegmentRequest]) -> None:
             for request in requests:
@@ -135,7 +136,7 @@ def test_a_decode_error_aborts_too() -> None:
 
 
 @pytest.mark.parametrize("length", [10, 11, 50])
-def test_a_prompt_without_room_is_named(length: int, decode_words: Callable[[list[int]], str]) -> None:
+def test_a_prompt_without_room_is_named(length: int) -> None:
     engine = FakeEngine(endless, context_length=10)
     prompts = [[1, 2], [41] * length]
     with pytest.raises(ValueError, match=f"Prompt 1 of this batch, .*<41>.* has {length} tokens .* context of 10"):

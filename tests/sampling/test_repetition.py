@@ -28,37 +28,13 @@ def test_thresholds() -> None:
     assert (MIN_REPEATED_CHARACTERS, MIN_REPEATS) == (1024, 4)
 
 
-def test_a_260_character_loop_is_found_by_its_fourth_repeat() -> None:
-    # The released detector (32 characters, 8 occurrences) misses seven repeats.
-    prefix, unit = words(500), words(260, seed=1)
-    assert [is_repetitive(prefix + unit * repeats) for repeats in range(1, 8)] == [False] * 3 + [True] * 4
-
-
-@pytest.mark.parametrize("period", [1, 2, 31, 32, 33, 100, 255, 256, 257, 260, 511, 512, 513, 1000, 3000])
-def test_four_repeats_of_at_least_1024_characters_are_a_loop_whatever_the_period(period: int) -> None:
-    unit = words(period, seed=2)
-    repeats = max(4, -(-1024 // period))
-    assert is_repetitive(words(300, seed=3) + unit * repeats)
-    assert is_repetitive(unit * repeats)  # nothing in front of it
-
-
-@pytest.mark.parametrize("period", [257, 260, 342, 600, 1000])
-def test_three_repeats_are_no_loop(period: int) -> None:
-    assert not is_repetitive(words(300, seed=3) + "#" + words(period, seed=2) * 3)
-
-
-@pytest.mark.parametrize("period", [1, 2, 33, 256, 257, 700])
+@pytest.mark.parametrize("period", [1, 2, 31, 32, 33, 255, 256, 257, 260, 513, 700, 3000])
 def test_the_shortest_loop(period: int) -> None:
-    loop = words(period, seed=2) * 1200
+    """Four repeats and 1024 characters. The released detector misses seven repeats of 260 characters."""
+    loop = words(period, seed=2) * (1024 // period + 5)
     shortest = max(1024, 4 * period)
     assert is_repetitive("#" + loop[-shortest:])
     assert not is_repetitive("#" + loop[-shortest + 1 :])
-
-
-@pytest.mark.parametrize("cut", [1, 17, 31, 32, 33, 100, 259])
-def test_a_loop_that_stops_in_the_middle_of_its_unit_is_found(cut: int) -> None:
-    unit = words(260, seed=4)
-    assert is_repetitive(words(500) + unit * 4 + unit[:cut])
 
 
 def test_a_loop_inside_a_unit_that_repeats_is_found() -> None:
@@ -219,12 +195,17 @@ def test_ordinary_text_costs_one_search_in_a_quarter_of_it() -> None:
 
 
 class Labelled(NamedTuple):
-    """A completion, or its end; `kind` says what it looks like, "model" that SmolLM2-135M-Instruct wrote it."""
+    """
+    A completion, or its end; `kind` says what it looks like, "model" that SmolLM2-135M-Instruct wrote it.
+
+    `mistake` says why the rule is known to judge it wrongly.
+    """
 
     name: str
     kind: str
     is_loop: bool
     text: str
+    mistake: str | None = None
 
 
 def load() -> list[Labelled]:
@@ -240,32 +221,6 @@ def fires_on_the_way(text: str) -> bool:
     return is_repetitive(text) or any(is_repetitive(text[:end]) for end in range(16, len(text), 16))
 
 
-FALSE_POSITIVES = {"zero matrix 20x20", "1/3 to 2000 digits", "a line written 100 times on request"}
-"""All of kind "limit": honest text that repeats one unit for more than 1024 characters."""
-
-MISSES = {
-    # Loops that count: no unit repeats exactly.
-    "numbered steps",
-    "counting up without end",
-    "verification number n",
-    "growing sum",
-    "exponents that grow",
-    "greedy: Check whether 391 is prime. Be careful and verify each step.",
-    "greedy: Find the remainder of 7^100 mod 13.",
-    # Loops that vary.
-    "synonyms",
-    "three paragraphs in random order",
-    "names change",
-    "typos in a loop",
-    "moods",
-    # Cut by the length cap before the loop had gone on for 1024 characters; digits and Chinese have few per token.
-    "greedy: Find all integers n such that n^2 + 1 divides n^3 + 7.",
-    "greedy: Solve x^3 - 6x^2 + 11x - 6 = 0.",
-    "greedy: What is the largest number that you know?",
-    "greedy: 请解释勾股定理。",
-}
-
-
 def test_there_are_enough_labelled_strings() -> None:
     assert sum(not row.is_loop for row in LABELLED) >= 60
     assert sum(row.is_loop for row in LABELLED) >= 50
@@ -273,11 +228,7 @@ def test_there_are_enough_labelled_strings() -> None:
     assert len({row.name for row in LABELLED}) == len(LABELLED)
 
 
-def test_false_positives_are_the_known_ones() -> None:
-    # 3 of 190 strings without a loop, 1.6 %. Each is tried at all its beginnings.
-    assert {row.name for row in LABELLED if not row.is_loop and fires_on_the_way(row.text)} <= FALSE_POSITIVES
-
-
-def test_misses_are_the_known_ones() -> None:
-    # 16 of 106 loops, 15.1 %.
-    assert {row.name for row in LABELLED if row.is_loop and not is_repetitive(row.text)} <= MISSES
+def test_mistakes_are_the_known_ones() -> None:
+    # 3 of 190 strings without a loop, 1.6 %: each is tried at all its beginnings. 16 of 106 loops, 15.1 %.
+    wrong = [row for row in LABELLED if row.is_loop != (is_repetitive if row.is_loop else fires_on_the_way)(row.text)]
+    assert [row.name for row in wrong if row.mistake is None] == []

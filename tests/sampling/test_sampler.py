@@ -19,6 +19,7 @@ from tests.support.sampling import (
     reasons,
     stop_probabilities,
     tree_of,
+    trees_of,
 )
 from treepo_trl.engines import SegmentRequest, SegmentResult
 from treepo_trl.sampling.branching import FallbackPolicy
@@ -30,17 +31,23 @@ from treepo_trl.sampling.sampler import TreeSampler
 
 
 @settings(deadline=None)
-@given(configs(), stop_probabilities, arrivals, st.integers(0, 9), st.integers(1, 4), limits())
+@given(
+    configs(),
+    stop_probabilities,
+    arrivals,
+    st.integers(0, 9),
+    st.sampled_from([*map(prompts_of, (1, 4)), [[5, 6]] * 3]),
+    limits(),
+)
 def test_every_tree_is_complete_and_made_of_what_the_engine_returned(
     config: TreeSamplingConfig,
     stop: float,
     arrival_seed: int | None,
     seed: int,
-    num_prompts: int,
+    prompts: list[list[int]],
     limits: dict[str, Any],
 ) -> None:
     engine = FakeEngine(memoryless(stop), seed=seed, arrival=arrival(arrival_seed), **limits)
-    prompts = prompts_of(num_prompts)
     sampler = TreeSampler(engine, config, [EOS])
     trees = sampler.sample(prompts, seed=seed)
 
@@ -87,11 +94,10 @@ def test_finished_and_growing_paths_never_exceed_the_width_and_levels_wait_for_t
     config: TreeSamplingConfig, stop: float, arrival_seed: int | None, num_prompts: int, limits: dict[str, Any]
 ) -> None:
     engine = RecordingEngine(memoryless(stop), arrival=arrival(arrival_seed), **limits)
-    prompts = prompts_of(num_prompts)
-    TreeSampler(engine, config, [EOS]).sample(prompts, seed=0)
+    trees_of(engine, config, num_prompts)
 
     lengths = {request.request_id: len(request.token_ids) - 3 for request in engine.requests}
-    owner = {request.request_id: request.token_ids[0] for request in engine.requests}
+    owner = engine.owners
     flying, finished = Counter[int](), Counter[int]()
     for kind, items in engine.events:
         if kind == "submit":
@@ -108,7 +114,7 @@ def test_finished_and_growing_paths_never_exceed_the_width_and_levels_wait_for_t
                 flying[tree] -= 1
                 end = lengths[result.request_id] + len(result.token_ids)
                 finished[tree] += result.token_ids[-1] == EOS or end == config.max_completion_length
-        assert all(finished[prompt[0]] + flying[prompt[0]] <= config.num_generations for prompt in prompts)
+        assert all(finished[tree] + flying[tree] <= config.num_generations for tree in owner.values())
 
 
 @settings(deadline=None, max_examples=60)
@@ -118,59 +124,28 @@ def test_same_seed_gives_the_same_trees_whatever_the_order_of_arrival_and_the_nu
 ) -> None:
     free = {"reports_entropies": True, "block_size": limits["block_size"]}
     runs = [
-        TreeSampler(FakeEngine(memoryless(stop), arrival=arrival(order), **kwargs), config, [EOS]).sample(
-            prompts_of(3), seed
-        )
+        trees_of(FakeEngine(memoryless(stop), arrival=arrival(order), **kwargs), config, seed=seed)
         for order, kwargs in ((None, free), (arrival_seed, free), (arrival_seed + 1, limits))
     ]
     assert fingerprint(runs[0]) == fingerprint(runs[1]) == fingerprint(runs[2])
 
 
-@settings(deadline=None, max_examples=60)
-@given(configs(), stop_probabilities, st.integers(1, 4))
-def test_without_fallback_a_tree_may_lack_leaves_but_ends(
-    config: TreeSamplingConfig, stop: float, num_prompts: int
-) -> None:
-    config.fallback_policy = "none"
-    sampler = TreeSampler(FakeEngine(memoryless(stop), reports_entropies=True), config, [EOS])
-    for tree in sampler.sample(prompts_of(num_prompts), seed=0):
-        assert 1 <= len(tree.leaves) <= config.num_generations
-        assert sum(tree.leaf_weights()) == pytest.approx(1.0)
-    assert sampler.stats.num_fallback_leaves == 0
-
-
-def test_a_sampler_can_be_used_again_and_forgets_nothing_but_the_counts() -> None:
-    config = make_config(8, initial_branching_factor=[1, 8])
-    sampler = TreeSampler(FakeEngine(memoryless(0.1)), config, [EOS])
-    first = sampler.sample(prompts_of(3), seed=1)
-    segments = sampler.stats.num_segments
-    sampler.engine = FakeEngine(memoryless(0.1))
-    assert fingerprint(sampler.sample(prompts_of(3), seed=1)) == fingerprint(first)
-    assert sampler.stats.num_segments == segments
-
-
 def test_the_seed_matters() -> None:
     config = make_config(16, initial_branching_factor=[1, 16])
-    trees = [TreeSampler(FakeEngine(memoryless(0.05)), config, [EOS]).sample(prompts_of(4), seed) for seed in (0, 1)]
+    trees = [trees_of(FakeEngine(memoryless(0.05)), config, seed=seed) for seed in (0, 1)]
     assert fingerprint(trees[0]) != fingerprint(trees[1])
 
 
 def test_a_prompts_tree_does_not_depend_on_the_prompts_behind_it() -> None:
     config = make_config(8, initial_branching_factor=[1, 8])
-    alone = TreeSampler(FakeEngine(memoryless(0.1)), config, [EOS]).sample(prompts_of(1), seed=0)
-    together = TreeSampler(FakeEngine(memoryless(0.1)), config, [EOS]).sample(prompts_of(3), seed=0)
+    alone, together = (trees_of(FakeEngine(memoryless(0.1)), config, count) for count in (1, 3))
     assert fingerprint(alone) == fingerprint(together[:1])
 
 
 def test_no_prompts_give_no_trees_and_ask_the_engine_for_nothing() -> None:
     engine = RecordingEngine(endless)
-    assert TreeSampler(engine, make_config(), [EOS]).sample([], seed=0) == []
+    assert trees_of(engine, make_config(), []) == []
     assert engine.events == []
-
-
-def test_equal_prompts_get_trees_of_their_own() -> None:
-    trees = TreeSampler(FakeEngine(memoryless(0.2)), make_config(4), [EOS]).sample([[5, 6]] * 3, seed=0)
-    assert [len(tree.leaves) for tree in trees] == [4, 4, 4]
 
 
 # Levels
@@ -180,9 +155,8 @@ def test_trees_do_not_wait_for_one_another() -> None:
     # Nothing of the first prompt arrives while anything else is pending.
     config = make_config(8, branching_factor=2, segment_length=3, max_completion_length=12)
     engine = RecordingEngine(endless, withhold=lambda request: request.token_ids[0] == 100)
-    TreeSampler(engine, config, [EOS]).sample(prompts_of(3), seed=0)
-    owner = {request.request_id: request.token_ids[0] for request in engine.requests}
-    arrived = [owner[result.request_id] for result in engine.results]
+    trees_of(engine, config)
+    arrived = [engine.owners[result.request_id] for result in engine.results]
     # Segments of a tree: 2 + 4 + 8 + 8 = 22. All 44 of the others come before the first of the slow one.
     assert arrived == [owner for owner in arrived if owner != 100] + [100] * 22
     assert len(arrived) == 66
@@ -190,10 +164,8 @@ def test_trees_do_not_wait_for_one_another() -> None:
 
 def test_the_levels_of_endless_paths_double_until_the_width() -> None:
     engine = RecordingEngine(endless)
-    config = make_config(16, segment_length=2, max_completion_length=12)
-    (tree,) = TreeSampler(engine, config, [EOS]).sample(prompts_of(1), seed=0)
-    levels = [len(items) for kind, items in engine.events if kind == "submit"]
-    assert levels == [2, 4, 8, 16, 16, 16]  # 6 levels of 2 tokens are 12
+    tree = tree_of(engine, 16, segment_length=2)
+    assert engine.levels == [2, 4, 8, 16, 16, 16]  # 6 levels of 2 tokens are 12
     assert Counter(node.finish_reason for node in tree.nodes) == {None: 2 + 4 + 8 + 16 + 16, "length": 16}
 
 
@@ -241,23 +213,8 @@ def test_branching_factor_one_asks_for_independent_completions(schedule: str) ->
     assert sampler.stats.num_fallback_leaves == 0
 
 
-def test_branching_factor_one_equals_sampling_each_completion_alone() -> None:
-    config = make_config(6, branching_factor=1, segment_length=4, max_completion_length=18)
-    (tree,) = TreeSampler(FakeEngine(memoryless(0.05), seed=3), config, [EOS]).sample([[7, 8]], seed=0)
-    # The same engine again, one completion after the other: six first segments, then each path until it ends.
-    engine = FakeEngine(memoryless(0.05), seed=3)
-    engine.submit([SegmentRequest(i, [7, 8], 4) for i in range(6)])
-    alone = [list(result.token_ids) for result in engine.collect()]
-    for i, tokens in enumerate(alone):
-        while tokens[-1] != EOS and len(tokens) < 18:
-            engine.submit([SegmentRequest(6 + 10 * i + len(tokens), [7, 8, *tokens], min(4, 18 - len(tokens)))])
-            tokens.extend(engine.collect()[0].token_ids)
-    assert sorted(map(tree.completion_ids, tree.leaves)) == sorted(alone)
-
-
 def test_a_range_draws_different_numbers_for_different_prompts() -> None:
-    config = make_config(16, initial_branching_factor=[2, 8])
-    trees = TreeSampler(FakeEngine(endless), config, [EOS]).sample(prompts_of(40), seed=0)
+    trees = trees_of(FakeEngine(endless), make_config(16, initial_branching_factor=[2, 8]), 40)
     first_levels = [len(tree.root_children) for tree in trees]  # endless paths: no fallback adds children to the root
     assert set(first_levels) == set(range(2, 9))
 
@@ -297,7 +254,7 @@ def test_the_temperature_schedule_reaches_the_split() -> None:
             branching_temperature_end=0.05,
             max_completion_length=9,
         )
-        (tree,) = TreeSampler(engine, config, [EOS]).sample([[7]], seed=0, progress=progress)
+        (tree,) = trees_of(engine, config, 1, progress=progress)
         counts.append([len(tree.nodes[node].children) for node in (0, 1)])
     assert counts == [[2, 2], [1, 3]]
 
@@ -334,51 +291,45 @@ def test_spread_counts_finished_paths_as_open_ones() -> None:
     assert [depths[depth] for depth in range(6)] == [2, 1, 2, 3, 5, 7]
 
 
-def test_spread_follows_the_expected_length() -> None:
-    def levels(expected: int | None, **changes: Any) -> list[int]:
-        engine = RecordingEngine(endless)
+def test_spread_follows_the_expected_length_and_a_prompts_own_room() -> None:
+    def levels(expected: int | None = None, prompt_length: int = 3, **changes: Any) -> list[int]:
+        engine = RecordingEngine(endless, context_length=20)
         config = make_config(8, segment_length=2, max_completion_length=12, branch_schedule="spread", **changes)
-        TreeSampler(engine, config, [EOS]).sample(prompts_of(1), seed=0, expected_length=expected)
-        return [len(items) for kind, items in engine.events if kind == "submit"]
+        (tree,) = trees_of(engine, config, prompts_of(1, prompt_length), expected_length=expected)
+        assert len(tree.leaves) == 8
+        return engine.levels
 
-    assert levels(None) == [2, 2, 3, 4, 6, 8]  # 8 ** (d/6)
+    assert levels() == [2, 2, 3, 4, 6, 8]  # 8 ** (d/6)
     assert levels(6) == [2, 4, 8, 8, 8, 8]  # 8 ** (d/3): 2, 4, 8
     assert levels(5) == [2, 4, 8, 8, 8, 8]  # 8 ** (4/5) = 5.3, but a level at most doubles
-    assert levels(100) == levels(None)  # never beyond the cap
-    assert levels(6, expected_completion_length=12) == levels(None)  # what the user says goes first
-
-
-def test_spread_counts_from_a_prompts_own_room() -> None:
-    # Context 20 leaves 6 tokens for the long prompt: three segments of 2.
-    engine = RecordingEngine(endless, context_length=20)
-    config = make_config(8, segment_length=2, max_completion_length=12, branch_schedule="spread")
-    (tree,) = TreeSampler(engine, config, [EOS]).sample([[100] * 14], seed=0)
-    assert [len(items) for kind, items in engine.events if kind == "submit"] == [2, 4, 8]
-    assert len(tree.leaves) == 8
+    assert levels(100) == levels()  # never beyond the cap
+    assert levels(6, expected_completion_length=12) == levels()  # what the user says goes first
+    assert levels(prompt_length=14) == [2, 4, 8]  # 6 tokens of room: three segments of 2
 
 
 @settings(deadline=None)
 @given(
     configs(),
     stop_probabilities,
-    st.integers(0, 60),
+    st.none() | st.integers(0, 60),
     st.sampled_from([None, 3, 20]),
     st.integers(1, 3),
     st.sampled_from(get_args(FallbackPolicy)),
 )
-def test_a_token_budget_is_never_exceeded(
-    config: TreeSamplingConfig, stop: float, extra: int, expected: int | None, num_prompts: int, fallback: str
+def test_without_fallback_or_tokens_a_tree_may_lack_leaves_but_ends_and_keeps_its_budget(
+    config: TreeSamplingConfig, stop: float, extra: int | None, expected: int | None, num_prompts: int, fallback: str
 ) -> None:
-    config.max_tree_tokens = config.max_completion_length + extra
+    config.max_tree_tokens = None if extra is None else config.max_completion_length + extra
     config.fallback_policy = fallback
     sampler = TreeSampler(FakeEngine(memoryless(stop), reports_entropies=True), config, [EOS])
     trees = sampler.sample(prompts_of(num_prompts), seed=0, expected_length=expected)
     for tree in trees:
         assert 1 <= len(tree.leaves) <= config.num_generations
-        assert tree.num_unique_tokens <= config.max_tree_tokens
+        assert config.max_tree_tokens is None or tree.num_unique_tokens <= config.max_tree_tokens
         assert sum(tree.leaf_weights()) == pytest.approx(1.0)  # no path is left open
     assert sampler.stats.num_decoded_tokens == sum(tree.num_unique_tokens for tree in trees)
-    assert sampler.stats.num_fallback_leaves <= sum(len(tree.leaves) for tree in trees)
+    most = 0 if fallback == "none" else sum(len(tree.leaves) for tree in trees)
+    assert sampler.stats.num_fallback_leaves <= most
 
 
 def test_a_tree_opens_no_more_paths_than_its_budget_can_finish() -> None:
@@ -386,7 +337,7 @@ def test_a_tree_opens_no_more_paths_than_its_budget_can_finish() -> None:
     for budget, most in ((12, 1), (24, 2), (40, 3), (60, 5), (1000, 16)):
         engine = FakeEngine(lambda path, rng: EOS if len(path) == 14 else 5)
         config = make_config(16, max_completion_length=12, max_tree_tokens=budget, fallback_policy="none")
-        (tree,) = TreeSampler(engine, config, [EOS]).sample([[7] * 3], seed=0, expected_length=12)
+        (tree,) = trees_of(engine, config, 1, expected_length=12)
         assert set(reasons(tree)) == {"stop"}
         assert tree.num_unique_tokens <= budget
         assert min(most, 2) <= len(tree.leaves) <= 16
@@ -406,10 +357,6 @@ def test_lengths_seen_so_far_guide_the_budget() -> None:
 
 
 def test_a_large_budget_changes_nothing() -> None:
-    runs = [
-        TreeSampler(FakeEngine(memoryless(0.1)), make_config(8, max_tree_tokens=budget), [EOS]).sample(
-            prompts_of(5), seed=0
-        )
-        for budget in (None, 10**6)
-    ]
+    configs = [make_config(8, max_tree_tokens=budget) for budget in (None, 10**6)]
+    runs = [trees_of(FakeEngine(memoryless(0.1)), config) for config in configs]
     assert fingerprint(runs[0]) == fingerprint(runs[1])

@@ -9,6 +9,7 @@ from tests.support.fakes import EOS, FakeEngine, RecordingEngine, endless, memor
 from tests.support.sampling import (
     make_config,
     prompts_of,
+    trees_of,
 )
 from treepo_trl.engines import SegmentRequest
 from treepo_trl.sampling.sampler import TreeSampler
@@ -18,11 +19,8 @@ from treepo_trl.sampling.tree import SegmentTree
 def test_slots_stay_full_while_there_is_work() -> None:
     """Whenever the sampler waits, every slot is taken or everything that can run does."""
     engine = RecordingEngine(memoryless(0.05), arrival=random.Random(0), slots=20)
-    config = make_config(8, max_completion_length=30)
-    TreeSampler(engine, config, [EOS]).sample(prompts_of(60), seed=0)
-    running, started = 0, set[int]()
-    owner = {request.request_id: request.token_ids[0] for request in engine.requests}
-    left = Counter(owner.values())
+    trees_of(engine, make_config(8, max_completion_length=30), 60)
+    running, started, owner = 0, set[int](), engine.owners
     for i, (kind, items) in enumerate(engine.events):
         if kind == "submit":
             running += len(items)
@@ -32,8 +30,6 @@ def test_slots_stay_full_while_there_is_work() -> None:
                 assert running == 20
         else:
             running -= len(items)
-            for result in items:
-                left[owner[result.request_id]] -= 1
             if len(started) < 60:
                 assert engine.events[i + 1][0] == "submit", "a free slot was left empty"
         assert running <= 20
@@ -43,15 +39,16 @@ def test_slots_stay_full_while_there_is_work() -> None:
 def test_old_trees_go_first() -> None:
     # One slot: a tree is started only when all older ones are done.
     engine = RecordingEngine(memoryless(0.1), slots=1)
-    TreeSampler(engine, make_config(6), [EOS]).sample(prompts_of(5), seed=0)
-    owners = [request.token_ids[0] for request in engine.requests]
+    trees_of(engine, make_config(6), 5)
+    owners = list(engine.owners.values())
     assert owners == sorted(owners)
     # Several slots: of the segments that are ready, the oldest tree's are submitted first. A tree that waits for a
     # segment lets a younger one use the slot.
     engine = RecordingEngine(memoryless(0.1), slots=4, arrival=random.Random(3))
-    TreeSampler(engine, make_config(6), [EOS]).sample(prompts_of(30), seed=0)
-    first = [next(i for i, r in enumerate(engine.requests) if r.token_ids[0] == 100 + k) for k in range(30)]
-    last = [max(i for i, r in enumerate(engine.requests) if r.token_ids[0] == 100 + k) for k in range(30)]
+    trees_of(engine, make_config(6), 30)
+    owners = list(engine.owners.values())
+    first = [owners.index(100 + k) for k in range(30)]
+    last = [len(owners) - 1 - owners[::-1].index(100 + k) for k in range(30)]
     assert first == sorted(first)
     # At most four trees are under way at any time, as many as there are slots.
     assert all(sum(first[k] <= i <= last[k] for k in range(30)) <= 5 for i in range(len(engine.requests)))
@@ -62,8 +59,8 @@ def test_segments_are_submitted_only_for_the_oldest_trees_that_the_engines_cache
     """Law: with every request, its tree and all older unfinished ones fit, or it is the oldest one."""
     capacity = 90
     engine = RecordingEngine(memoryless(0.05), num_cache_tokens=capacity, arrival=random.Random(0), slots=slots)
-    TreeSampler(engine, make_config(4), [EOS]).sample(prompts_of(12), seed=0)
-    owner = {request.request_id: request.token_ids[0] for request in engine.requests}
+    trees_of(engine, make_config(4), 12)
+    owner = engine.owners
     left = Counter(owner.values())
     stored, level, most = Counter[int](), Counter[int](), 0
     for kind, items in engine.events:
@@ -87,7 +84,7 @@ def test_segments_are_submitted_only_for_the_oldest_trees_that_the_engines_cache
 def test_as_many_trees_are_started_as_the_engines_cache_holds() -> None:
     # Every tree has 3 prompt tokens and two first segments of 3: 9. Six of them fit into 60.
     engine = RecordingEngine(endless, num_cache_tokens=60)
-    TreeSampler(engine, make_config(4), [EOS]).sample(prompts_of(9), seed=0)
+    trees_of(engine, make_config(4), 9)
     assert engine.events[0][0] == "submit"
     assert len(engine.events[0][1]) == 6 * 2
 
@@ -101,7 +98,7 @@ def test_one_long_prompt_does_not_take_the_slots_of_the_others_once_it_is_done()
 
     engine = Engine(endless)
     prompts = [[99] * 150, *prompts_of(30)]
-    TreeSampler(engine, make_config(4), [EOS]).sample(prompts, seed=0)
+    trees_of(engine, make_config(4), prompts)
     running, most = Counter[int](), 0
     for kind, items in engine.events:
         for item in items:
@@ -114,9 +111,9 @@ def test_one_long_prompt_does_not_take_the_slots_of_the_others_once_it_is_done()
 
 def test_the_oldest_tree_runs_even_if_it_does_not_fit() -> None:
     engine = RecordingEngine(endless, num_cache_tokens=1)
-    trees = TreeSampler(engine, make_config(4), [EOS]).sample(prompts_of(3), seed=0)
+    trees = trees_of(engine, make_config(4), 3)
     assert [len(tree.leaves) for tree in trees] == [4, 4, 4]
-    owners = [request.token_ids[0] for request in engine.requests]
+    owners = list(engine.owners.values())
     assert owners == sorted(owners)  # one after the other
 
 
@@ -128,7 +125,7 @@ def test_an_engine_is_asked_for_its_slots_at_the_longest_sequence() -> None:
             asked.append(length)
             return 2
 
-    TreeSampler(Engine(endless), make_config(2), [EOS]).sample(prompts_of(2), seed=0)
+    trees_of(Engine(endless), make_config(2), 2)
     assert max(asked) == 3 + 12
     assert asked[-1] == 0  # nothing runs any more
 
@@ -138,7 +135,7 @@ def test_segments_end_where_the_engines_cache_goes_on(prompt_length: int) -> Non
     """Blocks of 4 tokens, segments of at most 10: with 4 k + 1 tokens all but the last one are in full blocks."""
     engine = FakeEngine(endless, block_size=4)
     config = make_config(8, segment_length=10, max_completion_length=50)
-    (tree,) = TreeSampler(engine, config, [EOS]).sample([[9] * prompt_length], seed=0)
+    (tree,) = trees_of(engine, config, [[9] * prompt_length])
     for request in engine.requests:
         if len(request.token_ids) > prompt_length:
             assert len(request.token_ids) % 4 == 1
@@ -151,7 +148,7 @@ def test_short_segments_are_not_cut_to_fit_large_blocks() -> None:
     # Prompt 3, segments of 3, blocks of 16: an end at 1 mod 16 is too far back, except in front of 17 = 3 + 14.
     engine = FakeEngine(endless, block_size=16)
     config = make_config(2, segment_length=3, max_completion_length=24, initial_branching_factor=[2, 2])
-    TreeSampler(engine, config, [EOS]).sample([[9] * 3], seed=0)
+    trees_of(engine, config, [[9] * 3])
     # 3, 6, 9, 12, 15, then 18 is one behind 17: cut to 2 tokens; 20, 23, 26, and the cap at 27.
     assert sorted({len(request.token_ids) for request in engine.requests}) == [3, 6, 9, 12, 15, 17, 20, 23, 26]
 
@@ -162,7 +159,7 @@ def test_a_last_segment_reaches_the_cap_in_one_piece() -> None:
     for cap in range(4, 12):
         engine = FakeEngine(endless, block_size=4)
         config = make_config(2, segment_length=4, max_completion_length=cap, initial_branching_factor=[2, 2])
-        (tree,) = TreeSampler(engine, config, [EOS]).sample([[9] * 2], seed=0)
+        (tree,) = trees_of(engine, config, [[9] * 2])
         assert {tree.nodes[leaf].end for leaf in tree.leaves} == {cap}
         # Segments of 3, 4, 4, ...: the last one takes all that is left as soon as that is at most a segment.
         expected = 1 + max(-(-(cap - 3) // 4), 0) if cap > 4 else 1
@@ -174,7 +171,7 @@ def test_a_segment_is_cut_by_at_most_half() -> None:
     for prompt_length, first in ((3, 3), (4, 5)):
         engine = FakeEngine(endless, block_size=5)
         config = make_config(2, segment_length=5, max_completion_length=30)
-        TreeSampler(engine, config, [EOS]).sample([[9] * prompt_length], seed=0)
+        trees_of(engine, config, [[9] * prompt_length])
         assert engine.requests[0].max_tokens == first
 
 

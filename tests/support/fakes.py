@@ -42,17 +42,9 @@ class FakeEngine(QueueEngine):
     Samples tokens from `draw(path, rng)`; the result depends only on the seed, the request's tokens and how many
     requests with these tokens came before, so it is the same whatever the order of arrival.
 
-    Args:
-        draw (`Callable[[list[int], random.Random], int]`):
-            Next token after a sequence.
-        seed (`int`):
-            Seed of the tokens.
-        arrival (`random.Random`, *optional*):
-            Source of the order and the number of results per `collect`; `None` returns all at once, in order.
-        slots (`int`, *optional*):
-            Requests that run at once.
-        limits:
-            Attributes of `SegmentEngine`, such as `context_length`. Entropies are random numbers.
+    `arrival` is the source of the order and the number of results per `collect`; `None` returns all at once, in order.
+    `slots` requests run at once. `limits` are attributes of `SegmentEngine`, such as `context_length`. Entropies are
+    random numbers.
     """
 
     def __init__(
@@ -117,11 +109,9 @@ def endless(path: list[int], rng: random.Random) -> int:
 
 class RecordingEngine(FakeEngine):
     """
-    A `FakeEngine` that keeps the order of what happened and can hold requests back.
+    A `FakeEngine` that keeps the order of what happened.
 
-    Args:
-        withhold (`Callable[[SegmentRequest], bool]`, *optional*):
-            Requests whose results come only when nothing else is pending, one per `collect`.
+    Results of requests that `withhold` names come only when nothing else is pending, one per `collect`.
     """
 
     def __init__(
@@ -133,6 +123,16 @@ class RecordingEngine(FakeEngine):
         super().__init__(draw, **options)
         self.withhold = withhold
         self.events: list[tuple[str, list[SegmentRequest] | list[SegmentResult]]] = []
+
+    @property
+    def owners(self) -> dict[int, int]:
+        """First prompt token of each request: it names the tree of `sampling.prompts_of`."""
+        return {request.request_id: request.token_ids[0] for request in self.requests}
+
+    @property
+    def levels(self) -> list[int]:
+        """Requests of each batch that was submitted."""
+        return [len(items) for kind, items in self.events if kind == "submit"]
 
     def submit(self, requests: list[SegmentRequest]) -> None:
         self.events.append(("submit", list(requests)))

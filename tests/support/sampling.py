@@ -30,6 +30,14 @@ def prompts_of(count: int, length: int = 3) -> list[list[int]]:
     return [[100 + i] * length for i in range(count)]
 
 
+def trees_of(
+    engine: SegmentEngine, config: TreeSamplingConfig, prompts: int | list[list[int]] = 3, **options: Any
+) -> list[SegmentTree]:
+    """The trees of given prompts, or of as many of `prompts_of`."""
+    prompts = prompts_of(prompts) if isinstance(prompts, int) else prompts
+    return TreeSampler(engine, config, [EOS]).sample(prompts, **{"seed": 0, **options})
+
+
 def tree_of(
     engine: SegmentEngine,
     width: int = 4,
@@ -54,6 +62,11 @@ def reasons(tree: SegmentTree) -> list[str | None]:
 
 def fingerprint(trees: list[SegmentTree]) -> str:
     return json.dumps([tree.to_dict() for tree in trees])
+
+
+def decode_words(ids: list[int]) -> str:
+    """Writes token 7 as <7>, so that texts are easy to write by hand."""
+    return "".join(f"<{i}>" for i in ids)
 
 
 def decode_bytes(ids: list[int]) -> str:
