@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from tests.support.models import make_model
@@ -66,6 +66,17 @@ def ready_model(**changes: Any) -> Any:
     model = make_model(**changes)
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     return model
+
+
+def tiny_config(architecture: str, **changes: Any) -> PreTrainedConfig:
+    """The config of any architecture, such as "llama", with those of `TINY`'s settings that it has."""
+    config_class = CONFIG_MAPPING[architecture]
+    defaults = config_class()
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    settings = {name: value for name, value in {**TINY, **experts}.items() if hasattr(defaults, name)}
+    if architecture == "falcon":
+        del settings["head_dim"]  # a property
+    return config_class(**{**settings, **changes})
 
 
 def tiny_model(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedModel:

@@ -8,17 +8,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    StableLmConfig,
-)
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from tests.support.models import make_model
-from tests.support.rows import TINY, batch_of, forward_packed, plain, tiny_model
+from tests.support.rows import batch_of, forward_packed, plain, tiny_config, tiny_model
 from treepo_trl.update import packable
 from treepo_trl.update.packable import packed_forward_for, why_no_trees, why_not_packable
 from treepo_trl.update.packed_forward import PackedForward
@@ -41,9 +34,15 @@ def ask(model: Any, accelerator: Any = None, has_aux_loss: bool = False, **setti
     return packed_forward_for(model, Settings(**settings), accelerator or accelerator_of(), has_aux_loss)
 
 
-def eager(**changes: Any) -> Any:
-    model = make_model(**changes)
+def eager() -> Any:
+    model = make_model()
     model.set_attn_implementation("eager")
+    return model
+
+
+def without_interface() -> Any:
+    model = make_model()
+    model._supports_attention_backend = False
     return model
 
 
@@ -75,12 +74,6 @@ def test_off_asks_nothing() -> None:
     assert ask(with_window(), tree_packing="off") is None
 
 
-def without_interface() -> Any:
-    model = make_model()
-    model._supports_attention_backend = False
-    return model
-
-
 NOT_PACKED = [
     (with_window, False, "it has layers of type sliding_attention"),
     (with_prompt_tuning, False, "its adapter puts virtual tokens before each row"),
@@ -99,9 +92,8 @@ def test_a_model_that_is_not_packed(build: Callable[[], Any], has_aux_loss: bool
     assert str(error.value) == f"`tree_packing` is 'sdpa', but {message} Set it to 'off'."
     with pytest.raises(ValueError, match="Leave it out") as error:
         ask(build(), has_aux_loss=has_aux_loss, max_tokens_per_micro_batch=99)
-    assert (
-        str(error.value) == f"`max_tokens_per_micro_batch` counts tokens of packed rows, but {message} Leave it out."
-    )
+    budget = "`max_tokens_per_micro_batch` counts tokens of packed rows"
+    assert str(error.value) == f"{budget}, but {message} Leave it out."
 
 
 def test_a_forward_that_loses_trees_is_a_reason_but_for_eager_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,18 +119,14 @@ def test_flex_refuses_what_it_does_not_serve(build: Callable[[], Any], device: s
         assert isinstance(ask(build(), accelerator_of(device), tree_packing=other), PackedForward)
 
 
+SHARDED = accelerator_of(fsdp_plugin=object())
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 
 
 @pytest.mark.parametrize(
     ("accelerator", "has_aux_loss", "settings", "message"),
     [
-        (
-            accelerator_of(fsdp_plugin=object()),
-            False,
-            {},
-            r"not supported with FSDP and DeepSpeed.*per_device_train_batch_size",
-        ),
+        (SHARDED, False, {}, r"not supported with FSDP and DeepSpeed.*per_device_train_batch_size"),
         (accelerator_of(num_processes=2), False, REENTRANT, r"several processes and `use_reentrant=True`.*to False"),
         (accelerator_of(), True, {}, r"not supported with a load-balancing loss.*`router_aux_loss_coef=0`"),
     ],
@@ -172,7 +160,8 @@ def test_the_token_budget_is_served(num_processes: int, settings: dict[str, Any]
 # Settings beyond TINY; a window shorter than the rows where there is one.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma", "cohere", "glm4", "granite", "olmo2")},
-    **{name: {} for name in ("phi3", "smollm3", "stablelm", "starcoder2", "mixtral", "bloom", "opt")},
+    **{name: {} for name in ("phi3", "smollm3", "stablelm", "starcoder2", "mixtral", "bloom", "opt", "gpt2")},
+    "mamba": {},
     **{name: {"sliding_window": 4} for name in ("mistral", "gemma2", "gemma3_text", "gpt_oss", "ministral")},
     **{name: {"sliding_window": 4} for name in ("exaone4", "olmo3", "cohere2")},
     "qwen2 with windows": {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0},
@@ -180,17 +169,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "starcoder2 with windows": {"sliding_window": 4},
     "mixtral with windows": {"sliding_window": 4},
     "qwen3_next": {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "gpt_neox": {"num_key_value_heads": 4},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "falcon with alibi": {"alibi": True, "new_decoder_architecture": False},
     "doge": {"keep_window_size": 4},
-    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 4},
-    "mamba": {},
+    "gptj": {"rotary_dim": 4},
 }
-
-
 PACKED = {
     *("llama", "qwen2", "qwen3", "qwen3_moe", "gemma", "cohere", "glm4", "granite", "olmo2", "phi3", "smollm3"),
     *("starcoder2", "mixtral", "gpt_neox"),  # opt looks at the values of its mask, which the question has not
@@ -200,17 +185,11 @@ PACKED = {
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.filterwarnings("ignore")
 def test_no_architecture_passes_as_packable_and_gives_other_values(name: str) -> None:
-    config_class = CONFIG_MAPPING[name.split()[0]]
-    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    settings = {**TINY, **experts, **ARCHITECTURES[name]}
-    defaults = config_class()
-    settings = {key: value for key, value in settings.items() if hasattr(defaults, key) or key in ARCHITECTURES[name]}
-    if name.startswith("falcon"):
-        settings.pop("head_dim", None)
+    config = tiny_config(name.split()[0], **ARCHITECTURES[name])
     try:
-        model = tiny_model(config_class(**settings))
+        model = tiny_model(config)
     except ValueError:  # no SDPA attention for this architecture
-        model = tiny_model(config_class(**settings), "eager")
+        model = tiny_model(config, "eager")
     found = ask(model)
     assert isinstance(found, PackedForward if name in PACKED else str)
     if name not in PACKED:
@@ -240,23 +219,11 @@ def test_recurrent_and_hybrid_models_are_refused(name: str) -> None:
 
 
 def config_with(attention: str = "sdpa", **changes: Any) -> PreTrainedConfig:
-    config = LlamaConfig(**TINY)
+    config = tiny_config("llama")
     config._attn_implementation = attention
     for name, value in changes.items():
         setattr(config, name, value)
     return config
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"])
-def test_a_model_may_have_any_attention_for_its_plain_rows(attention: str) -> None:
-    assert why_not_packable(config_with(attention)) is None
-
-
-def test_attention_that_is_not_registered_is_named_together_with_the_way_out() -> None:
-    reason = why_not_packable(config_with("kernels-community/unknown"))
-    assert reason is not None
-    assert "'kernels-community/unknown'" in reason
-    assert "attn_implementation='sdpa'" in reason
 
 
 @pytest.mark.parametrize(
@@ -269,6 +236,10 @@ def test_attention_that_is_not_registered_is_named_together_with_the_way_out() -
         ),
         ({"sliding_window": 4096}, "a sliding window of 4096 tokens"),
         ({"alibi": True}, "ALiBi"),
+        (
+            {"attention": "kernels-community/unknown"},
+            "its attention is 'kernels-community/unknown' (load it with `attn_implementation='sdpa'`)",
+        ),
     ],
 )
 def test_reasons_name_what_the_mask_cannot_serve(changes: dict[str, Any], reason: str) -> None:
@@ -282,38 +253,23 @@ def test_reasons_name_what_the_mask_cannot_serve(changes: dict[str, Any], reason
         {"layer_types": ["full_attention", "full_attention"]},
         {"sliding_window": 4096, "use_sliding_window": False},  # Qwen2 keeps the number and does not use it
         {"sliding_window": 4096, "layer_types": ["full_attention", "full_attention"]},
+        *({"attention": name} for name in ("eager", "flash_attention_2", "flash_attention_3", "flex_attention")),
     ],
 )
-def test_a_window_that_no_layer_uses_is_no_reason(changes: dict[str, Any]) -> None:
+def test_a_window_that_no_layer_uses_and_any_registered_attention_are_no_reasons(changes: dict[str, Any]) -> None:
     assert why_not_packable(config_with(**changes)) is None
 
 
 # Forwards that take trees
 
 
-def stable_lm() -> PreTrainedModel:
-    """Its layers take no keywords for their attention."""
-    return AutoModelForCausalLM.from_config(
-        StableLmConfig(
-            vocab_size=65,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        ),
-        attn_implementation="sdpa",
-    )
-
-
 def test_models_are_asked_whether_they_hand_trees_on() -> None:
     model = make_model().train()
     assert why_no_trees(model) is None
     assert model.training
-    # Its attention gets the mask alone, whose integers are no mask.
-    assert "does not take `tree_attention` (RuntimeError: Expected attn_mask dtype" in (
-        why_no_trees(stable_lm()) or ""
-    )
+    # StableLM's layers hand no keywords on: its attention gets the mask alone, whose integers are no mask.
+    reason = why_no_trees(tiny_model(tiny_config("stablelm")))
+    assert "does not take `tree_attention` (RuntimeError: Expected attn_mask dtype" in (reason or "")
 
 
 def test_the_question_needs_no_weights() -> None:
