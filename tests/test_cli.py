@@ -56,6 +56,23 @@ def test_help_loads_no_library() -> None:
     assert done.stdout.splitlines()[-1] == "set()"
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("train", ["--segment_length", "--tree_packing", "--use_peft", "--dataset_name", "--reward_funcs"]),
+        ("sample", ["--dataset_name", "--engine {auto,vllm,transformers}", "--num_generations", "--compare"]),
+    ],
+)
+def test_help_of_a_command_lists_all_parts(
+    command: str, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main([command, "--help"])
+    assert error.value.code == 0
+    text = capsys.readouterr().out
+    assert [option for option in options if option not in text] == []
+
+
 def test_installed_command(tmp_path: Path) -> None:
     command = Path(sys.executable).parent / "treepo-trl"
     if not command.exists():

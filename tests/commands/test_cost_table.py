@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.fakes import EOS, FakeEngine, endless, memoryless
 from treepo_trl.commands.cost_table import RolloutReport, format_table, report, sample_independent
-from treepo_trl.engines import SegmentRequest, SegmentResult
+from treepo_trl.engines import SegmentRequest
 from treepo_trl.sampling.config import TreeSamplingConfig
 from treepo_trl.sampling.sampler import SamplingStats
 from treepo_trl.sampling.tree import SegmentTree
@@ -53,18 +53,9 @@ def test_report_of_no_trees() -> None:
 
 
 def make_report(**changes: Any) -> RolloutReport:
-    values: dict[str, Any] = {
-        "prompts": 2,
-        "leaves": 8,
-        "finish_reasons": {"stop": 6, "length": 2},
-        "decoded_tokens": 1200,
-        "unique_tokens": 1000,
-        "leaf_tokens": 1600,
-        "prompt_tokens": 400,
-        "cached_tokens": 0,
-        "seconds": 2.0,
-    }
-    return RolloutReport(**{**values, **changes})
+    counts = {"prompts": 2, "leaves": 8, "finish_reasons": {"stop": 6, "length": 2}, "prompt_tokens": 400}
+    counts |= {"decoded_tokens": 1200, "unique_tokens": 1000, "leaf_tokens": 1600, "cached_tokens": 0, "seconds": 2.0}
+    return RolloutReport(**{**counts, **changes})
 
 
 def cells(table: str) -> dict[str, list[str]]:
@@ -109,10 +100,8 @@ def test_table_of_two_ways_has_medians_and_their_ratio() -> None:
     assert rows["ended by pattern"] == ["0", "0", "-"]
 
 
-def test_small_numbers_keep_their_digits_and_large_ones_are_grouped() -> None:
-    rows = cells(format_table({"trees": [make_report(seconds=0.0123456, decoded_tokens=1_234_567)]}))
-    assert rows["seconds"] == ["0.01235"]
-    assert rows["decoded tokens"] == ["1,234,567"]
+def test_small_numbers_keep_their_digits() -> None:
+    assert cells(format_table({"trees": [make_report(seconds=0.0123456)]}))["seconds"] == ["0.01235"]
 
 
 def test_table_is_aligned_markdown() -> None:
@@ -180,22 +169,7 @@ def test_a_completion_ends_at_the_engines_context() -> None:
     assert [{node.end for node in tree.nodes} for tree in trees] == [{8}, {4}]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("lost"), KeyboardInterrupt()])
-def test_an_error_aborts_what_is_in_flight(error: BaseException) -> None:
-    class Failing(FakeEngine):
-        def collect(self) -> list[SegmentResult]:
-            if self.results:
-                raise error
-            return super().collect()
-
-    engine = Failing(memoryless(0.2), arrival=random.Random(1))
-    with pytest.raises(type(error)):
-        sample_independent(engine, [[1], [2], [3]], config())
-    assert engine.aborted == 1
-    assert 0 < len(engine.results) < 15
-
-
-def test_an_error_of_the_callback_aborts_too() -> None:
+def test_an_error_of_the_callback_aborts_what_is_in_flight() -> None:
     engine = FakeEngine(memoryless(0.2), arrival=random.Random(1))
 
     def fail(count: int) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.support.sample_runs import save_adapter
 from treepo_trl.commands.engine import EngineArguments, build_engine, eos_token_ids, load_tokenizer
 from treepo_trl.engines import SamplingOptions, SegmentRequest
 
@@ -54,11 +54,6 @@ def test_no_eos_token_anywhere(model_dir: Path) -> None:
         eos_token_ids(arguments, tokenizer)
 
 
-def test_a_model_is_needed() -> None:
-    with pytest.raises(ValueError, match="--model_name_or_path"):
-        load_tokenizer(EngineArguments())
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -84,15 +79,6 @@ def test_type_of_the_weights(tiny_model_dir: str) -> None:
     for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
         arguments = EngineArguments(tiny_model_dir, engine="transformers", dtype=dtype)  # pyright: ignore
         assert build_engine(arguments, [0], SamplingOptions()).model.dtype == expected
-
-
-def save_adapter(model_dir: str, folder: Path) -> None:
-    """A random adapter, large enough to change what the model says."""
-    torch.manual_seed(1)
-    settings = LoraConfig(
-        r=4, lora_alpha=256, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
-    )
-    get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), settings).save_pretrained(folder)
 
 
 def test_an_adapter_is_sampled_with(tiny_model_dir: str, tmp_path: Path) -> None:

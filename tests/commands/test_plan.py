@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.sample_runs import as_flags
 from treepo_trl.commands.plan import main
 
 
@@ -13,7 +14,7 @@ from treepo_trl.commands.plan import main
 def command(tmp_path: Path, tiny_model_dir: str) -> list[str]:
     flags = {"model_name_or_path": tiny_model_dir, "output_dir": str(tmp_path), "dataset_name": "unused"}
     flags |= {"use_vllm": "true", "dtype": "bfloat16", "per_device_train_batch_size": "8"}
-    return [word for name, value in flags.items() for word in (f"--{name}", value)]
+    return as_flags(flags)
 
 
 def test_a_training_that_fits(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:

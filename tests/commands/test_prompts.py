@@ -27,22 +27,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def write_txt(path: Path) -> None:
-    path.write_text("\n".join(PROMPTS) + "\n")
-
-
-def write_json_list(path: Path) -> None:
-    path.write_text(json.dumps([{"prompt": prompt} for prompt in PROMPTS]))
-
-
 @pytest.mark.parametrize(
     ("suffix", "write", "column"),
     [
         ("jsonl", lambda path: Dataset.from_dict({"prompt": PROMPTS}).to_json(path), "prompt"),
-        ("json", write_json_list, "prompt"),
+        ("json", lambda path: path.write_text(json.dumps([{"prompt": prompt} for prompt in PROMPTS])), "prompt"),
         ("csv", lambda path: Dataset.from_dict({"prompt": PROMPTS}).to_csv(path), "prompt"),
         ("parquet", lambda path: Dataset.from_dict({"prompt": PROMPTS}).to_parquet(path), "prompt"),
-        ("txt", write_txt, "text"),
+        ("txt", lambda path: path.write_text("\n".join(PROMPTS) + "\n"), "text"),
     ],
 )
 def test_every_kind_of_file_holds_the_same_prompts(
@@ -90,13 +82,9 @@ def read(text: str, key: str = "prompt") -> list[Any]:
     return read_prompts(io.StringIO(text), key)
 
 
-def test_lines_of_text_are_taken_as_they_are() -> None:
+def test_lines_of_text_are_taken_as_they_are_and_blank_lines_skipped() -> None:
     lines = ["w1 w2", "  indented", "trailing  ", "12", "[1, 2]", r"{x \in X}", '"quoted"']
-    assert read("\n".join(lines)) == lines
-
-
-def test_blank_lines_are_skipped() -> None:
-    assert read("\nw1\n\n  \nw2\n\n") == ["w1", "w2"]
+    assert read("\n" + "\n  \n".join(lines) + "\n\n") == lines
 
 
 def test_json_lines_give_their_key() -> None:
@@ -167,14 +155,9 @@ def test_the_column_and_the_number_of_prompts_hold_for_standard_input(monkeypatc
 
 def trl_token_ids(prompts: list[Any], tokenizer: Any, **chat_template_kwargs: Any) -> list[list[int]]:
     """What `GRPOTrainer` samples from."""
-    trainer: Any = SimpleNamespace(
-        processing_class=tokenizer,
-        chat_template=None,
-        chat_template_kwargs=chat_template_kwargs,
-        tools=None,
-        environment_factories=None,
-        _is_vlm=False,
-    )
+    settings = {"chat_template": None, "chat_template_kwargs": chat_template_kwargs, "_is_vlm": False}
+    settings |= {"processing_class": tokenizer, "tools": None, "environment_factories": None}
+    trainer: Any = SimpleNamespace(**settings)
     return GRPOTrainer._tokenize_prompts(trainer, prompts)[0]
 
 
@@ -186,48 +169,38 @@ def bos_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
     return tokenizer
 
 
-def test_text_begins_with_bos_as_in_trl(bos_tokenizer: PreTrainedTokenizerFast) -> None:
-    prompts = ["w1 w2", "w3"]
-    ids = prompt_token_ids(prompts, bos_tokenizer)
-    assert ids == [[5, 6, 7], [5, 8]] == trl_token_ids(prompts, bos_tokenizer)
+USER, ANSWER = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
 
 
-def test_messages_get_one_bos_and_the_generation_prompt_as_in_trl(bos_tokenizer: PreTrainedTokenizerFast) -> None:
-    user, assistant = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
-    prompts = [[user], [user, assistant, user]]
-    ids = prompt_token_ids(prompts, bos_tokenizer)
-    # w0 5, <user> 3, <assistant> 4, w1 6, w2 7
-    assert ids == [[5, 3, 6, 4], [5, 3, 6, 4, 7, 3, 6, 4]] == trl_token_ids(prompts, bos_tokenizer)
-
-
-@pytest.mark.parametrize("role", ["user", "assistant", "system", "tool"])
-def test_any_last_role_as_in_trl(tokenizer: PreTrainedTokenizerFast, role: str) -> None:
-    prompts = [[{"role": "user", "content": "w1"}, {"role": role, "content": "w2"}]]
-    ids = prompt_token_ids(prompts, tokenizer)
-    assert ids == trl_token_ids(prompts, tokenizer)
-    assert ids[0][-1] == tokenizer.convert_tokens_to_ids("<assistant>")
+@pytest.mark.parametrize(
+    ("prompts", "ids"),  # w0 5, <user> 3, <assistant> 4, w1 6, w2 7
+    [
+        (["w1 w2", "w3"], [[5, 6, 7], [5, 8]]),
+        ([[USER], [USER, ANSWER, USER]], [[5, 3, 6, 4], [5, 3, 6, 4, 7, 3, 6, 4]]),
+        *(([[USER, {**ANSWER, "role": role}]], [[5, 3, 6, 4, 7, 4]]) for role in ("assistant", "system", "tool")),
+    ],
+)
+def test_one_bos_and_after_any_role_the_generation_prompt_as_in_trl(
+    bos_tokenizer: PreTrainedTokenizerFast, prompts: list[Any], ids: list[list[int]]
+) -> None:
+    assert prompt_token_ids(prompts, bos_tokenizer) == ids == trl_token_ids(prompts, bos_tokenizer)
 
 
 def test_arguments_of_the_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = str(tokenizer.chat_template) + "{% if quiet %}w9{% endif %}"
-    prompts = [[{"role": "user", "content": "w1"}]]
+    prompts = [[USER]]
     assert prompt_token_ids(prompts, tokenizer) == [[3, 6, 4]]
     ids = prompt_token_ids(prompts, tokenizer, {"quiet": True})
     assert ids == [[3, 6, 4, 14]] == trl_token_ids(prompts, tokenizer, quiet=True)
 
 
-def test_messages_without_a_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_messages_without_a_chat_template_or_that_it_refuses(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompts = [[USER], [{"role": "system", "content": "w1"}]]
+    tokenizer.chat_template = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('no user') }}{% endif %}"
+    with pytest.raises(ValueError, match=r"prompt 1, .*system.*no user"):
+        prompt_token_ids(prompts, tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
-        prompt_token_ids([[{"role": "user", "content": "w1"}]], tokenizer)
-
-
-def test_a_chat_template_that_refuses_names_the_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.chat_template = (
-        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('start with user') }}{% endif %}"
-    )
-    prompts = [[{"role": role, "content": "w1"}] for role in ("user", "system")]
-    with pytest.raises(ValueError, match=r"prompt 1, .*system.*start with user"):
         prompt_token_ids(prompts, tokenizer)
 
 

@@ -1,9 +1,6 @@
 """What the output file of `treepo-trl sample` keeps of a run that dies, and that `--resume` goes on from it."""
 
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import pytest
 from tests.support.sample_runs import PROMPT_IDS, arguments, cells, fail_to_build, read_lines, read_trees
 from treepo_trl.commands import sample as sample_command
 from treepo_trl.commands.sample import main
+from treepo_trl.engines import SegmentResult
 from treepo_trl.engines.transformers import TransformersEngine
 
 
@@ -19,34 +17,29 @@ pytestmark = pytest.mark.usefixtures("prompts_folder")
 
 
 class Lost(RuntimeError):
-    """An engine or a disk that fails."""
+    """An engine that fails."""
 
 
-def fail_after(monkeypatch: pytest.MonkeyPatch, num_trees: int, error: BaseException) -> None:
-    """Let a run die once it has written some trees."""
-    write = sample_command.write_tree
-    written: list[int] = []
-
-    def write_or_fail(file: Any, index: int, *args: Any) -> None:
-        if len(written) == num_trees:
-            raise error
-        write(file, index, *args)
-        written.append(index)
-
-    monkeypatch.setattr(sample_command, "write_tree", write_or_fail)
-
-
-def test_an_error_keeps_the_trees_and_resume_samples_the_others(
+def test_an_error_keeps_the_trees_that_are_done_and_resume_samples_the_others(
     tiny_model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Each tree is on the disk as soon as it is done: then not even a killed process takes it along."""
+    collect = TransformersEngine.collect
+
+    def collect_or_fail(engine: TransformersEngine) -> list[SegmentResult]:
+        if Path("trees.jsonl").read_bytes().count(b"\n") >= 1:
+            raise Lost
+        return collect(engine)
+
     with pytest.MonkeyPatch.context() as patch:
-        fail_after(patch, 2, Lost("disk"))
+        patch.setattr(TransformersEngine, "collect", collect_or_fail)
+        patch.setattr(TransformersEngine, "num_slots", lambda engine, length: 2)  # one tree after the other
         with pytest.raises(Lost) as error:
             main(arguments(tiny_model_dir))
     assert any("--resume" in note and "trees.jsonl" in note for note in error.value.__notes__)
     kept = Path("trees.jsonl").read_bytes()
-    assert kept.count(b"\n") == 2
-    first = [record["index"] for record in read_lines()]
+    num_kept = len(read_trees())
+    assert 1 <= num_kept < 4
     with pytest.raises(SystemExit, match=r"trees\.jsonl` exists already.*--resume"):
         main(arguments(tiny_model_dir))
     assert Path("trees.jsonl").read_bytes() == kept
@@ -54,73 +47,32 @@ def test_an_error_keeps_the_trees_and_resume_samples_the_others(
     main([*arguments(tiny_model_dir), "--resume"])
     assert Path("trees.jsonl").read_bytes().startswith(kept)
     assert [tree.prompt_ids for tree in read_trees()] == PROMPT_IDS
-    assert sorted(record["index"] for record in read_lines()) == [0, 1, 2, 3]
-    assert len(set(first)) == 2
+    assert [record["index"] for record in read_lines()] == [0, 1, 2, 3]
     out, err = capsys.readouterr()
-    assert cells(out)["prompts"] == ["2"]  # what this run sampled
-    assert "2 of 4 trees are in trees.jsonl already" in err
-    assert "8/8" in err
+    assert cells(out)["prompts"] == [str(4 - num_kept)]  # what this run sampled
+    assert f"{num_kept} of 4 trees are in trees.jsonl already" in err
+    num_leaves = 4 * (4 - num_kept)
+    assert f"{num_leaves}/{num_leaves}" in err
 
 
-def test_an_engine_that_dies_keeps_the_trees(tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    collect = TransformersEngine.collect
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [({}, r" .*`--resume` goes on from the trees in trees\.jsonl\."), ({"compare": "independent"}, "[^`]*")],
+)
+def test_an_interrupt_is_no_traceback(
+    tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], advice: str
+) -> None:
+    """A run that may be resumed says so; a comparison may not."""
+    write = sample_command.write_tree
 
-    def collect_or_fail(engine: Any) -> Any:
-        if Path("trees.jsonl").read_bytes().count(b"\n") >= 1:
-            raise Lost("engine")
-        return collect(engine)
+    def write_and_interrupt(*args: Any) -> None:
+        write(*args)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(TransformersEngine, "collect", collect_or_fail)
-    monkeypatch.setattr(TransformersEngine, "num_slots", lambda engine, length: 2)  # one tree after the other
-    with pytest.raises(Lost) as error:
-        main(arguments(tiny_model_dir))
-    assert any("--resume" in note for note in error.value.__notes__)
-    assert 1 <= len(read_trees()) < 4
-
-
-def test_an_interrupt_is_no_traceback(tiny_model_dir: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        fail_after(patch, 1, KeyboardInterrupt())
-        with pytest.raises(
-            SystemExit,
-            match=r"^Interrupted\. While sampling prompt 1 of 4 .*`--resume` goes on from the trees in trees\.jsonl\.",
-        ):
-            main(arguments(tiny_model_dir))
+    monkeypatch.setattr(sample_command, "write_tree", write_and_interrupt)
+    with pytest.raises(SystemExit, match=rf"^Interrupted\. While sampling prompt \d of 4{advice}$"):
+        main(arguments(tiny_model_dir, **changes))
     assert len(read_trees()) == 1
-    with pytest.MonkeyPatch.context() as patch:
-        fail_after(patch, 1, KeyboardInterrupt())
-        with pytest.raises(
-            SystemExit, match=r"^Interrupted\. While sampling prompt 1 of 4[^`]*$"
-        ):  # a comparison is not resumed
-            main(arguments(tiny_model_dir, output="other.jsonl", compare="independent"))
-
-
-KILLED = """
-import os, signal, sys
-from treepo_trl.commands import sample as sample_command
-from treepo_trl.commands.sample import main
-
-write, written = sample_command.write_tree, []
-
-
-def write_and_die(file, index, *args):
-    write(file, index, *args)
-    written.append(index)
-    if len(written) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-sample_command.write_tree = write_and_die
-main(sys.argv[1:])
-"""
-
-
-def test_a_killed_process_leaves_every_tree_that_was_done(tiny_model_dir: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments(tiny_model_dir)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    assert len(read_trees()) == 2
 
 
 @pytest.mark.parametrize("num_bytes", [1, 5, 10, 40])
@@ -134,10 +86,11 @@ def test_a_line_that_was_cut_off_is_sampled_again(tiny_model_dir: str, num_bytes
     assert [tree.prompt_ids for tree in read_trees()] == PROMPT_IDS
 
 
-def test_nothing_is_left_to_do(
+def test_resume_starts_a_file_and_leaves_a_full_one_as_it_is(
     tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(arguments(tiny_model_dir))
+    main([*arguments(tiny_model_dir), "--resume"])
+    assert [tree.prompt_ids for tree in read_trees()] == PROMPT_IDS
     content = Path("trees.jsonl").read_bytes()
     capsys.readouterr()
     monkeypatch.setattr(sample_command, "build_engine", fail_to_build)
@@ -146,11 +99,6 @@ def test_nothing_is_left_to_do(
     assert out == ""
     assert "4 of 4 trees are in trees.jsonl already" in err
     assert Path("trees.jsonl").read_bytes() == content
-
-
-def test_resume_without_a_file_starts_one(tiny_model_dir: str) -> None:
-    main([*arguments(tiny_model_dir), "--resume"])
-    assert [tree.prompt_ids for tree in read_trees()] == PROMPT_IDS
 
 
 def test_a_file_of_the_version_before_is_resumed(tiny_model_dir: str) -> None:
