@@ -1,4 +1,4 @@
-"""What a LoRA engine is given and when: the order of its construction, its worker, its base. Without an engine."""
+"""Which adapters vLLM serves, and what a LoRA engine is given and when. Without an engine."""
 
 import inspect
 from collections.abc import Iterator
@@ -9,10 +9,65 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from peft import IA3Config, LoraConfig, PromptTuningConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
 from treepo_trl.policy import adapter_sync
-from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration, lora_engine_options
+from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration, check_adapter, lora_engine_options
+
+
+# Which adapters are served
+
+
+def test_plain_lora_is_served() -> None:
+    check_adapter(LoraConfig(r=8, target_modules="all-linear"))
+    check_adapter(LoraConfig(r=8, target_modules=["q_proj"], use_rslora=True, modules_to_save=[], lora_dropout=0.1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"target_parameters": ["q_proj.weight"]}, "target_parameters"),
+        # These change the base weights or add a bias: the engine would sample from another policy.
+        ({"lora_bias": True}, "lora_bias"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+    ],
+    ids=str,
+)
+def test_lora_that_vllm_does_not_serve(changes: dict[str, Any], part: str) -> None:
+    with pytest.raises(ValueError, match=r"set `vllm_lora_sync='merge'`") as error:
+        check_adapter(LoraConfig(r=8, **{"target_modules": ["q_proj"], **changes}))
+    assert part in str(error.value)
+
+
+@pytest.mark.parametrize("config", [IA3Config(), PromptTuningConfig(num_virtual_tokens=2)], ids=["ia3", "prompts"])
+def test_other_adapters_are_not_served(config: Any) -> None:
+    kind = r"(PeftType\.)?(IA3|PROMPT_TUNING)"
+    with pytest.raises(ValueError, match=rf"vLLM serves LoRA adapters, this one is {kind}\..*'merge'"):
+        check_adapter(config)
+
+
+@pytest.mark.parametrize(("rank", "largest"), [(1, 1), (2, 8), (8, 8), (9, 16), (512, 512)])
+def test_the_engine_has_room_for_the_adapters_rank(rank: int, largest: int) -> None:
+    pytest.importorskip("vllm")
+    assert lora_engine_options(rank) == {"enable_lora": True, "max_loras": 1, "max_lora_rank": largest}
+
+
+def test_a_rank_above_vllms_largest_is_refused() -> None:
+    pytest.importorskip("vllm")
+    with pytest.raises(ValueError, match=r"up to rank 512, this one has 513\. Lower `r`"):
+        lora_engine_options(513)
+
+
+# The order of construction
 
 
 def parts_of_a_generation(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
@@ -33,8 +88,7 @@ def test_an_adapter_is_tried_at_construction_and_the_engine_sleeps_as_before(
     """Its weights are read while it is awake: those of a sleeping engine are not in memory."""
     generation = parts_of_a_generation(monkeypatch)
     calls = generation.calls
-    generation.enable_sleep_mode = sleeps
-    generation._llm_weights_sleeping = sleeps
+    generation.enable_sleep_mode = generation._llm_weights_sleeping = sleeps
     generation.llm = SimpleNamespace(sleep=lambda level: calls.append(("sleep", level)))
 
     def sync_weights() -> None:
@@ -65,13 +119,10 @@ def test_order_of_construction(monkeypatch: pytest.MonkeyPatch, shares: bool, ex
     calls = generation.calls
     generation.model.active_adapter = "default"
     generation.model.peft_config = {"default": SimpleNamespace(r=4)}
-    base = SimpleNamespace(config=SimpleNamespace(_commit_hash=None), is_loaded_in_4bit=False)
+    base = SimpleNamespace(config=SimpleNamespace(_commit_hash=None), is_loaded_in_4bit=False, dtype=torch.bfloat16)
     generation.model.get_base_model = lambda: base
     generation.enable_sleep_mode = True
-    base.dtype = torch.bfloat16
-    generation.llm = SimpleNamespace(
-        llm_engine=SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float16)),
-    )
+    generation.llm = SimpleNamespace(llm_engine=SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float16)))
     monkeypatch.setattr(adapter_sync, "lora_engine_options", lambda rank: {"max_lora_rank": 2 * rank})
     monkeypatch.setattr(adapter_sync, "_lora_llm_class", lambda options: options)
     monkeypatch.setattr(adapter_sync, "check_sharing", lambda *_: calls.append("check"))
@@ -98,39 +149,34 @@ def test_order_of_construction(monkeypatch: pytest.MonkeyPatch, shares: bool, ex
     assert calls == expected
 
 
-@pytest.mark.parametrize(("rank", "largest"), [(1, 1), (2, 8), (8, 8), (9, 16), (512, 512)])
-def test_the_engine_has_room_for_the_adapters_rank(rank: int, largest: int) -> None:
-    pytest.importorskip("vllm")
-    assert lora_engine_options(rank) == {"enable_lora": True, "max_loras": 1, "max_lora_rank": largest}
-
-
-def test_a_rank_above_vllms_largest_is_refused() -> None:
-    pytest.importorskip("vllm")
-    with pytest.raises(ValueError, match=r"up to rank 512, this one has 513\. Lower `r`"):
-        lora_engine_options(513)
-
-
 # An engine that sleeps without its cache alone
 
 
+KEEPS_WEIGHTS = {"worker_cls": "treepo_trl.policy.keep_weights_worker.KeepWeightsWorker"}
+
+
 @pytest.mark.parametrize(
-    ("device", "sleeps", "keeps", "shares", "other_worker"),
+    ("device", "sleeps", "keeps", "shares", "options"),
     [
-        ("cuda", True, True, False, True),
-        ("cuda", True, False, True, True),  # the policy computes with these weights
-        ("cuda", True, False, False, False),
-        ("cuda", False, False, True, False),
-        ("cpu", True, True, True, False),
+        ("cuda", True, True, False, KEEPS_WEIGHTS),
+        ("cuda", True, False, True, KEEPS_WEIGHTS),  # the policy computes with these weights
+        ("cuda", True, False, False, {}),
+        ("cuda", False, False, True, {}),
+        ("cpu", True, True, True, {}),
+        ("xpu", True, False, True, None),  # which has another worker
     ],
 )
 def test_whose_weights_stay(
-    monkeypatch: pytest.MonkeyPatch, device: str, sleeps: bool, keeps: bool, shares: bool, other_worker: bool
+    monkeypatch: pytest.MonkeyPatch, device: str, sleeps: bool, keeps: bool, shares: bool, options: Any
 ) -> None:
     generation = parts_of_a_generation(monkeypatch, share_base_weights=shares, sleep_keeps_weights=keeps)
     generation.enable_sleep_mode = sleeps
     generation.accelerator.device = torch.device(device)
-    expected = {"worker_cls": "treepo_trl.policy.keep_weights_worker.KeepWeightsWorker"} if other_worker else {}
-    assert generation._worker_options() == expected
+    if options is None:
+        with pytest.raises(ValueError, match=r"are for CUDA, this is 'xpu'\. Unset `vllm_enable_sleep_mode`"):
+            generation._worker_options()
+    else:
+        assert generation._worker_options() == options
 
 
 def test_weights_lie_outside_the_memory_that_sleep_frees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,14 +195,6 @@ def test_vllm_allocates_its_weights_as_the_worker_expects() -> None:
     assert list(pools.parameters) == ["self", "tag"]
     assert '_maybe_get_memory_pool_context(tag="weights")' in inspect.getsource(gpu_worker.Worker.load_model)
     assert '_maybe_get_memory_pool_context(tag="kv_cache")' in inspect.getsource(gpu_worker.Worker)
-
-
-def test_other_devices_have_another_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    generation = parts_of_a_generation(monkeypatch, share_base_weights=True)
-    generation.enable_sleep_mode = True
-    generation.accelerator.device = torch.device("xpu")
-    with pytest.raises(ValueError, match=r"are for CUDA, this is 'xpu'\. Unset `vllm_enable_sleep_mode`"):
-        generation._worker_options()
 
 
 # One copy of the base

@@ -30,28 +30,22 @@ class Generation:
         self._llm_weights_sleeping = False
 
 
-def test_a_sleeping_engine_gets_its_weights_first_and_sleeps_again() -> None:
+@pytest.mark.parametrize("is_synchronized", [False, True])
+def test_a_sleeping_engine_gets_its_weights_once_and_sleeps_again_even_after_an_error(is_synchronized: bool) -> None:
     generation: Any = Generation(enable_sleep_mode=True)
-    with awake(generation):
-        assert generation.calls == ["sync", ("wake", ["kv_cache"])]
-        assert not generation._llm_weights_sleeping
+    if is_synchronized:
+        generation.sync_weights()
+
+    def drive() -> None:
+        with awake(generation):
+            assert generation.calls == ["sync", ("wake", ["kv_cache"])]
+            assert not generation._llm_weights_sleeping
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        drive()
     assert generation.calls[2:] == [("sleep", 2)]
     assert generation._llm_weights_sleeping
-
-
-def test_weights_that_were_just_synchronized_are_not_sent_twice() -> None:
-    generation: Any = Generation(enable_sleep_mode=True)
-    generation.sync_weights()
-    with awake(generation):
-        pass
-    assert generation.calls == ["sync", ("wake", ["kv_cache"]), ("sleep", 2)]
-
-
-def test_an_engine_sleeps_after_an_error_too() -> None:
-    generation: Any = Generation(enable_sleep_mode=True)
-    with pytest.raises(KeyboardInterrupt), awake(generation):
-        raise KeyboardInterrupt
-    assert generation.calls[-1] == ("sleep", 2)
 
 
 def test_without_sleep_mode_nothing_is_done() -> None:
@@ -59,6 +53,11 @@ def test_without_sleep_mode_nothing_is_done() -> None:
     with awake(generation):
         pass
     assert generation.calls == []
+
+
+def seed_all(seed: int) -> None:
+    for seed_one in (random.seed, np.random.seed, torch.manual_seed):
+        seed_one(seed)
 
 
 def draws() -> list[float]:
@@ -69,15 +68,12 @@ def test_ranks_that_share_an_engine_draw_alike_and_get_their_own_numbers_back() 
     generation: Any = Generation(enable_sleep_mode=False, tensor_parallel_size=2)
     inside, after, alone = [], [], []
     for rank in (0, 1):
-        for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(100 + rank)
-        expected = draws()
-        for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(100 + rank)
+        seed_all(100 + rank)
+        alone.append(draws())
+        seed_all(100 + rank)
         with same_draws(generation, "7/3"):
             inside.append(draws())
         after.append(draws())
-        alone.append(expected)
     assert inside[0] == inside[1]
     assert after == alone
     assert after[0] != after[1]
@@ -87,9 +83,9 @@ def test_ranks_that_share_an_engine_draw_alike_and_get_their_own_numbers_back() 
 
 def test_an_engine_of_its_own_leaves_numbers_and_prompts_alone() -> None:
     generation: Any = Generation(enable_sleep_mode=False)
-    torch.manual_seed(5)
-    expected = draws()[2]
-    torch.manual_seed(5)
+    seed_all(5)
+    expected = draws()
+    seed_all(5)
     with same_draws(generation, "7/3"):
-        assert draws()[2] == expected
+        assert draws() == expected
     assert gather_prompts(generation, [[1], [2, 3]]) == ([[1], [2, 3]], slice(0, 2))

@@ -51,6 +51,12 @@ def rows_with(shared: int, own: int, count: int) -> PackedRows:
     return pack_rows(*batch_of([[2]] * count, completions))
 
 
+def packed_sizes(pieces: list[slice], batch: Batch) -> list[int]:
+    """Unique tokens of each piece of a batch."""
+    ids, mask, num_scored = batch
+    return [pack_rows(ids[piece], mask[piece], num_scored).input_ids.size(1) for piece in pieces]
+
+
 def trees(count: int = 3) -> Batch:
     """Trees of four leaves of different length, with prompts of different length."""
     prompts, completions = [], []

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
-from peft import IA3Config, LoraConfig, PromptTuningConfig
+from peft import LoraConfig
 from trl import GRPOConfig
 
 from tests.support.models import make_model
 from tests.support.trainers import SETTINGS, build, make_config, plain_prompts
 from treepo_trl import TreePOConfig, TreePOTrainer, checks
 from treepo_trl.checks import check_arguments, check_datasets
-from treepo_trl.policy.adapter_sync import check_adapter
 
 
 PROMPTS = plain_prompts(8)
@@ -167,46 +166,6 @@ def test_empty_prompt(tmp_path: Path) -> None:
 
 
 # Adapters for vLLM
-
-
-def test_plain_lora_is_served() -> None:
-    check_adapter(LoraConfig(r=8, target_modules="all-linear"))
-    check_adapter(LoraConfig(r=8, target_modules=["q_proj"], use_rslora=True, modules_to_save=[], lora_dropout=0.1))
-
-
-@pytest.mark.parametrize(
-    ("changes", "part"),
-    [
-        ({"use_dora": True}, "use_dora=True"),
-        ({"bias": "all"}, "bias='all'"),
-        ({"bias": "lora_only"}, "bias='lora_only'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        ({"target_parameters": ["q_proj.weight"]}, "target_parameters"),
-        # These change the base weights or add a bias: the engine would sample from another policy.
-        ({"lora_bias": True}, "lora_bias"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights"),
-    ],
-    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None,
-)
-def test_lora_that_vllm_does_not_serve(changes: dict[str, Any], part: str) -> None:
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - the parts are matched below
-        check_adapter(LoraConfig(r=8, **{"target_modules": ["q_proj"], **changes}))
-    assert part in str(error.value)
-    assert "set `vllm_lora_sync='merge'`" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "config", [IA3Config(), PromptTuningConfig(num_virtual_tokens=2)], ids=["ia3", "prompt tuning"]
-)
-def test_other_adapters(config: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"vLLM serves LoRA adapters, this one is (PeftType\.)?(IA3|PROMPT_TUNING)\..*'merge'"
-    ):
-        check_adapter(config)
 
 
 def test_adapter_is_checked_by_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.support.models import make_model
-from tests.support.rows import batch_of, make_forward, plain, ready_model, rows_with, run, trees
+from tests.support.rows import batch_of, make_forward, packed_sizes, plain, ready_model, rows_with, run, trees
 from treepo_trl.update import packed_forward
 from treepo_trl.update.packed_forward import is_worth_packing, model_inputs
 from treepo_trl.update.packing import PackedRows, cut_rows, pack_rows
@@ -25,21 +25,10 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message.removeprefix("[RANK 0] ") for record in caplog.records]
 
 
+ALONE = [[5]] * 3, [[7] * 9, [8] * 9, [9] * 9]  # prompts and completions that share little
+
+
 # When it pays
-
-
-def test_rows_that_share_enough_are_worth_packing() -> None:
-    # 4 rows of 20 tokens, 10 shared: 80 / (10 + 40) = 1.6, three extra positions for the shared tail aside.
-    packed = rows_with(shared=10, own=10, count=4)
-    assert packed.ratio == 80 / 53
-    assert is_worth_packing(packed)
-
-
-def test_rows_that_share_little_are_not() -> None:
-    # 4 rows of 101 tokens, 1 shared, and that one parts at once: 404 / 404
-    packed = rows_with(shared=1, own=100, count=4)
-    assert packed.ratio == 1.0
-    assert not is_worth_packing(packed)
 
 
 @pytest.mark.parametrize(("ratio", "worth"), [(1.14, False), (1.15, True), (3.0, True)])
@@ -60,24 +49,10 @@ def test_padding_of_plain_rows_counts_since_they_forward_it() -> None:
 # What is chosen
 
 
-class Cuda:
-    """Token ids that say that they are on a CUDA device, for a rule that looks at nothing else."""
-
-    is_cuda = True
-    device = "cuda:0"
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def size(self, dim: int) -> int:
-        assert dim == 1
-        return self.length
-
-
 def on_cuda(length: int, ratio: float = 2.0) -> PackedRows:
-    packed = rows_with(shared=10, own=10, count=4)
-    ids: Any = Cuda(length)
-    return dataclasses.replace(packed, input_ids=ids, num_padded_tokens=round(ratio * length))
+    """A row whose tokens say that they are on a CUDA device, for a rule that looks at nothing else."""
+    ids: Any = SimpleNamespace(is_cuda=True, device="cuda:0", size=lambda dim: (1, length)[dim])
+    return dataclasses.replace(rows_with(10, 10, 4), input_ids=ids, num_padded_tokens=round(ratio * length))
 
 
 H100, RTX_4090, NO_TRITON, AMD = 227 * 1024, 99 * 1024, 0, -1  # bytes of shared memory per block
@@ -133,7 +108,7 @@ def test_each_choice_of_auto_is_said_once_with_its_reason(caplog: pytest.LogCapt
 
 
 def test_plain_rows_are_forwarded_where_packing_does_not_pay() -> None:
-    model, batch = ready_model(), batch_of([[5]] * 3, [[7] * 9, [8] * 9, [9] * 9])
+    model, batch = ready_model(), batch_of(*ALONE)
     logps, entropies, aux_loss, log = run(make_forward(), model, batch)
     expected = plain(model, *batch)
     assert torch.equal(logps, expected[0])
@@ -168,9 +143,7 @@ def test_pieces_give_the_same_values_and_gradients(max_tokens: int) -> None:
     for forward in (make_forward("sdpa"), make_forward("sdpa", max_tokens=max_tokens)):
         model.zero_grad()
         logps, entropies, _, log = run(forward, model, batch)
-        lengths = [pack_rows(batch[0][p], batch[1][p], batch[2]).input_ids.size(1) for p in pieces]
-        if forward.max_tokens is None:
-            lengths = [pack_rows(*batch).input_ids.size(1)]
+        lengths = packed_sizes([slice(None)] if forward.max_tokens is None else pieces, batch)
         assert log["tree/packing_ratio"] == [batch[1].sum().item() / sum(lengths)]
         weights = torch.randn(logps.shape, generator=torch.Generator().manual_seed(0))
         (logps * weights + entropies).sum().backward()
@@ -183,7 +156,7 @@ def test_all_pieces_but_the_largest_are_forwarded_again_in_the_backward_pass() -
     model, batch = ready_model(), trees(3)
     pieces = cut_rows(*batch, 25)
     assert len(pieces) > 2
-    sizes = [pack_rows(batch[0][p], batch[1][p], batch[2]).input_ids.size(1) for p in pieces]
+    sizes = packed_sizes(pieces, batch)
     seen: list[int] = []
     model.model.embed_tokens.register_forward_hook(lambda module, args, output: seen.append(args[0].size(1)))
     forward = make_forward("sdpa", max_tokens=25)
@@ -304,9 +277,8 @@ def test_float32_is_exact_only_if_all_of_the_model_is(change: Any, is_exact: boo
 
 def test_sharded_models_run_the_same_forwards_whether_they_pack_or_not() -> None:
     """Two rows packed and plain at the first call, in every process; processes would wait for each other otherwise."""
-    shared, alone = trees(), batch_of([[5]] * 3, [[7] * 9, [8] * 9, [9] * 9])
     counts = []
-    for batch in (shared, alone):
+    for batch in (trees(), batch_of(*ALONE)):
         model, forward = ready_model(), make_forward("auto", is_sharded=True)
         seen: list[int] = []
         model.model.register_forward_hook(lambda module, args, output, seen=seen: seen.append(1))
@@ -316,7 +288,7 @@ def test_sharded_models_run_the_same_forwards_whether_they_pack_or_not() -> None
         counts.append(len(seen))
     assert counts == [4, 4]  # two for the check, then one a call
     with pytest.raises(RuntimeError, match="does not reproduce"):
-        run(make_forward("sdpa", is_sharded=True), Broken(ready_model()), shared)
+        run(make_forward("sdpa", is_sharded=True), Broken(ready_model()), trees())
 
 
 # Inputs

@@ -1,25 +1,11 @@
 """Log-probabilities, entropies and gradients of packed rows through models are those of the plain rows."""
 
-import copy
-import random
-
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GemmaConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from tests.support.rows import TINY, Batch, batch_of, forward_packed, plain, tiny_model
+from tests.support.rows import Batch, batch_of, forward_packed, plain, tiny_config, tiny_model, trees
 from treepo_trl.update import tree_attention
 from treepo_trl.update.packable import why_not_packable
 from treepo_trl.update.packing import pack_rows
@@ -32,43 +18,20 @@ def gradients(model: PreTrainedModel, logps: torch.Tensor, weights: torch.Tensor
 
 
 def tree_batch() -> Batch:
-    """Two trees of four leaves with prompts of different length, leaves of different length, a masked completion."""
-    rng = random.Random(1)
-
-    def tokens(count: int) -> list[int]:
-        return [rng.randint(5, 64) for _ in range(count)]
-
-    prompts, completions = [], []
-    for prompt_length in (9, 4):
-        prompt = tokens(prompt_length)
-        for _ in range(2):
-            shared = tokens(7)
-            for length in (6, 2):
-                prompts.append(prompt)
-                completions.append(shared + tokens(length))
-    ids, mask, num_scored = batch_of(prompts, completions)
+    """Two trees with a masked completion."""
+    ids, mask, num_scored = trees(2)
     mask[5, -num_scored:] = 0
     return ids, mask, num_scored
 
 
-EQUAL_MODELS: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**TINY),
-    "qwen2": Qwen2Config(**TINY),
-    "qwen3": Qwen3Config(**TINY),
-    "gemma": GemmaConfig(**TINY),
-    "mistral": MistralConfig(**TINY, sliding_window=None),
-    "qwen3_moe": Qwen3MoeConfig(**TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
-}
-
-
 @pytest.mark.parametrize("query_block", [8, 256])  # several blocks and one
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", EQUAL_MODELS)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma", "mistral", "qwen3_moe"])
 def test_log_probabilities_entropies_and_gradients_are_those_of_the_plain_rows(
     name: str, attention: str, query_block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tree_attention, "_QUERY_BLOCK", query_block)
-    model = tiny_model(copy.deepcopy(EQUAL_MODELS[name]), attention)
+    model = tiny_model(tiny_config(name, **({"sliding_window": None} if name == "mistral" else {})), attention)
     assert why_not_packable(model.config) is None
     batch = tree_batch()
     packed = pack_rows(*batch)
@@ -88,12 +51,7 @@ def test_the_real_model_in_bfloat16_is_off_by_no_more_than_plain_rows_are(small_
     tokenizer = AutoTokenizer.from_pretrained(small_model_dir)
     prompt = tokenizer("A farmer has 17 sheep. All but 9 run away. How many are left?").input_ids
     starts = [" All but 9 ran away, so", " If all but nine run away,"]
-    ends = [
-        " nine sheep are left.",
-        " the farmer keeps 9 of the 17 sheep that he had before.",
-        " 17 - 9 = 8.",
-        " none!",
-    ]
+    ends = [" nine sheep are left.", " the farmer keeps 9 of the sheep that he had before.", " 17 - 9 = 8.", " none!"]
     completions = [tokenizer(start + end).input_ids for start in starts for end in ends]
     batch = batch_of([prompt] * len(completions), completions)
     packed = pack_rows(*batch)
@@ -112,7 +70,7 @@ def test_the_real_model_in_bfloat16_is_off_by_no_more_than_plain_rows_are(small_
 
 def test_a_batch_without_any_token_goes_through_a_model_and_gives_no_gradient() -> None:
     ids, mask, num_scored = batch_of([[5, 6]], [[7, 8]])
-    model, packed = tiny_model(Qwen2Config(**TINY)), pack_rows(ids, mask * 0, num_scored)
+    model, packed = tiny_model(tiny_config("qwen2")), pack_rows(ids, mask * 0, num_scored)
     logps, _ = forward_packed(model, packed)
     assert logps.tolist() == [[0.0, 0.0]]
     assert gradients(model, logps, torch.ones(1, 2)).abs().max() == 0
@@ -124,7 +82,7 @@ def test_gradient_checkpointing_changes_nothing(
     use_reentrant: bool, query_block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tree_attention, "_QUERY_BLOCK", query_block)
-    model = tiny_model(LlamaConfig(**TINY)).train()
+    model = tiny_model(tiny_config("llama")).train()
     packed = pack_rows(*tree_batch())
     weights = packed.is_scored.float()
     before = gradients(model, forward_packed(model, packed)[0], weights)

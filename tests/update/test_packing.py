@@ -1,31 +1,20 @@
 """A packed row spells the plain rows, by hypothesis; and how rows are cut into pieces."""
 
-import random
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.rows import PAD, Batch, batch_of
+from tests.support.rows import Batch, batch_of, packed_sizes
 from treepo_trl.update.packing import PackedRows, cut_rows, pack_rows
-
-
-def prefixes_of(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
-    return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
-
-
-def slow_keys(rows: list[list[int]]) -> set[tuple[Any, ...]]:
-    """What a packed position stands for: a prefix together with its next token, `None` at the end of the row."""
-    return {(tuple(row[: i + 1]), row[i + 1] if i + 1 < len(row) else None) for row in rows for i in range(len(row))}
 
 
 def check_structure(ids: torch.Tensor, mask: torch.Tensor, num_scored: int) -> PackedRows:
     """Every promise of `PackedRows`, with loops."""
     packed = pack_rows(ids, mask, num_scored)
-    rows = prefixes_of(ids, mask)
+    rows = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
     num_packed = packed.input_ids.size(1)
     tokens, depths, labels = packed.input_ids[0], packed.position_ids[0], packed.shift_labels[0]
     for tensor in (packed.input_ids, packed.position_ids, packed.shift_labels, packed.last_descendants, packed.index):
@@ -36,28 +25,24 @@ def check_structure(ids: torch.Tensor, mask: torch.Tensor, num_scored: int) -> P
     assert attends.shape == (1, 1, num_packed, num_packed)
     assert attends.dtype == torch.bool
 
-    # Ancestors of a position, itself included and in order, spell its prefix; its position is how many come before it.
+    # What a position stands for: a prefix together with its next token, `None` at the end of the row. Its ancestors,
+    # itself included and in order, spell the prefix; its position is how many come before it.
+    counts = Counter((tuple(row[: i + 1]), (*row, None)[i + 1]) for row in rows for i in range(len(row)))
     spelled = [tuple(tokens[attends[0, 0, p]].tolist()) for p in range(num_packed)]
     assert all(attends[0, 0].diagonal())
-    if sum(map(len, rows)) > 0:
+    if counts:
         assert [len(prefix) - 1 for prefix in spelled] == depths.tolist()
-        # Each prefix with each of its next tokens exactly once: nothing is missing, nothing is there twice.
-        assert num_packed == len(slow_keys(rows))
-        assert sorted(spelled) == sorted(prefix for prefix, _ in slow_keys(rows))
-    assert packed.num_row_tokens == sum(map(len, rows))
-    assert packed.num_padded_tokens == ids.numel()
-    if packed.num_row_tokens > 0:
-        counts = Counter(
-            (tuple(row[: i + 1]), row[i + 1] if i + 1 < len(row) else None) for row in rows for i in range(len(row))
-        )
+        # Each of them exactly once, with the number of its rows: nothing is missing, nothing is there twice.
         assert sorted(packed.num_rows[0].tolist()) == sorted(counts.values())
-        of_prefix = Counter()
+        assert sorted(spelled) == sorted(prefix for prefix, _ in counts)
+        of_prefix, summed = Counter(), Counter()
         for (prefix, _), count in counts.items():
             of_prefix[prefix] += count
-        summed = Counter()
         for prefix, count in zip(spelled, packed.num_rows[0].tolist(), strict=True):
             summed[prefix] += count
         assert summed == of_prefix
+    assert packed.num_row_tokens == sum(map(len, rows))
+    assert packed.num_padded_tokens == ids.numel()
     assert packed.ratio == packed.num_row_tokens / num_packed
 
     first_scored = ids.size(1) - num_scored
@@ -109,51 +94,6 @@ def test_any_mask_and_any_number_of_scored_columns(batch: Batch, data: st.DataOb
     check_structure(ids, mask * torch.tensor(bits).view_as(mask), data.draw(st.integers(1, ids.size(1))))
 
 
-@given(batches(), st.randoms(use_true_random=False))
-@settings(deadline=None)
-def test_the_order_of_the_rows_does_not_matter(batch: Batch, rng: random.Random) -> None:
-    ids, mask, num_scored = batch
-    order = list(range(len(ids)))
-    rng.shuffle(order)
-    one, other = pack_rows(ids, mask, num_scored), pack_rows(ids[order], mask[order], num_scored)
-    assert torch.equal(one.input_ids, other.input_ids)
-    assert torch.equal(one.shift_labels, other.shift_labels)
-    assert torch.equal(one.index[order], other.index)
-
-
-@given(batches(), st.integers(0, 3), st.integers(0, 3))
-@settings(deadline=None)
-def test_padding_does_not_matter(batch: Batch, left: int, right: int) -> None:
-    ids, mask, num_scored = batch
-    wide_ids = torch.nn.functional.pad(ids, (left, right), value=PAD)
-    wide_mask = torch.nn.functional.pad(mask, (left, right))
-    one, wide = pack_rows(ids, mask, num_scored), pack_rows(wide_ids, wide_mask, num_scored + right)
-    assert torch.equal(one.input_ids, wide.input_ids)
-    assert torch.equal(one.index, wide.index[:, :num_scored])
-    assert not wide.is_scored[:, num_scored:].any()
-
-
-ODD_SHAPES = {
-    "one row": ([[5, 6]], [[7, 8, 9]]),
-    "one scored token": ([[5]], [[7]]),
-    "identical rows": ([[5, 6]] * 3, [[7, 8]] * 3),
-    "a leaf that is a prefix of another": ([[5, 6]] * 3, [[7], [7, 8], [7, 8, 9, 4]]),
-    "a leaf that is a prefix of another and occurs twice": ([[5]] * 4, [[7], [7], [7, 8], [7, 8]]),
-    "rows that differ in the first completion token": ([[5, 6]] * 3, [[7, 4], [8, 4], [9, 4]]),
-    "rows that differ in the first prompt token": ([[5, 6], [6, 6], [7, 6]], [[8, 9]] * 3),
-    "prompts of different length": ([[5], [5, 6, 7, 8], [5, 6]], [[4, 4], [4, 4, 4], [4]]),
-    "a prompt that continues like another's completion": ([[5, 6], [5, 6, 7]], [[7, 8], [8]]),
-    "several trees": ([[5, 6]] * 2 + [[6, 5]] * 2 + [[5, 7]] * 2, [[7, 8], [7, 9], [7, 8], [7, 9], [8, 8], [8, 9]]),
-    "trees whose rows are mixed": ([[5], [6], [5], [6]], [[7, 8], [7, 8], [7, 9], [7, 9]]),
-    "tokens beyond one byte": ([[300, 70_000]] * 2, [[255, 256], [256, 255]]),
-}
-
-
-@pytest.mark.parametrize("name", ODD_SHAPES)
-def test_odd_shapes(name: str) -> None:
-    check_structure(*batch_of(*ODD_SHAPES[name]))
-
-
 def test_a_small_tree_by_hand() -> None:
     # Rows 5 7 8 and 5 7 9 with prompt 5: nodes (5|7), (7|8), 8, (7|9), 9 in depth-first order. The 7 is there twice:
     # it has two next tokens.
@@ -168,15 +108,6 @@ def test_a_small_tree_by_hand() -> None:
     assert packed.ratio == 6 / 5
 
 
-@pytest.mark.parametrize("first_column", [0, 2], ids=["whole row", "completion"])
-def test_a_masked_row_has_nothing_scored(first_column: int) -> None:
-    """A masked completion is what GRPOTrainer makes of a truncated one under `mask_truncated_completions`."""
-    ids, mask, num_scored = batch_of([[5, 6]] * 3, [[7, 8]] * 3)
-    mask[1, first_column:] = 0
-    packed = check_structure(ids, mask, num_scored)
-    assert packed.is_scored.tolist() == [[True, True], [False, False], [True, True]]
-
-
 def test_a_batch_without_any_token_is_a_valid_input() -> None:
     ids, mask, num_scored = batch_of([[5, 6]], [[7, 8]])
     packed = check_structure(ids, mask * 0, num_scored)
@@ -186,20 +117,19 @@ def test_a_batch_without_any_token_is_a_valid_input() -> None:
     assert packed.unpack(torch.tensor([[3.0]])).tolist() == [[0.0, 0.0]]
 
 
-def test_boolean_masks_and_padding_tokens_of_any_value_serve() -> None:
+def test_boolean_masks_and_any_padding_token_serve_and_inputs_are_not_changed() -> None:
     ids, mask, num_scored = batch_of([[5], [5, 6]], [[7], [7, 8]])
+    before = ids.clone(), mask.clone()
     changed = torch.where(mask.bool(), ids, torch.randint(0, 99, ids.shape))
     one, other = pack_rows(ids, mask, num_scored), pack_rows(changed, mask.bool(), num_scored)
     assert torch.equal(one.input_ids, other.input_ids)
     assert torch.equal(one.index, other.index)
-
-
-def test_inputs_are_not_changed() -> None:
-    ids, mask, num_scored = batch_of([[5], [5, 6]], [[7], [7, 8]])
-    before = ids.clone(), mask.clone()
-    pack_rows(ids, mask, num_scored)
     assert torch.equal(ids, before[0])
     assert torch.equal(mask, before[1])
+
+
+def test_tokens_beyond_one_byte() -> None:
+    check_structure(*batch_of([[300, 70_000]] * 3, [[255, 256], [256, 255], [255, 257]]))
 
 
 def test_unpack_puts_values_where_they_are_scored_and_adds_up_gradients() -> None:
@@ -224,16 +154,12 @@ def test_unpack_hides_what_is_not_a_number_at_unscored_places() -> None:
 # Pieces
 
 
-def sizes_of(pieces: list[slice], ids: torch.Tensor, mask: torch.Tensor, num_scored: int) -> list[int]:
-    return [pack_rows(ids[piece], mask[piece], num_scored).input_ids.size(1) for piece in pieces]
-
-
 @given(batches(), st.integers(1, 30))
 @settings(deadline=None)
 def test_pieces_hold_every_row_once_and_as_many_tokens_as_allowed(batch: Batch, max_tokens: int) -> None:
     pieces = cut_rows(*batch, max_tokens)
     assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(range(len(batch[0])))
-    for piece, size in zip(pieces, sizes_of(pieces, *batch), strict=True):
+    for piece, size in zip(pieces, packed_sizes(pieces, batch), strict=True):
         assert size <= max_tokens or piece.stop - piece.start == 1
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
@@ -16,6 +16,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tests.support.models import make_model
 from treepo_trl.update import tree_attention
 from treepo_trl.update.tree_attention import TreeAttention, flex_length, serve_trees
+
+
+FOREST = [-1, 0, 1, 1, 0, -1]  # parents in depth-first order, -1 for roots
 
 
 def last_of(parents: list[int]) -> torch.Tensor:
@@ -104,13 +107,6 @@ def test_a_block_has_the_keys_that_its_queries_see_and_no_other(parents: list[in
         assert torch.equal(own_mask == -torch.inf, ~mask[rows][:, block.keys])
 
 
-def test_keys_per_block_do_not_grow_with_the_row() -> None:
-    # 50 trees of one chain of 10: a block of 5 sees at most the 5 before it in its chain.
-    parents = [i - 1 if i % 10 else -1 for i in range(500)]
-    blocks = TreeAttention(last_of(parents), "sdpa", 5).query_blocks()
-    assert max(len(block.keys) for block in blocks) == 10
-
-
 @pytest.mark.parametrize("max_kept", [0, 10**9])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gradients_are_as_close_as_the_dense_ones(
@@ -130,55 +126,44 @@ def test_half_precision_gradients_are_as_close_as_the_dense_ones(
 @pytest.mark.parametrize("max_kept", [0, 10**9])
 def test_autocast_attends_in_its_own_dtype(max_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree_attention, "_MAX_KEPT_COPIES", max_kept)
-    parents = [-1, 0, 1, 1, 0, -1]
-    inputs = states(len(parents))
-    tree = TreeAttention(last_of(parents), "sdpa", 2)
+    inputs = states(len(FOREST))
+    tree = TreeAttention(last_of(FOREST), "sdpa", 2)
     with torch.autocast("cpu", torch.bfloat16):
         output = attend(tree, inputs)
     assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output.float(), dense(parents, inputs), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(output.float(), dense(FOREST, inputs), atol=0.05, rtol=0.05)
     assert all(gradient.dtype == torch.float32 for gradient in gradients_of(output, inputs))
 
 
 def test_dropout_drops_weights_and_keeps_the_mean() -> None:
-    parents = [-1, 0, 1, 1, 0, -1]
-    inputs = [tensor.detach() for tensor in states(len(parents))]
-    tree = TreeAttention(last_of(parents), "sdpa", 2)
+    inputs = [tensor.detach() for tensor in states(len(FOREST))]
+    tree = TreeAttention(last_of(FOREST), "sdpa", 2)
     torch.manual_seed(0)
     draws = torch.stack([attend(tree, inputs, dropout=0.5) for _ in range(4000)])
     assert draws.std(0).max() > 0.1
-    torch.testing.assert_close(draws.mean(0), dense(parents, inputs), atol=0.15, rtol=0)
+    torch.testing.assert_close(draws.mean(0), dense(FOREST, inputs), atol=0.15, rtol=0)
 
 
 def test_dropout_is_the_same_in_both_passes() -> None:
-    parents = [-1, 0, 1, 1, 0, -1]
-    inputs = states(len(parents))
+    inputs = states(len(FOREST))
     torch.manual_seed(0)
-    output = attend(TreeAttention(last_of(parents), "sdpa", 2), inputs, dropout=0.5)
+    output = attend(TreeAttention(last_of(FOREST), "sdpa", 2), inputs, dropout=0.5)
     # The output is linear in the values: for those drawn weights, gradient times values is the output itself.
     (gradient,) = torch.autograd.grad(output.sum(), [inputs[2]])
     torch.testing.assert_close((gradient * inputs[2]).sum(), output.sum())
 
 
-def test_masks_of_long_paths_are_not_kept() -> None:
-    parents = list(range(-1, 40))
-    for max_kept in (0, 10**9):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tree_attention, "_MAX_KEPT_COPIES", max_kept)
-            tree = TreeAttention(last_of(parents), "sdpa", 5)
-            attend(tree, states(len(parents)))
-        assert bool(tree._masks) == (max_kept > 0)
-
-
 @pytest.mark.parametrize(("length", "is_kept"), [(40, True), (41, False)])
-def test_keys_of_long_paths_are_not_kept(length: int, is_kept: bool) -> None:
+def test_keys_and_masks_of_long_paths_are_not_kept(length: int, is_kept: bool) -> None:
     # A chain in blocks of 5: block i has 5 (i + 1) keys, 8 blocks 180 in all, 4.5 times 40. With 4.5 allowed, a ninth
     # block of 1 brings them to 221, 5.4 times 41.
     parents = list(range(-1, length - 1))
     inputs = states(length)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tree_attention, "_MAX_KEPT_COPIES", 4.5)
-        output = attend(TreeAttention(last_of(parents), "sdpa", 5), inputs)
+        tree = TreeAttention(last_of(parents), "sdpa", 5)
+        output = attend(tree, inputs)
+    assert bool(tree._masks) == is_kept
     graph, pending = set(), [output.grad_fn]
     while pending:
         node = pending.pop()
@@ -191,6 +176,7 @@ def test_keys_of_long_paths_are_not_kept(length: int, is_kept: bool) -> None:
 
 
 @given(forests(max_size=300))
+@example([i - 1 for i in range(256)] + [127, *range(256, 383)])  # a trunk and two branches, of a block each
 @settings(deadline=None, max_examples=20)
 def test_the_block_mask_is_the_one_that_looks_at_every_pair(parents: list[int]) -> None:
     last = last_of(parents)
@@ -203,15 +189,6 @@ def test_the_block_mask_is_the_one_that_looks_at_every_pair(parents: list[int]) 
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
         assert torch.equal(getattr(ours, name), getattr(slow, name)), name
     assert torch.equal(ours.to_dense(), slow.to_dense())
-
-
-def test_blocks_behind_a_finished_subtree_are_skipped_and_whole_ancestors_are_full() -> None:
-    # A trunk of 128 and two branches of 128: three blocks. The second branch sees the trunk and not the first branch.
-    parents = [i - 1 for i in range(256)] + [127, *range(256, 383)]
-    mask = TreeAttention(last_of(parents), "flex").block_mask()
-    assert mask.to_dense()[0, 0, :3, :3].tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
-    assert mask.full_kv_num_blocks[0, 0].tolist() == [0, 1, 1, 0]
-    assert mask.kv_num_blocks[0, 0].tolist() == [1, 1, 1, 1]  # the diagonal, and the padding with itself
 
 
 @pytest.mark.parametrize(("length", "padded"), [(1, 128), (128, 128), (129, 256), (8192, 8192), (8193, 16384)])
@@ -250,18 +227,17 @@ def test_serving_trees_twice_wraps_once_and_leaves_plain_calls_alone() -> None:
     assert torch.equal(wrapped(module, *inputs, None)[0], sdpa_attention_forward(module, *inputs, None)[0])
 
 
-@pytest.mark.parametrize("name", ["s_aux", "position_bias", "softcap", "sliding_window"])
-def test_attention_with_more_than_a_mask_is_refused(name: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "message"),
+    [
+        *(((), {name: 1}, f"`{name}`.*Set") for name in ("s_aux", "position_bias", "softcap", "sliding_window")),
+        ((0.5,), {}, r"Module gives its attention function arguments without names\. Set"),
+    ],
+)
+def test_attention_with_more_than_a_mask_or_nameless_arguments_is_refused(
+    arguments: tuple[float, ...], keywords: dict[str, Any], message: str
+) -> None:
     serve_trees("sdpa")
-    with pytest.raises(ValueError, match=f"`{name}`.*Set `tree_packing='off'`"):
-        AttentionInterface()["sdpa"](
-            nn.Module(), *states(3), None, tree_attention=TreeAttention(torch.tensor([2, 2, 2]), "sdpa"), **{name: 1}
-        )
-
-
-def test_attention_with_nameless_arguments_is_refused() -> None:
-    serve_trees("sdpa")
-    with pytest.raises(ValueError, match=r"Module gives its attention function arguments without names"):
-        AttentionInterface()["sdpa"](
-            nn.Module(), *states(3), None, 0.5, tree_attention=TreeAttention(torch.tensor([2, 2, 2]), "sdpa")
-        )
+    keywords = {"tree_attention": TreeAttention(torch.tensor([2, 2, 2]), "sdpa"), **keywords}
+    with pytest.raises(ValueError, match=f"{message} `tree_packing='off'`"):
+        AttentionInterface()["sdpa"](nn.Module(), *states(3), None, *arguments, **keywords)
