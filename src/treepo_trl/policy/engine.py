@@ -226,17 +226,20 @@ def policy_engine_for(
         ValueError: for an adapter that vLLM cannot serve, and for settings of a LoRA engine's weights where there is
             no LoRA engine.
     """
-    is_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
-    loads_adapter = bool(args.use_vllm and args.vllm_lora_sync == "adapter" and is_adapter)
-    if loads_adapter:
-        check_adapter(peft_config if peft_config is not None else cast("PeftModel", model).active_peft_config)
+    engine: PolicyEngine = TransformersPolicy(args)
+    if args.use_vllm:
+        has_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+        if has_adapter and args.vllm_lora_sync == "adapter":
+            check_adapter(peft_config if peft_config is not None else cast("PeftModel", model).active_peft_config)
+            return VLLMPolicy(args, loads_adapter=True)
+        engine = VLLMPolicy(args, loads_adapter=False)
     for name in ("vllm_share_base_weights", "vllm_sleep_keeps_weights"):
-        if getattr(args, name) and not loads_adapter:
+        if getattr(args, name):
             raise ValueError(
                 f"`{name}=True`, but the policy has no adapter: vLLM gets all its weights at each step. Pass a "
                 "`peft_config` (`--use_peft`), or unset it."
             )
-    return VLLMPolicy(args, loads_adapter) if args.use_vllm else TransformersPolicy(args)
+    return engine
 
 
 @contextmanager

@@ -78,6 +78,22 @@ class SegmentTree:
         leaves (`list[int]`):
             Node ids of the finished paths: in order of completion while a tree grows, depth-first in the trees that a
             [`TreeSampler`] hands out. `leaf_weights` has the same order.
+
+    Example:
+
+    ```python
+    >>> tree = SegmentTree(prompt_ids=[5, 6])
+    >>> first = tree.add(None, [7, 8])
+    >>> leaf = tree.add(first, [9], finish_reason="stop")
+    >>> _ = tree.add(first, [10, 11], finish_reason="length")
+    >>> tree.completion_ids(leaf)
+    [7, 8, 9]
+    >>> tree.num_unique_tokens, tree.num_leaf_tokens
+    (5, 7)
+    >>> tree.leaf_weights()
+    [0.5, 0.5]
+
+    ```
     """
 
     def __init__(self, prompt_ids: list[int]) -> None:
