@@ -64,11 +64,9 @@ def imports_of(module: str) -> list[tuple[str, str]]:
         if isinstance(node, ast.Import):
             found += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = package.split(".") if package else []
-                parents = parents[: len(parents) - (node.level - 1)]
-                base = ".".join(["treepo_trl", *parents, *([node.module] if node.module else [])])
+            assert node.level <= 1, "ruff's TID252"
+            parts = ["treepo_trl", package, node.module] if node.level else [node.module]
+            base = ".".join(part for part in parts if part)
             found += [(base, alias.name) for alias in node.names]
     return found
 

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -210,19 +209,18 @@ def test_compare_samples_both_in_turn_and_prints_the_ratio(
 ) -> None:
     calls: list[tuple[str, int]] = []
 
-    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def record(owner: Any, attribute: str, name: str) -> None:
+        function = getattr(owner, attribute)
+
         def call(first: Any, *args: Any, **kwargs: Any) -> Any:
             calls.append((name, len(args[0]) if args else 0))
             return function(first, *args, **kwargs)
 
-        return call
+        monkeypatch.setattr(owner, attribute, call)
 
-    monkeypatch.setattr(TreeSampler, "sample", recorded("trees", TreeSampler.sample))
-    monkeypatch.setattr(
-        sample_command, "sample_independent", recorded("independent", sample_command.sample_independent)
-    )
-    reset = TransformersEngine.reset_prefix_cache
-    monkeypatch.setattr(TransformersEngine, "reset_prefix_cache", recorded("reset", reset))
+    record(TreeSampler, "sample", "trees")
+    record(sample_command, "sample_independent", "independent")
+    record(TransformersEngine, "reset_prefix_cache", "reset")
     main(arguments(tiny_model_dir, compare="independent", repeats=2, stop_repetition=False))
     # A warm-up on one prompt, then two times both, each with an empty cache.
     calls = [call for i, call in enumerate(calls) if call[0] != "reset" or calls[i + 1][0] != "reset"]
@@ -260,17 +258,9 @@ def test_vllm_with_an_adapter(tiny_model_dir: str) -> None:
     save_adapter(tiny_model_dir, "adapter")
     common = {"adapter_name_or_path": "adapter", "temperature": 0, "dtype": "float32"}
     main(arguments(tiny_model_dir, **common))
-    flags = arguments(
-        tiny_model_dir,
-        **common,
-        engine="vllm",
-        dataset_name="-",
-        output="vllm.jsonl",
-        compare="independent",
-        repeats=1,
-        vllm_enforce_eager=True,
-        vllm_max_model_length=128,  # the memory is left to the default
-    )
+    vllm = {"engine": "vllm", "vllm_enforce_eager": True, "vllm_max_model_length": 128}  # memory: the default
+    run = {"dataset_name": "-", "output": "vllm.jsonl", "compare": "independent", "repeats": 1}
+    flags = arguments(tiny_model_dir, **common, **vllm, **run)
     done = subprocess.run(
         [sys.executable, "-m", "treepo_trl.cli", "sample", *flags],
         input="\n".join(PROMPTS),
