@@ -1,6 +1,7 @@
 """The base of a QLoRA policy written out for the engine, and which form the engine gets."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,14 +31,20 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("changes", [{}, {"bnb_4bit_use_double_quant": False}, {"bnb_4bit_quant_type": "fp4"}])
+FOUR_BITS = [{}, {"bnb_4bit_use_double_quant": False}, {"bnb_4bit_quant_type": "fp4"}]
+FLOAT_STORAGE = {"dtype": "bfloat16", "bnb_4bit_quant_storage": "bfloat16"}  # as for FSDP, which shards floats alone
+
+
+@pytest.mark.parametrize("changes", [*FOUR_BITS, FLOAT_STORAGE])
 def test_the_dequantized_checkpoint_is_the_policys_base(folder: str, changes: dict[str, Any]) -> None:
     policy = qlora(folder, **changes)
     assert is_4bit(policy)
+    dtype = getattr(torch, changes.get("dtype", "float32"))
+    assert {weight.dtype for weight in base_state_dict(policy, "dequantized").values()} == {dtype}
     with base_checkpoint(policy, "dequantized") as written:
         loaded = AutoModelForCausalLM.from_pretrained(written)
         assert not hasattr(loaded.config, "quantization_config")
-        assert loaded.dtype == torch.float32
+        assert loaded.dtype == dtype
         assert loaded.generation_config.eos_token_id == 0
         with policy.disable_adapter():
             assert torch.equal(logits(policy), logits(loaded))
@@ -47,7 +54,7 @@ def test_the_dequantized_checkpoint_is_the_policys_base(folder: str, changes: di
     assert not os.path.exists(written)
 
 
-@pytest.mark.parametrize("changes", [{}, {"bnb_4bit_use_double_quant": False}, {"bnb_4bit_quant_type": "fp4"}])
+@pytest.mark.parametrize("changes", FOUR_BITS)
 def test_the_quantized_checkpoint_has_the_policys_own_4_bits(folder: str, changes: dict[str, Any]) -> None:
     policy = qlora(folder, **changes)
     with base_checkpoint(policy, "quantized") as written:
@@ -75,16 +82,8 @@ def test_a_policy_that_was_loaded_in_4_bits(folder: str, tmp_path: Path, base_we
 
 def test_names_are_those_of_a_plain_checkpoint(folder: str) -> None:
     plain = AutoModelForCausalLM.from_pretrained(folder)
-    state = base_state_dict(qlora(folder), "dequantized")
-    assert set(state) == {name for name, _ in plain.named_parameters()}  # tied weights once
-    assert {name: weight.shape for name, weight in state.items()} == {n: p.shape for n, p in plain.named_parameters()}
-
-
-def test_precision_is_the_policys(folder: str) -> None:
-    policy = qlora(folder, "bfloat16")
-    assert {weight.dtype for weight in base_state_dict(policy, "dequantized").values()} == {torch.bfloat16}
-    with base_checkpoint(policy, "dequantized") as written:
-        assert AutoModelForCausalLM.from_pretrained(written).dtype == torch.bfloat16
+    shapes = {name: weight.shape for name, weight in base_state_dict(qlora(folder), "dequantized").items()}
+    assert shapes == {name: weight.shape for name, weight in plain.named_parameters()}  # tied weights once
 
 
 def test_the_folder_is_gone_after_an_error(folder: str) -> None:
@@ -134,105 +133,99 @@ def test_processes_of_a_machine_share_one_checkpoint(tmp_path: Path, tiny_model_
 # The choice
 
 
-def choose(
-    monkeypatch: pytest.MonkeyPatch,
-    wanted: Any,
-    *,
-    gib: float = 24,
-    methods: tuple[str, ...] = ("bitsandbytes",),
-    device: str = "cuda",
-    parameters: float = 7.6e9,
-    processes: int = 1,
-    model: Any = None,
-) -> str:
+Choose = Callable[..., str]
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
     """The choice for a bfloat16 model on a card that this machine need not have."""
     pytest.importorskip("vllm")
-    monkeypatch.setattr(
-        "torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=int(gib * 2**30)), raising=True
-    )
-    monkeypatch.setattr("vllm.model_executor.layers.quantization.QUANTIZATION_METHODS", list(methods))
     monkeypatch.setattr("vllm.plugins.load_general_plugins", lambda: None)
-    base = SimpleNamespace(
-        num_parameters=lambda: int(parameters),
-        get_output_embeddings=lambda: None,
-        named_modules=list,
-        named_parameters=list,
-    )
-    policy = model or SimpleNamespace(get_base_model=lambda: base)
-    return choose_base_weights(wanted, policy, torch.device(device), 0.5, processes)
+
+    def choice(
+        wanted: Any,
+        gib: float = 24,
+        methods: tuple[str, ...] = ("bitsandbytes",),
+        device: str = "cuda",
+        parameters: float = 7.6e9,
+        processes: int = 1,
+        policy: Any = None,
+    ) -> str:
+        card = SimpleNamespace(total_memory=int(gib * 2**30))
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card)
+        monkeypatch.setattr("vllm.model_executor.layers.quantization.QUANTIZATION_METHODS", list(methods))
+        base = SimpleNamespace(
+            num_parameters=lambda: int(parameters),
+            get_output_embeddings=lambda: None,
+            named_modules=list,
+            named_parameters=list,
+        )
+        policy = policy or SimpleNamespace(get_base_model=lambda: base)
+        return choose_base_weights(wanted, policy, torch.device(device), 0.5, processes)
+
+    return choice
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    ("wanted", "changes", "expected"),
     [
-        ({}, "quantized"),  # 14.2 GiB in 9 of the engine's 12
-        ({"gib": 48}, "dequantized"),  # in 18 of 24
-        ({"parameters": 1.5e9}, "dequantized"),  # 2.8 GiB
-        ({"methods": ()}, "dequantized"),
-        ({"device": "cpu"}, "dequantized"),
-        ({"processes": 2}, "dequantized"),
+        ("auto", {}, "quantized"),  # 14.2 GiB in 9 of the engine's 12
+        ("auto", {"gib": 48}, "dequantized"),  # in 18 of 24
+        ("auto", {"parameters": 1.5e9}, "dequantized"),  # 2.8 GiB
+        ("auto", {"methods": ()}, "dequantized"),
+        ("auto", {"device": "cpu"}, "dequantized"),
+        ("auto", {"processes": 2}, "dequantized"),
+        # What is asked for is taken.
+        ("quantized", {"gib": 80}, "quantized"),
+        ("quantized", {"device": "cpu"}, "quantized"),
+        ("dequantized", {"gib": 8}, "dequantized"),
     ],
 )
-def test_auto(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: str) -> None:
-    assert choose(monkeypatch, "auto", **changes) == expected
+def test_the_choice_follows_from_memory_and_machine(
+    choose: Choose, wanted: str, changes: dict[str, Any], expected: str
+) -> None:
+    assert choose(wanted, **changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"methods": ()}, "`pip install vllm-bnb-plugin`"), ({"processes": 2}, "with tensor parallelism")],
+)
+def test_quantized_is_refused_where_vllm_cannot_hold_the_policys_weights(
+    choose: Choose, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        choose("quantized", **changes)
+    assert "Set `vllm_base_weights='dequantized'`, which needs 14.2 GiB" in str(error.value)
+
+
+def test_4_bits_of_a_policy_that_vllm_can_hold(choose: Choose, folder: str) -> None:
+    assert choose("quantized", policy=qlora(folder)) == "quantized"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ()}, "`pip install vllm-bnb-plugin`"),
-        ({"processes": 2}, "with tensor parallelism"),
+        # vLLM joins q, k and v in one layer, in one precision.
+        (
+            {"llm_int8_skip_modules": ["k_proj", "lm_head"]},
+            r"has model\.layers\.0\.self_attn\.k_proj in full precision",
+        ),
+        ({"llm_int8_skip_modules": ["none"]}, "output head is in 4 bits"),
+        (FLOAT_STORAGE, r"stored as uint8, and the policy's as torch\.bfloat16 \(model\.layers"),
     ],
 )
-def test_quantized_is_refused_where_vllm_cannot_hold_the_policys_weights(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+def test_4_bits_of_a_policy_that_vllm_cannot_hold(
+    choose: Choose, tiny_model_dir: str, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        choose(monkeypatch, "quantized", **changes)
-    assert "Set `vllm_base_weights='dequantized'`, which needs 14.2 GiB" in str(error.value)
+    policy = qlora(tiny_model_dir, **changes)
+    assert choose("auto", policy=policy) == "dequantized"
+    with pytest.raises(ValueError, match=message):
+        choose("quantized", policy=policy)
 
 
-@pytest.mark.parametrize("skipped", [None, ["k_proj", "lm_head"]])
-def test_layers_that_the_policy_keeps_in_full_precision(
-    monkeypatch: pytest.MonkeyPatch, folder: str, skipped: list[str] | None
-) -> None:
-    """vLLM joins q, k and v in one layer, in one precision."""
-    policy = qlora(folder, llm_int8_skip_modules=skipped)
-    if skipped is None:
-        assert choose(monkeypatch, "quantized", model=policy) == "quantized"
-        return
-    assert choose(monkeypatch, "auto", model=policy) == "dequantized"
-    with pytest.raises(ValueError, match=r"has model\.layers\.0\.self_attn\.k_proj in full precision"):
-        choose(monkeypatch, "quantized", model=policy)
-
-
-def test_experts_that_the_policy_keeps_in_full_precision(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
-    policy = qlora(folder)
+def test_experts_that_the_policy_keeps_in_full_precision(choose: Choose, tiny_model_dir: str) -> None:
+    policy = qlora(tiny_model_dir)
     layer = policy.get_base_model().model.layers[1].mlp
     layer.register_parameter("experts", torch.nn.Parameter(torch.zeros(2, 4, 4), requires_grad=False))
-    assert choose(monkeypatch, "auto", model=policy) == "dequantized"
-
-
-def test_a_head_in_4_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    make_model().save_pretrained(tmp_path)
-    policy = qlora(str(tmp_path), llm_int8_skip_modules=["none"])
-    assert type(policy.get_base_model().lm_head).__name__ == "Linear4bit"
-    assert choose(monkeypatch, "auto", model=policy) == "dequantized"
-    with pytest.raises(ValueError, match="output head is in 4 bits"):
-        choose(monkeypatch, "quantized", model=policy)
-
-
-def test_4_bits_in_a_storage_that_vllm_does_not_have(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
-    """As for FSDP, which shards floating-point weights alone."""
-    policy = qlora(folder, "bfloat16", bnb_4bit_quant_storage="bfloat16")
-    assert choose(monkeypatch, "auto", model=policy) == "dequantized"
-    with pytest.raises(ValueError, match=r"stored as uint8, and the policy's as torch\.bfloat16 \(model\.layers"):
-        choose(monkeypatch, "quantized", model=policy)
-    with base_checkpoint(policy, "dequantized") as written, policy.disable_adapter():
-        assert torch.equal(logits(policy), logits(AutoModelForCausalLM.from_pretrained(written)))
-
-
-def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(monkeypatch, "quantized", gib=80) == "quantized"
-    assert choose(monkeypatch, "quantized", device="cpu") == "quantized"
-    assert choose(monkeypatch, "dequantized", gib=8) == "dequantized"
+    assert choose("auto", policy=policy) == "dequantized"

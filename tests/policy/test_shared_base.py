@@ -48,6 +48,21 @@ def make_policy(**changes: Any) -> Any:
     return get_peft_model(make_model(**changes), config)
 
 
+@pytest.fixture
+def policy() -> Any:
+    return make_policy()
+
+
+@pytest.fixture
+def base(policy: Any) -> Any:
+    return policy.get_base_model()
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine(make_model())
+
+
 def holds(engine: Engine, weight: torch.Tensor) -> bool:
     return any(weight.untyped_storage().data_ptr() == w.untyped_storage().data_ptr() for w in engine.weights.values())
 
@@ -100,10 +115,7 @@ def test_parked_weights_leave_their_device_and_come_back() -> None:
     assert (frozen.data.place, trained.data.place) == ("cuda:1", "cuda:1")
 
 
-def test_parked_weights_stay_replaced() -> None:
-    policy = make_policy()
-    base = policy.get_base_model()
-    engine = Engine(make_model())
+def test_parked_weights_stay_replaced(policy: Any, base: Any, engine: Engine) -> None:
     engine.weights["model.norm.weight"].data += 1
     loss, _ = step(policy)
     with parked(base):
@@ -113,14 +125,11 @@ def test_parked_weights_stay_replaced() -> None:
     assert torch.equal(step(policy)[0], loss)
 
 
-def test_an_engine_on_another_device_shares_nothing() -> None:
-    base = make_policy().get_base_model()
-    assert share_weights(base, Engine(make_model()), torch.device("cuda"))[0] == 0
+def test_an_engine_on_another_device_shares_nothing(base: Any, engine: Engine) -> None:
+    assert share_weights(base, engine, torch.device("cuda"))[0] == 0
 
 
-def test_what_was_copied_since_is_shared_again() -> None:
-    base = make_policy().get_base_model()
-    engine = Engine(make_model())
+def test_what_was_copied_since_is_shared_again(base: Any, engine: Engine) -> None:
     first = share_weights(base, engine, CPU)
     norm, up = base.model.norm.weight, base.model.layers[0].mlp.up_proj.base_layer.weight
     norm.data = norm.data.clone()
@@ -129,10 +138,7 @@ def test_what_was_copied_since_is_shared_again() -> None:
     assert holds(engine, norm)
 
 
-def test_a_weight_that_differs_in_one_number_stays_the_policys() -> None:
-    policy = make_policy()
-    base = policy.get_base_model()
-    engine = Engine(make_model())
+def test_a_weight_that_differs_in_one_number_stays_the_policys(base: Any, engine: Engine) -> None:
     name = "model.layers.1.self_attn.qkv_proj.base_layer.weight"
     engine.weights[name].data[70, 3] += 1e-6  # k_proj comes after the 64 rows of q_proj
     own = base.model.layers[1].self_attn.k_proj.base_layer.weight
@@ -145,8 +151,7 @@ def test_a_weight_that_differs_in_one_number_stays_the_policys() -> None:
     assert holds(engine, base.model.layers[1].self_attn.v_proj.base_layer.weight)
 
 
-def test_the_engines_weights_in_another_precision_or_memory_are_not_taken() -> None:
-    base = make_policy().get_base_model()
+def test_the_engines_weights_in_another_precision_or_memory_are_not_taken(base: Any) -> None:
     engine = Engine(make_model())
     for name, weight in engine.weights.items():
         engine.weights[name] = Parameter(weight.bfloat16().float().bfloat16(), False)
@@ -162,21 +167,18 @@ def test_the_engines_weights_in_another_precision_or_memory_are_not_taken() -> N
     assert share_weights(make_policy().get_base_model(), engine, CPU)[0] == 0
 
 
-def test_weights_that_are_trained_are_never_shared() -> None:
-    base = make_policy().get_base_model()
+def test_weights_that_are_trained_are_never_shared(base: Any, engine: Engine) -> None:
     base.model.norm.weight.requires_grad_(True)
-    engine = Engine(make_model())
     shared, own = share_weights(base, engine, CPU)
     assert shared > 0
     assert own == {}  # all that is frozen
     assert not holds(engine, base.model.norm.weight)
 
 
-def test_other_adapters_are_no_part_of_the_base() -> None:
-    policy = make_policy()
+def test_other_adapters_are_no_part_of_the_base(policy: Any, engine: Engine) -> None:
     policy.add_adapter("ref", LoraConfig(r=2, target_modules=["q_proj"]))  # frozen while another one is trained
     assert any("lora_A.ref" in name and not p.requires_grad for name, p in policy.named_parameters())
-    assert share_weights(policy.get_base_model(), Engine(make_model()), CPU)[1] == {}
+    assert share_weights(policy.get_base_model(), engine, CPU)[1] == {}
 
 
 class Mapper:
@@ -187,9 +189,7 @@ class Mapper:
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_an_engine_with_names_of_its_own(stacked: bool) -> None:
-    base = make_policy().get_base_model()
-    engine = Engine(make_model())
+def test_an_engine_with_names_of_its_own(base: Any, engine: Engine, stacked: bool) -> None:
     engine.weights = {name.replace("model.", "language_model.model.", 1): w for name, w in engine.weights.items()}
     assert share_weights(base, engine, CPU)[0] == base.lm_head.weight.nbytes  # the only name that is the same
     # A mapper may join layers too; what it only renames is asked for.
@@ -201,19 +201,16 @@ def test_an_engine_with_names_of_its_own(stacked: bool) -> None:
     assert different_weights(base, engine) == ["model.norm.weight"]
 
 
-def test_a_layer_that_the_policy_does_not_have_ends_its_row(tmp_path: Path) -> None:
+def test_a_layer_that_the_policy_does_not_have_ends_its_row(base: Any, engine: Engine) -> None:
     """The places of later parts are unknown then."""
-    base = make_policy().get_base_model()
-    engine = Engine(make_model())
     engine.packed_modules_mapping = {**PACKED, "qkv_proj": ["other_proj", "k_proj", "v_proj"]}
     own = list(share_weights(base, engine, CPU)[1])
     assert {name.split(".")[-2] for name in own} == {"q_proj", "k_proj", "v_proj"}
 
 
-def test_a_merged_model_is_saved_whole(tmp_path: Path) -> None:
+def test_a_merged_model_is_saved_whole(policy: Any, engine: Engine, tmp_path: Path) -> None:
     """Shared weights are slices of one memory; a checkpoint has each once."""
-    policy = make_policy()
-    share_weights(policy.get_base_model(), Engine(make_model()), CPU)
+    share_weights(policy.get_base_model(), engine, CPU)
     expected = policy.eval()(input_ids=IDS).logits
     policy.merge_and_unload().save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -224,18 +221,17 @@ def test_a_merged_model_is_saved_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_engine_on_the_same_base_differs_in_nothing(dtype: torch.dtype) -> None:
-    engine = Engine(make_model())
+def test_an_engine_on_the_same_base_differs_in_nothing(base: Any, engine: Engine, dtype: torch.dtype) -> None:
     for name, weight in engine.weights.items():
         engine.weights[name] = Parameter(weight.to(dtype), False)
     engine.weights["model.layers.0.mlp.down_proj.base_layer.weight"].data = torch.empty(0)  # packed for other kernels
     rows = engine.weights["model.layers.1.self_attn.o_proj.base_layer.weight"]
     rows.data = rows.data[torch.randperm(len(rows))]  # in an order of the engine's own
-    assert different_weights(make_policy().get_base_model(), engine) == []
+    assert different_weights(base, engine) == []
 
 
 @pytest.mark.parametrize(
-    ("policy", "engine"),
+    ("own", "held"),
     [
         (torch.bfloat16, torch.float16),  # a checkpoint in one of the two is rounded in the other
         (torch.float16, torch.bfloat16),
@@ -243,12 +239,12 @@ def test_an_engine_on_the_same_base_differs_in_nothing(dtype: torch.dtype) -> No
         (torch.float32, torch.float8_e4m3fn),
     ],
 )
-def test_precisions_that_cannot_be_compared_say_nothing(policy: torch.dtype, engine: torch.dtype) -> None:
-    base = make_policy().get_base_model().to(policy)
-    holder = Engine(make_model())
-    scale = 2 if engine.itemsize == 1 else 1  # 8-bit weights have scales besides
-    holder.weights = {name: Parameter((scale * w).to(engine), False) for name, w in holder.weights.items()}
-    assert different_weights(base, holder) == []
+def test_precisions_that_cannot_be_compared_say_nothing(
+    base: Any, engine: Engine, own: torch.dtype, held: torch.dtype
+) -> None:
+    scale = 2 if held.itemsize == 1 else 1  # 8-bit weights have scales besides
+    engine.weights = {name: Parameter((scale * w).to(held), False) for name, w in engine.weights.items()}
+    assert different_weights(base.to(own), engine) == []
 
 
 def test_4_bits_stored_as_floats_are_no_weights_in_16_bits(tmp_path: Path) -> None:
@@ -258,24 +254,21 @@ def test_4_bits_stored_as_floats_are_no_weights_in_16_bits(tmp_path: Path) -> No
     assert different_weights(policy, engine) == []
 
 
-def test_other_numbers_of_the_same_norm_and_sum_are_seen() -> None:
-    engine = Engine(make_model())
+def test_other_numbers_of_the_same_norm_and_sum_are_seen(base: Any, engine: Engine) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     held = engine.weights[name.replace("proj.", "proj.base_layer.")]
     held.data = -held.data  # the same norm
-    assert different_weights(make_policy().get_base_model(), engine) == [name]
+    assert different_weights(base, engine) == [name]
     held.data = -held.data.roll(1, 0)
     held.data[0] += 0.1
     held.data[1] -= 0.1  # the same sum
-    assert different_weights(make_policy().get_base_model(), engine) == [name]
+    assert different_weights(base, engine) == [name]
     held.data = torch.zeros(3, 5)  # transposed or arranged otherwise
-    assert different_weights(make_policy().get_base_model(), engine) == []
+    assert different_weights(base, engine) == []
 
 
-def test_a_weight_that_the_engine_derives_from_the_policys_is_none_to_compare() -> None:
-    base = make_policy().get_base_model()
+def test_a_weight_that_the_engine_derives_from_the_policys_is_none_to_compare(base: Any, engine: Engine) -> None:
     base.model.register_parameter("A_log", Parameter(torch.ones(4), False))
-    engine = Engine(make_model())
     engine.weights["model.A"] = Parameter(-torch.ones(4).exp(), False)
     mapper: Any = SimpleNamespace(apply_list=lambda names: [name.replace("A_log", "A") for name in names])
     engine.hf_to_vllm_mapper = mapper
@@ -309,8 +302,7 @@ def test_a_policy_in_parts_shares_nothing(sharding: DistributedType) -> None:
         check(make_policy(), sharding)
 
 
-def test_a_policy_on_several_cards_shares_nothing() -> None:
-    policy = make_policy()
+def test_a_policy_on_several_cards_shares_nothing(policy: Any) -> None:
     device_map: dict[str, Any] = {"model.layers.0": 0, "model.layers.1": 0}
     policy.get_base_model().hf_device_map = device_map
     check(policy)
