@@ -141,7 +141,6 @@ def test_messages_get_the_chat_template_and_its_arguments(
         ({"model_name_or_path": None}, ["No model", "--model_name_or_path"]),
         ({"model_name_or_path": "no/model"}, ["error:"]),
         ({"dataset_name": "-"}, ["Standard input holds no prompts", "--dataset_name"]),
-        ({"dataset_name": "none.jsonl"}, ["none.jsonl", "looks like a file"]),
         ({"prompt_column": "question"}, ["no column 'question'", "prompt, answer", "--prompt_column"]),
         ({"dataset_name": "saved", "dataset_split": "test"}, ["no split 'test'", "a, b", "--dataset_split"]),
         ({"dataset_name": "answers.jsonl"}, ["Prompt 0 is 1", "give text, or a list of messages"]),
@@ -176,7 +175,6 @@ def test_user_errors_are_one_line_before_the_model_is_loaded(
     ("settings", "words"),
     [
         ({"compare": "greedy"}, "`compare` is 'greedy'. Choose one of 'independent'"),
-        ({"dtype": "int3"}, "`dtype` is 'int3'"),
         ({"repeats": 1.5}, "`repeats` is 1.5 (float); it must be a whole number"),
         ({"max_prompts": 1.5}, "`max_prompts` is 1.5 (float); it must be a whole number"),
         ({"temprature": 1}, "temprature"),

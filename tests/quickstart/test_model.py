@@ -1,6 +1,5 @@
 """The small model that comes with a package."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,20 +10,13 @@ from treepo_trl.quickstart import greedy_completions, small_model
 
 
 def test_small_model_is_the_one_described(small_model_dir: str) -> None:
-    config = json.loads((Path(small_model_dir) / "config.json").read_text())
-    assert config["model_type"] == "llama"
     tokenizer = AutoTokenizer.from_pretrained(small_model_dir)
     assert tokenizer.eos_token == "<|im_end|>"
     model = AutoModelForCausalLM.from_pretrained(small_model_dir)
-    assert model.dtype == torch.bfloat16
-    assert 134e6 < sum(p.numel() for p in model.parameters()) < 135e6
-    (text,) = greedy_completions(
-        model,
-        tokenizer,
-        [[{"role": "user", "content": "What is the capital of France? Answer in one word."}]],
-        8,
-        [tokenizer.eos_token_id],
-    )
+    assert (model.config.model_type, model.dtype) == ("llama", torch.bfloat16)
+    assert 134e6 < model.num_parameters() < 135e6
+    question = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+    (text,) = greedy_completions(model, tokenizer, [question], 8, [tokenizer.eos_token_id])
     assert "Paris" in text
 
 

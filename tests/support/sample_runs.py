@@ -50,7 +50,7 @@ def save_adapter(model: str, folder: str | Path) -> None:
     """A random adapter, large enough to change what the model says."""
     torch.manual_seed(1)
     settings = LoraConfig(r=8, lora_alpha=512, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(model), settings).save_pretrained(folder)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), settings).save_pretrained(str(folder))
 
 
 def fail_to_build(*args: Any, **kwargs: Any) -> Any:
