@@ -176,6 +176,12 @@ def test_temperature_flattens_the_split(rng: random.Random) -> None:
     assert split_budget(11, scores, rng, 1000.0) == [5, 6]
 
 
+@pytest.mark.parametrize("scores", [6, [0.1] * 6, [0.1, 0.4, -2.0, 0.1, 0.1, 0.3]])
+def test_seeded_splits_repeat(scores: int | list[float]) -> None:
+    first, second = ([split_budget(n, scores, random.Random(n)) for n in range(6, 40)] for _ in range(2))
+    assert first == second
+
+
 # Scores
 
 

@@ -2,7 +2,7 @@
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 
 CHAT_TEMPLATE = (
@@ -44,3 +44,9 @@ def make_model(**changes: object) -> Qwen3ForCausalLM:
     model.generation_config.eos_token_id = 0
     model.generation_config.pad_token_id = 1
     return model
+
+
+def make_reward_model() -> Qwen3ForSequenceClassification:
+    """A random model of the same size that gives a text a number."""
+    torch.manual_seed(1)
+    return Qwen3ForSequenceClassification(Qwen3Config(**{**make_model().config.to_dict(), "num_labels": 1}))

@@ -1,6 +1,5 @@
 """Trainers that record or replay what they sample, their settings, data and rewards, and what a run is compared by."""
 
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from trl import GRPOTrainer
 
 from tests.support.models import make_tokenizer
 from treepo_trl import SegmentTree, TreePOConfig, TreePOTrainer
+from treepo_trl.update.advantages import leaf_paths, tree_advantages
 
 
 NUM_GENERATIONS = 4
-LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 
 
 def parity_reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
@@ -173,7 +172,16 @@ def build(cls: type, model: Any, config: Any, **changes: Any) -> Any:
         "processing_class": make_tokenizer(),
         **changes,
     }
-    return cls(model=model, args=config, **arguments)
+    trainer = cls(model=model, args=config, **arguments)
+    trainer.initial_parameters = parameters_of(trainer)
+    return trainer
+
+
+def trained(cls: type, model: Any, config: Any, **changes: Any) -> Any:
+    """A trainer whose training is done."""
+    trainer = build(cls, model, config, **changes)
+    trainer.train()
+    return trainer
 
 
 def watch_loss(trainer: Any, look: Callable[[Any, dict[str, Any]], object]) -> None:
@@ -197,8 +205,10 @@ def assert_same_parameters(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor
     assert worst <= tolerance, f"parameters differ by {worst}"
 
 
-def largest_change(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
-    return max((before[name] - after[name]).abs().max().item() for name in before)
+def change(trainer: Any) -> float:
+    """The largest change of a parameter since `build`."""
+    after = parameters_of(trainer)
+    return max((value - after[name]).abs().max().item() for name, value in trainer.initial_parameters.items())
 
 
 def logs_of(trainer: Any, key: str) -> list[float]:
@@ -222,43 +232,33 @@ def assert_same_run(
     assert_same_parameters(parameters_of(a), parameters_of(b), parameter_tolerance)
 
 
-# Advantages by hand
+# Advantages
 
 
-def slow_advantages(
-    tree: SegmentTree, rewards: list[float | None], estimator: str = "treepo", rejection: bool = False
-) -> list[float]:
-    """Eq. 5 to 7 for the leaves in depth-first order, in loops; not yet divided. `None` is unscorable."""
-    leaves = tree.leaves
-    result = []
-    for leaf, reward in zip(leaves, rewards, strict=True):
-        if reward is None:
-            result.append(0.0)
-            continue
-        groups = [[r for r in rewards if r is not None]]
-        for node in tree.path(leaf):
-            group = [r for other, r in zip(leaves, rewards, strict=True) if r is not None and node in tree.path(other)]
-            if len(group) > 1 and not (rejection and max(group) == min(group)):
-                groups.append(group)
-        if estimator == "grpo":
-            groups = groups[:1]
-        terms = [reward - sum(group) / len(group) for group in groups]
-        weights = [len(group) if estimator == "treepo_size_weighted" else 1 for group in groups]
-        result.append(sum(t * w for t, w in zip(terms, weights, strict=True)) / sum(weights))
-    return result
-
-
-def expected_advantages(generation: dict[str, Any], scale: str, **options: Any) -> torch.Tensor:
-    """(B, T) by hand: tree advantages over the deviation that `scale_rewards` names, on each token of a leaf."""
+def expected_advantages(
+    generation: dict[str, Any],
+    scale: str,
+    estimator: str = "treepo",
+    rejection: bool = False,
+    weighting: str = "uniform",
+) -> torch.Tensor:
+    """(B, T): `tree_advantages` over the deviation that `scale_rewards` names, on each token of a segment."""
     output, rewards = generation["output"], generation["rewards"].double()
-    totals = [None if all(r != r for r in row) else sum(r for r in row if r == r) for row in rewards.tolist()]
+    totals = rewards.nansum(1).masked_fill(rewards.isnan().all(1), torch.nan)
     result = torch.zeros(output["completion_ids"].shape)
     for i, tree in enumerate(generation["trees"]):
         group = totals[i * NUM_GENERATIONS : (i + 1) * NUM_GENERATIONS]
-        pool = [r for r in (group if scale == "group" else totals) if r is not None]
-        divisor = 1.0 if scale == "none" else statistics.stdev(pool) + 1e-4
-        for j, (leaf, value) in enumerate(zip(tree.leaves, slow_advantages(tree, group, **options), strict=True)):
-            result[i * NUM_GENERATIONS + j, : len(tree.completion_ids(leaf))] = value / divisor
+        pool = group if scale == "group" else totals
+        divisor = 1.0 if scale == "none" else pool[~pool.isnan()].std() + 1e-4
+        (ids,), _ = leaf_paths([tree])
+        weights = torch.tensor(tree.leaf_weights()).double() if weighting == "inverse_branching" else None
+        values = tree_advantages(group, ids, estimator, subgroup_rejection=rejection, leaf_weights=weights)
+        if weights is not None:
+            values = values * (weights * NUM_GENERATIONS)[:, None]
+        for j, leaf in enumerate(tree.leaves):
+            lengths = [len(tree.nodes[node].token_ids) for node in tree.path(leaf)]
+            tokens = [value for value, n in zip(values[j].tolist(), lengths, strict=False) for _ in range(n)]
+            result[i * NUM_GENERATIONS + j, : len(tokens)] = torch.tensor(tokens) / divisor
     return result
 
 
@@ -281,6 +281,4 @@ def train(
     """A training with dynamic sampling that is done; `data` is a dataset or the kinds of its prompts."""
     config = make_config(folder, **{"max_steps": 3, "dynamic_sampling_rounds": 4, **changes})
     dataset = labelled(data) if isinstance(data, str) else data
-    trainer = build(RecordingTrainer, model, config, train_dataset=dataset, reward_funcs=rewards)
-    trainer.train()
-    return trainer
+    return trained(RecordingTrainer, model, config, train_dataset=dataset, reward_funcs=rewards)

@@ -5,11 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import LoraConfig
-from transformers import (
-    TrainerCallback,
-)
+from transformers import TrainerCallback
 
 from tests.support.trainers import (
     RecordingTrainer,
@@ -60,34 +57,15 @@ def test_resume_continues_the_run(tmp_path: Path, tiny_model_dir: str, kind: str
     assert "2508.17445" in card
 
 
-def test_saved_model_can_be_loaded(tmp_path: Path, tiny_model_dir: str) -> None:
-    from transformers import AutoModelForCausalLM
-
-    trainer = build(TreePOTrainer, tiny_model_dir, make_config(tmp_path))
-    trainer.train()
-    trainer.save_model(str(tmp_path / "saved"))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="float32")
-    for (name, a), b in zip(trainer.model.named_parameters(), loaded.parameters(), strict=True):
-        assert torch.equal(a, b), name
-    assert loaded.config._attn_implementation == "sdpa"
-
-
 @pytest.mark.parametrize("kind", ["map", "iterable"])
 def test_a_resumed_training_draws_on(tmp_path: Path, tiny_model_dir: str, kind: str) -> None:
     kinds = "cvvcvcvvccv"
 
     def make(name: str) -> Any:
-        dataset = labelled(kinds)
-        config = make_config(
-            tmp_path / name, max_steps=4, dynamic_sampling_rounds=4, save_strategy="steps", save_steps=2
-        )
-        return build(
-            RecordingTrainer,
-            tiny_model_dir,
-            config,
-            train_dataset=dataset if kind == "map" else dataset.to_iterable_dataset(),
-            reward_funcs=reward_by_kind,
-        )
+        dataset = labelled(kinds) if kind == "map" else labelled(kinds).to_iterable_dataset()
+        changes = {"max_steps": 4, "dynamic_sampling_rounds": 4, "save_strategy": "steps", "save_steps": 2}
+        arguments = {"train_dataset": dataset, "reward_funcs": reward_by_kind}
+        return build(RecordingTrainer, tiny_model_dir, make_config(tmp_path / name, **changes), **arguments)
 
     whole, resumed = make("whole"), make("resumed")
     whole.train()
@@ -103,13 +81,9 @@ def test_a_resumed_training_draws_on(tmp_path: Path, tiny_model_dir: str, kind: 
 def test_a_training_resumed_inside_a_batch_samples_it_again(tmp_path: Path, tiny_model_dir: str) -> None:
     def make(name: str) -> Any:
         changes = {"num_iterations": 2, "dynamic_sampling_rounds": 4, "save_strategy": "steps", "save_steps": 1}
-        return build(
-            RecordingTrainer,
-            tiny_model_dir,
-            make_config(tmp_path / name, max_steps=4, **changes),
-            train_dataset=labelled("cvvcvcvvccvvvv"),
-            reward_funcs=reward_by_kind,
-        )
+        config = make_config(tmp_path / name, max_steps=4, **changes)
+        arguments = {"train_dataset": labelled("cvvcvcvvccvvvv"), "reward_funcs": reward_by_kind}
+        return build(RecordingTrainer, tiny_model_dir, config, **arguments)
 
     whole = make("whole")
     whole.train()
@@ -124,37 +98,24 @@ def test_a_training_resumed_inside_a_batch_samples_it_again(tmp_path: Path, tiny
 def test_a_checkpoint_without_position_is_warned_about(
     tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def run(name: str, rounds: int, checkpoint: str | None, **changes: Any) -> Any:
+    def run(name: str, rounds: int, steps: int, start: str | None, **changes: Any) -> tuple[Any, bool]:
+        """Train in a folder up to `steps`; whether it is said that prompts are drawn from the start."""
         changes = {"dynamic_sampling_rounds": rounds, "save_strategy": "steps", "save_steps": 1, **changes}
-        trainer = build(RecordingTrainer, tiny_model_dir, make_config(tmp_path / name, **changes))
-        trainer.train(resume_from_checkpoint=checkpoint)
-        return trainer
-
-    plain = run("plain", 0, None)
-    checkpoint = str(tmp_path / "plain/checkpoint-1")
-    resumed = run("resumed", 2, checkpoint)
-    assert "does not say which prompts" in caplog.text
-    assert resumed.sampled[0] == plain.sampled[0]
-    caplog.clear()
-    skipping = run("skipping", 2, checkpoint, ignore_data_skip=True)
-    assert skipping.sampled[0] == plain.sampled[0]
-    assert "does not say which prompts" not in caplog.text
-
-
-def test_a_part_without_dynamic_sampling_is_warned_about_too(
-    tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """On, off, on: the position of the first part says nothing about what the second has drawn."""
-    checkpoint = None
-    for steps, rounds in ((1, 2), (2, 0), (3, 2)):
-        config = make_config(
-            tmp_path, max_steps=steps, dynamic_sampling_rounds=rounds, save_strategy="steps", save_steps=1
-        )
-        trainer = build(RecordingTrainer, tiny_model_dir, config)
+        trainer = build(RecordingTrainer, tiny_model_dir, make_config(tmp_path / name, max_steps=steps, **changes))
         caplog.clear()
-        trainer.train(resume_from_checkpoint=checkpoint)
-        checkpoint = str(tmp_path / f"checkpoint-{steps}")
-    assert "does not say which prompts" in caplog.text
+        trainer.train(resume_from_checkpoint=start and str(tmp_path / start))
+        return trainer, "does not say which prompts" in caplog.text
+
+    plain, _ = run("plain", 0, 1, None)
+    resumed, is_warned = run("resumed", 2, 2, "plain/checkpoint-1")
+    assert is_warned
+    assert resumed.sampled[0] == plain.sampled[0]
+    skipping, is_warned = run("skipping", 2, 2, "plain/checkpoint-1", ignore_data_skip=True)
+    assert not is_warned
+    assert skipping.sampled[0] == plain.sampled[0]
+    # On, off, on: the position of the first part says nothing about what the second has drawn.
+    run("resumed", 0, 3, "resumed/checkpoint-2")
+    assert run("resumed", 2, 4, "resumed/checkpoint-3")[1]
 
 
 def test_a_checkpoint_before_the_optimizer_step_does_not_lose_the_batch(tmp_path: Path, tiny_model_dir: str) -> None:

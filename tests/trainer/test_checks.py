@@ -42,43 +42,64 @@ class Environment:
         return None
 
 
+NO_TURNS = "is not supported yet .*Leave it out, or use `GRPOTrainer`"
+IMAGES = "image prompts are not supported yet.*Remove the column"
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("arguments", "message"),
     [
-        ("tools", [a_tool]),
-        ("environment_factory", Environment),
-        ("environment_factory", {"one": Environment}),
-        ("rollout_func", lambda prompts, trainer: {}),
+        ({"tools": [a_tool]}, f"`tools` {NO_TURNS}"),
+        ({"environment_factory": Environment}, f"`environment_factory` {NO_TURNS}"),
+        ({"environment_factory": {"one": Environment}}, f"`environment_factory` {NO_TURNS}"),
+        ({"rollout_func": lambda prompts, trainer: {}}, f"`rollout_func` {NO_TURNS}"),
+        ({"train_dataset": PROMPTS.add_column("image", [None] * 8)}, f"column 'image': {IMAGES}"),
+        ({"train_dataset": PROMPTS.add_column("images", [None] * 8)}, f"column 'images': {IMAGES}"),
+        ({"train_dataset": None}, "`train_dataset` is required"),  # TRL's error
     ],
 )
-def test_several_turns(tmp_path: Path, name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"`{name}` is not supported yet .*Leave it out, or use `GRPOTrainer`"):
-        make_trainer(make_config(tmp_path), **{name: value})
+def test_arguments_that_are_not_supported(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(make_config(tmp_path), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("use_vllm", "kwargs", "message"),
+    [
+        (False, {"num_beams": 4}, "has num_beams, which .*Remove the others, or set `use_vllm"),
+        (False, {"top_k": 3, "seed": 1, "eta_cutoff": 0.1}, "`generation_kwargs` has eta_cutoff, seed, which"),
+        *(
+            (True, {name: 1, "best_of": 3}, f"`generation_kwargs` has {name}, which the tree sampler sets itself")
+            for name in (
+                *("n", "max_tokens", "logprobs", "stop", "detokenize", "ignore_eos", "structured_outputs"),
+                # One seed for every request would make all siblings equal; penalties would forget the path.
+                *("seed", "presence_penalty", "bad_words", "truncate_prompt_tokens"),
+            )
+        ),
+    ],
+)
+def test_generation_kwargs_that_segments_cannot_have(
+    tmp_path: Path, use_vllm: bool, kwargs: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(make_config(tmp_path, use_vllm=use_vllm, generation_kwargs=kwargs))
+
+
+def test_vllm_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
+    with pytest.raises(ValueError, match=r"`vllm_structured_outputs_regex` is not supported.*Leave it out"):
+        make_trainer(make_config(tmp_path, use_vllm=True, vllm_structured_outputs_regex="a+"))
 
 
 def test_no_tools_are_no_tools(tmp_path: Path) -> None:
     check_arguments(make_config(tmp_path), [], None, None)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "named"),
-    [({"num_beams": 4}, "num_beams"), ({"top_k": 3, "seed": 1, "eta_cutoff": 0.1}, "eta_cutoff, seed")],
-)
-def test_unknown_generation_kwargs(tmp_path: Path, kwargs: dict[str, Any], named: str) -> None:
-    config = make_config(tmp_path, generation_kwargs=kwargs)
-    with pytest.raises(
-        ValueError, match=rf"`generation_kwargs` has {named}, which .*Remove the others, or set `use_vllm"
-    ):
-        make_trainer(config)
-
-
 def test_known_generation_kwargs_are_used(tmp_path: Path) -> None:
     config = make_config(tmp_path, generation_kwargs={"top_k": 3, "temperature": 0.5})
     engine = make_trainer(config).sampler.engine
     assert (engine.options.top_k, engine.options.temperature) == (3, 0.5)
-
-
-# vLLM
 
 
 def test_vllm_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,36 +110,7 @@ def test_vllm_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         make_trainer(make_config(tmp_path, use_vllm=True))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("n", "max_tokens", "logprobs", "stop", "detokenize", "ignore_eos", "structured_outputs"),
-        # One seed for every request would make all siblings equal; penalties would forget the path.
-        *("seed", "presence_penalty", "bad_words", "truncate_prompt_tokens"),
-    ],
-)
-def test_reserved_vllm_generation_kwargs(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
-    with pytest.raises(ValueError, match=rf"`generation_kwargs` has {name}, which the tree sampler sets itself"):
-        make_trainer(make_config(tmp_path, use_vllm=True, generation_kwargs={name: 1, "best_of": 3}))
-
-
-def test_vllm_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
-    with pytest.raises(ValueError, match=r"`vllm_structured_outputs_regex` is not supported.*Leave it out"):
-        make_trainer(make_config(tmp_path, use_vllm=True, vllm_structured_outputs_regex="a+"))
-
-
 # Datasets
-
-
-@pytest.mark.parametrize("column", ["image", "images"])
-def test_image_columns(tmp_path: Path, column: str) -> None:
-    dataset = PROMPTS.add_column(column, [None] * 8)
-    with pytest.raises(
-        ValueError, match=rf"column '{column}': image prompts are not supported yet.*Remove the column"
-    ):
-        make_trainer(make_config(tmp_path), train_dataset=dataset)
 
 
 @pytest.mark.parametrize(
@@ -142,11 +134,6 @@ def test_streams_of_unknown_columns_pass() -> None:
     stream = IterableDataset.from_generator(lambda: iter([{"prompt": "w1"}]))
     assert stream.column_names is None
     check_datasets(stream, None, {"a": stream})
-
-
-def test_no_train_dataset_is_trls_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`train_dataset` is required"):
-        make_trainer(make_config(tmp_path), train_dataset=None)
 
 
 def test_prompt_longer_than_the_context(tmp_path: Path) -> None:

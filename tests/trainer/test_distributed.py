@@ -3,15 +3,16 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from tests.support.distributed import PROMPTS, make_trainer
 from tests.support.processes import run_in_two_processes
-from tests.support.trainers import assert_same_parameters, parity_reward
-from treepo_trl import SegmentTree, TreePOTrainer
+from tests.support.trainers import ReplayTrainer, assert_same_parameters, change, logs_of, parameters_of, parity_reward
+from treepo_trl import SegmentTree
+from treepo_trl.sampling import FinishReason
 
 
 SCRIPT = """
@@ -23,28 +24,11 @@ getattr(distributed, sys.argv[1])(*sys.argv[2:])
 """
 
 
-class ReplayTrainer(TreePOTrainer):
-    """One process with the trees that two have sampled."""
-
-    recorded: list[list[SegmentTree]]
-
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        if self.model.training:
-            trees = self.recorded.pop(0)
-            self.sampler.sample = lambda prompts, seed, **_: trees
-        return super()._generate_single_turn(*args, **kwargs)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
-        {
-            "eval_strategy": "steps",
-            "eval_steps": 1,
-            "per_device_eval_batch_size": 4,
-            "branching_factor": 1,
-            "temperature": 4.0,
-        },
+        {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
+        | {"branching_factor": 1, "temperature": 4.0},
         {"lora": True, "beta": 0.1, "gradient_accumulation_steps": 2, "tree_packing": "sdpa"},
         # Prompts of different length: the processes cut their trees into different numbers of pieces.
         {"max_tokens_per_micro_batch": 60, "gradient_checkpointing": True},
@@ -63,9 +47,7 @@ def test_two_processes_update_as_one(tmp_path: Path, tiny_model_dir: str, change
 
     # Both processes hold the same model, and it has moved.
     parameters = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
-    assert parameters[0].keys() == parameters[1].keys()
-    for name in parameters[0]:
-        assert torch.equal(parameters[0][name], parameters[1][name]), name
+    assert_same_parameters(*parameters, 0.0)
 
     # Whole trees on each process, with seeds of their own; the metrics are totals over both.
     logs = [log for log in ranks[0]["logs"] if "loss" in log]
@@ -76,9 +58,8 @@ def test_two_processes_update_as_one(tmp_path: Path, tiny_model_dir: str, change
         assert log["tree/leaf_tokens"] == first[0] + second[0]
         assert log["tree/unique_tokens"] == log["tree/decoded_tokens"] == first[1] + second[1]
         assert log["tree/leaf_unique_ratio"] == pytest.approx((first[0] + second[0]) / (first[1] + second[1]))
-        assert sum(log[f"tree/finish_{r}_frac"] for r in ("stop", "pattern", "repetition", "length")) == pytest.approx(
-            1
-        )
+        reasons = [log[f"tree/finish_{reason}_frac"] for reason in get_args(FinishReason)]
+        assert sum(reasons) == pytest.approx(1)
 
     # The tree log has the trees of both.
     recorded = []
@@ -88,9 +69,8 @@ def test_two_processes_update_as_one(tmp_path: Path, tiny_model_dir: str, change
         assert [record["prompt"] for record in records] == PROMPTS[2 * accumulation * step :][: 2 * accumulation]
         recorded.append([SegmentTree.from_dict(record["tree"]) for record in records])
         for record, tree in zip(records, recorded[-1], strict=True):
-            assert record["rewards"] == pytest.approx(
-                parity_reward([tree.completion_ids(leaf) for leaf in record["rows"]]), abs=1e-5
-            )
+            rewards = parity_reward([tree.completion_ids(leaf) for leaf in record["rows"]])
+            assert record["rewards"] == pytest.approx(rewards, abs=1e-5)
     logged = [value for record in records for value in record["advantages"]]
     if "eval_strategy" not in changes:  # an evaluation puts its own there
         assert ranks[0]["logged_advantages"][-8:] == pytest.approx(logged[-8:], abs=1e-4)
@@ -104,30 +84,18 @@ def test_two_processes_update_as_one(tmp_path: Path, tiny_model_dir: str, change
         tiny_model_dir, tmp_path / "single", ReplayTrainer, lora, per_device_train_batch_size=8, **changes
     )
     single.recorded = list(recorded)
-    before = {n: p.detach().clone() for n, p in single.model.named_parameters()}
     single.train()
-    worst = max((p.detach() - parameters[0][n]).abs().max().item() for n, p in single.model.named_parameters())
-    moved = max((p.detach() - before[n]).abs().max().item() for n, p in single.model.named_parameters())
-    assert moved > 1e-2
-    assert worst < 1e-4
+    assert change(single) > 1e-2
+    assert_same_parameters(parameters_of(single), parameters[0])
     for key in ("grad_norm", "reward", "reward_std"):
-        values = [log[key] for log in single.state.log_history if key in log]
-        assert [log[key] for log in logs] == pytest.approx(values, abs=1e-4)
+        assert [log[key] for log in logs] == pytest.approx(logs_of(single, key), abs=1e-4)
 
 
 def test_two_processes_fill_one_batch(tmp_path: Path, tiny_model_dir: str) -> None:
     ranks = run_in_two_processes(SCRIPT, tmp_path, "train_dynamically_and_write", tiny_model_dir, str(tmp_path))
-    assert ranks[0]["sampled"] == [
-        ["w0", "w1"],
-        ["w4"],
-        ["w7", "w8"],
-        ["w11", "w12"],
-        ["w15"],
-        ["w16"],
-        ["w17"],
-        ["w18"],
-    ]
-    assert ranks[1]["sampled"] == [["w2", "w3"], ["w5", "w6"], ["w9", "w10"], ["w13", "w14"], [], [], [], []]
+    first = ["w0 w1", "w4", "w7 w8", "w11 w12", "w15", "w16", "w17", "w18"]
+    second = ["w2 w3", "w5 w6", "w9 w10", "w13 w14", "", "", "", ""]
+    assert [[" ".join(prompts) for prompts in rank["sampled"]] for rank in ranks] == [first, second]
     expected = [{"w0", "w4", "w5", "w6"}, {"w7", "w8", "w9", "w10"}, {"w18", "w12", "w13", "w14"}]
     for first, second, prompts in zip(ranks[0]["updated"], ranks[1]["updated"], expected, strict=True):
         assert Counter(first + second) == dict.fromkeys(prompts, 4)

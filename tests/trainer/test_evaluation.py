@@ -13,6 +13,7 @@ from tests.support.trainers import (
     make_config,
     parameters_of,
     plain_prompts,
+    trained,
 )
 
 
@@ -28,8 +29,7 @@ def test_evaluation_samples_independently(tmp_path: Path, tiny_model_dir: str, p
         max_steps=3,
         beta=0.1,
     )
-    trainer = build(SpyTrainer, tiny_model_dir, config, eval_dataset=plain_prompts(4))
-    trainer.train()
+    trainer = trained(SpyTrainer, tiny_model_dir, config, eval_dataset=plain_prompts(4))
     assert len(trainer.all_trees) == len(trainer.generations) == 3  # trees for training alone
     assert len(trainer.evaluations) == 3 * 2  # 4 prompts x 2 completions in batches of 4
     for evaluation in trainer.evaluations:
@@ -48,8 +48,7 @@ def test_evaluation_samples_independently(tmp_path: Path, tiny_model_dir: str, p
 def test_evaluation_does_not_disturb_training(tmp_path: Path, tiny_model_dir: str) -> None:
     """With two steps per generation an evaluation falls between the sampling and the use of a batch."""
     changes = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "max_steps": 4, "loss_type": "grpo"}
-    alone = build(SpyTrainer, tiny_model_dir, make_config(tmp_path / "a", **changes))
-    alone.train()
+    alone = trained(SpyTrainer, tiny_model_dir, make_config(tmp_path / "a", **changes))
     config = make_config(tmp_path / "b", eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4, **changes)
     evaluated = build(ReplayTrainer, tiny_model_dir, config, eval_dataset=plain_prompts(2))
     evaluated.recorded = alone.all_trees

@@ -8,12 +8,12 @@ from datasets import IterableDataset
 from tests.support.models import make_tokenizer
 from tests.support.trainers import (
     SpyTrainer,
-    build,
     chat_prompts,
     logs_of,
     make_config,
     parity_reward,
     plain_prompts,
+    trained,
 )
 
 
@@ -27,8 +27,7 @@ def test_stop_pattern_ends_conversational_paths(tmp_path: Path, tiny_model_dir: 
         seen.extend(zip(prompts, completions, strict=True))
         return parity_reward(completion_ids)
 
-    trainer = build(SpyTrainer, tiny_model_dir, config, train_dataset=chat_prompts(), reward_funcs=reward)
-    trainer.train()
+    trainer = trained(SpyTrainer, tiny_model_dir, config, train_dataset=chat_prompts(), reward_funcs=reward)
     tokenizer = make_tokenizer()
     paths = [(tree, leaf) for trees in trainer.all_trees for tree in trees for leaf in tree.leaves]
     ended = 0
@@ -52,8 +51,7 @@ def test_stop_pattern_ends_conversational_paths(tmp_path: Path, tiny_model_dir: 
 
 def test_iterable_dataset(tmp_path: Path, tiny_model_dir: str) -> None:
     dataset = IterableDataset.from_generator(lambda: ({"prompt": p} for p in plain_prompts(4)["prompt"]))
-    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, max_steps=3), train_dataset=dataset)
-    trainer.train()
+    trainer = trained(SpyTrainer, tiny_model_dir, make_config(tmp_path, max_steps=3), train_dataset=dataset)
     assert trainer.state.global_step == 3
     tokenizer = make_tokenizer()
     for generation in trainer.generations:

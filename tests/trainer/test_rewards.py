@@ -7,21 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    Qwen2ForSequenceClassification,
-)
 
-from tests.support.models import make_model, make_tokenizer
+from tests.support.models import make_reward_model, make_tokenizer
 from tests.support.trainers import (
     SpyTrainer,
-    build,
+    change,
     expected_advantages,
-    largest_change,
     length_reward,
     make_config,
-    parameters_of,
     parity_reward,
     plain_prompts,
+    trained,
 )
 from treepo_trl import TreePOTrainer
 
@@ -32,8 +28,7 @@ def test_several_rewards_are_weighted(tmp_path: Path, tiny_model_dir: str) -> No
         return parity_reward(completion_ids)
 
     config = make_config(tmp_path, reward_weights=[0.5, 2.0], scale_rewards="none")
-    trainer = build(SpyTrainer, tiny_model_dir, config, reward_funcs=[slow_parity, length_reward])
-    trainer.train()
+    trainer = trained(SpyTrainer, tiny_model_dir, config, reward_funcs=[slow_parity, length_reward])
     for generation in trainer.generations:
         assert generation["rewards"].shape == (8, 2)
         completions = [tree.completion_ids(leaf) for tree in generation["trees"] for leaf in tree.leaves]
@@ -45,20 +40,9 @@ def test_several_rewards_are_weighted(tmp_path: Path, tiny_model_dir: str) -> No
 
 
 def test_reward_model(tmp_path: Path, tiny_model_dir: str) -> None:
-    policy = make_model()
-    torch.manual_seed(1)
-    reward_model = Qwen2ForSequenceClassification(
-        policy.config.__class__(**{**policy.config.to_dict(), "num_labels": 1})
-    )
-    tokenizer = make_tokenizer()
-    trainer = build(
-        SpyTrainer,
-        tiny_model_dir,
-        make_config(tmp_path, max_steps=1),
-        reward_funcs=reward_model,
-        reward_processing_classes=tokenizer,
-    )
-    trainer.train()
+    reward_model, tokenizer = make_reward_model(), make_tokenizer()
+    arguments = {"reward_funcs": reward_model, "reward_processing_classes": tokenizer}
+    trainer = trained(SpyTrainer, tiny_model_dir, make_config(tmp_path, max_steps=1), **arguments)
     (generation,) = trainer.generations
     rewards = generation["rewards"][:, 0]
     assert rewards.std() > 0
@@ -83,8 +67,7 @@ def test_missing_rewards_are_left_out(tmp_path: Path, tiny_model_dir: str) -> No
     def second(completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
         return [float("nan") if i % 4 == 0 else 2 * r for i, r in enumerate(parity_reward(completion_ids))]
 
-    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, log_trees=True), reward_funcs=[first, second])
-    trainer.train()
+    trainer = trained(SpyTrainer, tiny_model_dir, make_config(tmp_path, log_trees=True), reward_funcs=[first, second])
     for generation in trainer.generations:
         assert torch.isnan(generation["rewards"]).sum() == 6
         advantages = generation["output"]["advantages"]
@@ -100,10 +83,8 @@ def test_no_reward_at_all_moves_nothing(tmp_path: Path, tiny_model_dir: str) -> 
     def nothing(completions: list[str], **kwargs: Any) -> list[None]:
         return [None] * len(completions)
 
-    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path), reward_funcs=nothing)
-    before = parameters_of(trainer)
-    trainer.train()
-    assert largest_change(before, parameters_of(trainer)) == 0
+    trainer = trained(SpyTrainer, tiny_model_dir, make_config(tmp_path), reward_funcs=nothing)
+    assert change(trainer) == 0
 
 
 def test_dataset_columns_reach_the_reward(tmp_path: Path, tiny_model_dir: str) -> None:
@@ -117,8 +98,7 @@ def test_dataset_columns_reach_the_reward(tmp_path: Path, tiny_model_dir: str) -
 
     dataset = plain_prompts()
     dataset = dataset.add_column("answer", [f"answer to {p}" for p in dataset["prompt"]])
-    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path), reward_funcs=check, train_dataset=dataset)
-    trainer.train()
+    trainer = trained(SpyTrainer, tiny_model_dir, make_config(tmp_path), reward_funcs=check, train_dataset=dataset)
     tokenizer = make_tokenizer()
     assert [call[-1] for call in calls] == [0, 1]
     for (prompts, completions, completion_ids, answers, _), trees in zip(calls, trainer.all_trees, strict=True):
@@ -133,8 +113,6 @@ def test_an_infinite_reward_is_left_out(tmp_path: Path, tiny_model_dir: str) -> 
     def reward(completions: list[Any], **_: Any) -> list[float]:
         return [float("inf"), *(float(len(c.split()) % 3) for c in completions[1:])]
 
-    trainer = build(TreePOTrainer, tiny_model_dir, make_config(tmp_path, max_steps=1), reward_funcs=reward)
-    before = parameters_of(trainer)
-    trainer.train()
+    trainer = trained(TreePOTrainer, tiny_model_dir, make_config(tmp_path, max_steps=1), reward_funcs=reward)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
-    assert largest_change(before, parameters_of(trainer)) > 0  # the others count
+    assert change(trainer) > 0  # the others count

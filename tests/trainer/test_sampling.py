@@ -18,6 +18,7 @@ from tests.support.trainers import (
     make_config,
     parity_reward,
     plain_prompts,
+    trained,
     watch_loss,
 )
 from treepo_trl import TreePOTrainer
@@ -45,14 +46,8 @@ def test_logprobs_are_those_of_the_current_weights(tmp_path: Path, tiny_model_di
         trainer.model.train()
         return parity_reward(completion_ids)
 
-    trainer = build(
-        SpyTrainer,
-        tiny_model_dir,
-        config,
-        train_dataset=plain_prompts(2),
-        reward_funcs=check_and_reward,
-        peft_config=peft,
-    )
+    arguments = {"train_dataset": plain_prompts(2), "reward_funcs": check_and_reward, "peft_config": peft}
+    trainer = build(SpyTrainer, tiny_model_dir, config, **arguments)
     trainer.train()
     assert len(firsts) == 4
     assert max(differences) < 1e-4
@@ -96,8 +91,7 @@ def test_model_is_back_in_train_mode_after_a_failed_sampling(tmp_path: Path, tin
 def test_same_seed_same_run(tmp_path: Path, tiny_model_dir: str) -> None:
     runs = []
     for seed in (7, 7, 8):
-        trainer = build(RecordingTrainer, tiny_model_dir, make_config(tmp_path, seed=seed))
-        trainer.train()
+        trainer = trained(RecordingTrainer, tiny_model_dir, make_config(tmp_path, seed=seed))
         runs.append([tree.to_dict() for trees in trainer.all_trees for tree in trees])
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
@@ -106,14 +100,12 @@ def test_same_seed_same_run(tmp_path: Path, tiny_model_dir: str) -> None:
 def test_steps_of_a_run_branch_differently(tmp_path: Path, tiny_model_dir: str) -> None:
     """The sampler's seed is a new one for each generation, also within one optimizer step."""
     config = make_config(tmp_path, gradient_accumulation_steps=2, steps_per_generation=1)
-    trainer = build(RecordingTrainer, tiny_model_dir, config)
-    trainer.train()
+    trainer = trained(RecordingTrainer, tiny_model_dir, config)
     assert [told["seed"] for told in trainer.told] == ["7/0/0/0", "7/0/1/0", "7/1/0/0", "7/1/1/0"]
 
 
 def test_the_sampler_knows_the_progress_and_the_last_batchs_mean_length(tmp_path: Path, tiny_model_dir: str) -> None:
-    trainer = build(RecordingTrainer, tiny_model_dir, make_config(tmp_path, max_steps=4))
-    trainer.train()
+    trainer = trained(RecordingTrainer, tiny_model_dir, make_config(tmp_path, max_steps=4))
     assert [told["progress"] for told in trainer.told] == [0.0, 0.25, 0.5, 0.75]
     assert trainer.told[0]["expected_length"] is None  # nothing is known yet: the cap
     logged = logs_of(trainer, "tree/mean_length")
@@ -128,8 +120,7 @@ def test_the_sampler_knows_the_progress_and_the_last_batchs_mean_length(tmp_path
 
 def test_branching_by_entropy_trains(tmp_path: Path, tiny_model_dir: str) -> None:
     args = make_config(tmp_path, branching_policy="entropy", branching_temperature=0.2, branching_temperature_end=1.0)
-    trainer = build(RecordingTrainer, tiny_model_dir, args)
-    trainer.train()
+    trainer = trained(RecordingTrainer, tiny_model_dir, args)
     nodes = [node for trees in trainer.all_trees for tree in trees for node in tree.nodes]
     assert nodes
     # A uniform distribution over the 65 tokens has the largest entropy.

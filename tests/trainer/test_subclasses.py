@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.trainers import RecordingTrainer, build, labelled, logs_of, make_config
+from tests.support.trainers import RecordingTrainer, build, labelled, logs_of, make_config, trained
 
 
 def zero_or_two(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -35,8 +35,7 @@ def test_shaped_rewards_are_shaped_once(tmp_path: Path, tiny_model_dir: str, est
         scale_rewards="none",
         log_trees=True,
     )
-    trainer = build(ShapingTrainer, tiny_model_dir, config, reward_funcs=zero_or_two)
-    trainer.train()
+    trainer = trained(ShapingTrainer, tiny_model_dir, config, reward_funcs=zero_or_two)
     assert trainer.calls == 1
     assert logs_of(trainer, "reward") == [3.0]  # of 1 and 5
     (_, advantages) = trainer.updated[0]
@@ -57,10 +56,9 @@ class RewardingTrainer(RecordingTrainer):
 def test_rewards_may_be_replaced(tmp_path: Path, tiny_model_dir: str, rounds: int) -> None:
     """Dynamic sampling replaces prompts by what the subclass says they are worth."""
     config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=rounds, shuffle_dataset=False)
-    trainer = build(
+    trainer = trained(
         RewardingTrainer, tiny_model_dir, config, train_dataset=labelled("cvvvvvvv"), reward_funcs=zero_or_two
     )
-    trainer.train()
     ((prompts, advantages),) = trainer.updated
     assert set(prompts) == ({"w2", "w1"} if rounds else {"w0", "w1"})
     assert logs_of(trainer, "reward") == [0.5 if rounds else 0.25]
@@ -71,7 +69,7 @@ def test_rewards_may_be_replaced(tmp_path: Path, tiny_model_dir: str, rounds: in
 class ScalingTrainer(RecordingTrainer):
     """Multiplies the advantages of what is scored."""
 
-    factor = 3.0
+    factor = 1.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -83,20 +81,15 @@ class ScalingTrainer(RecordingTrainer):
         return {**output, "advantages": self.factor * output["advantages"]}
 
 
-class PlainTrainer(ScalingTrainer):
-    factor = 1.0
-
-
 @pytest.mark.parametrize("estimator", ["grpo", "treepo"])
 @pytest.mark.parametrize("rounds", [0, 2])
 def test_what_is_scored_may_be_changed(tmp_path: Path, tiny_model_dir: str, estimator: str, rounds: int) -> None:
     """The loss gets what the subclass returns, once per batch whatever the number of rounds."""
     runs = []
-    for cls in (PlainTrainer, ScalingTrainer):
-        config = make_config(
-            tmp_path / cls.__name__, max_steps=1, dynamic_sampling_rounds=rounds, advantage_estimator=estimator
-        )
-        runs.append(build(cls, tiny_model_dir, config))
+    for factor in (1.0, 3.0):
+        config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=rounds, advantage_estimator=estimator)
+        runs.append(build(ScalingTrainer, tiny_model_dir, config))
+        runs[-1].factor = factor
         runs[-1].train()
         assert runs[-1].scored == [8]
     ((prompts, plain),), ((same_prompts, scaled),) = runs[0].updated, runs[1].updated

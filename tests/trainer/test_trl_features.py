@@ -7,29 +7,31 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    TrainerCallback,
-)
 
 from tests.support.models import make_model
 from tests.support.trainers import (
     SpyTrainer,
     build,
+    change,
     expected_advantages,
-    largest_change,
     logs_of,
     make_config,
     parameters_of,
     parity_reward,
     plain_prompts,
     tables_of,
+    trained,
 )
 from treepo_trl import TreePOConfig, TreePOTrainer
 
 
+def changed_parameters(trainer: Any) -> list[str]:
+    after = parameters_of(trainer)
+    return [name for name, value in trainer.initial_parameters.items() if not torch.equal(value, after[name])]
+
+
 def test_old_logprobs_for_several_iterations(tmp_path: Path, tiny_model_dir: str) -> None:
-    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, num_iterations=2, max_steps=4))
-    trainer.train()
+    trainer = trained(SpyTrainer, tiny_model_dir, make_config(tmp_path, num_iterations=2, max_steps=4))
     assert len(trainer.generations) == 2
     for generation in trainer.generations:
         old, mask = generation["output"]["old_per_token_logps"], generation["output"]["completion_mask"]
@@ -64,14 +66,9 @@ def test_lora_trains_the_adapter_alone(tmp_path: Path, is_wrapped: bool) -> None
     """With the adapter as `peft_config`, and with a model that has one."""
     lora = LoraConfig(r=4, target_modules="all-linear")
     config = make_config(tmp_path, gradient_checkpointing=True)
-    if is_wrapped:
-        trainer = build(TreePOTrainer, get_peft_model(make_model(), lora), config)
-    else:
-        trainer = build(TreePOTrainer, make_model(), config, peft_config=lora)
-    before = parameters_of(trainer)
-    trainer.train()
-    after = parameters_of(trainer)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    model = get_peft_model(make_model(), lora) if is_wrapped else make_model()
+    trainer = trained(TreePOTrainer, model, config, peft_config=None if is_wrapped else lora)
+    changed = changed_parameters(trainer)
     assert any("lora_B" in name for name in changed)
     assert all("lora_" in name for name in changed)
     assert not any(p.requires_grad for name, p in trainer.model.named_parameters() if "lora_" not in name)
@@ -81,8 +78,7 @@ def test_lora_trains_the_adapter_alone(tmp_path: Path, is_wrapped: bool) -> None
 def test_truncated_completions_are_masked_and_logged(tmp_path: Path, tiny_model_dir: str, estimator: str) -> None:
     """As GRPOTrainer does: the table and the tree log show what a completion was worth, masked or not."""
     changes = {"log_trees": True, "log_completions": True, "advantage_estimator": estimator}
-    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, mask_truncated_completions=True, **changes))
-    trainer.train()
+    trainer = trained(SpyTrainer, tiny_model_dir, make_config(tmp_path, mask_truncated_completions=True, **changes))
     num_masked = num_kept = 0
     for step, (generation, table) in enumerate(zip(trainer.generations, tables_of(tmp_path), strict=True)):
         mask = generation["output"]["completion_mask"]
@@ -104,31 +100,9 @@ def test_all_completions_truncated_moves_nothing(tmp_path: Path, tiny_model_dir:
     config = make_config(
         tmp_path, mask_truncated_completions=True, max_completion_length=2, segment_length=1, max_steps=1
     )
-    trainer = build(SpyTrainer, tiny_model_dir, config)
-    before = parameters_of(trainer)
-    trainer.train()
+    trainer = trained(SpyTrainer, tiny_model_dir, config)
     assert trainer.generations[0]["output"]["completion_mask"].sum() == 0, "choose a seed without EOS"
-    assert largest_change(before, parameters_of(trainer)) == 0
-
-
-def test_callbacks_see_metrics_and_can_stop(tmp_path: Path, tiny_model_dir: str) -> None:
-    class Stop(TrainerCallback):
-        def __init__(self) -> None:
-            self.logs: list[dict[str, float]] = []
-            self.steps = 0
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.steps += 1
-            control.should_training_stop = state.global_step == 2
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            self.logs.append(dict(logs))
-
-    stop = Stop()
-    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, max_steps=5), callbacks=[stop])
-    trainer.train()
-    assert stop.steps == trainer.state.global_step == 2
-    assert sum("tree/leaf_tokens" in log for log in stop.logs) == 2
+    assert change(trainer) == 0
 
 
 def test_optimizers_are_used(tmp_path: Path, tiny_model_dir: str) -> None:
@@ -136,11 +110,8 @@ def test_optimizers_are_used(tmp_path: Path, tiny_model_dir: str) -> None:
     only = [model.model.norm.weight]
     optimizer = torch.optim.SGD(only, lr=0.5)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    trainer = build(SpyTrainer, model, make_config(tmp_path), optimizers=(optimizer, scheduler))
-    before = parameters_of(trainer)
-    trainer.train()
-    after = parameters_of(trainer)
-    assert [name for name in before if not torch.equal(before[name], after[name])] == ["model.norm.weight"]
+    trainer = trained(SpyTrainer, model, make_config(tmp_path), optimizers=(optimizer, scheduler))
+    assert changed_parameters(trainer) == ["model.norm.weight"]
 
 
 @pytest.mark.parametrize("args", ["default", "bf16"])
@@ -150,8 +121,7 @@ def test_default_precision(tmp_path: Path, tiny_model_dir: str, args: str, monke
     changes = {"bf16": True, "gradient_checkpointing": True}
     if args == "bf16":
         changes["model_init_kwargs"] = {"dtype": "bfloat16"}
-    trainer = build(SpyTrainer, tiny_model_dir, make_config(tmp_path, **changes))
-    trainer.train()
+    trainer = trained(SpyTrainer, tiny_model_dir, make_config(tmp_path, **changes))
     assert trainer.state.global_step == 2
     assert all(torch.isfinite(torch.tensor(logs_of(trainer, "loss"))))
     assert len(logs_of(trainer, "tree/packing_ratio")) == 2
@@ -159,9 +129,8 @@ def test_default_precision(tmp_path: Path, tiny_model_dir: str, args: str, monke
 
 def test_args_may_be_left_out(tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "transformers.training_args.is_torch_bf16_gpu_available", lambda: True
-    )  # TRL's default is bf16
+    # TRL's default is bf16
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     trainer = TreePOTrainer(model=tiny_model_dir, reward_funcs=parity_reward, train_dataset=plain_prompts())
     assert isinstance(trainer.args, TreePOConfig)
     assert trainer.args.output_dir.endswith("-TreePO")
