@@ -1,6 +1,7 @@
 """How the transformers engine draws: distribution, log-probabilities and entropies, against transformers itself."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -39,11 +40,7 @@ def test_logprobs_are_those_of_the_processed_distribution(model: PreTrainedModel
                     attention_mask=torch.ones_like(ids),
                     max_new_tokens=1,
                     do_sample=True,
-                    temperature=options.temperature,
-                    top_k=options.top_k,
-                    top_p=options.top_p,
-                    min_p=options.min_p,
-                    repetition_penalty=options.repetition_penalty,
+                    **asdict(options),
                     output_scores=True,
                     return_dict_in_generate=True,
                     pad_token_id=1,

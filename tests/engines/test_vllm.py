@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.segments import drain
-from tests.support.vllm_policies import config, policy_logprobs
+from tests.support.segments import drain, full_logits, full_logprobs
+from tests.support.vllm_policies import config
 from treepo_trl import TreeSampler, TreeSamplingConfig
 from treepo_trl.engines import SamplingOptions, SegmentEngineError, SegmentRequest, SegmentResult
 from treepo_trl.engines.vllm import VLLMEngine, entropies_of
@@ -75,10 +76,8 @@ def test_trees_of_the_real_small_model(small_llm: Any, small_model_dir: str, tmp
 
     # The log-probabilities of the tree are those of the model, up to bfloat16 rounding.
     model = AutoModelForCausalLM.from_pretrained(small_model_dir, dtype=torch.bfloat16)
-    tree = trees[0]
-    leaf = tree.leaves[0]
-    completion = tree.completion_ids(leaf)
-    expected = policy_logprobs(model, tree.prompt_ids + completion, len(completion))
+    tree, leaf = trees[0], trees[0].leaves[0]
+    expected = full_logprobs(model, tree.prompt_ids, tree.completion_ids(leaf))
     difference = (torch.tensor(tree.logprobs(leaf)) - expected).abs()
     assert difference.mean() < 0.1
     assert difference.max() < 1.0
@@ -157,8 +156,7 @@ def test_entropies_of_the_real_small_model(small_llm: Any, small_model_dir: str)
         n = len(result.token_ids)
         assert result.entropies is not None
         assert len(result.entropies) == len(result.logprobs) == n
-        logits = model(torch.tensor([prompt + result.token_ids])).logits[0, -n - 1 : -1].float() / 0.8
-        logprobs = logits.log_softmax(-1)
+        logprobs = (full_logits(model, prompt + result.token_ids)[-n - 1 : -1] / 0.8).log_softmax(-1)
         exact += torch.special.entr(logprobs.exp()).sum(-1).tolist()
         bounds += result.entropies
     difference = torch.tensor(exact) - torch.tensor(bounds)
@@ -202,13 +200,8 @@ def test_without_branching_completions_are_those_of_plain_sampling(small_llm: An
     prompts = tokenizer.apply_chat_template(list(tasks["prompt"]), add_generation_prompt=True, return_dict=True)
     prompts = [list(ids) for ids in prompts["input_ids"]]
     eos, num_each, cap = tokenizer.eos_token_id, 40, 16
-    config = TreeSamplingConfig(
-        num_generations=num_each,
-        branching_factor=1,
-        max_completion_length=cap,
-        segment_length=6,
-        stop_repetition=False,
-    )
+    settings: dict[str, Any] = {"branching_factor": 1, "segment_length": 6, "stop_repetition": False}
+    config = TreeSamplingConfig(num_generations=num_each, max_completion_length=cap, **settings)
     trees = TreeSampler(VLLMEngine(small_llm, [eos]), config, [eos]).sample(prompts, seed=0)
     ours = [[(tree.nodes[leaf].end, mean(tree.logprobs(leaf))) for leaf in tree.leaves] for tree in trees]
     params = SamplingParams(n=num_each, max_tokens=cap, temperature=1.0, logprobs=0, stop_token_ids=[eos])
@@ -232,10 +225,6 @@ def test_without_branching_completions_are_those_of_plain_sampling(small_llm: An
         assert error < (0.2, 0.05)[which]  # tokens and nats: the comparison says something
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def test_trees_of_a_tiny_random_model(tiny_model_dir: str, tmp_path: Path) -> None:
     engine = VLLMEngine(make_llm(tiny_model_dir, dtype="float32"), [0])
     sampler = TreeSampler(engine, config(tmp_path, stop_repetition=False, fallback_policy="root"), [0])
@@ -246,6 +235,5 @@ def test_trees_of_a_tiny_random_model(tiny_model_dir: str, tmp_path: Path) -> No
     reference = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     for tree in trees:
         for leaf in tree.leaves:
-            completion = tree.completion_ids(leaf)
-            expected = policy_logprobs(reference, tree.prompt_ids + completion, len(completion))
+            expected = full_logprobs(reference, tree.prompt_ids, tree.completion_ids(leaf))
             torch.testing.assert_close(torch.tensor(tree.logprobs(leaf)), expected, atol=2e-3, rtol=0)

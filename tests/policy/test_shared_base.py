@@ -94,18 +94,11 @@ def test_all_of_the_base_is_shared_and_nothing_else_changes(tied: bool) -> None:
 
 
 def test_parked_weights_leave_their_device_and_come_back() -> None:
-    class Data:
-        def __init__(self, place: str) -> None:
-            self.place = place
-
-        def cpu(self) -> "Data":
-            return Data("cpu")
-
-        def to(self, device: str) -> "Data":
-            return Data(device)
+    def data(place: str) -> Any:
+        return SimpleNamespace(place=place, cpu=lambda: data("cpu"), to=data)
 
     def weight(requires_grad: bool = False) -> Any:
-        return SimpleNamespace(data=Data("cuda:1"), device="cuda:1", requires_grad=requires_grad)
+        return SimpleNamespace(data=data("cuda:1"), device="cuda:1", requires_grad=requires_grad)
 
     frozen, trained = weight(), weight(requires_grad=True)
     base: Any = SimpleNamespace(parameters=lambda: [frozen, trained])

@@ -9,15 +9,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from tests.support.vllm_policies import (
-    NUM_SCORED,
-    TEXT,
-    both_logprobs,
-    logged,
-    lora_trainer,
-    policy_logprobs,
-    train_and_compare,
-)
+from tests.support.segments import full_logprobs
+from tests.support.vllm_policies import COMPLETION, PROMPT, both_logprobs, logged, lora_trainer, train_and_compare
 from treepo_trl.policy import adapter_sync
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
 
@@ -148,7 +141,7 @@ def test_the_engine_computes_what_peft_does(tiny_model_dir: str, tmp_path: Path,
     engine, policy = both_logprobs(trainer)
     torch.testing.assert_close(engine, policy, atol=5e-3, rtol=0)
     with trainer.model.disable_adapter():
-        assert (policy_logprobs(trainer.model, TEXT, NUM_SCORED) - policy).abs().max() > 0.1
+        assert (full_logprobs(trainer.model, PROMPT, COMPLETION) - policy).abs().max() > 0.1
 
 
 def test_an_adapter_that_vllm_cannot_load_is_refused_at_construction(

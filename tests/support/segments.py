@@ -55,7 +55,7 @@ def generated(model: PreTrainedModel, prompts: list[list[int]], num_tokens: int)
 def full_logits(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
     """`(tokens, vocab)` of one forward over everything."""
     with torch.no_grad():
-        return model(torch.tensor([token_ids])).logits[0].float()
+        return model(torch.tensor([token_ids], device=model.device)).logits[0].float().cpu()
 
 
 def full_logprobs(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> torch.Tensor:

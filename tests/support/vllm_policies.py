@@ -10,10 +10,11 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from tests.support.models import make_tokenizer
+from tests.support.segments import full_logprobs
 from treepo_trl import TreePOConfig, TreePOTrainer
 
 
-TEXT, NUM_SCORED = [10, 11, 12, 13, 14, 15, 16, 17], 6
+PROMPT, COMPLETION = [10, 11], [12, 13, 14, 15, 16, 17]
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
@@ -31,33 +32,21 @@ def config(tmp_path: Path, **kwargs: Any) -> TreePOConfig:
     return TreePOConfig(**{**settings, **kwargs})
 
 
-@torch.no_grad()
-def policy_logprobs(model: Any, token_ids: list[int], num_scored: int) -> torch.Tensor:
-    """Log-probability of each of the last `num_scored` tokens under a transformers model."""
-    logits = model(input_ids=torch.tensor([token_ids], device=model.device)).logits[0, -num_scored - 1 : -1].float()
-    return logits.log_softmax(-1).gather(1, torch.tensor(token_ids[-num_scored:], device=logits.device)[:, None])[:, 0]
-
-
-def engine_logprobs(llm: Any, token_ids: list[int], num_scored: int, lora_request: Any) -> torch.Tensor:
-    """The same from vLLM, as prompt log-probabilities."""
+def both_logprobs(trainer: TreePOTrainer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of `COMPLETION` after `PROMPT` by the engine with its adapter, and by the policy."""
     from vllm import SamplingParams
 
-    params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0)
-    (output,) = llm.generate({"prompt_token_ids": token_ids}, params, lora_request=lora_request, use_tqdm=False)
-    scored = output.prompt_logprobs[-num_scored:]
-    tokens = token_ids[-num_scored:]
-    return torch.tensor([position[token].logprob for position, token in zip(scored, tokens, strict=True)])
-
-
-def both_logprobs(trainer: TreePOTrainer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of the end of `TEXT` by the engine with its adapter, and by the policy."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     # In evaluation bitsandbytes computes in bfloat16 on some CPUs.
     model.train(getattr(model.get_base_model(), "is_loaded_in_4bit", False))
-    policy = policy_logprobs(model, TEXT, NUM_SCORED)
+    policy = full_logprobs(model, PROMPT, COMPLETION)
     model.train()
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0)
+    text = {"prompt_token_ids": PROMPT + COMPLETION}
     llm = trainer.vllm_generation.llm
-    return engine_logprobs(llm, TEXT, NUM_SCORED, llm.lora_request), policy
+    (output,) = llm.generate(text, params, lora_request=llm.lora_request, use_tqdm=False)
+    scored = zip(output.prompt_logprobs[len(PROMPT) :], COMPLETION, strict=True)
+    return torch.tensor([position[token].logprob for position, token in scored]), policy
 
 
 def train_and_compare(trainer: TreePOTrainer, tolerance: float = 5e-3, least_change: float = 0.05) -> None:

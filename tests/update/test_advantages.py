@@ -13,13 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import pad
 
 from treepo_trl.sampling.tree import SegmentTree
-from treepo_trl.update.advantages import (
-    ESTIMATORS,
-    AdvantageEstimator,
-    expand_to_tokens,
-    leaf_paths,
-    tree_advantages,
-)
+from treepo_trl.update.advantages import ESTIMATORS, AdvantageEstimator, expand_to_tokens, leaf_paths, tree_advantages
 
 
 LeafSet = tuple[torch.Tensor, torch.Tensor]

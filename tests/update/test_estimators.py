@@ -1,5 +1,7 @@
 """Which tree estimators have the policy gradient as their mean, on a Markov chain whose gradient is known."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -32,18 +34,16 @@ def test_the_exact_gradient_is_the_change_of_the_exact_reward() -> None:
     assert (after - before) == pytest.approx((gradient * step).sum().item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("schedule", ["early", "spread"])
-@pytest.mark.parametrize("branching_factor", [2, 4])
-def test_leave_one_out_with_inverse_branching_is_the_policy_gradient(schedule: str, branching_factor: int) -> None:
-    scores, along = z_scores(
-        "leave_one_out", "inverse_branching", branch_schedule=schedule, branching_factor=branching_factor
-    )
-    assert scores.abs().max() < 4.5
-    assert along == pytest.approx(1, abs=0.1)
-
-
-def test_without_branching_leave_one_out_is_rloo_and_exact() -> None:
-    scores, along = z_scores("leave_one_out", "uniform", branching_factor=1)
+@pytest.mark.parametrize(
+    ("leaf_weighting", "changes"),
+    [
+        *(("inverse_branching", {"branch_schedule": "early", "branching_factor": factor}) for factor in (2, 4)),
+        *(("inverse_branching", {"branch_schedule": "spread", "branching_factor": factor}) for factor in (2, 4)),
+        ("uniform", {"branching_factor": 1}),  # RLOO
+    ],
+)
+def test_leave_one_out_is_the_policy_gradient(leaf_weighting: str, changes: dict[str, Any]) -> None:
+    scores, along = z_scores("leave_one_out", leaf_weighting, **changes)
     assert scores.abs().max() < 4.5
     assert along == pytest.approx(1, abs=0.1)
 

@@ -18,6 +18,10 @@ from treepo_trl.update.packed_forward import PackedForward
 from treepo_trl.update.packing import TreePacking, pack_rows
 
 
+WINDOWS: dict[str, Any] = {"layer_types": ["full_attention", "sliding_attention"]}
+PROMPT_TUNING = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+
+
 @dataclass(frozen=True)
 class Settings:
     tree_packing: TreePacking = "auto"
@@ -46,14 +50,6 @@ def without_interface() -> Any:
     return model
 
 
-def with_window() -> Any:
-    return make_model(layer_types=["full_attention", "sliding_attention"])
-
-
-def with_prompt_tuning() -> Any:
-    return get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-
-
 def test_the_packed_forward_has_the_settings_of_the_training() -> None:
     accelerator = accelerator_of()
     adapted = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear"))
@@ -71,12 +67,12 @@ def test_sharded_trainings_are_known_by_their_plugin(plugin: str) -> None:
 
 
 def test_off_asks_nothing() -> None:
-    assert ask(with_window(), tree_packing="off") is None
+    assert ask(make_model(**WINDOWS), tree_packing="off") is None
 
 
 NOT_PACKED = [
-    (with_window, False, "it has layers of type sliding_attention"),
-    (with_prompt_tuning, False, "its adapter puts virtual tokens before each row"),
+    (lambda: make_model(**WINDOWS), False, "it has layers of type sliding_attention"),
+    (lambda: get_peft_model(make_model(), PROMPT_TUNING), False, "its adapter puts virtual tokens before each row"),
     (eager, True, "its load-balancing loss does not go with the mask of eager attention"),
     (without_interface, False, "its attention does not go through transformers' common interface"),
 ]
