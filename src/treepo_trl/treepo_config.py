@@ -1,10 +1,11 @@
 """`TreePOConfig`: what TreePO adds to [`~trl.GRPOConfig`], with every check that needs no model."""
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Literal, cast
 
 from trl.trainer.grpo_config import GRPOConfig
 
+from .engines import SamplingOptions
 from .sampling.config import TreeSamplingConfig, check_int
 from .update.advantages import AdvantageEstimator
 from .update.packing import TreePacking
@@ -136,6 +137,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             self.tree_packing = "off"
         GRPOConfig.__post_init__(self)
         TreeSamplingConfig.__post_init__(self)  # checks the choices of this class too
+        self._check_drawing()
         self._check_objective()
         self._check_whole_trees()
         self._check_batches()
@@ -144,16 +146,44 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         self._check_shared_base()
         self._check_sleep()
 
-    def _check_objective(self) -> None:
-        if self.leaf_weighting == "inverse_branching" and self.beta != 0.0:
+    def generation_options(self) -> dict[str, object]:
+        """`generation_kwargs`, empty where there are none."""
+        return dict(cast("dict[str, object]", self.generation_kwargs or {}))
+
+    def sampling_options(self) -> SamplingOptions:
+        """
+        How tokens are drawn in training: the settings of these names, but `generation_kwargs` go first.
+
+        Raises:
+            ValueError: for a value outside of its range.
+        """
+        options = {each.name: getattr(self, each.name) for each in fields(SamplingOptions)}
+        given = self.generation_options()
+        # Whatever they are: the options check their own ranges.
+        return SamplingOptions(**{name: cast(int, given.get(name, value)) for name, value in options.items()})
+
+    def _check_drawing(self) -> None:
+        if not isinstance(self.generation_kwargs, dict | None):
             raise ValueError(
-                f"`leaf_weighting='inverse_branching'` weights the advantages, but not the KL term of "
-                f"`beta={self.beta}`. Set `beta=0`, or `leaf_weighting='uniform'`."
+                f"`generation_kwargs` is {self.generation_kwargs!r}; give a dictionary, on the command line a JSON "
+                """object such as '{"top_p": 0.9}'."""
             )
         if not self.temperature > 0:
             raise ValueError(
                 f"`temperature` is {self.temperature}; training samples and must be above 0. For evaluation of the "
                 "most likely completion, sample it outside the trainer."
+            )
+        temperature = self.sampling_options().temperature
+        if not temperature > 0:
+            raise ValueError(
+                f"`generation_kwargs` has temperature {temperature}; training samples and needs one above 0."
+            )
+
+    def _check_objective(self) -> None:
+        if self.leaf_weighting == "inverse_branching" and self.beta != 0.0:
+            raise ValueError(
+                f"`leaf_weighting='inverse_branching'` weights the advantages, but not the KL term of "
+                f"`beta={self.beta}`. Set `beta=0`, or `leaf_weighting='uniform'`."
             )
         if self.stop_pattern is not None and self.mask_truncated_completions:
             raise ValueError(

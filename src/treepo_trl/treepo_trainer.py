@@ -1,8 +1,8 @@
 """
 `TreePOTrainer`: how a training step of TRL's `GRPOTrainer` (1.16) goes with trees.
 
-The only file that overrides private methods of TRL; `tests/trainer/test_trl_seams.py` pins their signatures. What the
-steps are made of lies in the rooms; what TRL has no argument for is replaced in `trl_seams`.
+The only file that overrides private methods of `GRPOTrainer`; `tests/trainer/test_trl_seams.py` pins their signatures.
+What the steps are made of lies in the rooms; what TRL has no argument for is replaced in `trl_seams`.
 """
 
 import textwrap
@@ -140,8 +140,7 @@ class TreePOTrainer(GRPOTrainer):
         self.policy_engine.connect(self)
         self._decode = text_decoder(self._tokenizer)
         self.sampler = TreeSampler(self.policy_engine.engine, args, self.eos_token_ids, self._decode)
-        has_rounds = args.dynamic_sampling_rounds > 0
-        self.dynamic_sampling = DynamicSampling(self, self._sample) if has_rounds else None
+        self.dynamic_sampling = DynamicSampling(self, self._sample) if args.dynamic_sampling_rounds > 0 else None
         self._packed_forward = self._build_packed_forward()
         self._batch = TreeBatch(step=-1)  # the one under way, or the last one
 
@@ -158,10 +157,11 @@ class TreePOTrainer(GRPOTrainer):
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
         batch = self._batch = self._batch.next(self.state.global_step)
-        if self.dynamic_sampling is not None:
-            inputs = self.dynamic_sampling.fill(batch, len(inputs) // self.num_generations)
-        with trl_seams.calculated_rewards(self, batch.keeping_rewards):
-            output = super()._generate_and_score_completions(inputs)
+        with batch.opened():
+            if self.dynamic_sampling is not None:
+                inputs = self.dynamic_sampling.fill(batch, len(inputs) // self.num_generations)
+            with trl_seams.calculated_rewards(self, batch.keeping_rewards):
+                output = super()._generate_and_score_completions(inputs)
         self._log_metrics(batch)
         rewards, divisors = self._combined_rewards(batch, len(output["completion_ids"]))
         if self.args.advantage_estimator != "grpo" or self.args.leaf_weighting != "uniform":
@@ -192,15 +192,17 @@ class TreePOTrainer(GRPOTrainer):
         prompts = prompt_ids[::num_generations]
         if any(ids != prompts[i // num_generations] for i, ids in enumerate(prompt_ids)):
             raise RuntimeError("A group of `num_generations` rows holds different prompts: a tree has only one.")
-        self._batch.take(lambda: self._sample(self._batch, prompts))
-        return self._batch.completion_ids(), self._batch.logprobs() if self.policy_engine.gives_logprobs else None
+        if not self._batch.is_open:  # a subclass samples for itself
+            self._batch = self._batch.next(self.state.global_step)
+        batch = self._batch
+        batch.take(lambda: self._sample(batch, prompts))
+        return batch.completion_ids(), batch.logprobs() if self.policy_engine.gives_logprobs else None
 
     def _sample(self, batch: TreeBatch, prompts: list[list[int]], round_number: int = 0) -> list[SegmentTree]:
         """Sample the trees of this process's prompts, together with those of processes that share its engine."""
         num_processes = self.policy_engine.processes_per_engine
-        seed = f"{self.args.seed}/{batch.step}/{batch.number}/{self.accelerator.process_index // num_processes}"
-        if round_number > 0:
-            seed += f"/{round_number}"
+        seed = f"{self.args.seed}/{batch.name}/{self.accelerator.process_index // num_processes}"
+        seed += f"/{round_number}" if round_number > 0 else ""
         prompts, own = self.policy_engine.gather(prompts)
         with self.policy_engine.ready(seed):
             trees = self.sampler.sample(
@@ -244,7 +246,7 @@ class TreePOTrainer(GRPOTrainer):
     # The update
 
     def _prepare_inputs(self, generation_batch: Rows) -> dict[str, torch.Tensor]:
-        if self.dynamic_sampling is not None:
+        if self.dynamic_sampling is not None and self.model.training:
             self.dynamic_sampling.rows_taken()
         if self._packed_forward is None:
             return super()._prepare_inputs(generation_batch)

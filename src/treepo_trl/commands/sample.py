@@ -127,10 +127,10 @@ def _advice_to_resume(arguments: SampleArguments) -> Iterator[None]:
 
 def format_tree(tree: SegmentTree, tokenizer: PreTrainedTokenizerBase) -> str:
     """The completions of a tree for reading: weight, why it ended, text."""
-    decode = text_decoder(tokenizer)
     lines = [f"Completions of {tokenizer.decode(tree.prompt_ids)!r} (weight, end, text):"]
     for leaf, weight in zip(tree.leaves, tree.leaf_weights(), strict=True):
-        lines.append(f"  {weight:.3f} {tree.nodes[leaf].finish_reason:10} {decode(tree.completion_ids(leaf))!r}")
+        text = tokenizer.decode(tree.completion_ids(leaf), skip_special_tokens=True)
+        lines.append(f"  {weight:.3f} {tree.nodes[leaf].finish_reason:10} {text!r}")
     return "\n".join([*lines, ""])
 
 

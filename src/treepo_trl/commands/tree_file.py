@@ -6,7 +6,7 @@ from typing import TextIO
 
 from transformers import PreTrainedTokenizerBase
 
-from treepo_trl.sampling import SegmentTree, text_decoder
+from treepo_trl.sampling import SegmentTree
 
 
 _LINE_START = b'{"index": '  # as `write_tree` writes it
@@ -14,11 +14,10 @@ _LINE_START = b'{"index": '  # as `write_tree` writes it
 
 def write_tree(file: TextIO, index: int, tree: SegmentTree, tokenizer: PreTrainedTokenizerBase) -> None:
     """Append a tree as one JSON line: index and text of the prompt, texts and weights of the leaves, the tree."""
-    decode = text_decoder(tokenizer)
     record = {
         "index": index,
         "prompt": tokenizer.decode(tree.prompt_ids, skip_special_tokens=False),
-        "completions": [decode(tree.completion_ids(leaf)) for leaf in tree.leaves],
+        "completions": [tokenizer.decode(tree.completion_ids(leaf), skip_special_tokens=True) for leaf in tree.leaves],
         "weights": tree.leaf_weights(),
         "tree": tree.to_dict(),
     }

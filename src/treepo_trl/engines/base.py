@@ -1,9 +1,18 @@
 """What the sampler asks of an engine: continue token sequences by at most one segment."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Literal
+
+
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("temperature", lambda value: value >= 0, "0 (greedy) or more"),
+    ("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1 (all tokens)"),
+    ("top_k", lambda value: value >= -1, "0 or -1 (all tokens) or more"),
+    ("min_p", lambda value: 0 <= value <= 1, "between 0 (all tokens) and 1"),
+    ("repetition_penalty", lambda value: value > 0, "above 0 (1 is none)"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +41,12 @@ class SamplingOptions:
     )
 
     def __post_init__(self) -> None:
-        for name, valid, allowed in (
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (all tokens)"),
-            ("top_k", self.top_k >= -1, "0 or -1 (all tokens) or more"),
-            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "between 0 (all tokens) and 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is none)"),
-        ):
-            if not valid:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be {allowed}.")
+        for name, is_valid, allowed in _RANGES:
+            value = getattr(self, name)
+            if value is None and name == "min_p":
+                continue
+            if not isinstance(value, int | float) or not is_valid(value):
+                raise ValueError(f"`{name}` is {value}; it must be {allowed}.")
 
 
 @dataclass(frozen=True, slots=True)

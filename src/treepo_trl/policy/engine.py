@@ -9,7 +9,6 @@ import random
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -23,7 +22,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from treepo_trl.engines import SamplingOptions, SegmentEngine
+from treepo_trl.engines import SegmentEngine
 from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.trl_seams import vllm_generation_class
 
@@ -93,14 +92,6 @@ class PolicyEngine:
                 policy, in nats per token.
         """
 
-    @property
-    def _generation_kwargs(self) -> dict[str, object]:
-        return dict(cast("dict[str, object]", self.args.generation_kwargs or {}))  # parsed by the config
-
-    def _options(self) -> SamplingOptions:
-        """The sampling options among the settings."""
-        return SamplingOptions(**{field.name: getattr(self.args, field.name) for field in fields(SamplingOptions)})
-
 
 class TransformersPolicy(PolicyEngine):
     """The policy's own forward samples."""
@@ -114,7 +105,7 @@ class TransformersPolicy(PolicyEngine):
         self.engine = TransformersEngine(
             trainer.accelerator.unwrap_model(trainer.model),
             trainer.eos_token_ids,
-            replace(self._options(), **cast("dict[str, float]", self._generation_kwargs)),
+            self.args.sampling_options(),
             with_entropies=self.args.branching_policy == "entropy",
         )
 
@@ -182,8 +173,8 @@ class VLLMPolicy(PolicyEngine):
         self.engine = VLLMEngine(
             self._generation.llm,
             trainer.eos_token_ids,
-            self._options(),
-            self._generation_kwargs,
+            self.args.sampling_options(),
+            self.args.generation_options(),
             with_entropies=self.args.branching_policy == "entropy",
         )
 

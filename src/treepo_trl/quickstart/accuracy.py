@@ -9,7 +9,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treepo_trl.engines import SamplingOptions, SegmentRequest
 from treepo_trl.engines.transformers import TransformersEngine
-from treepo_trl.sampling import text_decoder
 
 
 class AnswerAccuracy(evaluate.Metric):
@@ -52,9 +51,10 @@ def greedy_completions(
     ids = cast(dict[str, list[list[int]]], encoded)["input_ids"]
     engine = TransformersEngine(model, eos_token_ids, SamplingOptions(temperature=0.0))
     requests = [SegmentRequest(i, list(prompt), max_tokens) for i, prompt in enumerate(ids)]
-    decode = text_decoder(tokenizer)
     was_training = model.training
     model.eval()
-    texts = {result.request_id: decode(result.token_ids) for result in engine.complete(requests)}
-    model.train(was_training)
-    return [texts[i] for i in range(len(ids))]
+    try:
+        results = {result.request_id: result.token_ids for result in engine.complete(requests)}
+    finally:
+        model.train(was_training)
+    return [str(tokenizer.decode(results[i], skip_special_tokens=True)) for i in range(len(ids))]

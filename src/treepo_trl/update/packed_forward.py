@@ -304,9 +304,11 @@ def _evaluated(module: torch.nn.Module) -> Iterator[None]:
     """All of a model in evaluation mode for a block."""
     was_training = {part: part.training for part in module.modules()}
     module.eval()
-    yield
-    for part, mode in was_training.items():
-        part.training = mode
+    try:
+        yield
+    finally:
+        for part, mode in was_training.items():
+            part.training = mode
 
 
 def _flex_obstacle(device: torch.device, config: PreTrainedConfig) -> str | None:

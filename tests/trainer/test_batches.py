@@ -1,0 +1,76 @@
+"""A batch of trees between the calls of GRPOTrainer: trees stay with their rewards, and no seed comes twice."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.trainers import RecordingTrainer, build, labelled, make_config, trained
+from treepo_trl import SegmentTree
+from treepo_trl.tree_batch import TreeBatch
+
+
+def length(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [float(len(ids)) for ids in completion_ids]
+
+
+class AskingTwice(RecordingTrainer):
+    """Samples again what was sampled, as a trainer does that looks for better completions."""
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        super()._generate_single_turn(*args, **kwargs)
+        return super()._generate_single_turn(*args, **kwargs)
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_rewards_are_those_of_the_completions(tmp_path: Path, tiny_model_dir: str, rounds: int) -> None:
+    config = make_config(tmp_path, dynamic_sampling_rounds=rounds, log_trees=True)
+    trained(AskingTwice, tiny_model_dir, config, reward_funcs=length)
+    lines = [line for file in sorted((tmp_path / "trees").iterdir()) for line in file.read_text().splitlines()]
+    assert len(lines) == 4
+    for record in map(json.loads, lines):
+        tree = SegmentTree.from_dict(record["tree"])
+        assert record["rewards"] == [float(tree.nodes[leaf].end) for leaf in record["rows"]]
+
+
+def test_each_sampling_has_a_seed_of_its_own(tmp_path: Path, tiny_model_dir: str) -> None:
+    class AskingOutside(AskingTwice):
+        """Samples before the batch too, as a subclass does that looks at its prompts first."""
+
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            self._generate([row["prompt"] for row in inputs])
+            return super()._generate_and_score_completions(inputs)
+
+    trainer = trained(AskingOutside, tiny_model_dir, make_config(tmp_path), reward_funcs=length)
+    seeds = [told["seed"] for told in trainer.told]
+    assert seeds == [f"7/{step}/{number}/0" for step in (0, 1) for number in range(4)]
+
+
+def test_a_batch_forgets_what_it_was_given() -> None:
+    batch, given, sampled = TreeBatch(step=3), [SegmentTree([1])], [SegmentTree([2])]
+    with suppress(RuntimeError), batch.opened():
+        batch.give(given)
+        assert batch.take(lambda: sampled) is given
+        raise RuntimeError("scoring failed")
+    assert batch.take(lambda: sampled) is sampled
+    assert [batch.next(3).number, batch.next(4).number] == [1, 0]
+
+
+def test_an_evaluation_does_not_reopen_a_batch(tmp_path: Path, tiny_model_dir: str) -> None:
+    """A checkpoint behind it says where the next batch begins, not where this one did."""
+
+    def drawn(**changes: Any) -> list[Any]:
+        folder = tmp_path / str(len(changes))
+        config = make_config(
+            folder, dynamic_sampling_rounds=1, save_strategy="steps", save_steps=1, shuffle_dataset=False, **changes
+        )
+        evaluated = labelled("vv") if changes else None
+        build(
+            RecordingTrainer, tiny_model_dir, config, train_dataset=labelled("v" * 8), eval_dataset=evaluated
+        ).train()
+        states = [json.loads((folder / f"checkpoint-{step}/trainer_state.json").read_text()) for step in (1, 2)]
+        return [state["stateful_callbacks"]["treepo_prompts_drawn"] for state in states]
+
+    assert drawn(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=8) == drawn()
