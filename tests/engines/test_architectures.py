@@ -29,7 +29,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 # Attention of their own, ALiBi, softcapping, no attention at all: never wrong numbers without an error.
 RIGHT_OR_REFUSED: dict[str, dict[str, Any]] = {
-    **{name: {} for name in ("bloom", "mpt", "gemma2", "mamba")},
+    **{name: {} for name in ("bloom", "mpt", "mamba")},
+    "gemma2": {"layer_types": ["full_attention"] * 2, "attn_logit_softcapping": 1.0},
     "gptj": {"rotary_dim": 4},
     "falcon, ALiBi": {"alibi": True, "new_decoder_architecture": False},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
