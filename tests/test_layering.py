@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("sampling",),
     ("update",),
     ("treepo_config",),
-    ("policy", "logs", "prompt_stream"),
+    ("policy", "metrics", "tree_log", "prompt_stream"),
     ("tree_batch",),
     ("dynamic_sampling",),
     ("memory", "checks"),

@@ -12,8 +12,9 @@ from typing import cast
 
 import torch
 
-from .logs import TreeLogLine, add_totals
+from .metrics import add_totals
 from .sampling import SegmentTree
+from .tree_log import TreeLogLine
 from .treepo_config import TreePOConfig
 from .update.advantages import expand_to_tokens, leaf_paths, tree_advantages
 
@@ -35,7 +36,7 @@ class TreeBatch:
     rewards_per_func: torch.Tensor | None = None
     """`(rows of all processes, num_reward_funcs)`: rewards of the reward functions; `nan` where one does not apply."""
     totals: list[dict[str, float]] = field(default_factory=list)
-    """What each sampling for this batch has cost, from `logs.tree_totals`."""
+    """What each sampling for this batch has cost, from `metrics.tree_totals`."""
     is_open: bool = False
     """Whether `GRPOTrainer` is at work on the batch."""
     num_sampled: int = 0

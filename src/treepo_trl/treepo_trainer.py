@@ -23,10 +23,11 @@ from trl.trainer.utils import get_config_model_id
 from . import trl_seams
 from .checks import check_arguments, check_datasets, check_dynamic_sampling
 from .dynamic_sampling import DynamicSampling, Rows, forget_stream, saved_values
-from .logs import reduce_totals, tree_metrics, tree_totals, write_trees
+from .metrics import reduce_totals, tree_metrics, tree_totals
 from .policy.engine import policy_engine_for
 from .sampling import SegmentTree, TreeSampler, text_decoder
 from .tree_batch import TreeBatch, shuffle_trees
+from .tree_log import write_trees
 from .treepo_config import TreePOConfig
 from .update.packable import packed_forward_for
 from .update.packed_forward import PackedForward

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests.support.models import make_model
 from tests.support.processes import run_in_two_processes
 from tests.support.qlora import qlora
-from treepo_trl.policy.base_checkpoint import base_checkpoint, base_state_dict, choose_base_weights, is_4bit
+from treepo_trl.policy.four_bit_base import base_checkpoint, base_state_dict, choose_base_weights, is_4bit
 
 
 IDS = torch.tensor([[10, 11, 12, 13, 14, 15, 16]])

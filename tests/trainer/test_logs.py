@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from treepo_trl.logs import reduce_totals, tree_metrics, tree_totals
+from treepo_trl.metrics import reduce_totals, tree_metrics, tree_totals
 from treepo_trl.sampling.sampler import SamplingStats
 from treepo_trl.sampling.tree import SegmentTree
 

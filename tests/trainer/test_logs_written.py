@@ -14,7 +14,7 @@ from tests.support.trainers import (
     trained,
 )
 from treepo_trl import SegmentTree
-from treepo_trl.logs import tree_metrics, tree_totals
+from treepo_trl.metrics import tree_metrics, tree_totals
 from treepo_trl.sampling.sampler import SamplingStats
 
 

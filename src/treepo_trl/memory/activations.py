@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from treepo_trl.policy.base_checkpoint import base_of
+from treepo_trl.policy.four_bit_base import base_of
 
 
 if TYPE_CHECKING:

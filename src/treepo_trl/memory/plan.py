@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from trl import ModelConfig
 
-from treepo_trl.policy.base_checkpoint import base_of, by_size
+from treepo_trl.policy.four_bit_base import base_of, by_size
 from treepo_trl.treepo_config import TreePOConfig
 
 from .activations import STAND_IN, activation_bytes, register_stand_in

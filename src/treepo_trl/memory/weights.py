@@ -8,7 +8,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 from trl import ModelConfig
 
-from treepo_trl.policy.base_checkpoint import linear_layers
+from treepo_trl.policy.four_bit_base import linear_layers
 
 
 # Bytes of a weight in 4 bits, by whether the scales are quantized too. A block of 64 weights has one scale of 32 bits.

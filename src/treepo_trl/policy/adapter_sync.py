@@ -23,7 +23,7 @@ from trl.generation.vllm_generation import VLLMGeneration, empty_cache
 from treepo_trl.treepo_config import BaseWeights
 from treepo_trl.trl_seams import engine_class
 
-from .base_checkpoint import base_checkpoint, base_of, choose_base_weights, is_4bit
+from .four_bit_base import base_checkpoint, base_of, choose_base_weights, is_4bit
 from .shared_base import SHARDED, check_sharing, different_weights, parked, report_sharing, share_weights
 
 

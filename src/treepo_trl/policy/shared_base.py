@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 
-from .base_checkpoint import base_of, is_4bit, why_not_quantized
+from .four_bit_base import base_of, is_4bit, why_not_quantized
 
 
 if TYPE_CHECKING:
