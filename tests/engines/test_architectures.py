@@ -16,7 +16,8 @@ from treepo_trl.engines.transformers import TransformersEngine
 def tiny(architecture: str, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     config = tiny_config(architecture, **{"initializer_range": 0.3, **changes})
-    return AutoModelForCausalLM.from_config(config).eval()
+    # Eager attention is the one that knows softcapping.
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -30,7 +31,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 # Attention of their own, ALiBi, softcapping, no attention at all: never wrong numbers without an error.
 RIGHT_OR_REFUSED: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("bloom", "mpt", "mamba")},
-    "gemma2": {"layer_types": ["full_attention"] * 2, "attn_logit_softcapping": 1.0},
+    "gemma2": {"layer_types": ["full_attention"] * 2, "attn_logit_softcapping": 0.1},
     "gptj": {"rotary_dim": 4},
     "falcon, ALiBi": {"alibi": True, "new_decoder_architecture": False},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
