@@ -166,8 +166,7 @@ class TreePOTrainer(GRPOTrainer):
         self._log_metrics(batch)
         rewards, divisors = self._combined_rewards(batch, len(output["completion_ids"]))
         if self.args.advantage_estimator != "grpo" or self.args.leaf_weighting != "uniform":
-            num_tokens = output["completion_ids"].size(1)
-            output["advantages"] = batch.advantages(rewards, divisors, self.args, num_tokens)
+            output["advantages"] = batch.advantages(rewards, divisors, self.args, output["completion_ids"].size(1))
             self._replace_logged_advantages(batch.mean_advantages(output["advantages"]))
         if self.args.log_trees:
             records = gather_object(batch.records(rewards, output["advantages"], self._decode))
