@@ -199,7 +199,7 @@ def test_progress_is_reported_leaf_by_leaf_and_tree_by_tree() -> None:
         assert tree.leaves == before
 
 
-def test_tokens_of_the_engine_are_counted_per_call() -> None:
+def test_segments_and_tokens_of_the_engine_are_counted_per_call() -> None:
     class Engine(FakeEngine):
         """Finds all but the last token of a request in its cache."""
 
@@ -213,3 +213,4 @@ def test_tokens_of_the_engine_are_counted_per_call() -> None:
         # Two paths of four segments behind a prompt of 3: 2 * (3 + 6 + 9 + 12), and one less for each of 8 requests.
         assert sampler.stats.num_prompt_tokens == 60
         assert sampler.stats.num_cached_tokens == 52
+        assert sampler.stats.num_segments == 8
