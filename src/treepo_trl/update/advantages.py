@@ -2,6 +2,17 @@
 Tree advantages: from the rewards of trees' leaves to one value per segment of each leaf.
 
 Pure torch, linear in the segments, any number of trees at once; knows neither trainer nor engine.
+
+Example:
+
+```python
+>>> ancestors = torch.tensor([[0, 1], [0, 2], [3, -1]])  # two leaves below node 0; node 3 is a leaf itself
+>>> tree_advantages(torch.tensor([1.0, 0.0, 0.0]), ancestors, "value_difference")
+tensor([[ 0.1667,  0.5000],
+        [ 0.1667, -0.5000],
+        [-0.3333,  0.0000]])
+
+```
 """
 
 from collections.abc import Callable
@@ -98,17 +109,6 @@ def tree_advantages(
 
     Raises:
         ValueError: if the shapes do not fit or the estimator is unknown.
-
-    Example:
-
-    ```python
-    >>> ancestors = torch.tensor([[0, 1], [0, 2], [3, -1]])  # two leaves below node 0; node 3 is a leaf itself
-    >>> tree_advantages(torch.tensor([1.0, 0.0, 0.0]), ancestors, "value_difference")
-    tensor([[ 0.1667,  0.5000],
-            [ 0.1667, -0.5000],
-            [-0.3333,  0.0000]])
-
-    ```
     """
     if ancestor_ids.dim() not in (2, 3) or rewards.shape != ancestor_ids.shape[:-1]:
         raise ValueError(
