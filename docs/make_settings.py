@@ -6,11 +6,13 @@ Write `docs/settings.md`: every setting and option, from the `help` of its field
 A setting is described in the code and nowhere else. This file holds only their order and what stands between them.
 """
 
+import copy
+import dataclasses
 import types
 from collections.abc import Iterable
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from trl import GRPOConfig
 from trl.scripts.grpo import GRPOScriptArguments
@@ -128,6 +130,15 @@ def settings_page() -> str:
         _options("How `treepo-trl sample` draws a token", fields(SamplingOptions)),
     ]
     return "\n".join(parts)
+
+
+def fields(settings: type) -> list[Field[Any]]:
+    """The fields of a dataclass with the types that it declares; a parser narrows those of its fields for itself."""
+    types_declared = get_type_hints(settings)
+    copies = [copy.copy(field) for field in dataclasses.fields(settings)]
+    for field in copies:
+        field.type = types_declared[field.name]
+    return copies
 
 
 def _setting(field: Field[Any]) -> str:

@@ -10,7 +10,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import random
-from collections.abc import Callable
 
 import pytest
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -49,12 +48,6 @@ def model() -> Qwen3ForCausalLM:
 @pytest.fixture
 def rng() -> random.Random:
     return random.Random(0)
-
-
-@pytest.fixture
-def decode_words() -> Callable[[list[int]], str]:
-    """Text of token ids as `<id>` marks, so that texts are easy to write by hand."""
-    return lambda ids: "".join(f"<{i}>" for i in ids)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -138,6 +138,8 @@ def test_a_resumed_run_does_not_draw_the_same_again(tiny_model_dir: str) -> None
         (b"\xff\xfe\n", "no tree of this command"),
         (b'{"index": 0, "tree": {"prompt_ids": [6, 7]}}\n', "a tree of another prompt 0"),
         (b'{"index": 4, "tree": {"prompt_ids": [6, 7, 8]}}\n', "a tree of another prompt 4"),
+        (b'{"index": -4, "tree": {"prompt_ids": [6, 7, 8]}}\n', "a tree of another prompt -4"),
+        (b'{"index": "0", "tree": {"prompt_ids": [6, 7, 8]}}\n', "a tree of another prompt '0'"),
     ],
 )
 def test_a_file_of_something_else_is_refused_and_left_as_it_is(

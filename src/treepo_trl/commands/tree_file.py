@@ -61,8 +61,8 @@ def _prompt_of_line(path: Path, line: bytes, prompts: list[list[int]]) -> int:
         raise ValueError(
             f"`--output {path}` has a line that is no tree of this command: {line!r:.80}. Name another file."
         ) from error
-    if index >= len(prompts) or prompt_ids != prompts[index]:
+    if not isinstance(index, int) or not 0 <= index < len(prompts) or prompt_ids != prompts[index]:
         raise ValueError(
-            f"`--output {path}` holds a tree of another prompt {index}: it is from another run. Name another file."
+            f"`--output {path}` holds a tree of another prompt {index!r}: it is from another run. Name another file."
         )
     return index

