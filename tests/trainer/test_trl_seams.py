@@ -5,8 +5,10 @@ version bound in pyproject.toml is widened.
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 
+import treepo_trl
 from treepo_trl import TreePOConfig, TreePOTrainer
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
 
@@ -125,6 +128,17 @@ def test_replaced_names_are_looked_up_in_the_module(name: str, user: Callable[..
     """`replaced` puts something else under these names: they must exist and be called by that name."""
     assert hasattr(grpo_trainer, name)
     assert name in called_names(user)
+
+
+def test_names_are_replaced_in_one_file() -> None:
+    package = Path(treepo_trl.__file__).parent
+    using = {path.name for path in package.rglob("*.py") if re.search(r"\b(replaced|setattr)\(", path.read_text())}
+    assert using == {"trl_seams.py"}
+
+
+def test_replaced_attributes_are_read_from_the_trainer() -> None:
+    assert "self.train_dataset" in inspect.getsource(GRPOTrainer.get_train_dataloader)
+    assert "self._metrics[mode]" in inspect.getsource(GRPOTrainer._generate)
 
 
 def test_replaced_llm_is_looked_up_in_the_module() -> None:
