@@ -30,7 +30,7 @@ class TreeBatch:
     step: int
     """Global step before which the batch was sampled."""
     number: int = 0
-    """How many batches were sampled before it at the same step."""
+    """How many samplings came before it at the same step."""
     trees: list[SegmentTree] = field(default_factory=list)
     """A tree for each prompt of this process."""
     rewards_per_func: torch.Tensor | None = None

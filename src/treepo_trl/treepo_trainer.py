@@ -143,7 +143,7 @@ class TreePOTrainer(GRPOTrainer):
         self.sampler = TreeSampler(self.policy_engine.engine, args, self.eos_token_ids, self._decode)
         self.dynamic_sampling = DynamicSampling(self, self._sample) if args.dynamic_sampling_rounds > 0 else None
         self._packed_forward = self._build_packed_forward()
-        self._batch = TreeBatch(step=-1)  # the one under way, or the last one
+        self._batch = TreeBatch(step=-1)  # under way, or the last one: GRPOTrainer's methods cannot hand it on
 
     def _build_packed_forward(self) -> PackedForward | None:
         packed = packed_forward_for(self.model, self.args, self.accelerator, self.aux_loss_enabled)
