@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
@@ -119,6 +120,7 @@ def forward_packed(model: Any, packed: PackedRows) -> tuple[torch.Tensor, torch.
 
 
 def make_forward(tree_packing: Any = "auto", **changes: Any) -> PackedForward:
+    AcceleratorState._reset_state()  # a trainer of an earlier test may have set its precision
     return PackedForward(tree_packing, Accelerator(cpu=True), **changes)
 
 
