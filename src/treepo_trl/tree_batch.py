@@ -100,6 +100,10 @@ class TreeBatch:
         """Completion tokens of each row."""
         return [tree.completion_ids(leaf) for tree, leaf in self.leaves()]
 
+    def lengths(self) -> list[int]:
+        """Completion tokens of each row, counted."""
+        return [tree.nodes[leaf].end for tree, leaf in self.leaves()]
+
     def logprobs(self) -> list[list[float]]:
         """The engine's log-probability of each completion token of each row."""
         return [tree.logprobs(leaf) for tree, leaf in self.leaves()]
@@ -144,8 +148,7 @@ class TreeBatch:
     def mean_advantages(self, advantages: torch.Tensor) -> torch.Tensor:
         """Mean `(B,)` of advantages `(B, T)` over each row's tokens."""
         # TRL clears the completion mask of truncated completions, whose advantages are logged all the same.
-        ends = [tree.nodes[leaf].end for tree, leaf in self.leaves()]
-        return advantages.sum(1) / torch.tensor(ends, device=advantages.device)
+        return advantages.sum(1) / torch.tensor(self.lengths(), device=advantages.device)
 
     # Logs
 
@@ -167,8 +170,9 @@ class TreeBatch:
             decode (`Callable[[list[int]], str]`):
                 Text of a list of tokens.
         """
-        ends = [tree.nodes[leaf].end for tree, leaf in self.leaves()]
-        last = advantages if advantages.dim() == 1 else advantages[range(len(ends)), [end - 1 for end in ends]]
+        last = advantages
+        if advantages.dim() == 2:
+            last = advantages[range(len(advantages)), [length - 1 for length in self.lengths()]]
         values = iter(zip(rewards.tolist(), last.tolist(), strict=True))
         records: list[TreeLogLine] = []
         for tree in self.trees:
