@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.support.sampling import decode_byte_fallback, decode_bytes
@@ -119,4 +119,37 @@ def test_kept_tokens_spell_the_match_out_when_it_ends_inside_a_multi_byte_charac
     ],
 )
 def test_empty_matches_end_no_path(pattern: str, text: str, expected: int | None) -> None:
-    assert find_match_end(re.compile(pattern), text) == expected
+    assert find_match_end(pattern, text) == expected
+
+
+PIECES = [
+    *r"ab{}()[]|.*+?^$ 1,e<=",
+    r"\{",
+    r"\b",
+    r"\w",
+    r"\boxed",
+    "[^}]*",
+    "{2}",
+    "{1,}",
+    "{,2}",
+    "{e}",
+    "{i<=1}",
+    "(?:",
+]
+PIECES += [r"\N{DIGIT ONE}", "(?i)", "(?=", "[a--b]", "[a&&b]"]
+TEXTS = ["aab{e}b", r"x\boxed{a}1", "a{2}b{,}", "AAe<=1 ", "a{i<=1}{}"]
+
+
+@pytest.mark.filterwarnings("ignore:Possible")
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=7).map("".join))
+@settings(max_examples=400)
+@example("a{e}")
+@example(r"\boxed{e<=1}")
+def test_patterns_mean_what_they_mean_in_python(pattern: str) -> None:
+    try:
+        compiled = re.compile(pattern)
+    except re.error:
+        return
+    for text in TEXTS:
+        expected = next((match.end() for match in compiled.finditer(text) if match.group()), None)
+        assert find_match_end(pattern, text) == expected

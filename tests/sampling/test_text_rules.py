@@ -127,6 +127,18 @@ def test_long_runs_of_bytes_come_out_whole_with_byte_fallback(segment_length: in
     assert paths == [("pattern", match + "。".encode() * is_hidden)] * 2
 
 
+@pytest.mark.timeout(60)  # Python's `re` would take years
+def test_a_pattern_that_backtracks_for_ever_ends_in_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a" * 40
+    assert paths_of(text, 50, "(a+)+b") == [("stop", text.encode() + bytes([EOS]))] * 2
+    monkeypatch.setattr("treepo_trl.sampling.stopping._MATCH_SECONDS", 0.2)
+    with pytest.raises(
+        ValueError, match=r"`stop_pattern` is '\(a\|aa\)\+c\$'.* 43 characters .* 0\.2 seconds"
+    ) as error:
+        paths_of(text + "c b", 50, "(a|aa)+c$")
+    assert error.value.__notes__  # which name the prompt
+
+
 # Repetition
 
 

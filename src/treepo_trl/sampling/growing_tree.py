@@ -6,7 +6,6 @@ tree.
 """
 
 import random
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,13 +43,11 @@ class TreeRules:
     eos_token_ids: frozenset[int]
     decode: Callable[[list[int]], str] | None
     """Text of a list of tokens; `None` where no rule looks at text."""
-    pattern: re.Pattern[str] | None
-    """Ends a path once it matches the path's text."""
 
     @property
     def needs_text(self) -> bool:
         """Whether a rule looks at text."""
-        return self.pattern is not None or self.config.stop_repetition
+        return self.config.stop_pattern is not None or self.config.stop_repetition
 
 
 @dataclass
@@ -256,7 +253,7 @@ class GrowingTree:
         self, parent: int | None, token_ids: list[int], parent_text: str, reason: FinishReason | None
     ) -> tuple[int, FinishReason | None, tuple[int, str]]:
         """Number of tokens to keep, why the path ends by its text if it does, and the change of the path's text."""
-        decode, pattern = self.rules.decode, self.rules.pattern
+        decode, pattern = self.rules.decode, self.rules.config.stop_pattern
         assert decode is not None, "checked at construction"
         tail_ids = matching_tail(parent_text, partial(self.tree.tail_ids, parent), decode)
 

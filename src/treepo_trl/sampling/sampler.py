@@ -8,7 +8,6 @@ trees finish and free their part of it. Knows no model and no trainer.
 
 import heapq
 import random
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -124,8 +123,7 @@ class TreeSampler:
         self.config = config
         self.decode = decode
         self.stats = SamplingStats()
-        pattern = None if config.stop_pattern is None else re.compile(config.stop_pattern)
-        self._rules = TreeRules(config, frozenset(eos_token_ids), decode, pattern)
+        self._rules = TreeRules(config, frozenset(eos_token_ids), decode)
 
     def sample(
         self,

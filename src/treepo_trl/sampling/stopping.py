@@ -1,12 +1,15 @@
 """
 When a path is finished: EOS, stop pattern, repetition, length. Pure functions over token ids and text.
 
-Standard library only.
+The standard library, and `regex` for what it lacks: a time limit.
 """
 
 import re
-from collections.abc import Callable, Iterable, Set
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Set
+from functools import cache
+from typing import Protocol, cast
+
+import regex  # pyright: ignore[reportMissingTypeStubs]
 
 
 MIN_REPEATED_CHARACTERS = 1024
@@ -14,6 +17,7 @@ MIN_REPEATED_CHARACTERS = 1024
 MIN_REPEATS = 4
 """How often a tail must repeat to count; at least 3, or the search in `is_repetitive` misses loops."""
 
+_MATCH_SECONDS = 2.0  # for one search; an ordinary pattern takes milliseconds in a hundred thousand characters
 _TAIL_LENGTH = 8  # tokens decoded again in front of a segment: more than any character or merge spans
 
 
@@ -145,9 +149,34 @@ def join_text(changes: Iterable[tuple[int, str]]) -> str:
     return "".join(pieces)
 
 
-def find_match_end(pattern: re.Pattern[str], text: str) -> int | None:
-    """End of the first match that is not empty; `None` without one. Matches such as that of `\\b` are empty."""
-    return next((match.end() for match in pattern.finditer(text) if match.group()), None)
+def find_match_end(pattern: str, text: str) -> int | None:
+    r"""
+    End of the first match that is not empty; `None` without one. Matches such as that of `\b` are empty.
+
+    Raises:
+        ValueError: if the search takes longer than two seconds, as some patterns need exponentially many steps.
+    """
+    try:
+        return next((match.end() for match in _matches(pattern)(text, timeout=_MATCH_SECONDS) if match.group()), None)
+    except TimeoutError as error:
+        raise ValueError(
+            f"`stop_pattern` is {pattern!r}, and to look for it in a completion of {len(text)} characters took more "
+            f"than {_MATCH_SECONDS:g} seconds. Repetitions of what repeats or overlaps, such as `(a+)+` or `(a|aa)+`, "
+            "can match a text in exponentially many ways. Write it without them."
+        ) from error
+
+
+class _Finditer(Protocol):
+    def __call__(self, text: str, *, timeout: float) -> Iterator[re.Match[str]]: ...
+
+
+@cache
+def _matches(pattern: str) -> _Finditer:
+    """The matches of a Python pattern in a text, within a time limit."""
+    # A brace that counts nothing is a character to `re`, and may allow inexact matches to `regex`.
+    name_or_escape, brace = r"\\N\{[^}]*\}|\\.", r"\{(?!\d+(,\d*)?\}|,\d*\})"
+    as_in_re = re.sub(f"({name_or_escape})|{brace}", lambda match: match[1] or r"\{", pattern, flags=re.DOTALL)
+    return cast(_Finditer, regex.compile(as_in_re).finditer)
 
 
 def tokens_until(match_end: int, token_ids: list[int], text_after: Callable[[list[int]], str]) -> int:
