@@ -199,11 +199,59 @@ def test_logprobs_of_a_path_without_them_are_refused() -> None:
         tree.logprobs(1)
 
 
-@pytest.mark.parametrize("leaves", [[2, 4, 5], [2, 4, 5, 6, 3], [2, 4, 5, 6, 6], []])
-def test_stored_leaves_that_are_not_the_finished_nodes_are_refused(leaves: list[int]) -> None:
-    d = {**hand_tree().to_dict(), "leaves": leaves}
-    with pytest.raises(ValueError, match="are not the finished nodes"):
-        SegmentTree.from_dict(d)
+NOT_COUNTS = [-1, 1.0, True, "1", [1], float("nan")]
+NOT_NUMBERS = [float("nan"), float("inf"), 10**400, True, "0.5", [0.5]]
+
+
+@pytest.mark.parametrize(
+    ("node", "field", "values", "words"),
+    [
+        (None, "prompt_ids", [None, "abc", {}, 7], "`prompt_ids` is"),
+        (None, "prompt_ids", [[7, value] for value in [None, *NOT_COUNTS]], r"`prompt_ids\[1\]` is"),
+        (None, "nodes", [None, "abc", {}], "`nodes` is .* a list"),
+        (None, "nodes", [[None], ["abc"], [[]]], r"`nodes\[0\]` is .* an object"),
+        (None, "leaves", [None, "abc", {}], "`leaves` is .* a list"),
+        (None, "leaves", [[value] for value in [None, *NOT_COUNTS]], r"`leaves\[0\]` is"),
+        (None, "leaves", [[2, 4, 5], [2, 4, 5, 6, 3], [2, 4, 5, 6, 6], []], "must be the nodes with a finish reason"),
+        (2, "parent", NOT_COUNTS, r"`nodes\[2\]\.parent` is .* null or a whole number"),
+        (2, "parent", [2, 3, 10**30], r"`nodes\[2\]`: Parent \d+ does not exist"),
+        (6, "parent", [2], r"`nodes\[6\]`: Parent 2 is a finished path"),
+        (2, "token_ids", [None, "abc", {}, 3], r"`nodes\[2\]\.token_ids` is .* a list"),
+        (2, "token_ids", [[value] for value in [None, *NOT_COUNTS]], r"`nodes\[2\]\.token_ids\[0\]` is"),
+        (2, "token_ids", [[]], r"`nodes\[2\]`: A segment needs at least one token"),
+        (2, "logprobs", ["abc", {}, -0.4], r"`nodes\[2\]\.logprobs` is .* a list"),
+        (2, "logprobs", [[value] for value in [None, *NOT_NUMBERS]], r"`nodes\[2\]\.logprobs\[0\]` is"),
+        (2, "logprobs", [[], [-0.4, -0.5]], r"`nodes\[2\]`: Got \d log-probabilities for 1 tokens"),
+        (2, "finish_reason", ["<b>stop</b>", "", "Stop", 1, ["stop"], {}], r"`nodes\[2\]\.finish_reason` .* stop, "),
+        (0, "finish_reason", ["stop"], r"`nodes\[2\]`: Parent 0 is a finished path"),
+        (2, "entropy", NOT_NUMBERS, r"`nodes\[2\]\.entropy` is .* a finite number"),
+        (2, "entropi", [0.5], r"`nodes\[2\]` has an unknown field 'entropi'"),
+        (None, "leafs", [[]], "The tree has an unknown field 'leafs'"),
+    ],
+)
+def test_what_no_tree_writes_is_refused_by_node_and_field(
+    node: int | None, field: str, values: list[Any], words: str
+) -> None:
+    for value in values:
+        record: dict[str, Any] = json.loads(json.dumps(hand_tree().to_dict()))
+        (record if node is None else record["nodes"][node])[field] = value
+        with pytest.raises(ValueError, match=words):
+            SegmentTree.from_dict(record)
+
+
+def test_a_missing_field_is_named_and_a_tree_must_be_an_object() -> None:
+    record: Any = hand_tree().to_dict()
+    for field in record:
+        with pytest.raises(ValueError, match=f"The tree has no `{field}`"):
+            SegmentTree.from_dict({name: value for name, value in record.items() if name != field})
+    for field in ("parent", "token_ids", "logprobs", "finish_reason"):
+        broken = hand_tree().to_dict()
+        del broken["nodes"][3][field]
+        with pytest.raises(ValueError, match=rf"`nodes\[3\]` has no `{field}`"):
+            SegmentTree.from_dict(broken)
+    for record in (None, [], "tree", 1):
+        with pytest.raises(ValueError, match=r"The tree is .* it must be an object"):
+            SegmentTree.from_dict(record)
 
 
 def test_an_inner_node_without_children_can_become_a_leaf_and_no_other() -> None:

@@ -5,9 +5,12 @@ Nodes live in a flat list and point to their parent by index; a node holds only 
 prompt followed by the tokens along a path is exactly what the engine was given and returned. Standard library only.
 """
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict, get_args
+
+from .json_lines import check_fields, check_list, check_value, is_count, is_number
 
 
 FinishReason = Literal["stop", "pattern", "repetition", "length"]
@@ -52,6 +55,22 @@ class TreeRecord(TypedDict):
     prompt_ids: list[int]
     nodes: list[NodeRecord]
     leaves: list[int]
+
+
+def _check_node(record: NodeRecord, place: str) -> None:
+    """Raise unless a node of a file has the fields of `NodeRecord`, of their types."""
+    check_fields(record, f"`{place}`", NodeRecord.__required_keys__, NodeRecord.__optional_keys__)
+    parent, logprobs, reason, entropy = (record.get(k) for k in ("parent", "logprobs", "finish_reason", "entropy"))
+    if parent is not None:
+        check_value(parent, f"{place}.parent", is_count, "null or a whole number, 0 or more")
+    check_list(record["token_ids"], f"{place}.token_ids", is_count, "a whole number, 0 or more")
+    if logprobs is not None:
+        check_list(logprobs, f"{place}.logprobs", is_number, "a finite number")
+    if reason is not None:
+        reasons = get_args(FinishReason)
+        check_value(reason, f"{place}.finish_reason", lambda r: r in reasons, f"null or one of {', '.join(reasons)}")
+    if entropy is not None:
+        check_value(entropy, f"{place}.entropy", is_number, "a finite number")
 
 
 def _node_record(node: SegmentNode) -> NodeRecord:
@@ -283,12 +302,23 @@ class SegmentTree:
         files have the order of completion; `sort_leaves` makes it depth-first.
 
         Raises:
-            ValueError: if the stored leaves are not the finished nodes.
+            ValueError: naming the node and the field, if anything is not as `to_dict` writes it.
         """
+        check_fields(d, "The tree", TreeRecord.__required_keys__)
+        check_list(d["prompt_ids"], "prompt_ids", is_count, "a whole number, 0 or more")
+        check_list(d["nodes"], "nodes", lambda node: isinstance(node, dict), "an object")
+        check_list(d["leaves"], "leaves", is_count, "a whole number, 0 or more")
         tree = cls(d["prompt_ids"])
-        for node in d["nodes"]:
-            tree.add(node["parent"], node["token_ids"], node["logprobs"], node["finish_reason"], node.get("entropy"))
+        for i, node in enumerate(d["nodes"]):
+            _check_node(node, f"nodes[{i}]")
+            try:
+                tree.add(
+                    node["parent"], node["token_ids"], node["logprobs"], node["finish_reason"], node.get("entropy")
+                )
+            except ValueError as error:
+                raise ValueError(f"`nodes[{i}]`: {error}") from error
         if sorted(tree.leaves) != sorted(d["leaves"]):
-            raise ValueError(f"Stored leaves {d['leaves']} are not the finished nodes {tree.leaves}.")
+            leaves, finished = reprlib.repr(d["leaves"]), reprlib.repr(tree.leaves)
+            raise ValueError(f"`leaves` is {leaves}; it must be the nodes with a finish reason, {finished}.")
         tree.leaves = list(d["leaves"])
         return tree
