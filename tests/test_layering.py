@@ -14,15 +14,15 @@ PACKAGE = Path(treepo_trl.__file__).parent
 
 # From the ground up: a room imports from its own floor's folder and from floors below, never from beside or above.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("model_support", "trl_seams", "checkpoints"),
+    ("model_support", "trl_seams", "field_checks", "checkpoints"),
     ("engines",),
     ("sampling",),
     ("update",),
     ("treepo_config",),
-    ("policy", "metrics", "tree_log", "prompt_stream"),
+    ("policy", "metrics", "tree_log", "prompt_stream", "checks", "reward_watch"),
     ("tree_batch",),
     ("dynamic_sampling",),
-    ("memory", "checks"),
+    ("memory",),
     ("treepo_trainer",),
     ("quickstart",),
     ("commands",),

@@ -1,12 +1,17 @@
 """`TreePOConfig`: what TreePO adds to [`~trl.GRPOConfig`], with every check that needs no model."""
 
+import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Literal, cast
+from functools import cache
+from typing import TYPE_CHECKING, Literal, cast, get_type_hints
 
 from trl.trainer.grpo_config import GRPOConfig
 
 from .engines import SamplingOptions
-from .sampling.config import TreeSamplingConfig, check_int
+from .field_checks import Ranges, check_bool, check_fields, check_number, check_ranges, members
+from .sampling.config import TreeSamplingConfig
 from .update.advantages import AdvantageEstimator
 from .update.packing import TreePacking
 
@@ -14,6 +19,53 @@ from .update.packing import TreePacking
 LeafWeighting = Literal["uniform", "inverse_branching"]
 LoraSync = Literal["adapter", "merge"]
 BaseWeights = Literal["auto", "quantized", "dequantized"]
+
+_WITH_SUBGROUPS = ("treepo", "treepo_size_weighted", "treepo_segment")
+
+_RANGES: Ranges = {
+    "reward_timeout": (lambda value: value > 0, "above 0; leave it out for no limit"),
+    "dynamic_sampling_rounds": (lambda value: value >= 0, "0 (train on every prompt as it comes) or more"),
+    "max_tokens_per_micro_batch": (
+        lambda value: value >= 1,
+        "from 1 on, about the length of a few completions or more; leave it out for no limit",
+    ),
+}
+# Of GRPOConfig, only what it takes and what stops or changes learning without a word.
+_STOCK_RANGES: Ranges = {
+    "temperature": (
+        lambda value: value > 0,
+        "above 0, because training samples. Sample the most likely completion outside the trainer",
+    ),
+    "beta": (lambda value: value >= 0, "at least 0"),
+    "epsilon": (lambda value: value >= 0, "at least 0"),
+    "epsilon_high": (lambda value: value >= 0, "at least 0"),
+    **dict.fromkeys(
+        (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "steps_per_generation",
+            "generation_batch_size",
+            "num_iterations",
+        ),
+        (lambda value: value >= 1, "at least 1"),
+    ),
+}
+_BOUNDS = frozenset(
+    {
+        "delta",
+        "epsilon",
+        "epsilon_high",
+        "max_grad_norm",
+        "off_policy_mask_threshold",
+        "entropy_coef_max",
+        "entropy_target",
+        "eval_delay",
+        "vllm_importance_sampling_cap",
+        "vllm_importance_sampling_clip_max",
+        "vllm_server_timeout",
+    }
+)
+"""Numbers of GRPOConfig that may be infinite: that is no bound."""
 
 
 @dataclass
@@ -124,6 +176,15 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "memory but not that of the weights. Needs `vllm_enable_sleep_mode=True` and `vllm_lora_sync='adapter'`."
         },
     )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that one call of a reward function may take, for all completions of a process. Then "
+            "training ends with an error that names the function. Default: no limit; a call of more than a minute is "
+            "a warning that names it. Set it if a reward function can hang. An asynchronous function is ended where "
+            "it awaits, and a reward model never."
+        },
+    )
     log_trees: bool = field(
         default=False,
         metadata={
@@ -135,8 +196,10 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
     def __post_init__(self) -> None:
         if self.tree_packing is False:  # what a bare `off` is in YAML
             self.tree_packing = "off"
+        self._check_stock()
+        check_fields(self, TreePOConfig, _RANGES)
+        TreeSamplingConfig.__post_init__(self)
         GRPOConfig.__post_init__(self)
-        TreeSamplingConfig.__post_init__(self)  # checks the choices of this class too
         self._check_drawing()
         self._check_objective()
         self._check_whole_trees()
@@ -145,6 +208,25 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         self._check_supported()
         self._check_shared_base()
         self._check_sleep()
+
+    def _check_stock(self) -> None:
+        """Raise for a value of GRPOConfig's own fields that is no number, boolean or JSON where they have one."""
+        for name, options in _stock_kinds().items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if list[float] in options:
+                for i, each in enumerate(_as_list(name, value)):
+                    check_number(f"{name}[{i}]", each)
+            elif name in self._VALID_DICT_FIELDS:
+                _check_json(name, value)
+            elif str in options:
+                continue
+            elif {int, float} & set(options) and not (name in _BOUNDS and value == math.inf):
+                check_number(name, value)
+            elif bool in options and isinstance(value, str):
+                check_bool(name, value)
+        check_ranges(self, _STOCK_RANGES)
 
     def generation_options(self) -> dict[str, object]:
         """`generation_kwargs`, empty where there are none."""
@@ -158,9 +240,12 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             ValueError: for a value outside of its range.
         """
         options = {each.name: getattr(self, each.name) for each in fields(SamplingOptions)}
-        given = self.generation_options()
-        # Whatever they are: the options check their own ranges.
-        return SamplingOptions(**{name: cast(int, given.get(name, value)) for name, value in options.items()})
+        SamplingOptions(**options)  # the settings' own errors
+        given = {name: cast(int, value) for name, value in self.generation_options().items() if name in options}
+        try:
+            return SamplingOptions(**{**options, **given})
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"`generation_kwargs`: {error}") from error
 
     def _check_drawing(self) -> None:
         if not isinstance(self.generation_kwargs, dict | None):
@@ -168,22 +253,31 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
                 f"`generation_kwargs` is {self.generation_kwargs!r}; give a dictionary, on the command line a JSON "
                 """object such as '{"top_p": 0.9}'."""
             )
-        if not self.temperature > 0:
+        temperature = self.generation_options().get("temperature", self.temperature)
+        if temperature != self.temperature:
             raise ValueError(
-                f"`temperature` is {self.temperature}; training samples and must be above 0. For evaluation of the "
-                "most likely completion, sample it outside the trainer."
+                f"`generation_kwargs` has temperature {temperature} and `temperature` is {self.temperature}: "
+                "completions would be sampled with the one and updated with the other. Set `temperature` alone."
             )
-        temperature = self.sampling_options().temperature
-        if not temperature > 0:
-            raise ValueError(
-                f"`generation_kwargs` has temperature {temperature}; training samples and needs one above 0."
-            )
+        self.sampling_options()
 
     def _check_objective(self) -> None:
-        if self.leaf_weighting == "inverse_branching" and self.beta != 0.0:
+        if self.leaf_weighting == "inverse_branching":
+            for name, none, term in (
+                ("beta", 0, "KL term"),
+                ("entropy_coef", 0, "entropy term"),
+                ("use_adaptive_entropy", False, "entropy term"),
+            ):
+                if getattr(self, name) != none:
+                    raise ValueError(
+                        f"`leaf_weighting='inverse_branching'` weights the advantages, but not the {term} of "
+                        f"`{name}={getattr(self, name)}`. Set `{name}={none}`, or `leaf_weighting='uniform'`."
+                    )
+        if self.subgroup_rejection and self.advantage_estimator not in _WITH_SUBGROUPS:
             raise ValueError(
-                f"`leaf_weighting='inverse_branching'` weights the advantages, but not the KL term of "
-                f"`beta={self.beta}`. Set `beta=0`, or `leaf_weighting='uniform'`."
+                "`subgroup_rejection=True` leaves subgroups out, but `advantage_estimator="
+                f"{self.advantage_estimator!r}` has none. Choose {', '.join(map('`{}`'.format, _WITH_SUBGROUPS))}, or "
+                "set `subgroup_rejection=False`."
             )
         if self.stop_pattern is not None and self.mask_truncated_completions:
             raise ValueError(
@@ -204,12 +298,6 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             )
 
     def _check_batches(self) -> None:
-        check_int("dynamic_sampling_rounds", self.dynamic_sampling_rounds)
-        if self.dynamic_sampling_rounds < 0:
-            raise ValueError(
-                f"`dynamic_sampling_rounds` is {self.dynamic_sampling_rounds}. Set 0 to train on every prompt as it "
-                "comes, or how often prompts without different rewards may be replaced, for example 2."
-            )
         local_batch_size = self.per_device_train_batch_size * self.steps_per_generation
         if local_batch_size % self.num_generations != 0:
             raise ValueError(
@@ -221,15 +309,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
 
     def _check_micro_batches(self) -> None:
         budget = self.max_tokens_per_micro_batch
-        if budget is None:
-            return
-        check_int("max_tokens_per_micro_batch", budget)
-        if budget < 1:
-            raise ValueError(
-                f"`max_tokens_per_micro_batch` is {budget}. Set a number of tokens from 1 on, about the length of a "
-                "few completions or more, or leave it out."
-            )
-        if self.tree_packing == "off":
+        if budget is not None and self.tree_packing == "off":
             raise ValueError(
                 f"`max_tokens_per_micro_batch={budget}` counts tokens of packed rows, but `tree_packing` is 'off'. "
                 "Set `tree_packing='auto'`, or lower `per_device_train_batch_size` instead."
@@ -279,3 +359,26 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
                 "`vllm_share_base_weights=True` needs an engine that holds whole weights, but "
                 f"`vllm_tensor_parallel_size` is {self.vllm_tensor_parallel_size}. Unset one of the two."
             )
+
+
+@cache
+def _stock_kinds() -> dict[str, tuple[object, ...]]:
+    """The types of GRPOConfig's own fields. The fields themselves hold what a parser has made of their types."""
+    ours = {each.name for each in fields(TreeSamplingConfig)}
+    hints = get_type_hints(GRPOConfig)
+    return {each.name: members(hints[each.name]) for each in fields(GRPOConfig) if each.init and each.name not in ours}
+
+
+def _as_list(name: str, value: object) -> Iterable[object]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"`{name}` is {value!r} ({type(value).__name__}); it must be a list of numbers.")
+    return value
+
+
+def _check_json(name: str, value: object) -> None:
+    """Raise a `ValueError` for the text of a dictionary, which starts with a brace, that is no JSON."""
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`{name}` is {value!r}, which is no JSON object: {error}.") from error

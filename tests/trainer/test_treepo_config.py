@@ -5,7 +5,7 @@ import math
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -132,8 +132,36 @@ def test_max_tree_depth(tmp_path: Path, length: int, segment: int | None, depth:
             {"max_tokens_per_micro_batch": 99, "tree_packing": "off"},
             "`max_tokens_per_micro_batch=99` ... `tree_packing` is 'off' ... Set `tree_packing='auto'`",
         ),
-        ({"leaf_weighting": "inverse_branching", "beta": 0.1}, "`beta=0.1`. Set `beta=0`"),
-        ({"dynamic_sampling_rounds": -1}, "`dynamic_sampling_rounds` is -1 ... Set 0"),
+        ({"leaf_weighting": "inverse_branching", "beta": 0.1}, "KL term of `beta=0.1`. Set `beta=0`"),
+        ({"leaf_weighting": "inverse_branching", "entropy_coef": 0.1}, "`entropy_coef=0.1`. Set `entropy_coef=0`"),
+        (
+            {"leaf_weighting": "inverse_branching", "use_adaptive_entropy": True},
+            "`use_adaptive_entropy=True`. Set `use_adaptive_entropy=False`",
+        ),
+        *(
+            (
+                {"subgroup_rejection": True, "advantage_estimator": estimator},
+                f"`subgroup_rejection=True` ... `advantage_estimator='{estimator}'` has none ... `treepo`",
+            )
+            for estimator in ("grpo", "value_difference", "treerl", "leave_one_out")
+        ),
+        (
+            {"generation_kwargs": {"temperature": 0.7}},
+            "`generation_kwargs` has temperature 0.7 ... `temperature` is 1.0 ... Set `temperature` alone",
+        ),
+        ({"generation_kwargs": {"top_p": 2}}, "`generation_kwargs`: `top_p` is 2; it must be above 0 and at most 1"),
+        ({"generation_kwargs": "top_p"}, "`generation_kwargs` is 'top_p' ... JSON object"),
+        ({"generation_kwargs": "{top_p: 2}"}, "`generation_kwargs` is '{top_p: 2}', which is no JSON"),
+        ({"dynamic_sampling_rounds": -1}, "`dynamic_sampling_rounds` is -1 ... 0 (train on every prompt"),
+        ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` is 0; it must be at least 1"),
+        ({"steps_per_generation": -1}, "`steps_per_generation` is -1; it must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` is 0; it must be at least 1"),
+        ({"num_iterations": 0}, "`num_iterations` is 0; it must be at least 1"),
+        ({"epsilon": -0.2}, "`epsilon` is -0.2; it must be at least 0"),
+        ({"reward_weights": [1.0, math.nan]}, "`reward_weights[1]` is nan; it must be a finite number"),
+        ({"reward_weights": [-math.inf]}, "`reward_weights[0]` is -inf; it must be a finite number"),
+        ({"max_completion_length": -(10**400)}, "`max_completion_length` is -1000"),
+        ({"stop_pattern": "x{99999999999999999999}"}, "`stop_pattern` is ... no regular expression"),
         ({"vllm_share_base_weights": True}, "`vllm_share_base_weights=True` ... `use_vllm=True`"),
         (
             {**LORA_ENGINE, **ENGINE_WEIGHTS, "vllm_lora_sync": "merge"},
@@ -267,28 +295,68 @@ def test_shipped_recipes_parse(monkeypatch: pytest.MonkeyPatch) -> None:
         TreePOConfig(**ours)
 
 
+KINDS = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(TreePOConfig).items()}
+NUMBERS = [name for name, kind in KINDS.items() if float in kind]
+UNBOUNDED = [
+    *("delta", "epsilon", "epsilon_high", "max_grad_norm", "off_policy_mask_threshold", "entropy_coef_max"),
+    *("entropy_target", "eval_delay", "vllm_server_timeout"),
+    *("vllm_importance_sampling_clip_max", "vllm_importance_sampling_cap"),
+]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400, "1", True, [1.0], 1j])
+def test_every_number_of_trl_and_of_trees_is_a_finite_number(tmp_path: Path, name: str, value: Any) -> None:
+    """But no bound is a bound too."""
+    if name in UNBOUNDED and value == math.inf:
+        assert getattr(make(tmp_path, **{name: value}), name) == value
+        return
+    with pytest.raises((TypeError, ValueError), match=rf"^`{name}` is .*; it must be "):
+        make(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if bool in kind and str not in kind])
+def test_a_text_is_no_boolean(tmp_path: Path, name: str) -> None:
+    """Python takes `"false"` for true."""
+    with pytest.raises(TypeError, match=rf"^`{name}` is 'false' \(str\); it must be true or false"):
+        make(tmp_path, **{name: "false"})
+
+
+@pytest.mark.parametrize("name", NEW_FIELDS)
+@pytest.mark.parametrize("value", [[], {}, 1.5, object(), b"x"])
+def test_a_wrong_type_is_named(tmp_path: Path, name: str, value: Any) -> None:
+    if float in KINDS[name] and isinstance(value, float):
+        assert getattr(make(tmp_path, **{name: value}), name) == value
+        return
+    with pytest.raises((TypeError, ValueError), match=rf"^`{name}` is "):
+        make(tmp_path, **{name: value})
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("segment_length", 2.5),
         ("segment_length", "8"),
-        ("branching_factor", "2"),
         ("branching_factor", True),
-        ("max_tokens_per_micro_batch", 512.5),
-        ("dynamic_sampling_rounds", 0.5),
         ("initial_branching_factor", 2.0),
         ("initial_branching_factor", [2, 2.5]),
         ("max_completion_length", None),
-        ("stop_pattern", 5),
+        ("num_generations", None),
+        ("num_generations", 8.0),
     ],
 )
-def test_a_wrong_type_is_named(tmp_path: Path, name: str, value: Any) -> None:
-    with pytest.raises(TypeError, match=rf"`{name}` is .*it must be a whole number|`stop_pattern` is 5"):
+def test_a_wrong_whole_number_is_named(tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^`{name}` is .*; it must be a whole number"):
         make(tmp_path, **{name: value})
 
 
 @pytest.mark.parametrize("name", ["temperature", "branching_temperature", "branching_temperature_end"])
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("value", [0.0, -1.0])
 def test_temperatures_are_positive(tmp_path: Path, name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"`{name}` is {value}"):
+    with pytest.raises(ValueError, match=f"`{name}` is {value}; it must be above 0"):
         make(tmp_path, **{name: value})
+
+
+def test_generation_kwargs_go_before_settings_of_the_same_name(tmp_path: Path) -> None:
+    config = make(tmp_path, temperature=0.7, top_p=0.9, generation_kwargs={"top_p": 0.5, "temperature": 0.7})
+    options = config.sampling_options()
+    assert (options.temperature, options.top_p) == (0.7, 0.5)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from trl import TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
-from treepo_trl.sampling.config import check_choice, check_int
+from treepo_trl.field_checks import check_choice, check_int
 
 
 TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")

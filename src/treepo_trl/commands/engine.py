@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from treepo_trl.engines import SamplingOptions, SegmentEngine
-from treepo_trl.sampling.config import check_choice
+from treepo_trl.field_checks import check_choice
 
 from .arguments import require_model
 

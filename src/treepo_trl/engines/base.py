@@ -1,18 +1,20 @@
 """What the sampler asks of an engine: continue token sequences by at most one segment."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from treepo_trl.field_checks import Ranges, check_fields
 
-_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    ("temperature", lambda value: value >= 0, "0 (greedy) or more"),
-    ("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1 (all tokens)"),
-    ("top_k", lambda value: value >= -1, "0 or -1 (all tokens) or more"),
-    ("min_p", lambda value: 0 <= value <= 1, "between 0 (all tokens) and 1"),
-    ("repetition_penalty", lambda value: value > 0, "above 0 (1 is none)"),
-)
+
+_RANGES: Ranges = {
+    "temperature": (lambda value: value >= 0, "0 (greedy) or more"),
+    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1 (all tokens)"),
+    "top_k": (lambda value: value >= -1, "0 or -1 (all tokens) or more"),
+    "min_p": (lambda value: 0 <= value <= 1, "between 0 (all tokens) and 1"),
+    "repetition_penalty": (lambda value: value > 0, "above 0 (1 is none)"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class SamplingOptions:
     How a next token is drawn, in TRL's names and meanings.
 
     Raises:
-        ValueError: for a value outside of its range.
+        ValueError: for a value outside of its range. `TypeError` for one that is no number.
     """
 
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits; 0 takes the most likely token."})
@@ -41,12 +43,7 @@ class SamplingOptions:
     )
 
     def __post_init__(self) -> None:
-        for name, is_valid, allowed in _RANGES:
-            value = getattr(self, name)
-            if value is None and name == "min_p":
-                continue
-            if not isinstance(value, int | float) or not is_valid(value):
-                raise ValueError(f"`{name}` is {value}; it must be {allowed}.")
+        check_fields(self, SamplingOptions, _RANGES)
 
 
 @dataclass(frozen=True, slots=True)

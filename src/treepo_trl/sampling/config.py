@@ -1,36 +1,21 @@
 """`TreeSamplingConfig`: the shape of a tree and when its paths end, with every check that needs no engine."""
 
-import math
 import re
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Literal, cast, get_args, get_origin
+from dataclasses import dataclass, field
+from typing import cast
+
+from treepo_trl.field_checks import Ranges, check_fields, check_int
 
 from .branching import BranchingPolicy, BranchSchedule, FallbackCandidates, FallbackPolicy
 from .stopping import MIN_REPEATED_CHARACTERS, MIN_REPEATS
 
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-
-def check_choice(name: str, value: object, choices: object) -> None:
-    """Raise a `ValueError` unless `value` is one of the options of a `Literal`."""
-    if value not in get_args(choices):
-        raise ValueError(f"`{name}` is {value!r}. Choose one of {', '.join(map(repr, get_args(choices)))}.")
-
-
-def check_choices(settings: "DataclassInstance") -> None:
-    """Raise a `ValueError` unless every field whose type is a `Literal` holds one of its options."""
-    for setting in fields(settings):
-        if get_origin(setting.type) is Literal:
-            check_choice(setting.name, getattr(settings, setting.name), setting.type)
-
-
-def check_int(name: str, value: object) -> int:
-    """The value. Raises a `TypeError` unless it is a whole number."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"`{name}` is {value!r} ({type(value).__name__}); it must be a whole number.")
-    return value
+_RANGES: Ranges = {
+    "num_generations": (lambda value: value >= 1, "at least 1, the leaves of a tree"),
+    "max_completion_length": (lambda value: value >= 1, "at least 1 token"),
+    "branching_temperature": (lambda value: value > 0, "above 0; a large value splits the branches evenly"),
+    "branching_temperature_end": (lambda value: value > 0, "above 0; a large value splits the branches evenly"),
+}
 
 
 @dataclass
@@ -174,7 +159,8 @@ class TreeSamplingConfig:
             "help": r"Python regular expression that ends a path once it matches the path's text, for example "
             r"`\\boxed\{[^}]*\}`. Default: none. Paper: a boxed answer. Set it if the reward reads nothing behind the "
             "answer. A match may span segments, and tokens behind it are dropped. Special tokens are not part of the "
-            "text, `$` is the end of a segment, and a pattern that matches the empty text is refused. Not with "
+            "text, `$` is the end of a segment, and a pattern that matches the empty text is refused. A search "
+            "of more than two seconds is an error, since some patterns would never end. Not with "
             "`mask_truncated_completions`: these paths have no EOS token and would be masked."
         },
     )
@@ -191,27 +177,18 @@ class TreeSamplingConfig:
     def max_tree_depth(self) -> int:
         """Segments on the longest path: `ceil(max_completion_length / segment_length)`."""
         assert self.segment_length is not None, "set in __post_init__"
-        return math.ceil(self.max_completion_length / self.segment_length)
+        return -(-self.max_completion_length // self.segment_length)
 
     def __post_init__(self) -> None:
+        check_fields(self, TreeSamplingConfig, _RANGES)
         self._check_tree_shape()
         self._check_initial_branching()
-        check_choices(self)
-        self._check_temperatures()
         self._check_lengths()
         self._check_stop_pattern()
 
     def _check_tree_shape(self) -> None:
-        check_int("num_generations", self.num_generations)
-        check_int("max_completion_length", self.max_completion_length)
-        check_int("branching_factor", self.branching_factor)
-        if self.num_generations < 1:
-            raise ValueError(f"`num_generations` is {self.num_generations}; a tree has at least 1 leaf.")
-        if self.max_completion_length < 1:
-            raise ValueError(f"`max_completion_length` is {self.max_completion_length}; it must be at least 1 token.")
         if self.segment_length is None:
-            self.segment_length = math.ceil(self.max_completion_length / 14)
-        check_int("segment_length", self.segment_length)
+            self.segment_length = -(-self.max_completion_length // 14)
         if not 1 <= self.segment_length <= self.max_completion_length:
             raise ValueError(
                 f"`segment_length` is {self.segment_length}; it must be between 1 and `max_completion_length` "
@@ -244,42 +221,26 @@ class TreeSamplingConfig:
             )
         self.initial_branching_factor = [low, high]
 
-    def _check_temperatures(self) -> None:
-        for name in ("branching_temperature", "branching_temperature_end"):
-            value: float | None = getattr(self, name)
-            if value is None and name == "branching_temperature_end":
-                continue
-            if value is None or not value > 0:
-                raise ValueError(
-                    f"`{name}` is {value}; it must be positive. A large value splits the branches evenly."
-                )
-
     def _check_lengths(self) -> None:
         expected, budget = self.expected_completion_length, self.max_tree_tokens
-        if expected is not None:
-            check_int("expected_completion_length", expected)
-            if not 1 <= expected <= self.max_completion_length:
-                raise ValueError(
-                    f"`expected_completion_length` is {expected}; it must be between 1 and `max_completion_length` "
-                    f"({self.max_completion_length}). Leave it out if you do not know it."
-                )
-        if budget is not None:
-            check_int("max_tree_tokens", budget)
-            if budget < self.max_completion_length:
-                raise ValueError(
-                    f"`max_tree_tokens` is {budget}, less than one path of `max_completion_length` "
-                    f"({self.max_completion_length}) tokens. Raise the one or lower the other."
-                )
+        if expected is not None and not 1 <= expected <= self.max_completion_length:
+            raise ValueError(
+                f"`expected_completion_length` is {expected}; it must be between 1 and `max_completion_length` "
+                f"({self.max_completion_length}). Leave it out if you do not know it."
+            )
+        if budget is not None and budget < self.max_completion_length:
+            raise ValueError(
+                f"`max_tree_tokens` is {budget}, less than one path of `max_completion_length` "
+                f"({self.max_completion_length}) tokens. Raise the one or lower the other."
+            )
 
     def _check_stop_pattern(self) -> None:
-        pattern = cast("object", self.stop_pattern)  # anything from Python or YAML
+        pattern = self.stop_pattern
         if pattern is None:
             return
-        if not isinstance(pattern, str):
-            raise TypeError(f"`stop_pattern` is {pattern!r}; give a regular expression as text.")
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"`stop_pattern` is {pattern!r}, which is no regular expression: {error}. Give a Python "
                 r"pattern such as '\\boxed\{[^}]*\}'."
