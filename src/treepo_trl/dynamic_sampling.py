@@ -6,8 +6,7 @@ From [DAPO](https://huggingface.co/papers/2503.14476) (section 3.2), which the T
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
@@ -19,6 +18,7 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainerState
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from .checkpoints import saved_values
 from .prompt_stream import EndlessPlaceholders, Example, Placeholders, PromptStream
 from .sampling import SegmentTree
 from .tree_batch import TreeBatch
@@ -209,8 +209,6 @@ class DynamicSampling:
         self._num_generations = cast(int, trainer.num_generations)
         self._stream: PromptStream | None = None
         self._state: TrainerState | None = None  # of the training that the stream belongs to
-        self._batch_start = (0, 0)  # the stream's position before the last batch
-        self._prepared_at = -1  # global step at which rows were last taken
 
     # Choosing
 
@@ -222,7 +220,6 @@ class DynamicSampling:
         """
         trainer = self._trainer
         stream = self._current_stream()
-        self._batch_start = stream.position
         trainer._pending_extra_logs.clear()  # of a batch that failed
         weights = trainer.reward_weights.to(trainer.accelerator.device)
         chosen = fill_batch(
@@ -303,39 +300,10 @@ class DynamicSampling:
             self._state = state
         return self._stream
 
-    def rows_taken(self) -> None:
-        """Note that the trainer takes rows of a batch for an update at the present global step."""
-        self._prepared_at = self._trainer.state.global_step
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """
-        Context in which a checkpoint is written, which says where a resumed training goes on drawing.
-
-        Completions are not saved: a training that is resumed samples the batch that is under way again. A batch is
-        over if its last rows were taken and the policy has been updated with them.
-        """
-        trainer, saved = self._trainer, saved_values(self._trainer.state)
-        drawn = saved.get(_PROMPTS_DRAWN)
-        is_last = trainer._step % (self.args.steps_per_generation * trainer.num_iterations) == 0
-        if drawn is None or (is_last and trainer.state.global_step > self._prepared_at):
-            yield
-            return
-        saved[_PROMPTS_DRAWN] = self._batch_start
-        try:
-            yield
-        finally:
-            saved[_PROMPTS_DRAWN] = drawn
-
 
 def forget_stream(state: TrainerState) -> None:
     """Drop the place in the dataset: a training without dynamic sampling draws its prompts otherwise."""
     saved_values(state).pop(_PROMPTS_DRAWN, None)
-
-
-def saved_values(state: TrainerState) -> dict[str, object]:
-    """The part of a trainer's state that checkpoints save under names of one's own."""
-    return cast("dict[str, object]", state.stateful_callbacks)
 
 
 def _is_equal(rewards: torch.Tensor) -> torch.Tensor:

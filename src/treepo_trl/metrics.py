@@ -4,7 +4,7 @@ Metrics of a batch of trees.
 Totals are sums, so that those of several samplings and processes add up. Metrics are made of them at the end.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from typing import cast, get_args
 
 import torch
@@ -80,6 +80,13 @@ def reduce_totals(totals: dict[str, float], accelerator: Accelerator) -> dict[st
     own = torch.tensor([list(totals.values())], dtype=torch.float32, device=accelerator.device)
     summed = cast(torch.Tensor, accelerator.gather(own)).sum(0)
     return dict(zip(totals, summed.tolist(), strict=True))
+
+
+def replace_last(logged: deque[float], values: list[float]) -> None:
+    """Put values where the last ones of a column of the logs are, which holds a certain number at most."""
+    for _ in range(min(len(values), len(logged))):
+        logged.pop()
+    logged.extend(values)
 
 
 def _subgroup_sizes(tree: SegmentTree) -> list[int]:

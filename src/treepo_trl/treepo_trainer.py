@@ -8,7 +8,7 @@ What the steps are made of lies in the rooms; what TRL has no argument for is re
 import textwrap
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from accelerate.logging import get_logger
@@ -16,14 +16,16 @@ from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 from trl.extras.profiling import profiling_decorator
 from trl.trainer.grpo_trainer import GRPOTrainer, RewardFunc
 from trl.trainer.utils import get_config_model_id
 
 from . import trl_seams
+from .checkpoints import ResumePoint, checkpoint_to_resume, saved_values
 from .checks import check_arguments, check_datasets, check_dynamic_sampling
-from .dynamic_sampling import DynamicSampling, Rows, forget_stream, saved_values
-from .metrics import reduce_totals, tree_metrics, tree_totals
+from .dynamic_sampling import DynamicSampling, Rows, forget_stream
+from .metrics import reduce_totals, replace_last, tree_metrics, tree_totals
 from .policy.engine import policy_engine_for
 from .sampling import SegmentTree, TreeSampler, text_decoder
 from .tree_batch import TreeBatch, shuffle_trees
@@ -144,6 +146,8 @@ class TreePOTrainer(GRPOTrainer):
         self.dynamic_sampling = DynamicSampling(self, self._sample) if args.dynamic_sampling_rounds > 0 else None
         self._packed_forward = self._build_packed_forward()
         self._batch = TreeBatch(step=-1)  # under way, or the last one: GRPOTrainer's methods cannot hand it on
+        self._resume_point = ResumePoint(self)
+        self.add_callback(self._resume_point)
 
     def _build_packed_forward(self) -> PackedForward | None:
         packed = packed_forward_for(self.model, self.args, self.accelerator, self.aux_loss_enabled)
@@ -152,6 +156,21 @@ class TreePOTrainer(GRPOTrainer):
             return None
         return packed
 
+    # A training from its start or a checkpoint
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> TrainOutput:
+        """Train as [`~transformers.Trainer`] does; `True` resumes from the newest checkpoint that is intact."""
+        folder = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
+        self._batch = TreeBatch(step=-1)
+        self._resume_point.restore(folder)
+        return super().train(folder, trial, ignore_keys_for_eval)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        with self._resume_point.saved(trial):
+            super()._save_checkpoint(model, trial)
+
     # A batch: sampled, scored, its advantages taken from its trees
 
     def _generate_and_score_completions(self, inputs: Rows) -> dict[str, torch.Tensor]:
@@ -159,7 +178,9 @@ class TreePOTrainer(GRPOTrainer):
             return super()._generate_and_score_completions(inputs)
         batch = self._batch = self._batch.next(self.state.global_step)
         with batch.opened():
-            if self.dynamic_sampling is not None:
+            if self.dynamic_sampling is None:
+                forget_stream(self.state)
+            else:
                 inputs = self.dynamic_sampling.fill(batch, len(inputs) // self.num_generations)
             with trl_seams.calculated_rewards(self, batch.keeping_rewards):
                 output = super()._generate_and_score_completions(inputs)
@@ -236,18 +257,9 @@ class TreePOTrainer(GRPOTrainer):
         with trl_seams.train_dataset(self, self.dynamic_sampling.placeholders()):
             return super().get_train_dataloader()
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
-        if self.dynamic_sampling is None:
-            forget_stream(self.state)
-            return super()._save_checkpoint(model, trial)
-        with self.dynamic_sampling.saving():
-            return super()._save_checkpoint(model, trial)
-
     # The update
 
     def _prepare_inputs(self, generation_batch: Rows) -> dict[str, torch.Tensor]:
-        if self.dynamic_sampling is not None and self.model.training:
-            self.dynamic_sampling.rows_taken()
         if self._packed_forward is None:
             return super()._prepare_inputs(generation_batch)
         with trl_seams.row_shuffle(partial(shuffle_trees, num_generations=self.num_generations)):
@@ -292,8 +304,4 @@ class TreePOTrainer(GRPOTrainer):
 
     def _replace_logged_advantages(self, means: torch.Tensor) -> None:
         """Put each row's mean advantage where GRPOTrainer has logged the group advantages."""
-        values = cast(torch.Tensor, self.accelerator.gather(means)).tolist()
-        logged = self._logs["advantages"]
-        for _ in range(min(len(values), len(logged))):
-            logged.pop()
-        logged.extend(values)
+        replace_last(self._logs["advantages"], cast(torch.Tensor, self.accelerator.gather(means)).tolist())

@@ -37,6 +37,7 @@ SIGNATURES = {
     "_prepare_inputs": "self, generation_batch",
     "_save_checkpoint": "self, model, trial",
     "get_train_dataloader": "self",
+    "train": "self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None",
 }
 # What dynamic sampling calls, or replaces for a call.
 CALLED = {
