@@ -1,10 +1,28 @@
-"""The tree log: the trees of each step in `output_dir/trees`, one JSON line per tree."""
+"""Trees in files: the tree log of a training in `output_dir/trees`, and a reader of it and of `treepo-trl sample`."""
 
 import json
+import logging
 import os
-from typing import TypedDict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypedDict, cast
 
-from .sampling.tree import TreeRecord
+from .sampling.json_lines import (
+    append,
+    check_fields,
+    check_list,
+    check_value,
+    is_count,
+    is_number,
+    is_text,
+    parse_line,
+)
+from .sampling.tree import SegmentTree, TreeRecord
+
+
+logger = logging.getLogger(__name__)
+
+_failing: set[str] = set()  # folders whose last log was lost: a full disk is said once, not at every step
 
 
 class TreeLogLine(TypedDict):
@@ -23,13 +41,109 @@ class TreeLogLine(TypedDict):
     """`SegmentTree.from_dict` reads it."""
 
 
+class SampledLine(TypedDict):
+    """A line of the output of `treepo-trl sample`."""
+
+    index: int
+    """Number of the prompt, from 0 on. A file has it once."""
+    prompt: str
+    """Text of the prompt."""
+    completions: list[str]
+    """Text of each leaf."""
+    weights: list[float]
+    """`leaf_weights` of the tree."""
+    tree: TreeRecord
+    """`SegmentTree.from_dict` reads it."""
+
+
 def write_trees(records: list[TreeLogLine], output_dir: str, step: int, is_first: bool) -> None:
     """
     Write records to `output_dir/trees/trees_<step>.jsonl`.
 
-    The first batch of a step starts the file anew, since a resumed training writes its steps again.
+    The first batch of a step starts the file anew, since a resumed training writes its steps again. A log that cannot
+    be written is a warning: the training is worth more.
     """
     folder = os.path.join(output_dir, "trees")
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, f"trees_{step:06d}.jsonl"), "w" if is_first else "a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    data = "".join(json.dumps(record) + "\n" for record in records).encode()
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, f"trees_{step:06d}.jsonl"), "wb" if is_first else "ab", buffering=0) as file:
+            append(file, data)
+    except OSError as error:
+        if folder not in _failing:
+            logger.warning(
+                f"The trees of step {step} are lost: {error.strerror or error}. `log_trees` writes them to {folder}. "
+                "The training goes on without them, and each later step is tried again, without another warning."
+            )
+        _failing.add(folder)
+    else:
+        _failing.discard(folder)
+
+
+def read_trees(path: str | Path) -> Iterator[TreeLogLine | SampledLine]:
+    """
+    The lines of a tree log, or of an output of `treepo-trl sample`, each checked.
+
+    Example:
+
+    ```python
+    >>> for line in read_trees("outputs/trees/trees_000000.jsonl"):  # doctest: +SKIP
+    ...     tree = SegmentTree.from_dict(line["tree"])
+    ```
+
+    Raises:
+        ValueError: naming file, line and field, at the first line that neither of them has written.
+    """
+    with open(path, "rb") as file:
+        yield from checked_lines(file, path)
+
+
+def checked_lines(lines: Iterable[bytes], path: str | Path) -> Iterator[TreeLogLine | SampledLine]:
+    """`read_trees` for lines of an open file; `path` is its name in errors."""
+    line_of: dict[int, int] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = parse_line(line)
+            if isinstance(record, dict) and "index" in record:
+                index = _check_sampled(cast(SampledLine, record))
+                if index in line_of:
+                    raise ValueError(f"`index` is {index}, as in line {line_of[index]}: a file has each prompt once.")
+                line_of[index] = number
+            else:
+                _check_logged(cast(TreeLogLine, record))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        yield cast("TreeLogLine | SampledLine", record)
+
+
+def _check_sampled(line: SampledLine) -> int:
+    check_fields(line, "the line", SampledLine.__required_keys__)
+    check_value(line["index"], "index", is_count, "a whole number, 0 or more")
+    check_list(line["completions"], "completions", is_text, "a text")
+    check_list(line["weights"], "weights", is_number, "a finite number")
+    _check_tree(line, ("completions", "weights"))
+    return line["index"]
+
+
+def _check_logged(line: TreeLogLine) -> None:
+    check_fields(line, "the line", TreeLogLine.__required_keys__)
+    check_value(line["step"], "step", is_count, "a whole number, 0 or more")
+    check_list(line["rows"], "rows", is_count, "a whole number, 0 or more")
+    check_list(line["rewards"], "rewards", lambda r: r is None or is_number(r), "null or a finite number")
+    check_list(line["advantages"], "advantages", is_number, "a finite number")
+    leaves = _check_tree(line, ("rows", "rewards", "advantages")).leaves
+    if sorted(line["rows"]) != sorted(leaves):
+        raise ValueError("`rows` names other nodes than `leaves` of the tree.")
+
+
+def _check_tree(line: TreeLogLine | SampledLine, per_leaf: tuple[str, ...]) -> SegmentTree:
+    """Check what both kinds of lines have: the prompt's text, and a tree that is done, with values for each leaf."""
+    check_value(line["prompt"], "prompt", is_text, "a text")
+    tree = SegmentTree.from_dict(line["tree"])
+    for i, node in enumerate(tree.nodes):
+        if node.finish_reason is None and not node.children:
+            raise ValueError(f"`nodes[{i}]` has neither a finish reason nor children.")
+    for name in per_leaf:
+        if len(line[name]) != len(tree.leaves):
+            raise ValueError(f"`{name}` has {len(line[name])} values, and the tree {len(tree.leaves)} leaves.")
+    return tree

@@ -1,16 +1,24 @@
 """What the output file of `treepo-trl sample` keeps of a run that dies, and that `--resume` goes on from it."""
 
+import errno
 import json
+import re
+import subprocess
+import sys
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.models import make_tokenizer
 from tests.support.sample_runs import PROMPT_IDS, arguments, cells, fail_to_build, read_lines, read_trees
 from treepo_trl.commands import sample as sample_command
 from treepo_trl.commands.sample import main
+from treepo_trl.commands.tree_file import OutputError, TreeFile, opened_output
 from treepo_trl.engines import SegmentResult
 from treepo_trl.engines.transformers import TransformersEngine
+from treepo_trl.sampling import SegmentTree
 
 
 pytestmark = pytest.mark.usefixtures("prompts_folder")
@@ -63,13 +71,13 @@ def test_an_interrupt_is_no_traceback(
     tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], advice: str
 ) -> None:
     """A run that may be resumed says so; a comparison may not."""
-    write = sample_command.write_tree
+    write = TreeFile.write
 
     def write_and_interrupt(*args: Any) -> None:
         write(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample_command, "write_tree", write_and_interrupt)
+    monkeypatch.setattr(TreeFile, "write", write_and_interrupt)
     with pytest.raises(SystemExit, match=rf"^Interrupted\. While sampling prompt \d of 4{advice}$"):
         main(arguments(tiny_model_dir, **changes))
     assert len(read_trees()) == 1
@@ -130,23 +138,136 @@ def test_a_resumed_run_does_not_draw_the_same_again(tiny_model_dir: str) -> None
     assert first["completions"] != second["completions"]
 
 
+TREE = SegmentTree(PROMPT_IDS[0])
+TREE.add(None, [9, 0], [-1.0, -2.0], "stop")
+LINE = {"index": 0, "prompt": "w1 w2 w3", "completions": ["w4"], "weights": [1.0], "tree": TREE.to_dict()}
+
+
+def line(**changes: Any) -> bytes:
+    """A line of the output with other values."""
+    return json.dumps({**LINE, **changes}).encode() + b"\n"
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"prompt": "w1"}\n', "no tree of this command"),
-        (b"some notes", "no tree of this command"),  # not a line that was cut off
-        (b"\xff\xfe\n", "no tree of this command"),
-        (b'{"index": 0, "tree": {"prompt_ids": [6, 7]}}\n', "a tree of another prompt 0"),
-        (b'{"index": 4, "tree": {"prompt_ids": [6, 7, 8]}}\n', "a tree of another prompt 4"),
-        (b'{"index": -4, "tree": {"prompt_ids": [6, 7, 8]}}\n', "a tree of another prompt -4"),
-        (b'{"index": "0", "tree": {"prompt_ids": [6, 7, 8]}}\n', "a tree of another prompt '0'"),
+        (b'{"prompt": "w1"}\n', "line 1: the line has no `"),
+        (b"some notes", "line 1: it is no JSON"),  # not a line that was cut off
+        (line() + b"\xff\xfe\n", "line 2: byte 0 is no UTF-8"),
+        (line() + b"\n", "line 2: it is no JSON"),
+        (line(tree={**TREE.to_dict(), "prompt_ids": [6, 7]}), "line 1: it is a tree of other prompts"),
+        (line(index=4), "line 1: it is a tree of other prompts"),
+        (line(index=-4), "line 1: `index` is -4; it must be a whole number, 0 or more"),
+        (line(index="0"), "line 1: `index` is '0'; it must be"),
+        (line() + line(), "line 2: `index` is 0, as in line 1"),
+        (line(tree={**TREE.to_dict(), "leaves": "abc"}), "line 1: `leaves` is 'abc'; it must be a list"),
     ],
 )
-def test_a_file_of_something_else_is_refused_and_left_as_it_is(
+def test_a_file_of_something_else_is_refused_by_its_line_and_left_as_it_is(
     tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, content: bytes, words: str
 ) -> None:
     monkeypatch.setattr(sample_command, "build_engine", fail_to_build)
     Path("trees.jsonl").write_bytes(content)
-    with pytest.raises(SystemExit, match=words):
+    with pytest.raises(SystemExit, match=rf"^treepo-trl: error: trees\.jsonl, {words}.* or name another file\.$"):
         main([*arguments(tiny_model_dir), "--resume"])
     assert Path("trees.jsonl").read_bytes() == content
+
+
+# Two runs, a full disk
+
+
+def open_again(resume: bool = True) -> None:
+    with opened_output("trees.jsonl", resume, PROMPT_IDS):
+        pass
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_run_into_the_same_file_is_refused_until_the_first_is_gone(
+    resume: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Under any name of the file, before anything is read or cut off. The lock dies with a killed process."""
+    Path("trees.jsonl").write_bytes(line() + line(index=1)[:20] if resume else b"")
+    content = Path("trees.jsonl").read_bytes()
+    Path("link.jsonl").symlink_to("trees.jsonl")
+    script = "import fcntl, time; file = open('link.jsonl', 'ab'); fcntl.flock(file, 2); print(flush=True); {}"
+    command = [sys.executable, "-c", script.format("time.sleep(600)")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        try:
+            with pytest.raises(ValueError, match=r"^Another run writes to `--output trees\.jsonl`\. Wait for its end"):
+                open_again(resume)
+        finally:
+            other.kill()
+    assert Path("trees.jsonl").read_bytes() == content
+    open_again(resume)
+    with opened_output("link.jsonl", resume, PROMPT_IDS), pytest.raises(ValueError, match="Another run"):
+        open_again(resume)
+    open_again(resume)
+    assert sorted(path.name for path in Path().iterdir()) == ["data.jsonl", "link.jsonl", "trees.jsonl"]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_file_system_without_locks_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    open_again()
+    assert (
+        "trees.jsonl cannot be locked ([Errno 37] No locks available): start no other run" in capsys.readouterr().err
+    )
+
+
+class FullDisk(FileIO):
+    """A file with room for one line and half of the next. Closing it fails too, with other words."""
+
+    rest = 0
+
+    def write(self, data: Any) -> int:
+        if self.rest == len(data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        half = len(data) // 2 if self.tell() else len(data)
+        self.rest = len(data) - half
+        return super().write(data[:half])
+
+    def close(self) -> None:
+        was_open = not self.closed
+        super().close()
+        if was_open:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+
+def test_a_full_disk_is_named_and_the_trees_before_it_stay_whole(
+    tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def open_full(path: Path, mode: str, **how: Any) -> Any:
+        return FullDisk(path, "a+") if "a" in mode else opened(path, mode, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_full)
+        with pytest.raises(SystemExit) as error:
+            main(arguments(tiny_model_dir))
+    full = "`--output trees.jsonl` cannot be written: No space left on device. Its disk has 0.00 GiB free."
+    advice = "`--resume` goes on from the trees in trees.jsonl."
+    assert re.sub(r"[0-9.]+ GiB", "0.00 GiB", str(error.value.code)) == f"treepo-trl: error: {full} {advice}"
+    assert len(read_trees()) == 1
+    main([*arguments(tiny_model_dir), "--resume"])
+    assert [tree.prompt_ids for tree in read_trees()] == PROMPT_IDS
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("resume", [False, True])
+def test_the_first_error_is_the_one_that_is_seen(resume: bool) -> None:
+    def use(output: TreeFile | None) -> None:
+        assert output is not None
+        with pytest.raises(OutputError, match="`--output /dev/full` cannot be written: No space left on device"):
+            output.write(0, TREE, make_tokenizer())
+        raise Lost
+
+    with pytest.raises(Lost), opened_output("/dev/full", resume, PROMPT_IDS) as output:
+        use(output)

@@ -2,8 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TextIO
+from contextlib import ExitStack, contextmanager
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -16,28 +15,31 @@ from .cost_table import RolloutReport, format_table, report, sample_independent
 from .engine import EngineArguments, build_engine, eos_token_ids, load_tokenizer
 from .errors import user_errors
 from .prompts import load_prompts, prompt_token_ids
-from .tree_file import finished_prompts, write_tree
+from .tree_file import OutputError, TreeFile, opened_output
 
 
 def main(argv: list[str]) -> None:
     """Run the command with the arguments after `treepo-trl sample`."""
-    with user_errors():
-        parser = options_parser(
-            "treepo-trl sample", SampleArguments, EngineArguments, SamplingOptions, TreeSamplingConfig
-        )
-        arguments, engine_arguments, options, config = parser.parse_args_and_config(argv)
-        tokenizer = load_tokenizer(engine_arguments)
-        prompts = prompt_token_ids(load_prompts(arguments), tokenizer, arguments.chat_template_kwargs)
-        done = finished_prompts(arguments.output, arguments.resume, prompts)
-        if done:
-            print(f"{len(done)} of {len(prompts)} trees are in {arguments.output} already.", file=sys.stderr)
-        remaining = {index: prompt for index, prompt in enumerate(prompts) if index not in done}
-        if not remaining:
-            return
-        seed = arguments.seed + len(done)  # a resumed run does not repeat its first draws
-        sampler = build_sampler(engine_arguments, options, config, tokenizer, seed)
-        sampler.check(prompts)
-    trees, reports = run(arguments, sampler, tokenizer, remaining)
+    with ExitStack() as stack:
+        with user_errors():
+            parser = options_parser(
+                "treepo-trl sample", SampleArguments, EngineArguments, SamplingOptions, TreeSamplingConfig
+            )
+            arguments, engine_arguments, options, config = parser.parse_args_and_config(argv)
+            stack.enter_context(_advice_to_resume(arguments))
+            tokenizer = load_tokenizer(engine_arguments)
+            prompts = prompt_token_ids(load_prompts(arguments), tokenizer, arguments.chat_template_kwargs)
+            output = stack.enter_context(opened_output(arguments.output, arguments.resume, prompts))
+            done = set[int]() if output is None else output.done
+            if done:
+                print(f"{len(done)} of {len(prompts)} trees are in {arguments.output} already.", file=sys.stderr)
+            remaining = {index: prompt for index, prompt in enumerate(prompts) if index not in done}
+            if not remaining:
+                return
+            seed = arguments.seed + len(done)  # a resumed run does not repeat its first draws
+            sampler = build_sampler(engine_arguments, options, config, tokenizer, seed)
+            sampler.check(prompts)
+        trees, reports = run(arguments, sampler, tokenizer, remaining, output)
     if arguments.output is None:
         print(format_tree(trees[0], tokenizer))
     print(format_table(reports))
@@ -68,6 +70,7 @@ def run(
     sampler: TreeSampler,
     tokenizer: PreTrainedTokenizerBase,
     prompts: dict[int, list[int]],
+    output: TreeFile | None,
 ) -> tuple[list[SegmentTree], dict[str, list[RolloutReport]]]:
     """
     Sample and write a tree for each prompt; with `--compare` sample ordinary completions too, in turn with trees.
@@ -83,42 +86,39 @@ def run(
     num_leaves = len(prompts) * sampler.config.num_generations
     trees: list[SegmentTree] = []
     reports: dict[str, list[RolloutReport]] = {"trees": []}
-    with _advice_to_resume(arguments), _opened(arguments.output) as file:
 
-        def write(position: int, tree: SegmentTree) -> None:
-            if file is not None:
-                write_tree(file, indices[position], tree, tokenizer)
+    def write(position: int, tree: SegmentTree) -> None:
+        if output is not None:
+            output.write(indices[position], tree, tokenizer)
 
-        if arguments.compare:  # an engine's first steps take longer, and the trees come first
-            sample_independent(sampler.engine, token_ids[:1], sampler.config)
-        for repeat in range(arguments.repeats if arguments.compare else 1):
+    if arguments.compare:  # an engine's first steps take longer, and the trees come first
+        sample_independent(sampler.engine, token_ids[:1], sampler.config)
+    for repeat in range(arguments.repeats if arguments.compare else 1):
+        sampler.engine.reset_prefix_cache()
+        with progress_bar(num_leaves, "trees") as on_leaves:
+            seed = f"{arguments.seed}/{repeat}"
+            on_tree = write if repeat == 0 else None
+            trees = sampler.sample(token_ids, seed, on_leaves=on_leaves, on_tree=on_tree)
+        reports["trees"].append(report(trees, sampler.stats))
+        if arguments.compare:
             sampler.engine.reset_prefix_cache()
-            with progress_bar(num_leaves, "trees") as on_leaves:
-                seed = f"{arguments.seed}/{repeat}"
-                on_tree = write if repeat == 0 else None
-                trees = sampler.sample(token_ids, seed, on_leaves=on_leaves, on_tree=on_tree)
-            reports["trees"].append(report(trees, sampler.stats))
-            if arguments.compare:
-                sampler.engine.reset_prefix_cache()
-                with progress_bar(num_leaves, "independent") as on_leaves:
-                    completions, stats = sample_independent(sampler.engine, token_ids, sampler.config, on_leaves)
-                reports.setdefault("independent", []).append(report(completions, stats))
+            with progress_bar(num_leaves, "independent") as on_leaves:
+                completions, stats = sample_independent(sampler.engine, token_ids, sampler.config, on_leaves)
+            reports.setdefault("independent", []).append(report(completions, stats))
     return trees, reports
-
-
-def _opened(output: str | None) -> AbstractContextManager[TextIO | None]:
-    return nullcontext() if output is None else open(output, "a", encoding="utf-8")
 
 
 @contextmanager
 def _advice_to_resume(arguments: SampleArguments) -> Iterator[None]:
-    """Say how to go on where a run ends early: in one line after Ctrl-C, as a note of any other error."""
+    """Say how to go on where a run ends early: in one line after Ctrl-C or a full disk, as a note of other errors."""
     can_resume = arguments.output is not None and arguments.compare is None
     advice = f"`--resume` goes on from the trees in {arguments.output}." if can_resume else ""
     try:
         yield
     except KeyboardInterrupt as interrupt:
         raise SystemExit(" ".join(["Interrupted.", *getattr(interrupt, "__notes__", []), advice]).rstrip()) from None
+    except OutputError as error:
+        raise SystemExit(f"treepo-trl: error: {error} {advice}".rstrip()) from error
     except Exception as error:
         if advice:
             error.add_note(advice)

@@ -16,7 +16,7 @@ def append(file: io.FileIO, data: bytes) -> None:
     What a full disk or an interrupt cuts off is removed again, so that no half line stands before the next one. A
     buffer would keep what could not be written, and fail with it once more when the file is closed.
     """
-    start = file.tell()
+    start = file.seek(0, io.SEEK_END)
     rest = memoryview(data)
     try:
         while rest:
