@@ -1,7 +1,11 @@
 """Metrics and tree logs of a training against its trees."""
 
+import errno
 import json
+import re
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,9 +17,10 @@ from tests.support.trainers import (
     parity_reward,
     trained,
 )
-from treepo_trl import SegmentTree
+from treepo_trl import SegmentTree, tree_log
 from treepo_trl.metrics import tree_metrics, tree_totals
 from treepo_trl.sampling.sampler import SamplingStats
+from treepo_trl.tree_log import TreeLogLine, read_trees, write_trees
 
 
 def test_tree_metrics_are_those_of_the_trees(tmp_path: Path, tiny_model_dir: str) -> None:
@@ -53,7 +58,7 @@ def test_tree_log_reads_back(tmp_path: Path, tiny_model_dir: str) -> None:
     files = sorted((tmp_path / "trees").iterdir())
     assert [file.name for file in files] == ["trees_000000.jsonl", "trees_000001.jsonl"]
     for step, (file, generation) in enumerate(zip(files, trainer.generations, strict=True)):
-        records = [json.loads(line) for line in file.read_text().splitlines()]
+        records: Any = list(read_trees(file))
         assert len(records) == 2
         for i, (record, tree) in enumerate(zip(records, generation["trees"], strict=True)):
             assert record["step"] == step
@@ -66,3 +71,96 @@ def test_tree_log_reads_back(tmp_path: Path, tiny_model_dir: str) -> None:
             assert record["advantages"] == pytest.approx(expected.tolist(), abs=1e-4)
             for leaf, reward in zip(record["rows"], record["rewards"], strict=True):
                 assert parity_reward([read.completion_ids(leaf)])[0] == pytest.approx(reward, abs=1e-5)
+
+
+# A log that cannot be written
+
+
+LINE: TreeLogLine = {
+    "step": 0,
+    "prompt": "w1",
+    "rows": [0],
+    "rewards": [None],
+    "advantages": [0.5],
+    "tree": {
+        "prompt_ids": [6],
+        "nodes": [{"parent": None, "token_ids": [9, 0], "logprobs": None, "finish_reason": "stop"}],
+        "leaves": [0],
+    },
+}
+
+
+class FullDisk(FileIO):
+    """A file with room for half of what is written."""
+
+    def write(self, data: Any) -> int:
+        if len(data) < 100:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data[: len(data) - 99])
+
+
+def test_a_lost_log_is_a_warning_once_until_a_log_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No half line is left, neither where the disk is full nor before what is written later."""
+
+    def write_step(step: int, fails: bool, is_first: bool = True) -> None:
+        with monkeypatch.context() as patch:
+            if fails:
+                patch.setattr(tree_log, "open", lambda path, mode, **_: FullDisk(path, mode), raising=False)
+            write_trees([{**LINE, "step": step}] * 2, str(tmp_path), step, is_first)
+
+    write_step(0, fails=False)
+    for step in (0, 1, 2):
+        write_step(step, fails=True, is_first=step > 0)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith(
+        f"The trees of step 0 are lost: No space left on device. `log_trees` writes them to {tmp_path / 'trees'}."
+    )
+    write_step(2, fails=False, is_first=False)
+    counts = [sum(1 for _ in read_trees(tmp_path / f"trees/trees_{step:06d}.jsonl")) for step in range(3)]
+    assert counts == [2, 0, 2]
+    write_step(3, fails=True)
+    assert len(caplog.records) == 2
+
+
+def test_a_training_goes_on_without_its_logs(
+    tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "trees").write_text("a file where the folder should be")
+    trainer = trained(SpyTrainer, tiny_model_dir, make_config(tmp_path, log_trees=True))
+    assert trainer.state.global_step == 2
+    lost = [message for message in caplog.messages if "are lost" in message]
+    assert len(lost) == 1
+    assert "The trees of step 0 are lost: File exists." in lost[0]
+
+
+# Reading
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"step": -1}, "`step` is -1; it must be a whole number"),
+        ({"prompt": None}, "`prompt` is None; it must be a text"),
+        ({"rows": [1]}, "`rows` names other nodes than `leaves`"),
+        ({"rows": [-1]}, r"`rows\[0\]` is -1"),
+        ({"rewards": [float("nan")]}, r"`rewards\[0\]` is nan; it must be null or a finite number"),
+        ({"rewards": []}, "`rewards` has 0 values, and the tree 1 leaves"),
+        ({"advantages": [None]}, r"`advantages\[0\]` is None; it must be a finite number"),
+        ({"tree": None}, "The tree is None; it must be an object"),
+        ({"weights": [1.0]}, "the line has an unknown field 'weights'; known are advantages, prompt, "),
+        (
+            {"tree": {**LINE["tree"], "nodes": [{**LINE["tree"]["nodes"][0], "finish_reason": None}], "leaves": []}},
+            r"`nodes\[0\]` has neither a finish reason nor children",
+        ),
+    ],
+)
+def test_a_line_that_no_training_writes_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    path = tmp_path / "trees.jsonl"
+    path.write_text(json.dumps(LINE) + "\n" + json.dumps({**LINE, **changes}) + "\n")
+    lines = read_trees(path)
+    assert next(lines) == LINE
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}, line 2: {words}"):
+        next(lines)
