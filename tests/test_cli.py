@@ -47,7 +47,7 @@ def test_config_without_a_file(command: str, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as error:
         main([command, "--num_generations", "4", "--config"])
     assert error.value.code == 2
-    assert "--config: expected one argument" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"treepo-trl {command}: error: argument --config: expected one argument\n"
 
 
 def test_help_loads_no_library() -> None:

@@ -42,8 +42,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="treepo-trl", usage=usage().partition("\n")[0].removeprefix("usage: "))
     parser.add_argument("command", choices=COMMANDS)
     command = parser.parse_args(argv[:1]).command
-    if argv[-1] == "--config":  # TRL's parser takes the next argument without looking
-        parser.error("argument --config: expected one argument")
     _, module = COMMANDS[command]
     importlib.import_module(f"treepo_trl.commands.{module}").main(argv[1:])
 

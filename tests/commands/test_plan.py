@@ -46,3 +46,9 @@ def test_the_card_is_this_machines_unless_it_is_given(
 def test_a_model_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="treepo-trl: error: No model: give `--model_name_or_path`"):
         main(["--card_gib", "24"])
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "-1", "0"])
+def test_a_card_has_some_memory(command: list[str], size: str) -> None:
+    with pytest.raises(SystemExit, match=rf"treepo-trl: error: `card_gib` is {size}.*; it must be "):
+        main([*command, "--card_gib", size])

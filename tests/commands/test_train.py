@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,14 +14,14 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FalconConfig
 from trl import ModelConfig
 
 from tests.support.paths import ROOT
-from tests.support.sample_runs import as_flags
+from tests.support.sample_runs import as_flags, fail_to_build
 from treepo_trl import TreePOConfig
-from treepo_trl.commands.arguments import TreePOScriptArguments
+from treepo_trl.commands.arguments import TreePOScriptArguments, options_parser
 from treepo_trl.commands.train import check_memory, load_reward_funcs, main
 from treepo_trl.memory import GIB
 
@@ -54,6 +55,7 @@ FLAGS: dict[str, Any] = {
     "dtype": "float32",
     "disable_tqdm": True,
 }
+FLAGS_OF_A_CPU = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
 
 
 @pytest.fixture
@@ -146,13 +148,69 @@ def test_rewards_by_name() -> None:
         ({"dataset_train_split": "a", "dataset_name": "saved"}, r"no split 'a', only train.*`--dataset_train_split`"),
         ({"eval_strategy": "steps", "eval_steps": 1}, r"no split 'test', only train.*`--dataset_test_split`"),
         ({"segment_length": 9}, r"`segment_length` is 9.*`max_completion_length` \(8\)"),
+        ({"reward_funcs": ["my_rewards.calls"]}, r"`--reward_funcs my_rewards.calls` is a list.*give a function"),
+        ({"reward_funcs": ["..a"]}, r"`--reward_funcs ..a` is no reward of TRL.*import path"),
+        ({"resume_from_checkpoint": "true"}, r"`resume_from_checkpoint=True`.*\(out\) holds no intact checkpoint"),
+        ({"resume_from_checkpoint": "none"}, r"`resume_from_checkpoint=none`.*no such folder"),
+        ({"output_dir": "data.jsonl"}, r"`--output_dir data.jsonl` cannot be made: File exists"),
+        ({"output_dir": "data.jsonl/out"}, r"`--output_dir data.jsonl/out` cannot be made: Not a directory"),
+        (
+            {"model_name_or_path": "adapter"},
+            r"`--model_name_or_path adapter` is an adapter.*the model that it belongs",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
-def test_errors(folder: Path, tiny_model_dir: str, changes: dict[str, Any], message: str) -> None:
+def test_errors(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: str, changes: dict[str, Any], message: str
+) -> None:
+    """In one line without a traceback, and before the model is loaded."""
+    monkeypatch.setattr("treepo_trl.treepo_trainer.TreePOTrainer.__init__", fail_to_build)
     DatasetDict({"train": Dataset.from_dict({"prompt": ["w1"] * 8})}).save_to_disk("saved")
-    with pytest.raises(SystemExit, match="treepo-trl: error: .*" + message):  # one line, no traceback
-        main(arguments(tiny_model_dir, **changes))
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").touch()
+    with pytest.raises(SystemExit, match="treepo-trl: error: .*" + message):
+        main(arguments(tiny_model_dir, **{**changes}))
+
+
+def test_what_the_trainer_refuses_is_one_line_too(folder: Path, tiny_model_dir: str) -> None:
+    with pytest.raises(SystemExit, match=r"^treepo-trl: error: Number of reward weights \(2\)"):
+        main(arguments(tiny_model_dir, reward_weights=[1.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("true", "out/checkpoint-2"), ("out/checkpoint-1", "out/checkpoint-1"), ("false", None)]
+)
+def test_the_checkpoint_is_chosen_before_the_model_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: str, given: str, expected: str | None
+) -> None:
+    """`true` takes the newest one, whose newer neighbour was not written to its end."""
+    for step in (1, 2, 3):
+        checkpoint = Path(f"out/checkpoint-{step}")
+        checkpoint.mkdir(parents=True)
+        save_file({"w": torch.zeros(1)}, checkpoint / "model.safetensors")
+        if step < 3:
+            (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    calls: list[str | None] = []
+
+    class Trainer:
+        def __init__(self, **settings: Any) -> None:
+            pass
+
+        def train(self, resume_from_checkpoint: str | None) -> None:
+            calls.append(resume_from_checkpoint)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("treepo_trl.treepo_trainer.TreePOTrainer", Trainer)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments(tiny_model_dir, resume_from_checkpoint=given))
+    assert calls == [expected]
+
+
+def test_one_reward_in_a_config_file_needs_no_list(folder: Path) -> None:
+    Path("one.yaml").write_text("reward_funcs: my_rewards.even\n")
+    script_args = options_parser(None, TreePOScriptArguments).parse_args_and_config(["--config", "one.yaml"])[0]
+    assert script_args.reward_funcs == ["my_rewards.even"]
 
 
 @pytest.mark.parametrize("source", ["flag", "config"])
@@ -166,10 +224,40 @@ def test_an_unknown_option_is_named(
     assert "segment_lenght" in capsys.readouterr().err + str(error.value)
 
 
-def test_a_broken_config_is_one_line(folder: Path, tiny_model_dir: str) -> None:
-    (folder / "config.yaml").write_text("segment_length: [4\n")
-    with pytest.raises(SystemExit, match=r"(?s)treepo-trl: error: .*config\.yaml"):
-        main([*arguments(tiny_model_dir), "--config", "config.yaml"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"segment_length: [4\n", "no YAML.*line 2"),
+        (b"x: \xff", "no YAML.*decode byte"),
+        (b"x: \x00", "no YAML.*special characters"),
+        (b"- a", "a setting per line"),
+        (b"", "a setting per line"),
+        (b"1: 2", "a setting per line"),
+        (None, "No such file"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--config config.yaml", "--config=config.yaml"])
+def test_a_broken_config_is_one_line(folder: Path, flag: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (folder / "config.yaml").write_bytes(content)
+    with pytest.raises(SystemExit, match=rf"^treepo-trl: error: `--config config\.yaml`.*{message}.*$") as error:
+        main(flag.split())
+    assert "\n" not in str(error.value.code)
+
+
+def test_a_config_is_found_behind_an_equals_sign_too(folder: Path) -> None:
+    (folder / "config.yaml").write_text("segment_length: 9\n")
+    with pytest.raises(SystemExit, match="`segment_length` is 9"):
+        main(["--config=config.yaml", "--max_completion_length", "8", *FLAGS_OF_A_CPU])
+
+
+@pytest.mark.parametrize("argv", [["--num_generations", "x"], ["--config"], ["--config", "--seed", "1"]])
+def test_what_the_parser_refuses_is_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Not behind the hundreds of lines that list the options."""
+    with pytest.raises(SystemExit) as error:
+        main(argv)
+    assert error.value.code == 2
+    assert re.fullmatch(r"treepo-trl train: error: argument --.*\n", capsys.readouterr().err)
 
 
 # The memory is planned before a training

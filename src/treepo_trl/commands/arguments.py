@@ -1,14 +1,18 @@
 """The options of the commands, and the parser that reads them from flags and from `--config`."""
 
 import json
+import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NoReturn, cast
 
+import yaml
 from trl import TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
-from treepo_trl.field_checks import check_choice, check_int
+from treepo_trl.field_checks import Ranges, check_fields, check_text
 
 
 TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
@@ -36,6 +40,12 @@ class TreePOScriptArguments(GRPOScriptArguments):
         },
     )
 
+    def __post_init__(self) -> None:
+        rewards = cast(object, self.reward_funcs)  # in a config file one needs no list
+        self.reward_funcs = [rewards] if isinstance(rewards, str) else self.reward_funcs
+        for name in self.reward_funcs or []:
+            check_text("reward_funcs", name)
+
 
 @dataclass
 class PlanArguments:
@@ -44,6 +54,15 @@ class PlanArguments:
     card_gib: float | None = field(
         default=None, metadata={"help": "Memory of the GPU in GiB; that of this machine's first GPU by default."}
     )
+
+    def __post_init__(self) -> None:
+        check_fields(self, PlanArguments, {"card_gib": (lambda value: value > 0, "above 0")})
+
+
+_SAMPLE_RANGES: Ranges = {
+    "repeats": (lambda value: value >= 1, "at least 1"),
+    "max_prompts": (lambda value: value >= 1, "at least 1"),
+}
 
 
 @dataclass
@@ -99,17 +118,13 @@ class SampleArguments:
     )
 
     def __post_init__(self) -> None:
-        check_int("repeats", self.repeats)
-        if self.repeats < 1:
-            raise ValueError(f"`repeats` is {self.repeats}; it must be at least 1.")
-        if self.max_prompts is not None:
-            check_int("max_prompts", self.max_prompts)
-            if self.max_prompts < 1:
-                raise ValueError(f"`max_prompts` is {self.max_prompts}; it must be at least 1.")
-        if self.compare is not None:
-            check_choice("compare", self.compare, Literal["independent"])
-            if self.resume:
-                raise ValueError("`--compare` times all prompts and `--resume` leaves some out. Choose one of them.")
+        check_fields(self, SampleArguments, _SAMPLE_RANGES)
+        if self.resume and self.compare is not None:
+            raise ValueError("`--compare` times all prompts and `--resume` leaves some out. Choose one of them.")
+        if self.resume and self.output is None:
+            raise ValueError(
+                "`--resume` goes on from the trees in a file: give it as `--output`, or unset `--resume`."
+            )
         if isinstance(self.chat_template_kwargs, str):
             with suppress(json.JSONDecodeError):
                 self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
@@ -125,20 +140,74 @@ def require_model(name: str | None) -> str:
     The name or folder of the model.
 
     Raises:
-        ValueError: if none is given.
+        ValueError: if none is given, or an adapter instead of one.
     """
     if not name:
         raise ValueError("No model: give `--model_name_or_path` (hub id or folder).")
+    folder = Path(name)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"`--model_name_or_path {name}` is an adapter. Name the model that it belongs to. `sample` takes the "
+            "adapter as `--adapter_name_or_path`; `train` goes on from a checkpoint with `--resume_from_checkpoint`."
+        )
     return name
 
 
-def options_parser(prog: str | None, *dataclasses: type) -> TrlParser:
+class OptionsParser(TrlParser):
+    """TRL's parser of options and of the file of `--config`, whose errors are one line."""
+
+    def parse_args_and_config(  # parameters as in TRL
+        self,
+        args: Iterable[str] | None = None,
+        return_remaining_strings: bool = False,
+        fail_with_unknown_args: bool = True,
+        separate_remaining_strings: bool = False,
+    ) -> tuple[Any, ...]:
+        """
+        The dataclasses of options.
+
+        Raises:
+            ValueError: for unknown options, values out of range, and a file that holds no settings. `TypeError` for
+                values of another type.
+        """
+        given = sys.argv[1:] if args is None else args
+        words = [word for each in given for word in (each.split("=", 1) if each.startswith("--config=") else [each])]
+        if "--config" in words:
+            following = words[words.index("--config") + 1 :]
+            if not following or following[0].startswith("--"):  # TRL takes the next argument without looking
+                self.error("argument --config: expected one argument")
+            if "--config" in following:
+                self.error("argument --config: give one file")
+            check_config(following[0])
+        return super().parse_args_and_config(
+            words, return_remaining_strings, fail_with_unknown_args, separate_remaining_strings
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with the message alone: the usage is several hundred lines, and `--help` has it."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def check_config(file: str) -> None:
+    """Raise a `ValueError` unless the file is there and is a YAML mapping of names."""
+    try:
+        with open(file) as stream:  # as TRL opens it
+            content = yaml.safe_load(stream)
+    except OSError as error:
+        raise ValueError(f"`--config {file}` cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"`--config {file}` is no YAML file: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"`--config {file}` holds no settings. Write a setting per line, as `name: value`.")
+
+
+def options_parser(prog: str | None, *dataclasses: type) -> OptionsParser:
     """Parser of dataclasses of options; it gives one value of each, in this order."""
     dataclass_types: Any = dataclasses  # TRL's own type for them is no class
-    return TrlParser(dataclass_types, prog=prog)
+    return OptionsParser(dataclass_types, prog=prog)
 
 
-def make_parser(prog: str | None = None, *more: type) -> TrlParser:
+def make_parser(prog: str | None = None, *more: type) -> OptionsParser:
     """Parser for the script arguments, [`TreePOConfig`], TRL's model and dataset arguments, and `more` dataclasses."""
     from trl import DatasetMixtureConfig, ModelConfig
 

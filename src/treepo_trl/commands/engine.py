@@ -2,11 +2,10 @@
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from treepo_trl.engines import SamplingOptions, SegmentEngine
-from treepo_trl.field_checks import check_choice
+from treepo_trl.field_checks import Ranges, check_fields
 
 from .arguments import require_model
 
@@ -17,6 +16,13 @@ if TYPE_CHECKING:
 
 EngineName = Literal["auto", "vllm", "transformers"]
 WeightType = Literal["auto", "bfloat16", "float16", "float32"]
+
+_RANGES: Ranges = {
+    "vllm_gpu_memory_utilization": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "vllm_max_model_length": (lambda value: value >= 1, "at least 1 token"),
+    "vllm_tensor_parallel_size": (lambda value: value >= 1, "at least 1"),
+    "vllm_max_num_seqs": (lambda value: value >= 1, "at least 1"),
+}
 
 
 @dataclass
@@ -56,8 +62,7 @@ class EngineArguments:
     vllm_enforce_eager: bool = field(default=False, metadata={"help": "Whether vLLM leaves CUDA graphs out."})
 
     def __post_init__(self) -> None:
-        check_choice("engine", self.engine, EngineName)
-        check_choice("dtype", self.dtype, WeightType)
+        check_fields(self, EngineArguments, _RANGES)
 
 
 def load_tokenizer(arguments: EngineArguments) -> "PreTrainedTokenizerBase":
@@ -70,12 +75,6 @@ def load_tokenizer(arguments: EngineArguments) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     name = require_model(arguments.model_name_or_path)
-    folder = Path(name)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ValueError(
-            f"`--model_name_or_path {folder}` is an adapter. Give it as `--adapter_name_or_path`, and the model that "
-            "it belongs to as `--model_name_or_path`."
-        )
     return AutoTokenizer.from_pretrained(
         name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
     )

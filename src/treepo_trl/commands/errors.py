@@ -16,4 +16,5 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, ImportError, OSError, yaml.YAMLError) as error:
-        raise SystemExit(f"treepo-trl: error: {error}") from error
+        message = " ".join(str(error).split())  # YAML's and the hub's have several lines
+        raise SystemExit(f"treepo-trl: error: {message}") from error

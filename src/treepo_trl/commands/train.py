@@ -10,6 +10,7 @@ import torch
 from datasets import DatasetDict, IterableDatasetDict
 from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 
+from treepo_trl.checkpoints import checkpoint_to_resume
 from treepo_trl.treepo_config import TreePOConfig
 
 from .arguments import TRL_REWARDS, TreePOScriptArguments, make_parser, require_model
@@ -40,6 +41,9 @@ def train(
 
     with user_errors():
         model = require_model(model_args.model_name_or_path)
+        checkpoint = checkpoint_to_resume(
+            _true_or_folder(training_args.resume_from_checkpoint), _output_dir(training_args)
+        )
         check_memory(training_args, model_args)
         reward_funcs = load_reward_funcs(script_args, training_args)
         dataset = load_train_and_test(script_args, dataset_args)
@@ -47,27 +51,47 @@ def train(
         eval_dataset = None
         if training_args.eval_strategy != "no":
             eval_dataset = take_split(dataset, script_args.dataset_test_split, "--dataset_test_split")
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **cast(dict[str, object], training_args.model_init_kwargs or {}),
-    }
-    trainer = TreePOTrainer(
-        model=model,
-        reward_funcs=reward_funcs,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        training_args.model_init_kwargs = {
+            "revision": model_args.model_revision,
+            "trust_remote_code": training_args.trust_remote_code,
+            "attn_implementation": model_args.attn_implementation,
+            "dtype": model_args.dtype,
+            **cast(dict[str, object], training_args.model_init_kwargs or {}),
+        }
+        trainer = TreePOTrainer(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+def _true_or_folder(resume: object) -> str | bool | None:
+    """`resume_from_checkpoint` of a file, or of the command line, where every value is text."""
+    return {"true": True, "false": False}.get(str(resume).lower(), cast("str | None", resume))
+
+
+def _output_dir(training_args: TreePOConfig) -> str:
+    """
+    The folder, made if it is missing.
+
+    Raises:
+        ValueError: if it cannot be made.
+    """
+    folder = str(training_args.output_dir)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"`--output_dir {folder}` cannot be made: {error.strerror}. Name another folder.") from error
+    return folder
 
 
 def check_memory(training_args: TreePOConfig, model_args: ModelConfig) -> None:
@@ -127,7 +151,7 @@ def _trl_reward(name: str, training_args: TreePOConfig) -> Callable[..., list[fl
 
 def _imported_reward(name: str) -> Callable[..., list[float | None]]:
     module_name, _, attribute = name.rpartition(".")
-    if not module_name:
+    if not module_name or not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(
             f"`--reward_funcs {name}` is no reward of TRL. Choose from {', '.join(TRL_REWARDS)}, or give an import "
             "path such as `my_package.rewards.my_reward`."
@@ -135,12 +159,15 @@ def _imported_reward(name: str) -> Callable[..., list[float | None]]:
     if os.getcwd() not in sys.path:  # as in TRL's script: a module beside the run is found
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        reward = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"`--reward_funcs {name}` could not be loaded: {error}. Check the path, and that {os.getcwd()} or the "
             "installed packages hold it."
         ) from error
+    if not callable(reward):
+        raise ValueError(f"`--reward_funcs {name}` is a {type(reward).__name__}; give a function.")
+    return cast(Callable[..., list[float | None]], reward)
 
 
 def load_train_and_test(
