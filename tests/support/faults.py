@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerState
@@ -26,21 +27,32 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload([__name__])
 
 
-def run_in_process(job: Callable[..., None], *arguments: Any, timeout: float = 120) -> int | None:
-    """Exit status of a function in a process of its own; minus the signal that has ended it."""
-    process = _processes.Process(target=_on_one_thread, args=(job, *arguments), daemon=True)
+def run_in_process(job: Callable[..., None], folder: Path, *arguments: Any, timeout: float = 300) -> int | None:
+    """
+    Exit status of a job in a process of its own; minus the signal that has ended it.
+
+    What it prints is in `output.txt` of its folder, without that of an earlier job.
+    """
+    process = _processes.Process(target=_run, args=(job, folder, *arguments), daemon=True)
     process.start()
     process.join(timeout)
     if process.is_alive():
         process.kill()
         process.join()
-        raise TimeoutError(f"{job.__name__}{arguments} did not end in {timeout} s")
+        raise TimeoutError(f"{job.__name__} did not end in {timeout} s:\n{output_of(folder)}")
     return process.exitcode
 
 
-def _on_one_thread(job: Callable[..., None], *arguments: Any) -> None:
+def _run(job: Callable[..., None], folder: Path, *arguments: Any) -> None:
+    with (folder / "output.txt").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     torch.set_num_threads(1)
-    job(*arguments)
+    job(folder, *arguments)
+
+
+def output_of(folder: Path) -> str:
+    return (folder / "output.txt").read_text()
 
 
 def make_trainer(folder: Path, model: str, **changes: Any) -> TreePOTrainer:
@@ -61,110 +73,99 @@ def make_trainer(folder: Path, model: str, **changes: Any) -> TreePOTrainer:
 
 
 def training(folder: Path, model: str, fault: str | None = None, resume: bool = False) -> None:
-    """Train in a folder; what was logged is in `logged.json` when all steps are done, an error in `error.txt`."""
+    """Train in a folder; what was logged is in `logged.json` when all steps are done."""
     trainer = make_trainer(folder, model)
     if fault is not None:
         FAULTS[fault](trainer)
-    try:
-        trainer.train(resume_from_checkpoint=resume)
-    except Exception as error:
-        (folder / "error.txt").write_text("\n".join([repr(error), *getattr(error, "__notes__", [])]))
-        raise SystemExit(1) from None
-    (folder / "logged.json").write_text(json.dumps(trainer.state.log_history[:-1]))  # the last one is about seconds
+    trainer.train(resume_from_checkpoint=resume)
+    (folder / "logged.json").write_text(json.dumps(trainer.state.log_history))
 
 
-def curve(folder: Path) -> list[dict[str, float]]:
-    """What a training that is done has logged, without how long it took."""
-    timed = ("time", "runtime", "per_second", "seconds")
-    logs = json.loads((folder / "logged.json").read_text())
-    return [{key: value for key, value in log.items() if not any(word in key for word in timed)} for log in logs]
+def assert_same_training(folder: Path, other: Path) -> None:
+    """Both are done, and have logged, learned and written the same."""
+    assert _curve(folder) == [pytest.approx(log, abs=1e-5) for log in _curve(other)]
+    weights, others = (load_file(each / f"checkpoint-{STEPS}/model.safetensors") for each in (folder, other))
+    torch.testing.assert_close(weights, others, rtol=0, atol=1e-6)
+    assert _tree_log(folder) == _tree_log(other)
 
 
-def final_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / f"checkpoint-{STEPS}/model.safetensors")
+def _curve(folder: Path) -> list[dict[str, float]]:
+    """What each step of a training has logged, without how long it took."""
+    logs = json.loads((folder / "logged.json").read_text())[:STEPS]
+    assert [log["step"] for log in logs] == list(range(1, STEPS + 1))
+    return [{key: value for key, value in log.items() if "time" not in key and "seconds" not in key} for log in logs]
 
 
-def tree_log(folder: Path) -> dict[str, str]:
-    return {file.name: file.read_text() for file in sorted((folder / "trees").iterdir())}
+def _tree_log(folder: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in (folder / "trees").iterdir()}
 
 
 # Faults, each in the third step or in its checkpoint
 
+Plan = Callable[[Any], None]
+"""Prepares a trainer for what goes wrong in its training."""
 
-def _before_or_after(
-    owner: Any, name: str, is_time: Callable[[], bool], before: Any = None, after: Any = None
-) -> None:
-    """Call `before` ahead of a method of `owner`, and `after` behind it, each with its arguments, when it is time."""
+
+def around(trainer: Any, owner: Any, name: str, step: int, before: Any = None, after: Any = None) -> None:
+    """At a number of finished steps, call `before` ahead of a method of `owner` and `after` behind it."""
     method = getattr(owner, name)
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
-        if before is not None and is_time():
+        is_time = trainer.state.global_step == step
+        if is_time and before is not None:
             before(*args)
         result = method(*args, **kwargs)
-        if after is not None and is_time():
+        if is_time and after is not None:
             after(*args)
         return result
 
     setattr(owner, name, faulty)
 
 
-def _die(*_: Any) -> None:
+def die(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _killed(part: Callable[[Any], Any], name: str, when: str = "before") -> Callable[[Any], None]:
-    """Kill the process at a method in the third step."""
-
-    def plan(trainer: Any) -> None:
-        _before_or_after(part(trainer), name, lambda: trainer.state.global_step == LAST_SAVED, **{when: _die})
-
-    return plan
+def _die_with_half_of(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+    die()
 
 
-def _killed_writing(owner: Any, name: str, file: str) -> Callable[[Any], None]:
-    """Kill the process when half of a file of the third checkpoint is there."""
-
-    def cut_and_die(*args: Any) -> None:
-        path = next(Path(arg) for arg in args if isinstance(arg, str))
-        path = path / file if path.is_dir() else path
-        os.truncate(path, path.stat().st_size // 2)
-        _die()
-
-    def plan(trainer: Any) -> None:
-        is_time = lambda: trainer.state.global_step == LAST_SAVED + 1
-        _before_or_after(owner, name, is_time, after=cut_and_die)
-
-    return plan
+def _killed(part: Callable[[Any], Any], name: str, when: str) -> Plan:
+    """Kill the process before or after a method in the third step."""
+    return lambda trainer: around(trainer, part(trainer), name, LAST_SAVED, **{when: die})
 
 
 def _killed_logging(trainer: Any) -> None:
     """Kill the process when half of the third step's tree log is there."""
+    path = Path(trainer.args.output_dir) / f"trees/trees_{LAST_SAVED:06d}.jsonl"
+    around(trainer, treepo_trainer, "write_trees", LAST_SAVED, after=lambda *_: _die_with_half_of(path))
 
-    def cut_and_die(*_: Any) -> None:
-        path = Path(trainer.args.output_dir) / f"trees/trees_{LAST_SAVED:06d}.jsonl"
-        os.truncate(path, path.stat().st_size // 2)
-        _die()
 
-    is_time = lambda: trainer.state.global_step == LAST_SAVED
-    _before_or_after(treepo_trainer, "write_trees", is_time, after=cut_and_die)
+def _killed_saving(owner: Any, name: str, file: str) -> Plan:
+    """Kill the process when half of a file of the third checkpoint is there."""
+
+    def plan(trainer: Any) -> None:
+        path = Path(trainer.args.output_dir) / f"checkpoint-{LAST_SAVED + 1}" / file
+        around(trainer, owner, name, LAST_SAVED + 1, after=lambda *_: _die_with_half_of(path))
+
+    return plan
 
 
 def _full_disk(trainer: Any) -> None:
-    """Let no file of the third checkpoint grow beyond 20 kB, as if the disk were full."""
-
-    def fill(*_: Any) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-
-    _before_or_after(trainer, "_save_checkpoint", lambda: trainer.state.global_step == LAST_SAVED + 1, before=fill)
+    """Let no file of the third checkpoint grow beyond 20 kB."""
+    limit = 20_000, resource.RLIM_INFINITY
+    fill = lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, limit)  # noqa: E731
+    around(trainer, trainer, "_save_checkpoint", LAST_SAVED + 1, before=fill)
 
 
-FAULTS: dict[str, Callable[[Any], None]] = {
-    "sampling": _killed(lambda trainer: trainer.policy_engine.engine, "collect"),
-    "reward": _killed(lambda trainer: trainer, "_calculate_rewards", "after"),
-    "update": _killed(lambda trainer: trainer, "training_step", "after"),  # gradients are there, no step is done
+KILLED: dict[str, Plan] = {
+    "sampling": _killed(lambda trainer: trainer.policy_engine.engine, "collect", "before"),
+    "reward": _killed(lambda trainer: trainer, "_calculate_rewards", "before"),
     "log": _killed_logging,
-    "model": _killed_writing(TreePOTrainer, "save_model", "model.safetensors"),
-    "optimizer": _killed_writing(TreePOTrainer, "_save_optimizer_and_scheduler", "optimizer.pt"),
-    "state": _killed_writing(TrainerState, "save_to_json", "trainer_state.json"),
-    "full disk": _full_disk,
+    "update": _killed(lambda trainer: trainer, "training_step", "after"),  # gradients are there, no step is done
+    "save, model": _killed_saving(TreePOTrainer, "save_model", "model.safetensors"),
+    "save, optimizer": _killed_saving(TreePOTrainer, "_save_optimizer_and_scheduler", "optimizer.pt"),
+    "save, state": _killed_saving(TrainerState, "save_to_json", "trainer_state.json"),
 }
+FAULTS: dict[str, Plan] = {**KILLED, "full disk": _full_disk}

@@ -1,0 +1,30 @@
+"""A training whose process ends goes on from its last whole checkpoint, as if nothing had been."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.faults import KILLED, LAST_SAVED, assert_same_training, output_of, run_in_process, training
+
+
+def resume(folder: Path, model: str) -> str:
+    """Train on in a folder; what was printed."""
+    assert run_in_process(training, folder, model, None, True) == 0, output_of(folder)
+    return output_of(folder)
+
+
+@pytest.mark.parametrize("fault", KILLED)
+def test_kill_9_loses_nothing_but_the_step(whole: Path, tmp_path: Path, tiny_model_dir: str, fault: str) -> None:
+    assert run_in_process(training, tmp_path, tiny_model_dir, fault) == -signal.SIGKILL
+    printed = resume(tmp_path, tiny_model_dir)
+    assert ("is not intact and is passed over" in printed) is fault.startswith("save")
+    assert_same_training(tmp_path, whole)
+
+
+def test_a_full_disk_loses_nothing_but_the_step(whole: Path, tmp_path: Path, tiny_model_dir: str) -> None:
+    assert run_in_process(training, tmp_path, tiny_model_dir, "full disk") == 1
+    assert "File too large" in output_of(tmp_path)
+    assert not (tmp_path / f"checkpoint-{LAST_SAVED + 1}/trainer_state.json").exists()
+    resume(tmp_path, tiny_model_dir)
+    assert_same_training(tmp_path, whole)
