@@ -7,9 +7,7 @@ engine loads the same base with LoRA enabled, and the adapter's files travel thr
 """
 
 import os
-import shutil
 import tempfile
-import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,6 +23,7 @@ from treepo_trl.trl_seams import engine_class
 
 from .four_bit_base import base_checkpoint, base_of, choose_base_weights, is_4bit
 from .shared_base import SHARDED, check_sharing, different_weights, parked, report_sharing, share_weights
+from .temporary_folder import SHARED_MEMORY, TemporaryFolder
 
 
 if TYPE_CHECKING:
@@ -123,8 +122,7 @@ class AdapterVLLMGeneration(VLLMGeneration):
     def _init_vllm(self) -> None:
         if self.share_base_weights:
             check_sharing(self.model, self.accelerator, self.tensor_parallel_size)
-        self._adapter_dir = _memory_backed_directory()
-        weakref.finalize(self, shutil.rmtree, self._adapter_dir, ignore_errors=True)
+        self._adapter_folder = TemporaryFolder("adapter", _place_of_adapters())
         with ExitStack() as stack:
             options = self._engine_options() | stack.enter_context(self._base_options())
             stack.enter_context(engine_class(_lora_llm_class(options)))
@@ -244,9 +242,10 @@ class AdapterVLLMGeneration(VLLMGeneration):
             self._share_base_weights()  # again: preparing the policy for training may have copied it
         adapter = self._adapter
         parameters = [p for name, p in self.model.named_parameters() if f".{adapter}." in name]
+        folder = self._adapter_folder.path
         with self._dist.gather_params(parameters):
-            self.model.save_pretrained(self._adapter_dir, selected_adapters=[adapter], save_embedding_layers=False)
-        directory = self._adapter_dir if adapter == "default" else os.path.join(self._adapter_dir, adapter)
+            self.model.save_pretrained(folder, selected_adapters=[adapter], save_embedding_layers=False)
+        directory = folder if adapter == "default" else os.path.join(folder, adapter)
         if self.enable_sleep_mode:
             empty_cache()
             self.llm.wake_up(tags=["weights"])
@@ -268,7 +267,6 @@ def _lora_llm_class(engine_options: dict[str, object]) -> "type[LoraLLM]":
     return type("PolicyLLM", (LoraLLM,), {"engine_options": engine_options})
 
 
-def _memory_backed_directory() -> str:
-    shared_memory = Path("/dev/shm")
-    parent = str(shared_memory) if shared_memory.is_dir() and os.access(shared_memory, os.W_OK) else None
-    return tempfile.mkdtemp(prefix="treepo-adapter-", dir=parent)
+def _place_of_adapters() -> str | Path:
+    """Memory that looks like a disk, where there is some; else the folder for temporary files."""
+    return SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else tempfile.gettempdir()

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from treepo_trl.treepo_config import BaseWeights
 
+from .temporary_folder import TemporaryFolder
+
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -161,7 +163,8 @@ def base_checkpoint(model: "PeftModel", base_weights: Literal["quantized", "dequ
     config = copy.deepcopy(base.config)
     if base_weights == "dequantized":
         delattr(config, "quantization_config")
-    folder = tempfile.mkdtemp(prefix="treepo-base-")
+    owned = TemporaryFolder("base", tempfile.gettempdir())
+    folder = owned.path
     try:
         needed, free = sum(weight.nbytes for weight in state.values()), shutil.disk_usage(folder).free
         if needed > free:
@@ -177,4 +180,4 @@ def base_checkpoint(model: "PeftModel", base_weights: Literal["quantized", "dequ
         del state, skeleton  # the engine may need their memory
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        owned.remove()
