@@ -1,0 +1,73 @@
+"""An error in the middle of a training is the user's to read, and the same process can train on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.faults import LAST_SAVED, STEPS, around, assert_same_training, make_trainer
+from treepo_trl.checkpoints import newest_checkpoint
+
+
+def raise_once(error: Exception) -> Any:
+    errors = [error]
+
+    def fail(*_: Any) -> None:
+        if errors:
+            raise errors.pop()
+
+    return fail
+
+
+@pytest.mark.parametrize("cause", ["engine", "reward"])
+def test_an_error_loses_nothing_but_the_step(whole: Path, tmp_path: Path, tiny_model_dir: str, cause: str) -> None:
+    """It says where it came from, nothing is left in the engine, and the same trainer goes on."""
+    trainer = make_trainer(tmp_path, tiny_model_dir)
+    fail = raise_once(RuntimeError("out of order"))
+    if cause == "engine":
+        around(trainer, trainer.policy_engine.engine, "collect", LAST_SAVED, before=fail)
+    else:
+        (function,) = trainer.reward_funcs
+
+        def reward_by_kind(**columns: Any) -> list[float | None]:
+            if trainer.state.global_step == LAST_SAVED:
+                fail()
+            return function(**columns)
+
+        trainer.reward_funcs[0] = reward_by_kind
+    with pytest.raises(RuntimeError, match="out of order") as raised:
+        trainer.train()
+    where = "While sampling prompt" if cause == "engine" else "reward_by_kind"
+    assert where in "\n".join(raised.value.__notes__)
+    trainer.train(resume_from_checkpoint=True)
+    (tmp_path / "logged.json").write_text(json.dumps(trainer.state.log_history))
+    assert_same_training(tmp_path, whole)
+
+
+def test_a_full_disk_under_the_tree_log_is_a_warning(
+    whole: Path, tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log of one step is lost, all else is as ever."""
+    lost = f"trees_{LAST_SAVED:06d}.jsonl"
+    (tmp_path / "trees").mkdir()
+    (tmp_path / "trees" / lost).symlink_to("/dev/full")
+    trainer = make_trainer(tmp_path, tiny_model_dir)
+    trainer.train()
+    assert caplog.text.count(f"The trees of step {LAST_SAVED} are lost: No space left on device") == 1
+    (tmp_path / "trees" / lost).unlink()
+    (tmp_path / "trees" / lost).write_text((whole / "trees" / lost).read_text())
+    (tmp_path / "logged.json").write_text(json.dumps(trainer.state.log_history))
+    assert_same_training(tmp_path, whole)
+
+
+def test_a_second_training_in_the_folder_writes_over_the_first(tmp_path: Path, tiny_model_dir: str) -> None:
+    """Each checkpoint is of one of them. What is resumed is the highest number, whosever it is."""
+    make_trainer(tmp_path, tiny_model_dir).train()
+    second = make_trainer(tmp_path, tiny_model_dir, seed=8, max_steps=LAST_SAVED)
+    second.train()
+    weights = load_file(tmp_path / f"checkpoint-{LAST_SAVED}/model.safetensors")
+    torch.testing.assert_close(weights["model.norm.weight"], second.model.model.norm.weight.data)
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / f"checkpoint-{STEPS}")
