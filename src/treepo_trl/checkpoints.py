@@ -5,6 +5,7 @@ transformers writes `trainer_state.json` last. A process that is killed, or a fu
 """
 
 import json
+import math
 import pickle
 import random
 import re
@@ -21,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -188,6 +190,7 @@ class ResumePoint(TrainerCallback):
     def __init__(self, trainer: "GRPOTrainer") -> None:
         self._trainer = trainer
         self._global_step = -1
+        self._resumed_at = 0  # global step
 
     def on_epoch_begin(self, *args: object, **kwargs: object) -> None:
         self._move()  # before the data loader's iterator draws a random number, as a resumed training goes on
@@ -203,6 +206,7 @@ class ResumePoint(TrainerCallback):
         trainer = self._trainer
         self._global_step = trainer.state.global_step
         self._values = _own_values(trainer.state)
+        self._num_tokens = trainer.state.num_input_tokens_seen
         self._random = _random_states(trainer.accelerator)
         self._micro_steps = cast(int, trainer._step)
         self._rows = trainer._buffered_inputs if self._micro_steps % self._window else None
@@ -231,15 +235,17 @@ class ResumePoint(TrainerCallback):
     @contextmanager
     def _in_the_trainer(self) -> Iterator[None]:
         """Context in which what transformers saves of the state and the random numbers is of this point."""
-        trainer = self._trainer
-        values, states = _own_values(trainer.state), _random_states(trainer.accelerator)
-        _set_own_values(trainer.state, {**self._values, _BATCH: {"micro_steps": self._micro_steps} | self._settings()})
-        _set_random_states(trainer.accelerator, self._random)
+        state, accelerator = self._trainer.state, self._trainer.accelerator
+        values, num_tokens, states = _own_values(state), state.num_input_tokens_seen, _random_states(accelerator)
+        _set_own_values(state, {**self._values, _BATCH: {"micro_steps": self._micro_steps} | self._settings()})
+        state.num_input_tokens_seen = self._num_tokens
+        _set_random_states(accelerator, self._random)
         try:
             yield
         finally:
-            _set_own_values(trainer.state, values)
-            _set_random_states(trainer.accelerator, states)
+            _set_own_values(state, values)
+            state.num_input_tokens_seen = num_tokens
+            _set_random_states(accelerator, states)
 
     def _file(self, folder: str | Path) -> Path:
         return Path(folder, f"generation_batch_{self._trainer.accelerator.process_index}.pt")
@@ -249,9 +255,11 @@ class ResumePoint(TrainerCallback):
         trainer = self._trainer
         trainer._step, trainer._buffered_inputs = 0, None
         trainer._last_loaded_step = -1  # what vLLM holds may be of another training
+        self._resumed_at = 0
         if folder is None:
             return
         state = TrainerState.load_from_json(str(Path(folder, _STATE)))
+        self._resumed_at = state.global_step
         saved = cast("dict[str, Any] | None", saved_values(state).get(_BATCH))
         if saved is None:  # of stock `GRPOTrainer`, or of this one when it saved no rows
             if state.global_step * trainer.args.gradient_accumulation_steps % self._window:
@@ -278,6 +286,22 @@ class ResumePoint(TrainerCallback):
             self._warn(folder, reasons[0])
         else:
             trainer._buffered_inputs = rows
+
+    def after_epochs(self, loader: DataLoader) -> DataLoader:
+        """
+        A data loader of the training that gives the epoch that is under way the order that it has.
+
+        TRL's sampler draws the orders of all epochs from one generator, one after another, and a new one starts with
+        the first: a training that is resumed in a later epoch would have prompts again, and others never.
+        """
+        if self._resumed_at > 0 and not isinstance(loader.dataset, torch.utils.data.IterableDataset):
+            sampler: Any = loader
+            while hasattr(sampler, "batch_sampler"):  # accelerate wraps it, once or twice
+                sampler = sampler.batch_sampler
+            steps = math.ceil(len(loader) / self._trainer.args.gradient_accumulation_steps)
+            for _ in range(self._resumed_at // max(steps, 1)):
+                next(iter(sampler.sampler), None)
+        return loader
 
     def _warn(self, folder: str, reason: str) -> None:
         logger.warning(

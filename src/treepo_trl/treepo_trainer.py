@@ -253,7 +253,7 @@ class TreePOTrainer(GRPOTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Data loader of the training; with dynamic sampling, which draws prompts itself, it only counts."""
         if self.dynamic_sampling is None:
-            return super().get_train_dataloader()
+            return self._resume_point.after_epochs(super().get_train_dataloader())
         with trl_seams.train_dataset(self, self.dynamic_sampling.placeholders()):
             return super().get_train_dataloader()
 
