@@ -83,6 +83,7 @@ THEMES: dict[str, tuple[str, ...]] = {
         "vllm_share_base_weights",
         "vllm_sleep_keeps_weights",
     ),
+    "Reward functions": ("reward_timeout",),
     "Logs": ("log_trees",),
 }
 

@@ -1,9 +1,12 @@
-"""Checks of a trainer's arguments that would otherwise fail late, each with what was set and what to do."""
+"""Checks of a trainer's arguments and data that would fail late or not at all: what was set, and what to do."""
 
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
+from typing import cast
 
 from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.import_utils import is_vllm_available
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -62,32 +65,44 @@ def check_arguments(
                 f"`{name}` is not supported yet by `TreePOTrainer`: a tree's segments continue one model turn. "
                 "Leave it out, or use `GRPOTrainer`."
             )
-    given = set(args.generation_options())
+    options = args.generation_options()
     if args.use_vllm:
-        _check_vllm(args, given)
+        _check_vllm(args, options)
         return
-    unknown = sorted(given - set(_SAMPLING_FIELDS))
+    if options.get("do_sample") is True:  # asks for what happens anyway
+        del options["do_sample"]
+    unknown = sorted(set(options) - set(_SAMPLING_FIELDS))
     if unknown:
         raise ValueError(
             f"`generation_kwargs` has {', '.join(unknown)}, which the transformers engine does not know. It takes "
-            f"{', '.join(_SAMPLING_FIELDS)}. Remove the others, or set `use_vllm=True`."
+            f"{', '.join(_SAMPLING_FIELDS)}, and `do_sample=True`. Remove the others, or set `use_vllm=True`."
         )
 
 
-def _check_vllm(args: TreePOConfig, given: set[str]) -> None:
-    """Raise for `generation_kwargs` of these names, and other settings, that segments of vLLM cannot have."""
+def _check_vllm(args: TreePOConfig, options: dict[str, object]) -> None:
+    """Raise for `generation_kwargs`, and other settings, that segments of vLLM cannot have."""
     if not is_vllm_available():
         raise ImportError(
             "`use_vllm=True`, but vLLM is not installed. Run `pip install treepo-trl[vllm]`, or leave `use_vllm` out "
             "to sample with transformers."
         )
-    reserved = sorted(given & set(_RESERVED_VLLM_FIELDS))
+    reserved = sorted(set(options) & set(_RESERVED_VLLM_FIELDS))
     if reserved:
         raise ValueError(
             f"`generation_kwargs` has {', '.join(reserved)}, which the tree sampler sets itself "
             "or that would act on each segment by itself. Remove them; `segment_length`, `max_completion_length`, "
             "`stop_pattern` and `repetition_penalty` act on paths."
         )
+    if options:
+        from vllm import SamplingParams
+
+        try:
+            SamplingParams(**options)  # pyright: ignore[reportArgumentType] - whatever they are
+        except Exception as error:  # vLLM's own classes differ between its versions
+            raise ValueError(
+                f"`generation_kwargs` is {options}, which vLLM's `SamplingParams` refuses: {error}. Remove what it "
+                "does not know, and change what is out of range."
+            ) from error
     if args.vllm_structured_outputs_regex is not None:
         raise ValueError(
             "`vllm_structured_outputs_regex` is not supported: it would have to match each segment by itself. Leave "
@@ -95,47 +110,188 @@ def _check_vllm(args: TreePOConfig, given: set[str]) -> None:
         )
 
 
-def check_datasets(*datasets: object) -> None:
-    """
-    Raise for datasets, or dictionaries of them, without prompts or with images.
+# Data
 
-    Columns are checked where the dataset knows them; a streamed dataset may not.
+
+def check_datasets(
+    args: TreePOConfig,
+    trainer_class: type[GRPOTrainer],
+    base_class: type[GRPOTrainer],
+    train_dataset: object,
+    eval_dataset: object,
+) -> None:
+    """
+    Raise for datasets that cannot be trained or evaluated on, before a model is loaded.
+
+    Columns and sizes are checked where the dataset knows them; a streamed dataset may not, and its rows are checked
+    when they come.
+
+    Args:
+        args ([`TreePOConfig`]):
+            Settings of the training.
+        trainer_class (`type`), base_class (`type`):
+            Class of the trainer, and the one whose order of prompts is known here.
+        train_dataset, eval_dataset:
+            As the trainer takes them; the second may be a dictionary of datasets.
 
     Raises:
-        ValueError: naming the dataset's columns.
+        ValueError: naming the dataset's columns or size.
     """
-    for dataset in datasets:
-        if isinstance(dataset, dict):
-            check_datasets(*dataset.values())
-        if not isinstance(dataset, Dataset | IterableDataset) or dataset.column_names is None:
-            continue
-        columns = dataset.column_names
-        if "prompt" not in columns:
-            raise ValueError(
-                f"The dataset has no column 'prompt', only {', '.join(columns) or 'none at all'}. Rename the column "
-                "that holds the prompts, as text or as a list of messages, to 'prompt'."
-            )
-        images = sorted({"image", "images"} & set(columns))
-        if images:
-            raise ValueError(
-                f"The dataset has the column '{images[0]}': image prompts are not supported yet by `TreePOTrainer`. "
-                "Remove the column, or use `GRPOTrainer`."
-            )
+    changed = [name for name in _ORDERING_METHODS if getattr(trainer_class, name) is not getattr(base_class, name)]
+    if changed and args.dynamic_sampling_rounds > 0:
+        raise ValueError(
+            f"`dynamic_sampling_rounds={args.dynamic_sampling_rounds}` draws prompts from the dataset itself, but "
+            f"`{trainer_class.__name__}` overrides `{changed[0]}`. Order the dataset instead (`shuffle_dataset=False` "
+            "keeps that order), or set `dynamic_sampling_rounds=0`."
+        )
+    for dataset in (train_dataset, *_all_of(eval_dataset)):
+        _check_columns(dataset)
+    if isinstance(train_dataset, Dataset) and not changed:  # another order may repeat prompts
+        _check_size(args, len(train_dataset))
+    if any(isinstance(dataset, Dataset) and len(dataset) == 0 for dataset in _all_of(eval_dataset)):
+        raise ValueError("The evaluation dataset has no rows. Check how it is loaded and filtered, or leave it out.")
 
 
-def check_dynamic_sampling(args: TreePOConfig, trainer_class: type, base_class: type[GRPOTrainer]) -> None:
-    """
-    Raise for a trainer class whose own order of prompts dynamic sampling would not follow.
+_ORDERING_METHODS = ("_get_train_sampler", "get_train_dataloader")
 
-    Raises:
-        ValueError: naming the method that `trainer_class` has and `base_class` has not.
-    """
-    if args.dynamic_sampling_rounds == 0:
+
+def _all_of(dataset: object) -> Iterable[object]:
+    """The datasets of a dictionary, or the one."""
+    return dataset.values() if isinstance(dataset, dict) else (dataset,)
+
+
+def _check_columns(dataset: object) -> None:
+    if not isinstance(dataset, Dataset | IterableDataset) or dataset.column_names is None:
         return
-    for name in ("_get_train_sampler", "get_train_dataloader"):
-        if getattr(trainer_class, name) is not getattr(base_class, name):
+    columns = dataset.column_names
+    if "prompt" not in columns:
+        raise _no_prompt(columns)
+    images = sorted({"image", "images"} & set(columns))
+    if images:
+        raise ValueError(
+            f"The dataset has the column '{images[0]}': image prompts are not supported yet by `TreePOTrainer`. "
+            "Remove the column, or use `GRPOTrainer`."
+        )
+
+
+def _no_prompt(columns: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"The dataset has no column 'prompt', only {', '.join(columns) or 'none at all'}. Rename the column "
+        "that holds the prompts, as text or as a list of messages, to 'prompt'."
+    )
+
+
+def _check_size(args: TreePOConfig, num_prompts: int) -> None:
+    """
+    Raise for a dataset that does not fill one batch.
+
+    GRPOTrainer leaves out what does not fill a batch at the end of a pass: it would make no step, and report success.
+    Dynamic sampling could fill a batch from several passes, which would then hold the same prompt twice.
+    """
+    needed = prompts_per_batch(args)
+    if num_prompts < needed:
+        raise ValueError(
+            f"The training dataset has {num_prompts} of {_batch_in_words(args)}. Nothing would be trained. "
+            "Lower `per_device_train_batch_size`, or `steps_per_generation` (by default "
+            "`gradient_accumulation_steps`), use fewer processes, or add prompts."
+        )
+
+
+def prompts_per_batch(args: TreePOConfig) -> int:
+    """Prompts of all processes in one generation batch."""
+    return args.per_device_train_batch_size * args.steps_per_generation * args.world_size // args.num_generations
+
+
+def _batch_in_words(args: TreePOConfig) -> str:
+    return (
+        f"the {prompts_per_batch(args)} prompts that one generation batch takes: `per_device_train_batch_size` "
+        f"({args.per_device_train_batch_size}) x `steps_per_generation` ({args.steps_per_generation}) x processes "
+        f"({args.world_size}) / `num_generations` ({args.num_generations})"
+    )
+
+
+class NoStepIsAnError(TrainerCallback):
+    """
+    Raises after a pass over the training data without a single step.
+
+    A streamed dataset has no length, so that it is too short shows only then. TRL and transformers end the training
+    with a warning, and report success.
+    """
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Called by the trainer."""
+        if state.global_step == 0 and isinstance(args, TreePOConfig):
             raise ValueError(
-                f"`dynamic_sampling_rounds={args.dynamic_sampling_rounds}` draws prompts from the dataset itself, but "
-                f"`{trainer_class.__name__}` overrides `{name}`. Order the dataset instead (`shuffle_dataset=False` "
-                "keeps that order), or set `dynamic_sampling_rounds=0`."
+                f"A pass over the training dataset made no step: it has not given {_batch_in_words(args)}. "
+                "Check how the dataset is loaded and filtered, and that it can be read more than once; or lower "
+                "`per_device_train_batch_size` or `steps_per_generation`."
             )
+
+
+def check_tokenizer(trainer: GRPOTrainer) -> None:
+    """
+    Raise for a tokenizer that does not go with the model or the data of a trainer, before anything is sampled.
+
+    Raises:
+        ValueError: naming the token, or the prompt.
+    """
+    tokenizer = trainer._tokenizer
+    if tokenizer.eos_token_id is None:  # TRL takes it for padding too where there is no pad token
+        raise ValueError(
+            "The tokenizer has no EOS token, so no completion could end. Set `processing_class.eos_token` to the "
+            "token that ends an answer of this model."
+        )
+    vocab_size = cast(PreTrainedModel, trainer.model).config.get_text_config().vocab_size
+    for name in ("eos_token", "pad_token"):
+        token_id = getattr(tokenizer, f"{name}_id")
+        if token_id >= vocab_size:
+            raise ValueError(
+                f"The tokenizer's {name} {getattr(tokenizer, name)!r} has the id {token_id}, but the model has "
+                f"{vocab_size} tokens. Pass the `processing_class` of this model, or call "
+                "`model.resize_token_embeddings(len(tokenizer))` first."
+            )
+    for dataset in (trainer.train_dataset, *_all_of(trainer.eval_dataset)):
+        if isinstance(dataset, Dataset):
+            check_rows(trainer, [dataset[0]])
+
+
+def check_rows(trainer: GRPOTrainer, rows: Iterable[Mapping[str, object]]) -> None:
+    """
+    Raise for rows whose prompts TRL cannot tokenize, or would tokenize as something else.
+
+    A trainer that tokenizes prompts in its own way is not asked.
+
+    Raises:
+        ValueError: naming the prompt.
+    """
+    if type(trainer)._tokenize_prompts is not GRPOTrainer._tokenize_prompts:
+        return
+    for row in rows:
+        if "prompt" not in row:
+            raise _no_prompt(row)
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            continue
+        if not _is_conversation(prompt):
+            raise ValueError(
+                f"A prompt of the dataset is {textwrap.shorten(repr(prompt), 200)}. It must be text, or a list of "
+                "messages such as [{'role': 'user', 'content': 'What is 3 + 4?'}]. Change or drop such rows."
+            )
+        if getattr(trainer.processing_class, "chat_template", None) is None:
+            raise ValueError(
+                "The prompts are lists of messages, but the tokenizer has no chat template. Set "
+                "`processing_class.chat_template` (that of an instruction-tuned model of the same family), or give "
+                "the prompts as text."
+            )
+
+
+def _is_conversation(prompt: object) -> bool:
+    return isinstance(prompt, list) and len(prompt) > 0 and all(_is_message(message) for message in prompt)
+
+
+def _is_message(message: object) -> bool:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    return isinstance(message.get("content"), str | list) or bool(message.get("tool_calls"))

@@ -19,12 +19,13 @@ from transformers import TrainerState
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from .checkpoints import saved_values
+from .checks import check_rows
 from .prompt_stream import EndlessPlaceholders, Example, Placeholders, PromptStream
 from .sampling import SegmentTree
 from .tree_batch import TreeBatch
 from .treepo_config import TreePOConfig
 from .trl_seams import metrics_aside
-from .update.rewards import combine_rewards, finite
+from .update.rewards import combine_rewards
 
 
 logger = get_logger(__name__)
@@ -227,7 +228,7 @@ class DynamicSampling:
             num_prompts,
             self.args.dynamic_sampling_rounds,
             partial(self._score, batch),
-            lambda rewards: without_signal(finite(rewards), weights, trainer.multi_objective_aggregation),
+            lambda rewards: without_signal(rewards, weights, trainer.multi_objective_aggregation),
             trainer.accelerator.process_index,
             trainer.accelerator.num_processes,
         )
@@ -244,6 +245,7 @@ class DynamicSampling:
         trainer = self._trainer
         missing = [candidate for candidate in candidates if candidate.tree is None]
         prompt_ids: list[list[int]] = []
+        check_rows(trainer, [candidate.example for candidate in missing])
         if missing:
             prompt_ids, _, _ = trainer._tokenize_prompts([candidate.example["prompt"] for candidate in missing])
         # Also without any: processes that share an engine sample together.

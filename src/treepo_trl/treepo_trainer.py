@@ -23,17 +23,18 @@ from trl.trainer.utils import get_config_model_id
 
 from . import trl_seams
 from .checkpoints import ResumePoint, checkpoint_to_resume, saved_values
-from .checks import check_arguments, check_datasets, check_dynamic_sampling
+from .checks import NoStepIsAnError, check_arguments, check_datasets, check_rows, check_tokenizer
 from .dynamic_sampling import DynamicSampling, Rows, forget_stream
 from .metrics import reduce_totals, replace_last, tree_metrics, tree_totals
 from .policy.engine import policy_engine_for
+from .reward_watch import RewardWatch
 from .sampling import SegmentTree, TreeSampler, text_decoder
 from .tree_batch import TreeBatch, shuffle_trees
 from .tree_log import write_trees
 from .treepo_config import TreePOConfig
 from .update.packable import packed_forward_for
 from .update.packed_forward import PackedForward
-from .update.rewards import combine_rewards, finite
+from .update.rewards import combine_rewards
 
 
 if TYPE_CHECKING:
@@ -123,8 +124,7 @@ class TreePOTrainer(GRPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TreePOConfig(f"{model_name.split('/')[-1]}-TreePO")
         check_arguments(args, tools, rollout_func, environment_factory)
-        check_dynamic_sampling(args, type(self), TreePOTrainer)
-        check_datasets(train_dataset, eval_dataset)
+        check_datasets(args, type(self), TreePOTrainer, train_dataset, eval_dataset)
         self.policy_engine = policy_engine_for(args, model, peft_config)
         with self.policy_engine.construction():
             super().__init__(
@@ -135,11 +135,13 @@ class TreePOTrainer(GRPOTrainer):
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 reward_processing_classes=reward_processing_classes,
-                callbacks=callbacks,
+                callbacks=[*(callbacks or []), NoStepIsAnError()],
                 optimizers=optimizers,
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
+        check_tokenizer(self)
+        self._reward_watch = RewardWatch(self)
         self.policy_engine.connect(self)
         self._decode = text_decoder(self._tokenizer)
         self.sampler = TreeSampler(self.policy_engine.engine, args, self.eos_token_ids, self._decode)
@@ -174,16 +176,17 @@ class TreePOTrainer(GRPOTrainer):
     # A batch: sampled, scored, its advantages taken from its trees
 
     def _generate_and_score_completions(self, inputs: Rows) -> dict[str, torch.Tensor]:
+        check_rows(self, filter(None, inputs))  # with dynamic sampling they are empty placeholders
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
-        batch = self._batch = self._batch.next(self.state.global_step)
-        with batch.opened():
+        batch, calculated = self._batch.next(self.state.global_step), trl_seams.calculated_rewards
+        self._batch = batch
+        with batch.opened(), calculated(self, self._reward_watch.usable), calculated(self, batch.keeping_rewards):
             if self.dynamic_sampling is None:
                 forget_stream(self.state)
             else:
                 inputs = self.dynamic_sampling.fill(batch, len(inputs) // self.num_generations)
-            with trl_seams.calculated_rewards(self, batch.keeping_rewards):
-                output = super()._generate_and_score_completions(inputs)
+            output = super()._generate_and_score_completions(inputs)
         self._log_metrics(batch)
         rewards, divisors = self._combined_rewards(batch, len(output["completion_ids"]))
         if self.args.advantage_estimator != "grpo" or self.args.leaf_weighting != "uniform":
@@ -235,11 +238,17 @@ class TreePOTrainer(GRPOTrainer):
         batch.totals.append(tree_totals(trees, self.sampler.stats, num_processes))
         return trees
 
+    def _calculate_rewards(
+        self, inputs: Rows, prompts: list[object], completions: list[object], completion_ids_list: list[list[int]]
+    ) -> torch.Tensor:
+        with trl_seams.reward_funcs(self, self._reward_watch.functions(len(prompts))):
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
     def _combined_rewards(self, batch: TreeBatch, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Reward of each of this process's `num_rows` rows, and what its advantage is divided by."""
         assert batch.rewards_per_func is not None, "GRPOTrainer scores every completion"
         rewards, divisors = combine_rewards(
-            finite(batch.rewards_per_func),
+            batch.rewards_per_func,
             self.reward_weights.to(self.accelerator.device),
             self.num_generations,
             self.multi_objective_aggregation,

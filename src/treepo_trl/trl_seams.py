@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from trl.generation import vllm_generation
 from trl.trainer import grpo_trainer
-from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer, RewardFunc
 
 
 @contextmanager
@@ -75,6 +75,17 @@ def calculated_rewards(
     Ends with a method for advantages in TRL: huggingface/trl#7291.
     """
     return replaced(trainer, "_calculate_rewards", wrap(trainer._calculate_rewards))
+
+
+def reward_funcs(trainer: GRPOTrainer, functions: list[RewardFunc]) -> AbstractContextManager[None]:
+    """
+    The reward functions that `GRPOTrainer._calculate_rewards` calls.
+
+    Why: it does not say which of them raised, hangs, or gave what is no reward. For the call alone, so that users and
+    subclasses find their own functions in the trainer.
+    No upstream request is open.
+    """
+    return replaced(trainer, "reward_funcs", functions)
 
 
 def metrics_aside(trainer: GRPOTrainer) -> AbstractContextManager[None]:

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig
+from torch.utils.data import DataLoader
 from trl import GRPOConfig
 
-from tests.support.models import make_model
-from tests.support.trainers import SETTINGS, build, make_config, plain_prompts
+from tests.support.models import make_model, make_tokenizer
+from tests.support.trainers import SETTINGS, build, chat_prompts, make_config, parity_reward, plain_prompts
 from treepo_trl import TreePOConfig, TreePOTrainer, checks
-from treepo_trl.checks import check_arguments, check_datasets
+from treepo_trl.checks import check_arguments, prompts_per_batch
 
 
 PROMPTS = plain_prompts(8)
@@ -66,6 +67,7 @@ def test_arguments_that_are_not_supported(tmp_path: Path, arguments: dict[str, A
 @pytest.mark.parametrize(
     ("use_vllm", "kwargs", "message"),
     [
+        (False, {"do_sample": False}, "has do_sample, which .* and `do_sample=True`"),
         (False, {"num_beams": 4}, "has num_beams, which .*Remove the others, or set `use_vllm"),
         (False, {"top_k": 3, "seed": 1, "eta_cutoff": 0.1}, "`generation_kwargs` has eta_cutoff, seed, which"),
         *(
@@ -86,6 +88,18 @@ def test_generation_kwargs_that_segments_cannot_have(
         make_trainer(make_config(tmp_path, use_vllm=use_vllm, generation_kwargs=kwargs))
 
 
+@pytest.mark.parametrize("kwargs", [{"do_sample": True}, {"num_beams": 3}], ids=repr)
+def test_generation_kwargs_that_vllm_refuses(
+    tmp_path: Path, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm")
+    monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
+    with pytest.raises(
+        ValueError, match=rf"(?s)`generation_kwargs` is .*{next(iter(kwargs))}.* `SamplingParams` refuses: .*Remove"
+    ):
+        make_trainer(make_config(tmp_path, use_vllm=True, generation_kwargs=kwargs))
+
+
 def test_vllm_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
     with pytest.raises(ValueError, match=r"`vllm_structured_outputs_regex` is not supported.*Leave it out"):
@@ -97,9 +111,9 @@ def test_no_tools_are_no_tools(tmp_path: Path) -> None:
 
 
 def test_known_generation_kwargs_are_used(tmp_path: Path) -> None:
-    config = make_config(tmp_path, generation_kwargs={"top_k": 3, "temperature": 0.5})
+    config = make_config(tmp_path, generation_kwargs={"top_k": 3, "min_p": 0.1, "do_sample": True})
     engine = make_trainer(config).sampler.engine
-    assert (engine.options.top_k, engine.options.temperature) == (3, 0.5)
+    assert (engine.options.top_k, engine.options.min_p) == (3, 0.1)
 
 
 def test_vllm_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,10 +144,145 @@ def test_dataset_without_prompts(tmp_path: Path, wrap: Callable[[Any], dict[str,
         make_trainer(make_config(tmp_path), **wrap(dataset))
 
 
-def test_streams_of_unknown_columns_pass() -> None:
-    stream = IterableDataset.from_generator(lambda: iter([{"prompt": "w1"}]))
+def stream_of(*rows: dict[str, Any]) -> IterableDataset:
+    """A stream that does not know its columns."""
+    stream = IterableDataset.from_generator(lambda: iter(rows))
     assert stream.column_names is None
-    check_datasets(stream, None, {"a": stream})
+    return stream
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_stream_without_prompts_fails_before_anything_is_sampled(tmp_path: Path, rounds: int) -> None:
+    stream = stream_of(*[{"question": "w1", "answer": "w2"}] * 8)
+    trainer = make_trainer(make_config(tmp_path, dynamic_sampling_rounds=rounds), train_dataset=stream)
+    trainer.sampler.sample = lambda *args, **kwargs: pytest.fail("sampled")  # pyright: ignore
+    with pytest.raises(ValueError, match=r"no column 'prompt', only question, answer.*Rename"):
+        trainer.train()
+
+
+SIZE = r"has {} of the {} prompts .* `per_device_train_batch_size` \({}\) x `steps_per_generation` \({}\) x processes"
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+@pytest.mark.parametrize(("num_prompts", "micro_batch", "steps"), [(0, 8, 1), (1, 8, 1), (3, 8, 2), (3, 4, 4)])
+def test_a_dataset_smaller_than_a_batch(
+    tmp_path: Path, num_prompts: int, micro_batch: int, steps: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GRPOTrainer trains nothing and reports success. Found before the model, which is no model here."""
+    sizes = {"per_device_train_batch_size": micro_batch, "steps_per_generation": steps}
+    config = make_config(tmp_path, dynamic_sampling_rounds=rounds, **sizes)
+    needed = micro_batch * steps // 4
+    message = SIZE.format(num_prompts, needed, micro_batch, steps) + r" \(1\) .*`num_generations` \(4\).*Lower"
+    with pytest.raises(ValueError, match=message):
+        TreePOTrainer(
+            "no/model", reward_funcs=parity_reward, args=config, train_dataset=PROMPTS.select(range(num_prompts))
+        )
+    assert prompts_per_batch(config) == config.generation_batch_size // config.num_generations == needed
+
+
+def test_a_dataset_of_one_batch_is_trained(tmp_path: Path) -> None:
+    trainer = make_trainer(make_config(tmp_path, max_steps=1), train_dataset=PROMPTS.select(range(2)))
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_another_order_may_repeat_a_small_dataset(tmp_path: Path) -> None:
+    class Repeating(TreePOTrainer):
+        def get_train_dataloader(self) -> Any:
+            rows = [{"prompt": "w1"}] * 4 + [{"prompt": "w2"}] * 4
+            return self.accelerator.prepare(DataLoader(rows, batch_size=8, collate_fn=list))
+
+    trainer = build(Repeating, make_model(), make_config(tmp_path, max_steps=1), train_dataset=PROMPTS.select([0]))
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_stream_smaller_than_a_batch(tmp_path: Path) -> None:
+    trainer = make_trainer(make_config(tmp_path), train_dataset=PROMPTS.select([0]).to_iterable_dataset())
+    with pytest.raises(ValueError, match=r"made no step: it has not given the 2 prompts .* Check how the dataset is"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: {"good": PROMPTS, "bad": d}], ids=["one", "dict"])
+def test_an_empty_evaluation_dataset(tmp_path: Path, wrap: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match=r"The evaluation dataset has no rows.*leave it out"):
+        make_trainer(make_config(tmp_path), eval_dataset=wrap(PROMPTS.select([])))
+
+
+NO_PROMPTS: list[Any] = [
+    *(None, 1, 1.5, {"role": "user", "content": "w1"}, [], ["w1"], [{"role": "user"}], [{"content": "w1"}]),
+    [{"role": "user", "content": None}],  # a template would print None
+]
+
+
+@pytest.mark.parametrize("prompt", NO_PROMPTS, ids=repr)
+def test_prompts_that_are_none(tmp_path: Path, prompt: Any) -> None:
+    """The first row is looked at when the trainer is built, the others when they come."""
+    message = r"A prompt of the dataset is .*It must be text, or a list of messages"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(make_config(tmp_path), train_dataset=Dataset.from_dict({"prompt": [prompt] * 8}))
+    late = stream_of({"prompt": "w1"}, {"prompt": prompt})
+    trainer = make_trainer(make_config(tmp_path, shuffle_dataset=False), train_dataset=late)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_a_trainer_that_tokenizes_itself_takes_any_prompt(tmp_path: Path) -> None:
+    class Tokenizing(TreePOTrainer):
+        def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+            return [[10, number] for number in prompts], None, {}
+
+        def _generate(self, prompts: list[Any]) -> Any:
+            tokens, *_ = self._tokenize_prompts(prompts)
+            completions, logps = self._generate_single_turn(tokens, None, {}, self.num_generations)
+            return tokens, completions, None, ["w1"] * len(prompts), logps, {}, None, []
+
+    numbers = Dataset.from_dict({"prompt": list(range(10, 18))})
+    trainer = build(Tokenizing, make_model(), make_config(tmp_path, max_steps=1), train_dataset=numbers)
+    assert trainer.train().global_step == 1
+
+
+# Tokenizers
+
+
+def tokenizer_with(**changes: Any) -> Any:
+    tokenizer = make_tokenizer()
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "model", "data", "message"),
+    [
+        ({"eos_token": None}, {}, PROMPTS, r"has no EOS token.*Set `processing_class.eos_token`"),
+        ({"eos_token": None, "pad_token": None}, {}, PROMPTS, r"has no EOS token"),
+        ({"chat_template": None}, {}, chat_prompts(8), r"no chat template. Set `processing_class.chat_template`"),
+        ({"pad_token": "w59"}, {"vocab_size": 64}, PROMPTS, r"pad_token 'w59' has the id 64, but the model has 64"),
+    ],
+)
+def test_tokenizers_that_do_not_go_with_model_or_data(
+    tmp_path: Path, tokenizer: dict[str, Any], model: dict[str, Any], data: Dataset, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(
+            TreePOTrainer,
+            make_model(**model),
+            make_config(tmp_path),
+            train_dataset=data,
+            processing_class=tokenizer_with(**tokenizer),
+        )
+
+
+def test_a_tokenizer_without_pad_token_pads_with_eos(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(pad_token=None)
+    assert make_trainer(make_config(tmp_path), processing_class=tokenizer).processing_class.pad_token == "<eos>"
+
+
+def test_prompts_of_another_vocabulary(tmp_path: Path) -> None:
+    trainer = build(TreePOTrainer, make_model(vocab_size=30), make_config(tmp_path), train_dataset=PROMPTS)
+    with pytest.raises(RuntimeError, match=r"vocabulary of 30: the tokenizer does not belong to the model"):
+        trainer.train()
 
 
 def test_prompt_longer_than_the_context(tmp_path: Path) -> None:

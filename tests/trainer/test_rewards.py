@@ -19,7 +19,6 @@ from tests.support.trainers import (
     plain_prompts,
     trained,
 )
-from treepo_trl import TreePOTrainer
 
 
 def test_several_rewards_are_weighted(tmp_path: Path, tiny_model_dir: str) -> None:
@@ -107,12 +106,3 @@ def test_dataset_columns_reach_the_reward(tmp_path: Path, tiny_model_dir: str) -
             assert tokenizer(prompts[i])["input_ids"] == tree.prompt_ids
             assert completion_ids[i] == tree.completion_ids(leaf)
             assert completions[i] == tokenizer.decode(completion_ids[i], skip_special_tokens=True)
-
-
-def test_an_infinite_reward_is_left_out(tmp_path: Path, tiny_model_dir: str) -> None:
-    def reward(completions: list[Any], **_: Any) -> list[float]:
-        return [float("inf"), *(float(len(c.split()) % 3) for c in completions[1:])]
-
-    trainer = trained(TreePOTrainer, tiny_model_dir, make_config(tmp_path, max_steps=1), reward_funcs=reward)
-    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
-    assert change(trainer) > 0  # the others count

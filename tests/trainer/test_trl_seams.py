@@ -35,13 +35,13 @@ SIGNATURES = {
         "image_position_ids=None"
     ),
     "_prepare_inputs": "self, generation_batch",
+    "_calculate_rewards": "self, inputs, prompts, completions, completion_ids_list",
     "_save_checkpoint": "self, model, trial",
     "get_train_dataloader": "self",
     "train": "self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None",
 }
 # What dynamic sampling calls, or replaces for a call.
 CALLED = {
-    "_calculate_rewards": "self, inputs, prompts, completions, completion_ids_list",
     "_generate": "self, prompts",
     "_tokenize_prompts": "self, prompts",
     "_get_train_sampler": "self, dataset=None",

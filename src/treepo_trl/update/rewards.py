@@ -4,6 +4,11 @@ import torch
 from trl.trainer.utils import nanstd
 
 
+# Deviations are sums of squares in float32, which ends at 3e38: of 1e8 rewards of this size they are still finite. And
+# beside a reward of this size, float32 does not tell ordinary ones apart.
+LARGEST_REWARD = 1e15
+
+
 def combine_rewards(
     rewards_per_func: torch.Tensor, weights: torch.Tensor, num_generations: int, aggregation: str, scale: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,6 +45,6 @@ def combine_rewards(
     return rewards, divisors
 
 
-def finite(rewards: torch.Tensor) -> torch.Tensor:
-    """Rewards of any shape in which an infinite one counts as a completion that could not be scored (`nan`)."""
-    return rewards.masked_fill(rewards.isinf(), torch.nan)
+def without_unusable(rewards: torch.Tensor) -> torch.Tensor:
+    """Rewards of any shape in which one that is infinite or too large counts as not scored (`nan`)."""
+    return rewards.masked_fill(rewards.abs() > LARGEST_REWARD, torch.nan)
