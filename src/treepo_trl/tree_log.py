@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from .sampling.json_lines import (
+    COUNT,
+    NUMBER,
+    TEXT,
     append,
     check_fields,
     check_list,
     check_value,
-    is_count,
-    is_number,
-    is_text,
+    or_null,
     parse_line,
 )
 from .sampling.tree import SegmentTree, TreeRecord
@@ -118,19 +119,19 @@ def checked_lines(lines: Iterable[bytes], path: str | Path) -> Iterator[TreeLogL
 
 def _check_sampled(line: SampledLine) -> int:
     check_fields(line, "the line", SampledLine.__required_keys__)
-    check_value(line["index"], "index", is_count, "a whole number, 0 or more")
-    check_list(line["completions"], "completions", is_text, "a text")
-    check_list(line["weights"], "weights", is_number, "a finite number")
+    check_value(line["index"], "index", COUNT)
+    check_list(line["completions"], "completions", TEXT)
+    check_list(line["weights"], "weights", NUMBER)
     _check_tree(line, ("completions", "weights"))
     return line["index"]
 
 
 def _check_logged(line: TreeLogLine) -> None:
     check_fields(line, "the line", TreeLogLine.__required_keys__)
-    check_value(line["step"], "step", is_count, "a whole number, 0 or more")
-    check_list(line["rows"], "rows", is_count, "a whole number, 0 or more")
-    check_list(line["rewards"], "rewards", lambda r: r is None or is_number(r), "null or a finite number")
-    check_list(line["advantages"], "advantages", is_number, "a finite number")
+    check_value(line["step"], "step", COUNT)
+    check_list(line["rows"], "rows", COUNT)
+    check_list(line["rewards"], "rewards", or_null(NUMBER))
+    check_list(line["advantages"], "advantages", NUMBER)
     leaves = _check_tree(line, ("rows", "rewards", "advantages")).leaves
     if sorted(line["rows"]) != sorted(leaves):
         raise ValueError("`rows` names other nodes than `leaves` of the tree.")
@@ -138,7 +139,7 @@ def _check_logged(line: TreeLogLine) -> None:
 
 def _check_tree(line: TreeLogLine | SampledLine, per_leaf: tuple[str, ...]) -> SegmentTree:
     """Check what both kinds of lines have: the prompt's text, and a tree that is done, with values for each leaf."""
-    check_value(line["prompt"], "prompt", is_text, "a text")
+    check_value(line["prompt"], "prompt", TEXT)
     tree = SegmentTree.from_dict(line["tree"])
     for i, node in enumerate(tree.nodes):
         if node.finish_reason is None and not node.children:

@@ -157,7 +157,7 @@ def line(**changes: Any) -> bytes:
         (line() + b"\n", "line 2: it is no JSON"),
         (line(tree={**TREE.to_dict(), "prompt_ids": [6, 7]}), "line 1: it is a tree of other prompts"),
         (line(index=4), "line 1: it is a tree of other prompts"),
-        (line(index=-4), "line 1: `index` is -4; it must be a whole number, 0 or more"),
+        (line(index=-4), "line 1: `index` is -4; it must be a whole number from 0 to"),
         (line(index="0"), "line 1: `index` is '0'; it must be"),
         (line() + line(), "line 2: `index` is 0, as in line 1"),
         (line(tree={**TREE.to_dict(), "leaves": "abc"}), "line 1: `leaves` is 'abc'; it must be a list"),

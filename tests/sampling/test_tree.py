@@ -199,7 +199,7 @@ def test_logprobs_of_a_path_without_them_are_refused() -> None:
         tree.logprobs(1)
 
 
-NOT_COUNTS = [-1, 1.0, True, "1", [1], float("nan")]
+NOT_COUNTS = [-1, 1.0, True, "1", [1], float("nan"), 2**63]
 NOT_NUMBERS = [float("nan"), float("inf"), 10**400, True, "0.5", [0.5]]
 
 
@@ -214,7 +214,7 @@ NOT_NUMBERS = [float("nan"), float("inf"), 10**400, True, "0.5", [0.5]]
         (None, "leaves", [[value] for value in [None, *NOT_COUNTS]], r"`leaves\[0\]` is"),
         (None, "leaves", [[2, 4, 5], [2, 4, 5, 6, 3], [2, 4, 5, 6, 6], []], "must be the nodes with a finish reason"),
         (2, "parent", NOT_COUNTS, r"`nodes\[2\]\.parent` is .* null or a whole number"),
-        (2, "parent", [2, 3, 10**30], r"`nodes\[2\]`: Parent \d+ does not exist"),
+        (2, "parent", [2, 3, 2**63 - 1], r"`nodes\[2\]`: Parent \d+ does not exist"),
         (6, "parent", [2], r"`nodes\[6\]`: Parent 2 is a finished path"),
         (2, "token_ids", [None, "abc", {}, 3], r"`nodes\[2\]\.token_ids` is .* a list"),
         (2, "token_ids", [[value] for value in [None, *NOT_COUNTS]], r"`nodes\[2\]\.token_ids\[0\]` is"),

@@ -7,6 +7,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from dataclasses import dataclass
+
+
+_short = reprlib.Repr()
+_short.maxlevel = 1
+shown = _short.repr
+"""A value for an error, of one line whatever was read."""
 
 
 def append(file: io.FileIO, data: bytes) -> None:
@@ -48,27 +55,33 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"it has the field {reprlib.repr(name)} twice.")
+        raise ValueError(f"it has the field {shown(name)} twice.")
     return fields
 
 
-# What a field may hold. `bool` is an `int` in Python, not in JSON.
+@dataclass(frozen=True)
+class Kind:
+    """What a field may hold."""
+
+    holds: Callable[[object], bool]
+    words: str
+    """What errors say of it."""
 
 
-def is_count(value: object) -> bool:
-    """Whether a value is a whole number, 0 or more."""
-    return type(value) is int and value >= 0
+# `bool` is an `int` in Python, not in JSON. Finite is said by comparison: `math.isfinite` raises for large integers.
+COUNT = Kind(lambda value: type(value) is int and 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1")
+NUMBER = Kind(
+    lambda value: isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max,
+    "a finite number",
+)
+TEXT = Kind(lambda value: isinstance(value, str), "a text")
+OBJECT = Kind(lambda value: isinstance(value, dict), "an object")
+LIST = Kind(lambda value: isinstance(value, list), "a list")
 
 
-def is_number(value: object) -> bool:
-    """Whether a value is a finite number."""
-    # By comparison: `math.isfinite` raises for integers that no float holds.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def is_text(value: object) -> bool:
-    """Whether a value is a text."""
-    return isinstance(value, str)
+def or_null(kind: Kind) -> Kind:
+    """A kind of values, or `None`."""
+    return Kind(lambda value: value is None or kind.holds(value), f"null or {kind.words}")
 
 
 def check_fields(record: object, place: str, required: Collection[str], optional: Collection[str] = ()) -> None:
@@ -87,36 +100,36 @@ def check_fields(record: object, place: str, required: Collection[str], optional
         ValueError: naming the record and the field.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"{place} is {reprlib.repr(record)}; it must be an object.")
+        raise ValueError(f"{place} is {shown(record)}; it must be {OBJECT.words}.")
     names: set[object] = set(record)  # pyright: ignore[reportUnknownArgumentType]  # an object of JSON, or not even that
     for name in required:
         if name not in names:
             raise ValueError(f"{place} has no `{name}`.")
     known = {*required, *optional}
     for name in names - known:
-        raise ValueError(f"{place} has an unknown field {reprlib.repr(name)}; known are {', '.join(sorted(known))}.")
+        raise ValueError(f"{place} has an unknown field {shown(name)}; known are {', '.join(sorted(known))}.")
 
 
-def check_value(value: object, name: str, holds: Callable[[object], bool], allowed: str) -> None:
+def check_value(value: object, name: str, kind: Kind) -> None:
     """
-    Check a value by a predicate.
+    Check what a field holds.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
     """
-    if not holds(value):
-        raise ValueError(f"`{name}` is {reprlib.repr(value)}; it must be {allowed}.")
+    if not kind.holds(value):
+        raise ValueError(f"`{name}` is {shown(value)}; it must be {kind.words}.")
 
 
-def check_list(value: object, name: str, holds: Callable[[object], bool], allowed: str) -> None:
+def check_list(value: object, name: str, kind: Kind) -> None:
     """
-    Check that a value is a list, and its items by a predicate.
+    Check that a field holds a list, and what its items are.
 
     Raises:
         ValueError: naming the field, or the item of it, its value and what is allowed.
     """
-    check_value(value, name, lambda value: isinstance(value, list), "a list")
+    check_value(value, name, LIST)
     items: list[object] = value  # pyright: ignore[reportAssignmentType]
     for i, item in enumerate(items):
-        if not holds(item):
-            check_value(item, f"{name}[{i}]", holds, allowed)
+        if not kind.holds(item):
+            check_value(item, f"{name}[{i}]", kind)

@@ -5,12 +5,11 @@ Nodes live in a flat list and point to their parent by index; a node holds only 
 prompt followed by the tokens along a path is exactly what the engine was given and returned. Standard library only.
 """
 
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NotRequired, TypedDict, get_args
 
-from .json_lines import check_fields, check_list, check_value, is_count, is_number
+from .json_lines import COUNT, NUMBER, OBJECT, Kind, check_fields, check_list, check_value, or_null, shown
 
 
 FinishReason = Literal["stop", "pattern", "repetition", "length"]
@@ -57,20 +56,18 @@ class TreeRecord(TypedDict):
     leaves: list[int]
 
 
+_FINISH_REASON = Kind(get_args(FinishReason).__contains__, f"one of {', '.join(get_args(FinishReason))}")
+
+
 def _check_node(record: NodeRecord, place: str) -> None:
     """Raise unless a node of a file has the fields of `NodeRecord`, of their types."""
     check_fields(record, f"`{place}`", NodeRecord.__required_keys__, NodeRecord.__optional_keys__)
-    parent, logprobs, reason, entropy = (record.get(k) for k in ("parent", "logprobs", "finish_reason", "entropy"))
-    if parent is not None:
-        check_value(parent, f"{place}.parent", is_count, "null or a whole number, 0 or more")
-    check_list(record["token_ids"], f"{place}.token_ids", is_count, "a whole number, 0 or more")
-    if logprobs is not None:
-        check_list(logprobs, f"{place}.logprobs", is_number, "a finite number")
-    if reason is not None:
-        reasons = get_args(FinishReason)
-        check_value(reason, f"{place}.finish_reason", lambda r: r in reasons, f"null or one of {', '.join(reasons)}")
-    if entropy is not None:
-        check_value(entropy, f"{place}.entropy", is_number, "a finite number")
+    check_value(record["parent"], f"{place}.parent", or_null(COUNT))
+    check_list(record["token_ids"], f"{place}.token_ids", COUNT)
+    if record["logprobs"] is not None:
+        check_list(record["logprobs"], f"{place}.logprobs", NUMBER)
+    check_value(record["finish_reason"], f"{place}.finish_reason", or_null(_FINISH_REASON))
+    check_value(record.get("entropy"), f"{place}.entropy", or_null(NUMBER))
 
 
 def _node_record(node: SegmentNode) -> NodeRecord:
@@ -305,9 +302,9 @@ class SegmentTree:
             ValueError: naming the node and the field, if anything is not as `to_dict` writes it.
         """
         check_fields(d, "The tree", TreeRecord.__required_keys__)
-        check_list(d["prompt_ids"], "prompt_ids", is_count, "a whole number, 0 or more")
-        check_list(d["nodes"], "nodes", lambda node: isinstance(node, dict), "an object")
-        check_list(d["leaves"], "leaves", is_count, "a whole number, 0 or more")
+        check_list(d["prompt_ids"], "prompt_ids", COUNT)
+        check_list(d["nodes"], "nodes", OBJECT)
+        check_list(d["leaves"], "leaves", COUNT)
         tree = cls(d["prompt_ids"])
         for i, node in enumerate(d["nodes"]):
             _check_node(node, f"nodes[{i}]")
@@ -318,7 +315,7 @@ class SegmentTree:
             except ValueError as error:
                 raise ValueError(f"`nodes[{i}]`: {error}") from error
         if sorted(tree.leaves) != sorted(d["leaves"]):
-            leaves, finished = reprlib.repr(d["leaves"]), reprlib.repr(tree.leaves)
+            leaves, finished = shown(d["leaves"]), shown(tree.leaves)
             raise ValueError(f"`leaves` is {leaves}; it must be the nodes with a finish reason, {finished}.")
         tree.leaves = list(d["leaves"])
         return tree
