@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -119,6 +120,7 @@ def test_order_of_construction(monkeypatch: pytest.MonkeyPatch, shares: bool, ex
     calls = generation.calls
     generation.model.active_adapter = "default"
     generation.model.peft_config = {"default": SimpleNamespace(r=4)}
+    generation.model.named_parameters = dict[str, torch.nn.Parameter]().items
     base = SimpleNamespace(config=SimpleNamespace(_commit_hash=None), is_loaded_in_4bit=False, dtype=torch.bfloat16)
     generation.model.get_base_model = lambda: base
     generation.enable_sleep_mode = True
@@ -147,6 +149,21 @@ def test_order_of_construction(monkeypatch: pytest.MonkeyPatch, shares: bool, ex
     generation._try_adapter = lambda: calls.append("try")
     generation._init_vllm()
     assert calls == expected
+
+
+@pytest.mark.parametrize(
+    ("free", "is_writable", "fits"), [(801, True, True), (800, True, False), (10**9, False, False)]
+)
+def test_an_adapter_travels_through_memory_where_it_fits_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, is_writable: bool, fits: bool
+) -> None:
+    """A hundred float32 numbers."""
+    monkeypatch.setattr(adapter_sync, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr("os.access", lambda *_: is_writable)
+    monkeypatch.setattr("tempfile.tempdir", "temporary")
+    place = adapter_sync._place_for([torch.nn.Parameter(torch.zeros(10, 5)) for _ in range(2)])
+    assert place == (tmp_path if fits else "temporary")
 
 
 # An engine that sleeps without its cache alone

@@ -7,6 +7,7 @@ engine loads the same base with LoRA enabled, and the adapter's files travel thr
 """
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -122,7 +123,7 @@ class AdapterVLLMGeneration(VLLMGeneration):
     def _init_vllm(self) -> None:
         if self.share_base_weights:
             check_sharing(self.model, self.accelerator, self.tensor_parallel_size)
-        self._adapter_folder = TemporaryFolder("adapter", _place_of_adapters())
+        self._adapter_folder = TemporaryFolder("adapter", _place_for(self._adapter_parameters()))
         with ExitStack() as stack:
             options = self._engine_options() | stack.enter_context(self._base_options())
             stack.enter_context(engine_class(_lora_llm_class(options)))
@@ -220,6 +221,9 @@ class AdapterVLLMGeneration(VLLMGeneration):
     def _adapter(self) -> str:
         return cast(str, self.model.active_adapter)
 
+    def _adapter_parameters(self) -> list[torch.nn.Parameter]:
+        return [p for name, p in self.model.named_parameters() if f".{self._adapter}." in name]
+
     def _try_adapter(self) -> None:
         """Load the untrained adapter, so that what vLLM cannot serve is an error before the first step."""
         try:
@@ -240,10 +244,8 @@ class AdapterVLLMGeneration(VLLMGeneration):
 
         if self.share_base_weights:
             self._share_base_weights()  # again: preparing the policy for training may have copied it
-        adapter = self._adapter
-        parameters = [p for name, p in self.model.named_parameters() if f".{adapter}." in name]
-        folder = self._adapter_folder.path
-        with self._dist.gather_params(parameters):
+        adapter, folder = self._adapter, self._adapter_folder.path
+        with self._dist.gather_params(self._adapter_parameters()):
             self.model.save_pretrained(folder, selected_adapters=[adapter], save_embedding_layers=False)
         directory = folder if adapter == "default" else os.path.join(folder, adapter)
         if self.enable_sleep_mode:
@@ -267,6 +269,10 @@ def _lora_llm_class(engine_options: dict[str, object]) -> "type[LoraLLM]":
     return type("PolicyLLM", (LoraLLM,), {"engine_options": engine_options})
 
 
-def _place_of_adapters() -> str | Path:
-    """Memory that looks like a disk, where there is some; else the folder for temporary files."""
-    return SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else tempfile.gettempdir()
+def _place_for(parameters: list[torch.nn.Parameter]) -> str | Path:
+    """Memory that looks like a disk, if there is room in it; else the folder for temporary files."""
+    size = sum(parameter.nbytes for parameter in parameters)
+    # Containers often have 64 MiB of it. Twice, for what else lies there.
+    if os.access(SHARED_MEMORY, os.W_OK) and shutil.disk_usage(SHARED_MEMORY).free > 2 * size:
+        return SHARED_MEMORY
+    return tempfile.gettempdir()
