@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState
@@ -277,15 +277,16 @@ class ResumePoint(TrainerCallback):
 
     def _load_rows(self, folder: str) -> None:
         trainer, reason = self._trainer, None
+        device = trainer.accelerator.device
         try:
-            rows = torch.load(self._file(folder), map_location=trainer.accelerator.device, weights_only=True)
+            rows = torch.load(self._file(folder), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             rows, reason = None, f"its rows cannot be read ({error})"
         reasons = [each for each in cast("list[str | None]", gather_object([reason])) if each is not None]
         if reasons:  # on any process: they sample together
             self._warn(folder, reasons[0])
         else:
-            trainer._buffered_inputs = rows
+            trainer._buffered_inputs = cast("list[dict[str, torch.Tensor]]", send_to_device(rows, device))
 
     def after_epochs(self, loader: DataLoader) -> DataLoader:
         """

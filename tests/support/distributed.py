@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import distributed
 
-from tests.support.trainers import build, make_config, parameters_of, reward_by_kind, train
+from tests.support.trainers import RecordingTrainer, build, make_config, parameters_of, reward_by_kind, train
 from treepo_trl import TreePOTrainer
 from treepo_trl.update import packed_forward
 
@@ -19,6 +19,14 @@ PROMPTS = [" ".join(f"w{(i + j) % 60}" for j in range(1 if i % 2 else 40)) for i
 # Four prompts per batch, two per process. First all of the second process's are replaced and one of the first's; then
 # none; then one place of the first process needs all four rounds.
 KINDS = "vcccvvv" + "vvvv" + "cvvvcccv"
+# What each process runs: a function of this file, with its arguments.
+SCRIPT = """
+import sys
+
+from tests.support import distributed
+
+getattr(distributed, sys.argv[1])(*sys.argv[2:])
+"""
 
 
 def make_trainer(model: str, folder: Path, cls: type = TreePOTrainer, lora: bool = False, **changes: Any) -> Any:
@@ -71,6 +79,30 @@ def train_dynamically_and_write(model: str, folder: str) -> None:
         "rewards": list(trainer._logs["rewards"]["reward_and_log"]),
     }
     _write(trainer, folder, result)
+
+
+def resume_and_write(model: str, folder: str) -> None:
+    """
+    Train with a batch of two prompts for each of two steps, then from the checkpoint in the middle of the first batch.
+
+    Writes both logs, how far the weights are from each other, and how often each training has sampled.
+    """
+    trainers = []
+    for name, start in (("whole", None), ("resumed", f"{folder}/whole/checkpoint-1")):
+        changes = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "save_strategy": "steps"}
+        trainer = make_trainer(
+            model, Path(folder, name), RecordingTrainer, max_steps=3, save_steps=1, ddp_backend="gloo", **changes
+        )
+        trainer.train(resume_from_checkpoint=start)
+        trainers.append(trainer)
+    whole, resumed = map(parameters_of, trainers)
+    result = {
+        "whole": trainers[0].state.log_history,
+        "resumed": trainers[1].state.log_history,
+        "difference": max((whole[name] - resumed[name]).abs().max().item() for name in whole),
+        "sampled": [len(trainer.sampled) for trainer in trainers],
+    }
+    _write(trainers[1], folder, result)
 
 
 def reward_and_log(prompts: list[str], completion_ids: Any, kind: list[str], log_extra: Any, **_: Any) -> list:

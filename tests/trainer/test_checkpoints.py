@@ -1,25 +1,35 @@
 """Checkpoints and saved models."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator, PartialState
 from peft import LoraConfig
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 
+from tests.support.distributed import SCRIPT
+from tests.support.processes import run_in_two_processes
 from tests.support.trainers import (
     RecordingTrainer,
     assert_same_parameters,
     build,
+    change,
     labelled,
     logs_of,
     make_config,
     parameters_of,
+    parity_reward,
+    plain_prompts,
     reward_by_kind,
     train,
 )
-from treepo_trl import TreePOTrainer
+from treepo_trl.checkpoints import checkpoint_to_resume, newest_checkpoint, why_not_intact, written_anew
 
 
 def saved_state(checkpoint: Path) -> dict[str, Any]:
@@ -27,34 +37,127 @@ def saved_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "two steps per generation", "spread"])
-def test_resume_continues_the_run(tmp_path: Path, tiny_model_dir: str, kind: str) -> None:
-    """Four steps in one go, and two steps with a fresh trainer from the checkpoint after the second."""
+# Two optimizer steps for each pass over a generation batch, and two passes.
+INSIDE: dict[str, Any] = {
+    "num_iterations": 2,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "steps_per_generation": 4,
+}
+# Epochs of four micro-batches in steps of three: the second step is short, and batches begin in the middle of steps.
+SHORT: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 3,
+    "steps_per_generation": 2,
+    "num_prompts": 5,
+}
+DYNAMIC: dict[str, Any] = {"dynamic_sampling_rounds": 4, "kinds": "cvvcvcvvccvvvv"}
+DROPOUT: dict[str, Any] = {"dropout": 0.1}
 
-    def make(folder: str) -> Any:
-        peft = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1) if kind == "lora" else None
-        changes: dict[str, Any] = {}
-        if "two" in kind:
-            changes = {"per_device_train_batch_size": 4, "steps_per_generation": 2}
-        if kind == "spread":  # branches over the last batch's mean length
-            changes = {"branch_schedule": "spread", "max_completion_length": 40, "segment_length": 3}
-        config = make_config(
-            tmp_path / folder, max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch",
-            learning_rate=1e-2, lr_scheduler_type="linear", **changes,
-        )  # fmt: skip
-        return build(TreePOTrainer, tiny_model_dir, config, peft_config=peft)
 
-    whole = make("whole")
+class SaveBeforeStep(TrainerCallback):
+    """As transformers writes a checkpoint when the process is told to end."""
+
+    def __init__(self, trainer: Any, step: int) -> None:
+        self.trainer, self.step = trainer, step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+
+
+def without_times(log: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in log.items() if not re.search("time|second|flos|train_", name)}
+
+
+@pytest.mark.parametrize(
+    ("step", "before", "settings"),
+    [
+        pytest.param(2, False, DROPOUT, id="end of a batch"),
+        pytest.param(2, False, {"branch_schedule": "spread", "max_completion_length": 40}, id="last batch's length"),
+        pytest.param(1, False, {**INSIDE, **DROPOUT}, id="first pass"),
+        pytest.param(3, False, {**INSIDE, **DYNAMIC}, id="second pass"),
+        pytest.param(3, False, SHORT, id="second epoch"),
+        pytest.param(1, True, {**INSIDE, **DROPOUT}, id="before a step, inside of a batch"),
+        pytest.param(1, True, {**DYNAMIC, **DROPOUT}, id="before a step, new batch"),
+        pytest.param(2, True, {**SHORT, **DROPOUT}, id="before a step, new epoch"),
+    ],
+)
+def test_a_resumed_training_is_the_same_curve(
+    tmp_path: Path, tiny_model_dir: str, step: int, before: bool, settings: dict[str, Any]
+) -> None:
+    """Number for number: all that is logged but times, and the weights. `before`: saved before an optimizer step."""
+    settings = {"optim": "adamw_torch", "learning_rate": 1e-2, "lr_scheduler_type": "linear", **settings}
+    kinds, dropout = settings.pop("kinds", None), settings.pop("dropout", None)
+    plain = plain_prompts(settings.pop("num_prompts", 16))
+    arguments = {
+        "train_dataset": labelled(kinds) if kinds else plain,
+        "reward_funcs": reward_by_kind if kinds else parity_reward,
+        "peft_config": LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout) if dropout else None,
+    }
+
+    def make(name: str, **changes: Any) -> Any:
+        config = make_config(tmp_path / name, max_steps=5, **settings, **changes)
+        return build(RecordingTrainer, tiny_model_dir, config, **arguments)
+
+    whole = make("whole", save_strategy="no" if before else "steps", save_steps=1)
+    if before:
+        whole.add_callback(SaveBeforeStep(whole, step))
     whole.train()
     resumed = make("resumed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
-    assert resumed.state.global_step == 4
-    assert_same_parameters(parameters_of(whole), parameters_of(resumed), 1e-6)
-    assert logs_of(whole, "reward") == pytest.approx(logs_of(resumed, "reward"), abs=1e-6)
-    assert "treepo_expected_length" in saved_state(tmp_path / "whole/checkpoint-2")
-    card = (tmp_path / "whole/README.md").read_text()
-    assert "TreePO" in card
-    assert "2508.17445" in card
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{step}"))
+    for log, same in zip(whole.state.log_history, resumed.state.log_history, strict=True):
+        assert without_times(log) == without_times(same)
+    assert len(logs_of(whole, "loss")) == 5
+    assert change(whole) > 1e-3
+    assert_same_parameters(parameters_of(whole), parameters_of(resumed), 0.0)
+    # The batch that is under way is not sampled again, only that of a step which is done once more.
+    assert resumed.told == whole.told[len(whole.told) - len(resumed.told) :]
+
+
+def test_two_processes_resume_the_same_curve(tmp_path: Path, tiny_model_dir: str) -> None:
+    ranks = run_in_two_processes(SCRIPT, tmp_path, "resume_and_write", tiny_model_dir, str(tmp_path))
+    names = [path.name for path in (tmp_path / "whole/checkpoint-1").glob("generation_batch_*")]
+    assert sorted(names) == ["generation_batch_0.pt", "generation_batch_1.pt"]
+    for rank in ranks:
+        for log, same in zip(rank["whole"][1:], rank["resumed"][1:], strict=True):  # the first is of the first rank
+            assert without_times(log) == without_times(same)
+        assert rank["difference"] == 0.0
+        assert rank["sampled"] == [2, 1]
+
+
+@pytest.mark.parametrize("kind", ["another setting", "no rows", "unreadable rows", "an older checkpoint"])
+def test_a_batch_that_cannot_go_on_is_sampled_anew_with_a_warning(
+    tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    def run(name: str, start: str | None, **changes: Any) -> Any:
+        config = make_config(tmp_path / name, **{"max_steps": 2, **INSIDE, **changes})
+        trainer = build(RecordingTrainer, tiny_model_dir, config)
+        trainer.train(resume_from_checkpoint=start)
+        return trainer
+
+    run("whole", None, save_strategy="steps", save_steps=1)
+    checkpoint = tmp_path / "whole/checkpoint-1"
+    rows, state = checkpoint / "generation_batch_0.pt", checkpoint / "trainer_state.json"
+    if kind == "unreadable rows":
+        torch.save(Path("an object, not a tensor"), rows)
+    if kind in ("no rows", "an older checkpoint"):
+        rows.unlink()
+    if kind == "an older checkpoint":
+        content = json.loads(state.read_text())
+        assert content["stateful_callbacks"].pop("treepo_batch")["micro_steps"] == 2
+        state.write_text(json.dumps(content))
+    caplog.clear()
+    resumed = run("resumed", str(checkpoint), num_iterations=3 if kind == "another setting" else 2)
+    (message,) = [record.message for record in caplog.records if "middle of a generation batch" in record.message]
+    assert {
+        "another setting": "`num_iterations` was 2 and is 3",
+        "no rows": "No such file",
+        "unreadable rows": "cannot be read",
+        "an older checkpoint": "does not hold its rows",
+    }[kind] in message
+    assert len(resumed.sampled) == 1
+    assert resumed.state.global_step == 2
 
 
 @pytest.mark.parametrize("kind", ["map", "iterable"])
@@ -76,23 +179,6 @@ def test_a_resumed_training_draws_on(tmp_path: Path, tiny_model_dir: str, kind: 
     assert number * len(kinds) + row == sum(len(prompts) for prompts in drawn)
     assert whole.sampled[-len(resumed.sampled) :] == resumed.sampled
     assert_same_parameters(parameters_of(whole), parameters_of(resumed), 1e-6)
-
-
-def test_a_training_resumed_inside_a_batch_samples_it_again(tmp_path: Path, tiny_model_dir: str) -> None:
-    def make(name: str) -> Any:
-        changes = {"num_iterations": 2, "dynamic_sampling_rounds": 4, "save_strategy": "steps", "save_steps": 1}
-        config = make_config(tmp_path / name, max_steps=4, **changes)
-        arguments = {"train_dataset": labelled("cvvcvcvvccvvvv"), "reward_funcs": reward_by_kind}
-        return build(RecordingTrainer, tiny_model_dir, config, **arguments)
-
-    whole = make("whole")
-    whole.train()
-    starts = [0, next(i for i in range(1, len(whole.sampled)) if len(whole.sampled[i]) == 2)]
-    for checkpoint, start in ((1, starts[0]), (2, starts[1]), (3, starts[1])):
-        resumed = make(f"resumed{checkpoint}")
-        resumed.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{checkpoint}"))
-        rest = whole.sampled[start:]
-        assert resumed.sampled[: len(rest)] == rest[: len(resumed.sampled)], checkpoint
 
 
 def test_a_checkpoint_without_position_is_warned_about(
@@ -118,25 +204,92 @@ def test_a_checkpoint_without_position_is_warned_about(
     assert run("resumed", 2, 4, "resumed/checkpoint-3")[1]
 
 
-def test_a_checkpoint_before_the_optimizer_step_does_not_lose_the_batch(tmp_path: Path, tiny_model_dir: str) -> None:
-    """As transformers writes one when the process is told to end."""
-
-    class SaveBeforeStep(TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 1:
-                trainer._save_checkpoint(trainer.model, trial=None)
-
-    config = make_config(tmp_path, max_steps=2, dynamic_sampling_rounds=1)
-    trainer = build(RecordingTrainer, tiny_model_dir, config, callbacks=[SaveBeforeStep()])
-    trainer.train()
-    resumed = build(RecordingTrainer, tiny_model_dir, config)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert len(trainer.sampled) == 2
-    assert resumed.sampled == trainer.sampled[1:]
-
-
-def test_training_twice_starts_the_stream_again(tmp_path: Path, tiny_model_dir: str) -> None:
-    trainer = train(tmp_path, tiny_model_dir, "vvvvvvvvvvvv", max_steps=2, learning_rate=0.0)
-    first = list(trainer.sampled)
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_training_twice_starts_again(tmp_path: Path, tiny_model_dir: str, num_iterations: int) -> None:
+    """With two iterations the first training ends in the middle of a batch."""
+    trainer = train(
+        tmp_path, tiny_model_dir, "vvvvvvvvvvvv", max_steps=3, learning_rate=0.0, num_iterations=num_iterations
+    )
+    first, seeds = list(trainer.sampled), [told["seed"] for told in trainer.told]
     trainer.train()
     assert trainer.sampled[len(first) :] == first
+    assert [told["seed"] for told in trainer.told][len(seeds) :] == seeds
+
+
+# Which checkpoint
+
+
+def fake_checkpoint(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    save_file({"weight": torch.zeros(1000)}, folder / "model.safetensors")
+    torch.save({"state": torch.zeros(1000)}, folder / "optimizer.pt")
+    (folder / "trainer_state.json").write_text('{"global_step": 4, "log_history": []}')
+    return folder
+
+
+def cut(file: Path, num_bytes: int) -> None:
+    file.write_bytes(file.read_bytes()[:num_bytes])
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_truncated_file_is_found(tmp_path: Path, file: str) -> None:
+    checkpoint = fake_checkpoint(tmp_path / "checkpoint-4")
+    assert why_not_intact(str(checkpoint)) is None
+    for size in (checkpoint / file).stat().st_size * torch.tensor([0.99, 0.5, 0.01, 0.0]):
+        cut(checkpoint / file, int(size))
+        assert file in str(why_not_intact(str(checkpoint)))
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "trainer_state.json", "shard", "folder"])
+def test_what_is_missing_is_said_before_anything_is_loaded(tmp_path: Path, missing: str) -> None:
+    checkpoint = fake_checkpoint(tmp_path / "checkpoint-4")
+    expected = {"model.safetensors": "no weights", "shard": "model-2.safetensors", "folder": "no such folder"}
+    if missing == "folder":
+        shutil.rmtree(checkpoint)
+    elif missing == "shard":
+        index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+        (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        (checkpoint / missing).unlink()
+    with pytest.raises(ValueError, match=expected.get(missing, missing)):
+        checkpoint_to_resume(str(checkpoint), str(tmp_path))
+    with pytest.raises(ValueError, match="holds no intact checkpoint"):
+        checkpoint_to_resume(True, str(tmp_path))
+    assert checkpoint_to_resume(None, str(tmp_path)) is checkpoint_to_resume(False, str(tmp_path)) is None
+
+
+def test_the_newest_intact_checkpoint_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    PartialState()
+    assert newest_checkpoint(str(tmp_path / "nowhere")) is None
+    for step in (9, 10, 100):
+        fake_checkpoint(tmp_path / f"checkpoint-{step}")
+    fake_checkpoint(tmp_path / "checkpoint-200-of-mine")
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-100")
+    assert caplog.text == ""
+    (tmp_path / "checkpoint-100/trainer_state.json").unlink()
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    assert f"{tmp_path / 'checkpoint-100'} is not intact and is passed over" in caplog.text
+
+
+@pytest.mark.parametrize("is_intact", [True, False])
+def test_a_checkpoint_is_not_written_over_another_one(tmp_path: Path, is_intact: bool) -> None:
+    """An intact one of the same number is there until the new one is."""
+    folder = fake_checkpoint(tmp_path / "checkpoint-4")
+    if not is_intact:
+        cut(folder / "optimizer.pt", 100)
+
+    def write_half() -> None:
+        with written_anew(folder, Accelerator(cpu=True), should_save=True):
+            assert not folder.exists()
+            folder.mkdir()
+            (folder / "model.safetensors").write_bytes(b"half")
+            raise OSError("full")
+
+    for _ in range(2):  # the second time the first attempt's half is there
+        with pytest.raises(OSError, match="full"):
+            write_half()
+        newest = newest_checkpoint(str(tmp_path))
+        assert newest == (str(tmp_path / "before-checkpoint-4") if is_intact else None)
+    with written_anew(folder, Accelerator(cpu=True), should_save=True):
+        fake_checkpoint(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]

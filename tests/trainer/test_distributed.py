@@ -8,20 +8,11 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from tests.support.distributed import PROMPTS, make_trainer
+from tests.support.distributed import PROMPTS, SCRIPT, make_trainer
 from tests.support.processes import run_in_two_processes
 from tests.support.trainers import ReplayTrainer, assert_same_parameters, change, logs_of, parameters_of, parity_reward
 from treepo_trl import SegmentTree
 from treepo_trl.sampling import FinishReason
-
-
-SCRIPT = """
-import sys
-
-from tests.support import distributed
-
-getattr(distributed, sys.argv[1])(*sys.argv[2:])
-"""
 
 
 @pytest.mark.parametrize(
