@@ -311,6 +311,13 @@ def test_a_stem_gets_branching_factor_children_before_the_next_path_serves(rng: 
     assert stems[0] == stems[1] == stems[2] != stems[3] == stems[4] == stems[5]
 
 
+def test_every_finished_path_is_as_likely_to_serve(rng: random.Random) -> None:
+    tree, inner = fork(["stop"] * 3)
+    stems = Counter(fallback_stems(tree, 1, 2, "low_prob", rng)[0] for _ in range(600))
+    assert set(stems) == set(inner)
+    assert all(abs(count - 200) < 60 for count in stems.values())  # standard deviation 11.5
+
+
 @given(
     st.integers(1, 20),
     st.integers(1, 5),

@@ -87,6 +87,10 @@ def test_as_many_trees_are_started_as_the_engines_cache_holds() -> None:
     trees_of(engine, make_config(4), 9)
     assert engine.events[0][0] == "submit"
     assert len(engine.events[0][1]) == 6 * 2
+    # A tree that is not started may draw its largest first level: 3 + 4 * 3 = 15, so two of them fit into 30.
+    engine = RecordingEngine(endless, num_cache_tokens=30)
+    trees_of(engine, make_config(4, initial_branching_factor=[1, 4]), 9)
+    assert {request.token_ids[0] for request in engine.events[0][1]} == {100, 101}
 
 
 def test_one_long_prompt_does_not_take_the_slots_of_the_others_once_it_is_done() -> None:
@@ -123,9 +127,12 @@ def test_an_engine_is_asked_for_its_slots_at_the_longest_sequence() -> None:
     class Engine(FakeEngine):
         def num_slots(self, length: int) -> int | None:
             asked.append(length)
+            # Whatever runs has a slot, and nothing is longer than that.
+            running = [len(request.token_ids) + request.max_tokens for request in self._pending]
+            assert length >= max(running, default=0)
             return 2
 
-    trees_of(Engine(endless), make_config(2), 2)
+    trees_of(Engine(endless, arrival=random.Random(0)), make_config(2), 2)
     assert max(asked) == 3 + 12
     assert asked[-1] == 0  # nothing runs any more
 

@@ -2,14 +2,16 @@
 
 import json
 from contextlib import suppress
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.trainers import RecordingTrainer, build, labelled, make_config, trained
 from treepo_trl import SegmentTree
-from treepo_trl.tree_batch import TreeBatch
+from treepo_trl.tree_batch import TreeBatch, shuffle_trees
 
 
 def length(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -56,6 +58,24 @@ def test_a_batch_forgets_what_it_was_given() -> None:
         raise RuntimeError("scoring failed")
     assert batch.take(lambda: sampled) is sampled
     assert [batch.next(3).number, batch.next(4).number] == [1, 0]
+
+
+def test_trees_are_shuffled_and_their_rows_stay_in_order() -> None:
+    batch = {
+        "completion_ids": torch.arange(6)[:, None],
+        "names": list("abcdef"),
+        "num_items": torch.tensor(6),
+        "no": None,
+    }
+    orders = set()
+    for _ in range(200):
+        shuffled: Any = shuffle_trees(batch, num_generations=2)
+        rows = shuffled["completion_ids"][:, 0].tolist()
+        assert ["abcdef"[row] for row in rows] == shuffled["names"]
+        assert rows[1::2] == [row + 1 for row in rows[::2]]
+        assert (shuffled["num_items"], shuffled["no"]) == (6, None)
+        orders.add(tuple(rows[::2]))
+    assert orders == set(permutations([0, 2, 4]))  # one of the six is missing with probability 6 * (5 / 6) ** 200
 
 
 def test_an_evaluation_does_not_reopen_a_batch(tmp_path: Path, tiny_model_dir: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from treepo_trl.metrics import reduce_totals, tree_metrics, tree_totals
+from treepo_trl.metrics import add_totals, reduce_totals, tree_metrics, tree_totals
 from treepo_trl.sampling.sampler import SamplingStats
 from treepo_trl.sampling.tree import SegmentTree
 
@@ -79,6 +79,17 @@ def test_metrics_of_two_equal_processes_are_means_and_sums() -> None:
     for name, value in two.items():
         doubled = name in ("tree/decoded_tokens", "tree/unique_tokens", "tree/leaf_tokens")
         assert value == pytest.approx(one[name] * (2 if doubled else 1)), name
+
+
+def test_ranks_that_share_an_engine_count_what_it_did_once() -> None:
+    both = reduce_totals(tree_totals(hand_trees(), STATS, processes_per_engine=2), processes(2))
+    assert (both["fallback_leaves"], both["decoded_tokens"]) == (2, 20)
+    assert (both["leaves"], both["unique_tokens"]) == (2 * 6, 2 * 12)  # of trees of their own
+
+
+def test_several_samplings_of_a_process_are_one_process() -> None:
+    totals = tree_totals(hand_trees(), STATS)
+    assert add_totals([totals] * 3) == {name: 3 * value for name, value in totals.items()} | {"processes": 1}
 
 
 def test_large_token_counts_are_summed_to_six_digits() -> None:

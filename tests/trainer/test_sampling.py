@@ -54,21 +54,30 @@ def test_logprobs_are_those_of_the_current_weights(tmp_path: Path, tiny_model_di
     assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(firsts)), "the policy moved"
 
 
-def test_dropout_and_checkpointing_are_off_in_sampling_and_on_in_training(tmp_path: Path) -> None:
+def test_dropout_checkpointing_and_states_of_the_engine_are_never_there_together(tmp_path: Path) -> None:
     trainer = build(
         TreePOTrainer, make_model(attention_dropout=0.5), make_config(tmp_path, gradient_checkpointing=True)
     )
 
-    def state_of(model: Any) -> tuple[bool, bool, str]:
-        return model.training, model.is_gradient_checkpointing, model.config._attn_implementation
+    engine = trainer.sampler.engine
+
+    def state_of(model: Any) -> tuple[bool, bool, bool, str]:
+        has_states = engine._storage is not None or engine._blocks.num_tokens > 0
+        return model.training, model.is_gradient_checkpointing, has_states, model.config._attn_implementation
 
     in_engine, in_loss = [], []
-    collect = trainer.sampler.engine.collect
-    trainer.sampler.engine.collect = lambda: (in_engine.append(state_of(trainer.model)), collect())[1]
+    collect = engine.collect
+
+    def watched_collect() -> Any:
+        results = collect()
+        in_engine.append(state_of(trainer.model))
+        return results
+
+    engine.collect = watched_collect
     watch_loss(trainer, lambda model, inputs: in_loss.append(state_of(model)))
     trainer.train()
-    assert {state[:2] for state in in_engine} == {(False, False)}
-    assert in_loss == [(True, True, "sdpa")] * 2
+    assert {state[:3] for state in in_engine} == {(False, False, True)}
+    assert in_loss == [(True, True, False, "sdpa")] * 2
 
 
 def test_model_is_back_in_train_mode_after_a_failed_sampling(tmp_path: Path, tiny_model_dir: str) -> None:

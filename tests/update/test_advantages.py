@@ -292,6 +292,21 @@ def test_leaf_weights_weight_the_group_means_and_sizes() -> None:
     torch.testing.assert_close(sized, torch.tensor([2 / 3, -1 / 3, -1 / 4]))
 
 
+@pytest.mark.parametrize("reward", [2.0, -2.0])
+def test_an_unscorable_leaf_is_no_other_reward_of_its_group(reward: float) -> None:
+    # The subgroup of node 0 has equal rewards and is rejected: the query group alone counts, of mean (2 r + 5) / 3.
+    rewards, ancestors = torch.tensor([reward, nan, reward, 5.0]), torch.tensor([[0, 2], [0, 3], [0, 4], [1, -1]])
+    values = advantages_of(rewards, ancestors, "treepo", subgroup_rejection=True)
+    mean = (2 * reward + 5) / 3
+    torch.testing.assert_close(values, torch.tensor([reward - mean, 0.0, reward - mean, 5 - mean]))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_tree_without_weight_has_no_advantages(estimator: str) -> None:
+    advantages = tree_advantages(REWARDS, ANCESTORS, estimator, leaf_weights=torch.zeros(len(REWARDS)))
+    assert torch.equal(advantages, torch.zeros(ANCESTORS.shape))
+
+
 # Errors
 
 

@@ -1,6 +1,7 @@
 """PackedForward: when it packs, what it says, when it stops, and that pieces change nothing."""
 
 import dataclasses
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,6 +133,28 @@ def test_compiling_is_announced_once_per_length(caplog: pytest.LogCaptureFixture
     assert sum("first forward of that length took" in message for message in messages) == 2
 
 
+def test_the_auxiliary_loss_is_the_mean_over_the_chunks_of_the_caller() -> None:
+    losses = iter(torch.tensor([1.0, 2.0, 6.0]))
+
+    def with_loss(*args: Any, **kwargs: Any) -> Any:
+        return *plain(*args, **kwargs)[:2], next(losses)
+
+    model, batch = ready_model(), batch_of(*ALONE)
+    result = make_forward()(model, *batch, 1, compute_entropy=False, compute_aux_loss=True, plain=with_loss)
+    assert result[2] == 3
+
+
+def test_a_packed_forward_computes_in_the_precision_of_the_training() -> None:
+    model, forward, dtypes = ready_model(), make_forward("sdpa"), []
+    forward.accelerator = SimpleNamespace(
+        autocast=lambda: torch.autocast("cpu", torch.bfloat16), unwrap_model=lambda model: model
+    )
+    forward.checked.add((id(model), "sdpa"))
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *values: dtypes.append(values[2].dtype))
+    run(forward, model, trees())
+    assert dtypes == [torch.bfloat16]
+
+
 # Pieces
 
 
@@ -213,6 +236,38 @@ def test_a_packed_forward_that_differs_stops_the_run_with_both_numbers(dtype: to
     assert "`tree_packing='off'`" in message
 
 
+@pytest.mark.parametrize(
+    ("is_exact", "difference", "stops"),
+    [(True, 0.9e-3, False), (True, 1.1e-3, True), (False, 0.09, False), (False, 0.11, True)],
+)
+def test_as_much_may_differ_as_rounding_explains(is_exact: bool, difference: float, stops: bool) -> None:
+    """Differences of both signs, of a mean near zero."""
+    forward, model = make_forward("sdpa"), ready_model()
+    original = forward._forward
+
+    def shifted(*args: Any) -> Any:
+        result = original(*args)
+        signs = 1 - 2 * (torch.arange(result.logps.size(1)) % 2)
+        return result._replace(logps=result.logps + difference * signs)
+
+    forward._forward, forward._is_exact = shifted, lambda module: is_exact
+    with pytest.raises(RuntimeError, match="does not reproduce") if stops else nullcontext():
+        run(forward, model, trees())
+
+
+def test_a_tree_is_the_rows_of_one_prompt_whatever_pads_it() -> None:
+    # The second prompt has one token, and padding where the first has the token that pads.
+    ids, mask, num_scored = batch_of([[1, 5], [5]], [[7, 8], [7, 8]])
+    forward, rows = make_forward("sdpa"), []
+
+    def spy(model: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows.append(len(input_ids))
+        return plain(model, input_ids, *args, **kwargs)
+
+    forward(ready_model(), ids, mask, num_scored, 9, compute_entropy=False, compute_aux_loss=False, plain=spy)
+    assert rows == [1]
+
+
 def test_one_tree_is_checked_once_per_backend_and_dropout_is_off() -> None:
     model, batch = ready_model(attention_dropout=0.5).train(), trees()
     model.model.layers[0].eval()
@@ -277,16 +332,20 @@ def test_float32_is_exact_only_if_all_of_the_model_is(change: Any, is_exact: boo
 
 def test_sharded_models_run_the_same_forwards_whether_they_pack_or_not() -> None:
     """Two rows packed and plain at the first call, in every process; processes would wait for each other otherwise."""
-    counts = []
-    for batch in (trees(), batch_of(*ALONE)):
+    ids, mask, num_scored = trees()
+    without_completions = mask.clone()
+    without_completions[:, -num_scored:] = 0
+    for batch in ((ids, mask, num_scored), batch_of(*ALONE), (ids, without_completions, num_scored)):
         model, forward = ready_model(), make_forward("auto", is_sharded=True)
         seen: list[int] = []
-        model.model.register_forward_hook(lambda module, args, output, seen=seen: seen.append(1))
+        model.model.embed_tokens.register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(len(args[0]))
+        )
         for _ in range(2):
             with torch.no_grad():
                 run(forward, model, batch)
-        counts.append(len(seen))
-    assert counts == [4, 4]  # two for the check, then one a call
+        assert len(seen) == 4  # two for the check, then one a call
+        assert seen[:2] == [1, 2]  # the packed row, and two plain rows at once
     with pytest.raises(RuntimeError, match="does not reproduce"):
         run(make_forward("sdpa", is_sharded=True), Broken(ready_model()), trees())
 

@@ -63,13 +63,15 @@ def states(length: int, dtype: torch.dtype = torch.float32, heads: int = 4, key_
     ]
 
 
-def dense(parents: list[int], inputs: list[torch.Tensor]) -> torch.Tensor:
-    output = F.scaled_dot_product_attention(*inputs, attn_mask=dense_mask(parents), enable_gqa=True)
+def dense(parents: list[int], inputs: list[torch.Tensor], scaling: float | None = None) -> torch.Tensor:
+    output = F.scaled_dot_product_attention(*inputs, attn_mask=dense_mask(parents), enable_gqa=True, scale=scaling)
     return output.transpose(1, 2)
 
 
-def attend(tree: TreeAttention, inputs: list[torch.Tensor], dropout: float = 0.0) -> torch.Tensor:
-    return tree(nn.Module(), *inputs, dropout, None)
+def attend(
+    tree: TreeAttention, inputs: list[torch.Tensor], dropout: float = 0.0, scaling: float | None = None
+) -> torch.Tensor:
+    return tree(nn.Module(), *inputs, dropout, scaling)
 
 
 def gradients_of(output: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -77,16 +79,17 @@ def gradients_of(output: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torc
     return torch.autograd.grad((output * weights.to(output.dtype)).sum(), inputs)
 
 
-@given(forests(), st.integers(1, 45), st.sampled_from([0, 10**9]))
+@given(forests(), st.integers(1, 45), st.sampled_from([0, 10**9]), st.sampled_from([None, 1.5]))
 @settings(deadline=None)
 def test_blocks_of_any_size_give_the_dense_result_and_its_gradients(
-    parents: list[int], query_block: int, max_kept: int
+    parents: list[int], query_block: int, max_kept: int, scaling: float | None
 ) -> None:
     """Whether the blocks' keys are kept for the backward pass or gathered again."""
     inputs = states(len(parents))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tree_attention, "_MAX_KEPT_COPIES", max_kept)
-        expected, output = dense(parents, inputs), attend(TreeAttention(last_of(parents), "sdpa", query_block), inputs)
+        expected = dense(parents, inputs, scaling)
+        output = attend(TreeAttention(last_of(parents), "sdpa", query_block), inputs, scaling=scaling)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
     for a, b in zip(gradients_of(output, inputs), gradients_of(expected, inputs), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -144,13 +147,17 @@ def test_dropout_drops_weights_and_keeps_the_mean() -> None:
     torch.testing.assert_close(draws.mean(0), dense(FOREST, inputs), atol=0.15, rtol=0)
 
 
-def test_dropout_is_the_same_in_both_passes() -> None:
+@pytest.mark.parametrize("max_kept", [0, 10**9])
+def test_dropout_is_the_same_in_both_passes(max_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a path that is too long to be kept: a block that is attended again would drop other weights."""
+    monkeypatch.setattr(tree_attention, "_MAX_KEPT_COPIES", max_kept)
     inputs = states(len(FOREST))
     torch.manual_seed(0)
     output = attend(TreeAttention(last_of(FOREST), "sdpa", 2), inputs, dropout=0.5)
     # The output is linear in the values: for those drawn weights, gradient times values is the output itself.
     (gradient,) = torch.autograd.grad(output.sum(), [inputs[2]])
     torch.testing.assert_close((gradient * inputs[2]).sum(), output.sum())
+    assert (output - dense(FOREST, inputs)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(("length", "is_kept"), [(40, True), (41, False)])
@@ -209,8 +216,8 @@ def without_compiling() -> Iterator[None]:
 def test_flex_gives_the_dense_result(heads: tuple[int, int]) -> None:
     parents = [i - 1 for i in range(100)] + [49, *range(100, 149)] + [-1, *range(150, 170)]
     inputs = [tensor.detach() for tensor in states(len(parents), heads=heads[0], key_heads=heads[1])]
-    output = attend(TreeAttention(last_of(parents), "flex"), inputs)  # no backward pass on a processor
-    torch.testing.assert_close(output, dense(parents, inputs), atol=1e-5, rtol=1e-5)
+    output = attend(TreeAttention(last_of(parents), "flex"), inputs, scaling=1.5)  # no backward pass on a processor
+    torch.testing.assert_close(output, dense(parents, inputs, 1.5), atol=1e-5, rtol=1e-5)
 
 
 # In front of transformers' own
@@ -225,6 +232,19 @@ def test_serving_trees_twice_wraps_once_and_leaves_plain_calls_alone() -> None:
     module = make_model().model.layers[0].self_attn
     inputs = [tensor.detach() for tensor in states(5, heads=2, key_heads=1)]
     assert torch.equal(wrapped(module, *inputs, None)[0], sdpa_attention_forward(module, *inputs, None)[0])
+
+
+@pytest.mark.parametrize(
+    ("keywords", "expected"), [({}, (0.0, None)), ({"dropout": 0.25, "scaling": 1.5}, (0.25, 1.5))]
+)
+def test_dropout_and_scaling_of_a_call_are_handed_on(
+    keywords: dict[str, float], expected: tuple[float, float | None]
+) -> None:
+    serve_trees("sdpa")
+    given: list[tuple[Any, ...]] = []
+    attention: Any = AttentionInterface()["sdpa"]
+    attention(nn.Module(), *states(3), None, tree_attention=lambda *values: given.append(values[4:]), **keywords)
+    assert given == [expected]
 
 
 @pytest.mark.parametrize(
