@@ -85,13 +85,6 @@ def read_trees(path: str | Path) -> Iterator[TreeLogLine | SampledLine]:
     """
     The lines of a tree log, or of an output of `treepo-trl sample`, each checked.
 
-    Example:
-
-    ```python
-    >>> for line in read_trees("outputs/trees/trees_000000.jsonl"):  # doctest: +SKIP
-    ...     tree = SegmentTree.from_dict(line["tree"])
-    ```
-
     Raises:
         ValueError: naming file, line and field, at the first line that neither of them has written.
     """
