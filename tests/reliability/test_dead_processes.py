@@ -1,16 +1,25 @@
 """A training whose process ends goes on from its last whole checkpoint, as if nothing had been."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.support.faults import KILLED, LAST_SAVED, assert_same_training, output_of, run_in_process, training
+from tests.support.faults import (
+    KILLED,
+    LAST_SAVED,
+    assert_same_training,
+    output_of,
+    run_in_process,
+    syncing_training,
+    training,
+)
 
 
-def resume(folder: Path, model: str) -> str:
+def resume(folder: Path, model: str, job: Callable[..., None] = training) -> str:
     """Train on in a folder; what was printed."""
-    assert run_in_process(training, folder, model, None, True) == 0, output_of(folder)
+    assert run_in_process(job, folder, model, None, True) == 0, output_of(folder)
     return output_of(folder)
 
 
@@ -20,6 +29,20 @@ def test_kill_9_loses_nothing_but_the_step(whole: Path, tmp_path: Path, tiny_mod
     printed = resume(tmp_path, tiny_model_dir)
     assert ("is not intact and is passed over" in printed) is fault.startswith("save")
     assert_same_training(tmp_path, whole)
+
+
+def test_kill_9_during_a_synchronization(tmp_path: Path, tiny_model_dir: str) -> None:
+    """The adapter on its way stays in shared memory until the next start, which removes it."""
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    for each in (whole, folder):
+        each.mkdir()
+    assert run_in_process(syncing_training, whole, tiny_model_dir) == 0, output_of(whole)
+    assert run_in_process(syncing_training, folder, tiny_model_dir, "sync") == -signal.SIGKILL
+    (left,) = (folder / "shared memory").iterdir()
+    assert (left / "adapter_model.safetensors").exists()
+    resume(folder, tiny_model_dir, syncing_training)
+    assert not left.exists()
+    assert_same_training(folder, whole)
 
 
 def test_a_full_disk_loses_nothing_but_the_step(whole: Path, tmp_path: Path, tiny_model_dir: str) -> None:

@@ -1,6 +1,5 @@
 """An error in the middle of a training is the user's to read, and the same process can train on."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.faults import LAST_SAVED, STEPS, around, assert_same_training, make_trainer
+from tests.support import trainers
+from tests.support.faults import LAST_SAVED, STEPS, around, assert_same_training, keep_log, make_trainer
 from treepo_trl.checkpoints import newest_checkpoint
 
 
@@ -30,12 +30,11 @@ def test_an_error_loses_nothing_but_the_step(whole: Path, tmp_path: Path, tiny_m
     if cause == "engine":
         around(trainer, trainer.policy_engine.engine, "collect", LAST_SAVED, before=fail)
     else:
-        (function,) = trainer.reward_funcs
 
         def reward_by_kind(**columns: Any) -> list[float | None]:
             if trainer.state.global_step == LAST_SAVED:
                 fail()
-            return function(**columns)
+            return trainers.reward_by_kind(**columns)
 
         trainer.reward_funcs[0] = reward_by_kind
     with pytest.raises(RuntimeError, match="out of order") as raised:
@@ -43,7 +42,7 @@ def test_an_error_loses_nothing_but_the_step(whole: Path, tmp_path: Path, tiny_m
     where = "While sampling prompt" if cause == "engine" else "reward_by_kind"
     assert where in "\n".join(raised.value.__notes__)
     trainer.train(resume_from_checkpoint=True)
-    (tmp_path / "logged.json").write_text(json.dumps(trainer.state.log_history))
+    keep_log(trainer)
     assert_same_training(tmp_path, whole)
 
 
@@ -59,7 +58,7 @@ def test_a_full_disk_under_the_tree_log_is_a_warning(
     assert caplog.text.count(f"The trees of step {LAST_SAVED} are lost: No space left on device") == 1
     (tmp_path / "trees" / lost).unlink()
     (tmp_path / "trees" / lost).write_text((whole / "trees" / lost).read_text())
-    (tmp_path / "logged.json").write_text(json.dumps(trainer.state.log_history))
+    keep_log(trainer)
     assert_same_training(tmp_path, whole)
 
 

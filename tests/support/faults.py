@@ -5,17 +5,23 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerState
 
 from tests.support.trainers import build, labelled, make_config, reward_by_kind
 from treepo_trl import TreePOTrainer, treepo_trainer
+from treepo_trl.policy import temporary_folder
+from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
+from treepo_trl.policy.temporary_folder import TemporaryFolder
 
 
 STEPS = 4
@@ -55,7 +61,7 @@ def output_of(folder: Path) -> str:
     return (folder / "output.txt").read_text()
 
 
-def make_trainer(folder: Path, model: str, **changes: Any) -> TreePOTrainer:
+def make_trainer(folder: Path, model: str, peft_config: LoraConfig | None = None, **changes: Any) -> TreePOTrainer:
     """All that keeps something between steps: dynamic sampling, two batches per rollout, a tree log, checkpoints."""
     settings = {
         "max_steps": STEPS,
@@ -68,24 +74,51 @@ def make_trainer(folder: Path, model: str, **changes: Any) -> TreePOTrainer:
         "learning_rate": 1e-2,
         "lr_scheduler_type": "linear",
     }
-    data = {"train_dataset": labelled("cvvcvcvvccvvcv"), "reward_funcs": reward_by_kind}
+    data = {"train_dataset": labelled("cvvcvcvvccvvcv"), "reward_funcs": reward_by_kind, "peft_config": peft_config}
     return build(TreePOTrainer, model, make_config(folder, **{**settings, **changes}), **data)
 
 
 def training(folder: Path, model: str, fault: str | None = None, resume: bool = False) -> None:
-    """Train in a folder; what was logged is in `logged.json` when all steps are done."""
+    """Train in a folder."""
     trainer = make_trainer(folder, model)
     if fault is not None:
         FAULTS[fault](trainer)
     trainer.train(resume_from_checkpoint=resume)
-    (folder / "logged.json").write_text(json.dumps(trainer.state.log_history))
+    keep_log(trainer)
+
+
+def syncing_training(folder: Path, model: str, fault: str | None = None, resume: bool = False) -> None:
+    """Train an adapter in a folder; an engine that computes nothing gets it before each sampling."""
+    temporary_folder.SHARED_MEMORY = folder / "shared memory"
+    temporary_folder.SHARED_MEMORY.mkdir(exist_ok=True)
+    trainer = make_trainer(folder, model, LoraConfig(r=4, target_modules="all-linear"))
+    generation: Any = object.__new__(AdapterVLLMGeneration)
+    generation.model, generation.share_base_weights, generation.enable_sleep_mode = trainer.model, False, False
+    generation._dist, generation._adapter_folder = (
+        trainer._dist,
+        TemporaryFolder("adapter", temporary_folder.SHARED_MEMORY),
+    )
+    engine = SimpleNamespace(add_lora=lambda request: None)
+    generation.llm = SimpleNamespace(llm_engine=engine, reset_prefix_cache=lambda: True)
+    vllm_names: Any = SimpleNamespace(LoRARequest=lambda *args, **options: args)
+    sys.modules["vllm.lora.request"] = vllm_names
+    for step in range(STEPS):
+        around(trainer, trainer.policy_engine, "ready", step, before=lambda *_: generation.sync_weights())
+    if fault == "sync":
+        around(trainer, engine, "add_lora", LAST_SAVED, before=die)
+    trainer.train(resume_from_checkpoint=resume)
+    keep_log(trainer)
+
+
+def keep_log(trainer: TreePOTrainer) -> None:
+    """Write what [`assert_same_training`] reads of a training that is done."""
+    Path(str(trainer.args.output_dir), "logged.json").write_text(json.dumps(trainer.state.log_history))
 
 
 def assert_same_training(folder: Path, other: Path) -> None:
     """Both are done, and have logged, learned and written the same."""
     assert _curve(folder) == [pytest.approx(log, abs=1e-5) for log in _curve(other)]
-    weights, others = (load_file(each / f"checkpoint-{STEPS}/model.safetensors") for each in (folder, other))
-    torch.testing.assert_close(weights, others, rtol=0, atol=1e-6)
+    torch.testing.assert_close(_weights(folder), _weights(other), rtol=0, atol=1e-6)
     assert _tree_log(folder) == _tree_log(other)
 
 
@@ -94,6 +127,11 @@ def _curve(folder: Path) -> list[dict[str, float]]:
     logs = json.loads((folder / "logged.json").read_text())[:STEPS]
     assert [log["step"] for log in logs] == list(range(1, STEPS + 1))
     return [{key: value for key, value in log.items() if "time" not in key and "seconds" not in key} for log in logs]
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = (folder / f"checkpoint-{STEPS}").glob("*.safetensors")
+    return load_file(file)
 
 
 def _tree_log(folder: Path) -> dict[str, str]:
