@@ -188,8 +188,7 @@ def _check_size(args: TreePOConfig, num_prompts: int) -> None:
     GRPOTrainer leaves out what does not fill a batch at the end of a pass: it would make no step, and report success.
     Dynamic sampling could fill a batch from several passes, which would then hold the same prompt twice.
     """
-    needed = prompts_per_batch(args)
-    if num_prompts < needed:
+    if num_prompts < _prompts_per_batch(args):
         raise ValueError(
             f"The training dataset has {num_prompts} of {_batch_in_words(args)}. Nothing would be trained. "
             "Lower `per_device_train_batch_size`, or `steps_per_generation` (by default "
@@ -197,14 +196,14 @@ def _check_size(args: TreePOConfig, num_prompts: int) -> None:
         )
 
 
-def prompts_per_batch(args: TreePOConfig) -> int:
+def _prompts_per_batch(args: TreePOConfig) -> int:
     """Prompts of all processes in one generation batch."""
     return args.per_device_train_batch_size * args.steps_per_generation * args.world_size // args.num_generations
 
 
 def _batch_in_words(args: TreePOConfig) -> str:
     return (
-        f"the {prompts_per_batch(args)} prompts that one generation batch takes: `per_device_train_batch_size` "
+        f"the {_prompts_per_batch(args)} prompts that one generation batch takes: `per_device_train_batch_size` "
         f"({args.per_device_train_batch_size}) x `steps_per_generation` ({args.steps_per_generation}) x processes "
         f"({args.world_size}) / `num_generations` ({args.num_generations})"
     )

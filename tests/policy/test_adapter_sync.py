@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from peft import IA3Config, LoraConfig, PromptTuningConfig
+from peft import IA3Config, LoraConfig, LoHaConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
 from treepo_trl.policy import adapter_sync
@@ -49,9 +49,9 @@ def test_lora_that_vllm_does_not_serve(changes: dict[str, Any], part: str) -> No
     assert part in str(error.value)
 
 
-@pytest.mark.parametrize("config", [IA3Config(), PromptTuningConfig(num_virtual_tokens=2)], ids=["ia3", "prompts"])
+@pytest.mark.parametrize("config", [IA3Config(), LoHaConfig()], ids=["ia3", "loha"])
 def test_other_adapters_are_not_served(config: Any) -> None:
-    kind = r"(PeftType\.)?(IA3|PROMPT_TUNING)"
+    kind = r"(PeftType\.)?(IA3|LOHA)"
     with pytest.raises(ValueError, match=rf"vLLM serves LoRA adapters, this one is {kind}\..*'merge'"):
         check_adapter(config)
 

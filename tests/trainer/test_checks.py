@@ -5,15 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from peft import LoraConfig
+from peft import (
+    AdaptionPromptConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from torch.utils.data import DataLoader
 from trl import GRPOConfig
 
 from tests.support.models import make_model, make_tokenizer
-from tests.support.trainers import SETTINGS, build, chat_prompts, make_config, parity_reward, plain_prompts
+from tests.support.trainers import SETTINGS, build, change, chat_prompts, make_config, plain_prompts
 from treepo_trl import TreePOConfig, TreePOTrainer, checks
-from treepo_trl.checks import check_arguments, prompts_per_batch
+from treepo_trl.checks import check_arguments
 
 
 PROMPTS = plain_prompts(8)
@@ -112,7 +122,7 @@ def test_no_tools_are_no_tools(tmp_path: Path) -> None:
 
 def test_known_generation_kwargs_are_used(tmp_path: Path) -> None:
     config = make_config(tmp_path, generation_kwargs={"top_k": 3, "min_p": 0.1, "do_sample": True})
-    engine = make_trainer(config).sampler.engine
+    engine: Any = make_trainer(config).sampler.engine
     assert (engine.options.top_k, engine.options.min_p) == (3, 0.1)
 
 
@@ -174,10 +184,8 @@ def test_a_dataset_smaller_than_a_batch(
     needed = micro_batch * steps // 4
     message = SIZE.format(num_prompts, needed, micro_batch, steps) + r" \(1\) .*`num_generations` \(4\).*Lower"
     with pytest.raises(ValueError, match=message):
-        TreePOTrainer(
-            "no/model", reward_funcs=parity_reward, args=config, train_dataset=PROMPTS.select(range(num_prompts))
-        )
-    assert prompts_per_batch(config) == config.generation_batch_size // config.num_generations == needed
+        build(TreePOTrainer, "no/model", config, train_dataset=PROMPTS.select(range(num_prompts)))
+    assert config.generation_batch_size == needed * config.num_generations  # TRL's number
 
 
 def test_a_dataset_of_one_batch_is_trained(tmp_path: Path) -> None:
@@ -189,7 +197,7 @@ def test_a_dataset_of_one_batch_is_trained(tmp_path: Path) -> None:
 def test_another_order_may_repeat_a_small_dataset(tmp_path: Path) -> None:
     class Repeating(TreePOTrainer):
         def get_train_dataloader(self) -> Any:
-            rows = [{"prompt": "w1"}] * 4 + [{"prompt": "w2"}] * 4
+            rows: Any = [{"prompt": "w1"}] * 4 + [{"prompt": "w2"}] * 4
             return self.accelerator.prepare(DataLoader(rows, batch_size=8, collate_fn=list))
 
     trainer = build(Repeating, make_model(), make_config(tmp_path, max_steps=1), train_dataset=PROMPTS.select([0]))
@@ -276,7 +284,8 @@ def test_tokenizers_that_do_not_go_with_model_or_data(
 
 def test_a_tokenizer_without_pad_token_pads_with_eos(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(pad_token=None)
-    assert make_trainer(make_config(tmp_path), processing_class=tokenizer).processing_class.pad_token == "<eos>"
+    make_trainer(make_config(tmp_path), processing_class=tokenizer)
+    assert tokenizer.pad_token == "<eos>"
 
 
 def test_prompts_of_another_vocabulary(tmp_path: Path) -> None:
@@ -301,7 +310,60 @@ def test_empty_prompt(tmp_path: Path) -> None:
         trainer.train()
 
 
-# Adapters for vLLM
+# Adapters
+
+
+VIRTUAL_TOKENS = (PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig)
+
+
+@pytest.mark.parametrize("use_vllm", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("kind", VIRTUAL_TOKENS)
+def test_virtual_tokens_are_refused_by_both_engines(
+    tmp_path: Path, kind: Any, wrapped: bool, use_vllm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
+    adapter = kind(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model, given = (get_peft_model(make_model(), adapter), None) if wrapped else (make_model(), adapter)
+    with pytest.raises(ValueError, match=r"_TUNING, which puts virtual tokens .* LoRA .* or use `GRPOTrainer`"):
+        build(TreePOTrainer, model, make_config(tmp_path, use_vllm=use_vllm), peft_config=given)
+
+
+@pytest.mark.parametrize("kind", VIRTUAL_TOKENS)
+def test_with_virtual_tokens_a_row_depends_on_its_padding(kind: Any) -> None:
+    """The reason: on the base it does not."""
+
+    def logprobs(model: Any, padding: int) -> torch.Tensor:
+        rows = torch.tensor([[1] * padding + [10, 11, 12]])
+        mask = (torch.arange(rows.size(1)) >= padding).long()[None]
+        with torch.no_grad():
+            return model(input_ids=rows, attention_mask=mask).logits[:, -1].log_softmax(-1)  # as TRL forwards rows
+
+    base = make_model().eval()
+    torch.testing.assert_close(logprobs(base, 4), logprobs(base, 0))
+    model = get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
+    assert (logprobs(model, 4) - logprobs(model, 0)).abs().max() > 0.5
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"]),
+    ],
+    ids=["IA3", "LoHa"],
+)
+def test_other_adapters_are_trained_with_transformers(tmp_path: Path, adapter: Any) -> None:
+    trainer = make_trainer(make_config(tmp_path, max_steps=1), peft_config=adapter)
+    trainer.train()
+    assert change(trainer) > 0
+
+
+def test_an_adapter_that_cannot_be_merged_does_not_reach_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
+    adapter = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1)
+    with pytest.raises(ValueError, match=r"ADAPTION_PROMPT: vLLM serves LoRA .*Leave `use_vllm` out, or change the"):
+        make_trainer(make_config(tmp_path, use_vllm=True, vllm_lora_sync="merge"), peft_config=adapter)
 
 
 def test_adapter_is_checked_by_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

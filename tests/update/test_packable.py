@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from tests.support.models import make_model
@@ -19,7 +19,6 @@ from treepo_trl.update.packing import TreePacking, pack_rows
 
 
 WINDOWS: dict[str, Any] = {"layer_types": ["full_attention", "sliding_attention"]}
-PROMPT_TUNING = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,6 @@ def test_off_asks_nothing() -> None:
 
 NOT_PACKED = [
     (lambda: make_model(**WINDOWS), False, "it has layers of type sliding_attention"),
-    (lambda: get_peft_model(make_model(), PROMPT_TUNING), False, "its adapter puts virtual tokens before each row"),
     (eager, True, "its load-balancing loss does not go with the mask of eager attention"),
     (without_interface, False, "its attention does not go through transformers' common interface"),
 ]

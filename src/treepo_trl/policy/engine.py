@@ -30,7 +30,7 @@ from .adapter_sync import AdapterVLLMGeneration, check_adapter
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel, PeftType
 
     from treepo_trl.engines.transformers import TransformersEngine
     from treepo_trl.engines.vllm import VLLMEngine
@@ -214,14 +214,18 @@ def policy_engine_for(
     The engine for these arguments of a trainer, not yet connected.
 
     Raises:
-        ValueError: for an adapter that vLLM cannot serve, and for settings of a LoRA engine's weights where there is
-            no LoRA engine.
+        ValueError: for an adapter that the engine cannot serve, and for settings of a LoRA engine's weights where
+            there is no LoRA engine.
     """
     engine: PolicyEngine = TransformersPolicy(args)
+    adapter = peft_config
+    if adapter is None and not isinstance(model, str) and is_peft_model(model):
+        adapter = cast("PeftModel", model).active_peft_config
+    if adapter is not None:
+        _check_kind(adapter, args.use_vllm)
     if args.use_vllm:
-        has_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
-        if has_adapter and args.vllm_lora_sync == "adapter":
-            check_adapter(peft_config if peft_config is not None else cast("PeftModel", model).active_peft_config)
+        if adapter is not None and args.vllm_lora_sync == "adapter":
+            check_adapter(adapter)
             return VLLMPolicy(args, loads_adapter=True)
         engine = VLLMPolicy(args, loads_adapter=False)
     for name in ("vllm_share_base_weights", "vllm_sleep_keeps_weights"):
@@ -231,6 +235,29 @@ def policy_engine_for(
                 "`peft_config` (`--use_peft`), or unset it."
             )
     return engine
+
+
+def _check_kind(adapter: "PeftConfig", use_vllm: bool) -> None:
+    """
+    Raise for a kind of adapter with which no engine samples from the policy.
+
+    Virtual tokens stand in front of a row's padding, and positions count it. So the policy that is trained depends on
+    the padding (by nats), and there is no policy without padding that a segment could be sampled from.
+    """
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+    if adapter.is_prompt_learning:
+        raise ValueError(
+            f"The adapter is {kind}, which puts virtual tokens before each row: what the policy computes then depends "
+            "on the padding between them and the prompt, and trees are sampled without padding. Train LoRA or another "
+            "adapter inside of the layers, or use `GRPOTrainer`."
+        )
+    if use_vllm and not hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(cast("PeftType", adapter.peft_type)), "merge_adapter"):
+        raise ValueError(
+            f"The adapter is {kind}: vLLM serves LoRA adapters, and one that PEFT cannot merge into the base does not "
+            "reach it otherwise. Leave `use_vllm` out, or change the adapter."
+        )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """
 May a model's rows be packed? All questions that decide it, asked once, when a trainer is built.
 
-`packed_forward_for` asks them in order: the model's config, its attention, its adapter, and whether its forward hands
+`packed_forward_for` asks them in order: the model's config, its attention, and whether its forward hands
 `tree_attention` on.
 """
 
@@ -77,7 +77,7 @@ def packed_forward_for(
     if args.tree_packing == "off":
         return None
     base = _base_of(model)
-    reason = _why_not_packed(model, base, has_aux_loss)
+    reason = _why_not_packed(base, has_aux_loss)
     if reason is None:
         is_sharded = _is_sharded(accelerator)
         _check_flex(args, base.config.get_text_config(), accelerator)
@@ -105,16 +105,14 @@ def _is_sharded(accelerator: Accelerator) -> bool:
 # The model
 
 
-def _why_not_packed(model: "PreTrainedModel | PeftModel", base: PreTrainedModel, has_aux_loss: bool) -> str | None:
-    """Why rows of this model, `base` without its adapter, cannot be packed; `None` if they can."""
+def _why_not_packed(base: PreTrainedModel, has_aux_loss: bool) -> str | None:
+    """Why rows of this model, without its adapter, cannot be packed; `None` if they can."""
     config = base.config.get_text_config()
     reason = why_not_packable(config)
     if reason is not None:
         return reason
     if not base._supports_attention_backend:
         return "its attention does not go through transformers' common interface"
-    if is_peft_model(model) and cast("PeftModel", model).active_peft_config.is_prompt_learning:
-        return "its adapter puts virtual tokens before each row"
     if config._attn_implementation != "eager":
         return why_no_trees(base)
     return "its load-balancing loss does not go with the mask of eager attention" if has_aux_loss else None
