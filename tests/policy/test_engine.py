@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 
-from treepo_trl.policy.engine import awake, gather_prompts, same_draws
+from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
+from treepo_trl.policy.engine import VLLMPolicy, awake, gather_prompts, same_draws
 
 
 class Generation:
@@ -89,3 +91,72 @@ def test_an_engine_of_its_own_leaves_numbers_and_prompts_alone() -> None:
     with same_draws(generation, "7/3"):
         assert draws() == expected
     assert gather_prompts(generation, [[1], [2, 3]]) == ([[1], [2, 3]], slice(0, 2))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_ranks_that_share_an_engine_ask_for_all_prompts_and_keep_their_own(
+    monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    parts = [[[1], [2]], [[3]], [[4], [5], [6]]]
+    generation: Any = Generation(enable_sleep_mode=False, tensor_parallel_size=3)
+    generation.tp_group = "group"
+
+    def all_gather_object(gathered: list[Any], prompts: Any, group: str) -> None:
+        assert (prompts, group) == (parts[rank], "group")
+        gathered[:] = parts
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: rank)
+    prompts, own = gather_prompts(generation, parts[rank])
+    assert prompts == [[1], [2], [3], [4], [5], [6]]
+    assert prompts[own] == parts[rank]
+
+
+# vLLM's engine
+
+
+def vllm_policy(generation: Any) -> Any:
+    """A connected `VLLMPolicy` of a trainer at step 0."""
+    policy: Any = VLLMPolicy(SimpleNamespace(vllm_tensor_parallel_size=1), loads_adapter=True)  # pyright: ignore
+    policy._generation, policy.engine = generation, SimpleNamespace(lora_request=None)
+    policy._trainer = SimpleNamespace(
+        state=SimpleNamespace(global_step=0),
+        args=SimpleNamespace(report_to=[]),
+        accelerator=SimpleNamespace(is_main_process=True),
+        _last_loaded_step=-1,
+    )
+    return policy
+
+
+def test_the_engine_gets_the_weights_of_each_step_once() -> None:
+    generation: Any = Generation(enable_sleep_mode=False)
+    policy = vllm_policy(generation)
+    for step, num_synchronized in ((0, 1), (0, 1), (1, 2), (1, 2), (5, 3)):
+        policy._trainer.state.global_step = step
+        with policy.ready("7/0"):
+            assert generation.calls == ["sync"] * num_synchronized
+
+
+def test_the_engine_samples_with_the_adapter_that_was_loaded_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AdapterVLLMGeneration, "__init__", Generation.__init__)
+    generation: Any = AdapterVLLMGeneration(enable_sleep_mode=False)
+    policy = vllm_policy(generation)
+    generation.sync_weights = lambda: setattr(generation.llm, "lora_request", policy._trainer.state.global_step)
+    for step in (0, 1):
+        policy._trainer.state.global_step = step
+        with policy.ready("7/0"):
+            assert policy.engine.lora_request == step
+
+
+@pytest.mark.parametrize(
+    ("differences", "warns"),
+    [([[0.2], [0.3]], 1), ([[0.09], [0.09, 5.0]], 0), ([[], [5.0]], 0), ([[0.01, 0.2]], 1)],
+)
+def test_an_engine_that_does_not_compute_the_policy_is_told_of_at_the_first_batch(
+    differences: list[list[float]], warns: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    PartialState()  # accelerate's logger wants it
+    policy = vllm_policy(Generation(enable_sleep_mode=False))
+    for logged in differences:
+        policy.compare(logged)
+    assert caplog.text.count("does not compute the policy") == warns
