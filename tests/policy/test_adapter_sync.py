@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from peft import IA3Config, LoraConfig, LoHaConfig
+from peft import IA3Config, LoHaConfig, LoraConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
 from treepo_trl.policy import adapter_sync
