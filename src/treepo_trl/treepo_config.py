@@ -5,12 +5,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import cache
+from numbers import Real
 from typing import TYPE_CHECKING, Literal, cast, get_type_hints
 
 from trl.trainer.grpo_config import GRPOConfig
 
 from .engines import SamplingOptions
-from .field_checks import Ranges, check_bool, check_fields, check_number, check_ranges, members
+from .field_checks import Ranges, check_bool, check_fields, check_int, check_number, check_ranges, members
 from .sampling.config import TreeSamplingConfig
 from .update.advantages import AdvantageEstimator
 from .update.packing import TreePacking
@@ -30,6 +31,14 @@ _RANGES: Ranges = {
         "from 1 on, about the length of a few completions or more; leave it out for no limit",
     ),
 }
+_COUNTS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "generation_batch_size",
+    "num_iterations",
+)
+"""The numbers of GRPOConfig that batches are made of."""
 # Of GRPOConfig, only what it takes and what stops or changes learning without a word.
 _STOCK_RANGES: Ranges = {
     "temperature": (
@@ -39,16 +48,7 @@ _STOCK_RANGES: Ranges = {
     "beta": (lambda value: value >= 0, "at least 0"),
     "epsilon": (lambda value: value >= 0, "at least 0"),
     "epsilon_high": (lambda value: value >= 0, "at least 0"),
-    **dict.fromkeys(
-        (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "steps_per_generation",
-            "generation_batch_size",
-            "num_iterations",
-        ),
-        (lambda value: value >= 1, "at least 1"),
-    ),
+    **dict.fromkeys(_COUNTS, (lambda value: value >= 1, "at least 1")),
 }
 _BOUNDS = frozenset(
     {
@@ -98,8 +98,8 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         default=False,
         metadata={
             "help": "Whether subgroups whose rewards are all equal are left out (Eq. 7 of the paper). Only the three "
-            "estimators `treepo`, `treepo_size_weighted` and `treepo_segment` have subgroups. Paper: false; set it as "
-            "an experiment."
+            "estimators `treepo`, `treepo_size_weighted` and `treepo_segment` have subgroups, and the others refuse "
+            "it. Paper: false; set it as an experiment."
         },
     )
     leaf_weighting: LeafWeighting = field(
@@ -108,7 +108,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "help": "Weight of each leaf in the groups' means and in its advantages. `uniform` weights all alike, as "
             "the paper does. `inverse_branching` weights by the product of 1/children along the path, which undoes "
             "the tilt that branching puts on the leaves. Set it if you need the policy's own expectation. It needs "
-            "`beta=0`, because the KL term would stay unweighted."
+            "`beta=0` and no entropy term, because those terms would stay unweighted."
         },
     )
     dynamic_sampling_rounds: int = field(
@@ -219,13 +219,15 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
                 for i, each in enumerate(_as_list(name, value)):
                     check_number(f"{name}[{i}]", each)
             elif name in self._VALID_DICT_FIELDS:
-                _check_json(name, value)
+                _check_dictionary(name, value)
             elif str in options:
                 continue
             elif {int, float} & set(options) and not (name in _BOUNDS and value == math.inf):
                 check_number(name, value)
-            elif bool in options and isinstance(value, str):
+            elif bool in options and value not in (False, True):  # nor 0 and 1
                 check_bool(name, value)
+            if name in _COUNTS:
+                check_int(name, value)
         check_ranges(self, _STOCK_RANGES)
 
     def generation_options(self) -> dict[str, object]:
@@ -323,8 +325,8 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             )
         if self.use_transformers_continuous_batching:
             raise ValueError(
-                "`use_transformers_continuous_batching=True` is not supported: trees are sampled by an engine of "
-                "their own. Leave it out, or set `use_vllm=True`."
+                "`use_transformers_continuous_batching=True` is not supported, nor is `use_transformers_paged`, its "
+                "old name: trees are sampled by an engine of their own. Leave it out, or set `use_vllm=True`."
             )
 
     def _check_adapter_engine(self, name: str) -> None:
@@ -375,8 +377,10 @@ def _as_list(name: str, value: object) -> Iterable[object]:
     return value
 
 
-def _check_json(name: str, value: object) -> None:
-    """Raise a `ValueError` for the text of a dictionary, which starts with a brace, that is no JSON."""
+def _check_dictionary(name: str, value: object) -> None:
+    """Raise for a number, which opens the file of that descriptor, and for text with a brace that is no JSON."""
+    if isinstance(value, Real):
+        raise TypeError(f"`{name}` is {value!r} ({type(value).__name__}); it must be a dictionary, or a file or JSON.")
     if isinstance(value, str) and value.startswith("{"):
         try:
             json.loads(value)

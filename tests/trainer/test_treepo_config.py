@@ -39,6 +39,7 @@ OTHER: dict[str, Any] = {
     "max_tokens_per_micro_batch": 16384,
     "vllm_lora_sync": "merge",
     "vllm_base_weights": "dequantized",
+    "reward_timeout": 60.0,
     "log_trees": True,
 }
 # What only the engine of an adapter has, and `vllm_lora_sync="merge"` not.
@@ -157,6 +158,7 @@ def test_max_tree_depth(tmp_path: Path, length: int, segment: int | None, depth:
         ({"steps_per_generation": -1}, "`steps_per_generation` is -1; it must be at least 1"),
         ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` is 0; it must be at least 1"),
         ({"num_iterations": 0}, "`num_iterations` is 0; it must be at least 1"),
+        ({"reward_timeout": 0}, "`reward_timeout` is 0; it must be above 0"),
         ({"epsilon": -0.2}, "`epsilon` is -0.2; it must be at least 0"),
         ({"reward_weights": [1.0, math.nan]}, "`reward_weights[1]` is nan; it must be a finite number"),
         ({"reward_weights": [-math.inf]}, "`reward_weights[0]` is -inf; it must be a finite number"),
@@ -318,8 +320,9 @@ def test_every_number_of_trl_and_of_trees_is_a_finite_number(tmp_path: Path, nam
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if bool in kind and str not in kind])
 def test_a_text_is_no_boolean(tmp_path: Path, name: str) -> None:
     """Python takes `"false"` for true."""
-    with pytest.raises(TypeError, match=rf"^`{name}` is 'false' \(str\); it must be true or false"):
-        make(tmp_path, **{name: "false"})
+    for value in ("false", [False], 0.5):
+        with pytest.raises(TypeError, match=rf"^`{name}` is .*; it must be true or false"):
+            make(tmp_path, **{name: value})
 
 
 @pytest.mark.parametrize("name", NEW_FIELDS)
@@ -342,6 +345,8 @@ def test_a_wrong_type_is_named(tmp_path: Path, name: str, value: Any) -> None:
         ("max_completion_length", None),
         ("num_generations", None),
         ("num_generations", 8.0),
+        ("per_device_train_batch_size", 8.0),
+        ("steps_per_generation", 1.5),
     ],
 )
 def test_a_wrong_whole_number_is_named(tmp_path: Path, name: str, value: Any) -> None:
