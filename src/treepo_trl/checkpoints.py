@@ -260,6 +260,11 @@ class ResumePoint(TrainerCallback):
             return
         state = TrainerState.load_from_json(str(Path(folder, _STATE)))
         self._resumed_at = state.global_step
+        if not any(Path(folder).rglob("*optim*")):
+            logger.warning(
+                f"{folder} holds no state of the optimizer (`save_only_model`): optimizer and learning rate schedule "
+                "start anew."
+            )
         saved = cast("dict[str, Any] | None", saved_values(state).get(_BATCH))
         if saved is None:  # of stock `GRPOTrainer`, or of this one when it saved no rows
             if state.global_step * trainer.args.gradient_accumulation_steps % self._window:

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from .metrics import add_totals
 from .sampling import SegmentTree
 from .tree_log import TreeLogLine
 from .treepo_config import TreePOConfig
 from .update.advantages import expand_to_tokens, leaf_paths, tree_advantages
+from .update.rewards import combine_rewards
 
 
 @dataclass
@@ -108,7 +110,21 @@ class TreeBatch:
         """The engine's log-probability of each completion token of each row."""
         return [tree.logprobs(leaf) for tree, leaf in self.leaves()]
 
-    # Advantages
+    # Rewards and advantages
+
+    def combined_rewards(self, trainer: GRPOTrainer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reward of each row, and what its advantage is divided by: `(B,)` each, in the way that a trainer has set."""
+        assert self.rewards_per_func is not None, "GRPOTrainer scores every completion"
+        rewards, divisors = combine_rewards(
+            self.rewards_per_func,
+            trainer.reward_weights.to(trainer.accelerator.device),
+            cast(int, trainer.num_generations),
+            trainer.multi_objective_aggregation,
+            trainer.scale_rewards,
+        )
+        num_rows = len(rewards) // trainer.accelerator.num_processes
+        own = slice(trainer.accelerator.process_index * num_rows, (trainer.accelerator.process_index + 1) * num_rows)
+        return rewards[own], divisors[own]
 
     def advantages(
         self, rewards: torch.Tensor, divisors: torch.Tensor, args: TreePOConfig, num_tokens: int

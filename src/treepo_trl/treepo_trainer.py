@@ -34,7 +34,6 @@ from .tree_log import write_trees
 from .treepo_config import TreePOConfig
 from .update.packable import packed_forward_for
 from .update.packed_forward import PackedForward
-from .update.rewards import combine_rewards
 
 
 if TYPE_CHECKING:
@@ -188,10 +187,11 @@ class TreePOTrainer(GRPOTrainer):
                 inputs = self.dynamic_sampling.fill(batch, len(inputs) // self.num_generations)
             output = super()._generate_and_score_completions(inputs)
         self._log_metrics(batch)
-        rewards, divisors = self._combined_rewards(batch, len(output["completion_ids"]))
+        rewards, divisors = batch.combined_rewards(self)
         if self.args.advantage_estimator != "grpo" or self.args.leaf_weighting != "uniform":
             output["advantages"] = batch.advantages(rewards, divisors, self.args, output["completion_ids"].size(1))
-            self._replace_logged_advantages(batch.mean_advantages(output["advantages"]))
+            means = self.accelerator.gather(batch.mean_advantages(output["advantages"]))
+            replace_last(self._logs["advantages"], cast(torch.Tensor, means).tolist())
         if self.args.log_trees:
             records = gather_object(batch.records(rewards, output["advantages"], self._decode))
             if self.accelerator.is_main_process:
@@ -243,19 +243,6 @@ class TreePOTrainer(GRPOTrainer):
     ) -> torch.Tensor:
         with trl_seams.reward_funcs(self, self._reward_watch.functions(len(prompts))):
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-
-    def _combined_rewards(self, batch: TreeBatch, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reward of each of this process's `num_rows` rows, and what its advantage is divided by."""
-        assert batch.rewards_per_func is not None, "GRPOTrainer scores every completion"
-        rewards, divisors = combine_rewards(
-            batch.rewards_per_func,
-            self.reward_weights.to(self.accelerator.device),
-            self.num_generations,
-            self.multi_objective_aggregation,
-            self.scale_rewards,
-        )
-        own = slice(self.accelerator.process_index * num_rows, (self.accelerator.process_index + 1) * num_rows)
-        return rewards[own], divisors[own]
 
     # Dynamic sampling
 
@@ -310,7 +297,3 @@ class TreePOTrainer(GRPOTrainer):
         # Part of what checkpoints save and every process knows: a resumed run branches as an uninterrupted one.
         saved_values(self.state)[_EXPECTED_LENGTH] = max(round(metrics["tree/mean_length"]), 1)
         self.policy_engine.compare(logged.get("sampling/sampling_logp_difference/mean", []))
-
-    def _replace_logged_advantages(self, means: torch.Tensor) -> None:
-        """Put each row's mean advantage where GRPOTrainer has logged the group advantages."""
-        replace_last(self._logs["advantages"], cast(torch.Tensor, self.accelerator.gather(means)).tolist())

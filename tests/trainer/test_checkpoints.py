@@ -126,7 +126,9 @@ def test_two_processes_resume_the_same_curve(tmp_path: Path, tiny_model_dir: str
         assert rank["sampled"] == [2, 1]
 
 
-@pytest.mark.parametrize("kind", ["another setting", "no rows", "unreadable rows", "an older checkpoint"])
+@pytest.mark.parametrize(
+    "kind", ["another setting", "no rows", "unreadable rows", "an older checkpoint", "save_only_model"]
+)
 def test_a_batch_that_cannot_go_on_is_sampled_anew_with_a_warning(
     tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
@@ -136,7 +138,7 @@ def test_a_batch_that_cannot_go_on_is_sampled_anew_with_a_warning(
         trainer.train(resume_from_checkpoint=start)
         return trainer
 
-    run("whole", None, save_strategy="steps", save_steps=1)
+    run("whole", None, save_strategy="steps", save_steps=1, save_only_model=kind == "save_only_model")
     checkpoint = tmp_path / "whole/checkpoint-1"
     rows, state = checkpoint / "generation_batch_0.pt", checkpoint / "trainer_state.json"
     if kind == "unreadable rows":
@@ -153,9 +155,11 @@ def test_a_batch_that_cannot_go_on_is_sampled_anew_with_a_warning(
     assert {
         "another setting": "`num_iterations` was 2 and is 3",
         "no rows": "No such file",
+        "save_only_model": "No such file",
         "unreadable rows": "cannot be read",
         "an older checkpoint": "does not hold its rows",
     }[kind] in message
+    assert ("holds no state of the optimizer" in caplog.text) is (kind == "save_only_model")
     assert len(resumed.sampled) == 1
     assert resumed.state.global_step == 2
 
