@@ -30,6 +30,8 @@ from .update.rewards import combine_rewards
 
 logger = get_logger(__name__)
 
+_ROUNDS_BETWEEN_WARNINGS = 10  # of one batch
+
 Rows = list[dict[str, object]]
 """A row of the dataset for each completion."""
 
@@ -162,7 +164,7 @@ def fill_batch(
     rewards = score(batch, 0)
     is_equal, sums = is_without_signal(rewards.flatten(0, 1))
     is_replaced, scored = is_equal.view(num_processes, num_local), [sums]
-    num_replaced, used = 0, 0
+    num_replaced, used, num_tokens = 0, 0, _num_tokens(batch)
     while used < num_rounds and is_replaced.any():
         used += 1
         counts = is_replaced.sum(1).tolist()
@@ -178,6 +180,14 @@ def fill_batch(
             is_replaced[process, places[process, :count]], sums = is_without_signal(new[process, :count])
             scored.append(sums)
         num_replaced += sum(counts)
+        num_tokens += _num_tokens([batch[place] for place in places[process_index, : len(fresh)].tolist()])
+        if used % _ROUNDS_BETWEEN_WARNINGS == 0 and is_replaced.any():
+            logger.warning(
+                f"Dynamic sampling has replaced prompts {used} times for one batch, and {int(is_replaced.sum())} of "
+                f"{is_replaced.numel()} have no signal yet: their completions have equal rewards. It has sampled "
+                f"{is_replaced.numel() + num_replaced} prompts and, on this process, {num_tokens} tokens for it. It "
+                f"stops when every prompt has a signal, or after {num_rounds} rounds (`dynamic_sampling_rounds`)."
+            )
     return DynamicBatch(
         batch,
         rewards.flatten(0, 2),
@@ -186,6 +196,10 @@ def fill_batch(
         is_replaced.float().mean().item(),
         torch.cat([part.flatten() for part in scored]).nanmean().item(),
     )
+
+
+def _num_tokens(candidates: list[Candidate]) -> int:
+    return sum(candidate.tree.num_unique_tokens for candidate in candidates if candidate.tree is not None)
 
 
 _PROMPTS_DRAWN = "treepo_prompts_drawn"  # pass over the dataset and examples drawn, in the state that checkpoints save

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,6 +72,7 @@ def run_fill(
             sampled[rank].append((number, [c.example["prompt"] for c in missing]))
             for candidate in missing:
                 candidate.tree = SegmentTree([int(candidate.example["prompt"][1:])])
+                candidate.tree.add(None, [5, 6], None, "stop")
             shared[rank] = [[0.0, float(int(c.example["prompt"][1:]) in good)] for c in candidates]
             barrier.wait()
             rewards = torch.tensor([shared[other] for other in range(num_processes)])[..., None]
@@ -122,6 +124,18 @@ def test_nothing_to_replace_is_one_sampling() -> None:
     (batch,), (sampled,) = run_fill(1, 3, rounds=5, good={0, 1, 2})
     assert sampled == [(0, ["w0", "w1", "w2"])]
     assert (batch.num_rounds, batch.num_replaced) == (0, 0)
+
+
+def test_a_batch_that_finds_no_signal_says_what_goes_on_and_when_it_ends(caplog: pytest.LogCaptureFixture) -> None:
+    """Of four prompts w1 is good; the other three are replaced in each round."""
+    PartialState()  # accelerate's logger wants it
+    run_fill(1, 4, rounds=25, good={1}, size=100)
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 2
+    for message, used in zip(messages, (10, 20), strict=True):
+        assert f"replaced prompts {used} times for one batch, and 3 of 4 have no signal" in message
+        assert f"sampled {4 + 3 * used} prompts and, on this process, {2 * (4 + 3 * used)} tokens" in message
+        assert "after 25 rounds (`dynamic_sampling_rounds`)" in message
 
 
 @given(
