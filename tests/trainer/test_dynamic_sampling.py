@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.trainers import labelled
@@ -138,6 +138,7 @@ def test_a_batch_that_finds_no_signal_says_what_goes_on_and_when_it_ends(caplog:
         assert "after 25 rounds (`dynamic_sampling_rounds`)" in message
 
 
+@settings(deadline=None)  # threads wait for each other
 @given(
     num_processes=st.integers(1, 3),
     num_local=st.integers(1, 3),
