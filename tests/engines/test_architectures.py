@@ -59,6 +59,18 @@ def test_sliding_window_is_refused() -> None:
         TransformersEngine(tiny("mistral", sliding_window=16), [EOS])
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "what"),
+    [
+        ("deepseek_v3", {}, "multi-head latent attention"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2, "attn_logit_softcapping": 0.1}, "softcapped attention"),
+    ],
+)
+def test_attention_of_another_kind_is_refused(name: str, changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(ValueError, match=rf"full attention in every layer.*has {what}.*use_vllm=True"):
+        TransformersEngine(tiny(name, **changes), [EOS])
+
+
 def test_unused_sliding_window_is_no_obstacle() -> None:
     model = make_model(use_sliding_window=False, sliding_window=8)
     assert complete(TransformersEngine(model, [EOS], GREEDY), PROMPTS, 5, 12)[0] == generated(model, PROMPTS, 12)

@@ -366,6 +366,10 @@ def _check_attention(model: PreTrainedModel) -> None:
 def _check_layers(config: PreTrainedConfig) -> None:
     """Raise for models whose layers do more than full attention."""
     other = other_layers(config)
+    if getattr(config, "v_head_dim", None) is not None:  # keys and values of different size
+        other = "multi-head latent attention"
+    elif getattr(config, "attn_logit_softcapping", None) is not None:
+        other = "softcapped attention"
     if other is not None:
         raise ValueError(
             f"The transformers engine needs full attention in every layer, the model has {other}. Set `use_vllm=True`."
