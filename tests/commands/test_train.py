@@ -251,6 +251,12 @@ def test_a_config_is_found_behind_an_equals_sign_too(folder: Path) -> None:
         main(["--config=config.yaml", "--max_completion_length", "8", *FLAGS_OF_A_CPU])
 
 
+def test_a_value_whose_type_transformers_takes_for_granted(folder: Path) -> None:
+    (folder / "config.yaml").write_text("metric_for_best_model: true\n")
+    with pytest.raises(SystemExit, match=r"^treepo-trl: error: True is of a wrong type for its setting"):
+        main(["--config=config.yaml", *FLAGS_OF_A_CPU])
+
+
 @pytest.mark.parametrize("argv", [["--num_generations", "x"], ["--config"], ["--config", "--seed", "1"]])
 def test_what_the_parser_refuses_is_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Not behind the hundreds of lines that list the options."""

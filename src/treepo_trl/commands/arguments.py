@@ -103,7 +103,7 @@ class SampleArguments:
         },
     )
     resume: bool = field(
-        default=False, metadata={"help": "Keep the trees that the output file holds, and sample the others."}
+        default=False, metadata={"help": "Keep the trees that `output` holds, and sample the others."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of branching and of the engine."})
     compare: Literal["independent"] | None = field(
@@ -179,9 +179,12 @@ class OptionsParser(TrlParser):
             if "--config" in following:
                 self.error("argument --config: give one file")
             check_config(following[0])
-        return super().parse_args_and_config(
-            words, return_remaining_strings, fail_with_unknown_args, separate_remaining_strings
-        )
+        try:
+            return super().parse_args_and_config(
+                words, return_remaining_strings, fail_with_unknown_args, separate_remaining_strings
+            )
+        except AttributeError as error:  # transformers takes the types of some values for granted
+            raise TypeError(f"{error.obj!r} is of a wrong type for its setting: {error}.") from error
 
     def error(self, message: str) -> NoReturn:
         """Exit with the message alone: the usage is several hundred lines, and `--help` has it."""
