@@ -372,6 +372,16 @@ def test_a_fallback_may_use_the_last_tokens_up(budget: int, num_leaves: int) -> 
     assert len(tree.leaves) == num_leaves
 
 
+@pytest.mark.parametrize(("budget", "num_leaves"), [(10, 1), (11, 2)])
+def test_a_fallback_expects_what_the_mean_leaf_has_behind_its_stem(budget: int, num_leaves: int) -> None:
+    # A path of 1 + 3 + 2 tokens, of which the 3 are the least likely (mean -2). Cut in front of them it needs 6 - 1.
+    engine = ScriptedEngine([[1], [2, 2, 2], [3, EOS], [4, 4, 4], [5, EOS]])
+    changes = {"branching_factor": 1, "initial_branching_factor": [1, 1], "fallback_policy": "low_prob"}
+    tree = tree_of(engine, 2, max_completion_length=9, max_tree_tokens=budget, **changes)
+    assert len(tree.leaves) == num_leaves
+    assert tree.num_unique_tokens in (6, 11)
+
+
 def test_a_level_is_as_wide_as_its_longest_path_can_be_afforded() -> None:
     # Paths of 1 and of 3 tokens, expected to need as much again and a segment: 4 and 6. Of 28 tokens 24 are left,
     # which are 4 paths of 6.
