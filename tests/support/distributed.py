@@ -83,16 +83,15 @@ def train_dynamically_and_write(model: str, folder: str) -> None:
 
 def resume_and_write(model: str, folder: str) -> None:
     """
-    Train with a batch of two prompts for each of two steps, then from the checkpoint in the middle of the first batch.
+    Train with a batch for each two of seven steps, four an epoch, then again from the checkpoint after the fifth.
 
     Writes both logs, how far the weights are from each other, and how often each training has sampled.
     """
     trainers = []
-    for name, start in (("whole", None), ("resumed", f"{folder}/whole/checkpoint-1")):
+    for name, start in (("whole", None), ("resumed", f"{folder}/whole/checkpoint-5")):
         changes = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "save_strategy": "steps"}
-        trainer = make_trainer(
-            model, Path(folder, name), RecordingTrainer, max_steps=3, save_steps=1, ddp_backend="gloo", **changes
-        )
+        changes |= {"max_steps": 7, "save_steps": 5, "shuffle_dataset": True}
+        trainer = make_trainer(model, Path(folder, name), RecordingTrainer, ddp_backend="gloo", **changes)
         trainer.train(resume_from_checkpoint=start)
         trainers.append(trainer)
     whole, resumed = map(parameters_of, trainers)
