@@ -16,7 +16,9 @@ from tests.support.sampling import (
     reasons,
     tree_of,
 )
+from treepo_trl.engines import SegmentRequest
 from treepo_trl.sampling.sampler import TreeSampler
+from treepo_trl.sampling.stopping import is_repetitive
 
 
 def test_every_eos_of_a_list_ends_a_path_and_what_follows_is_cut() -> None:
@@ -158,7 +160,12 @@ def test_a_loop_across_segments_ends_the_path_unless_the_rule_is_off(
 def test_a_loop_that_ends_with_eos_is_a_stop() -> None:
     engine = FakeEngine(lambda path, rng: EOS if len(path) == 350 else 1 + len(path) % 2)
     changes = {"segment_length": 400, "max_completion_length": 400, "stop_repetition": True}
-    assert reasons(tree_of(engine, 2, branching_factor=1, decode=decode_words, **changes)) == ["stop"] * 2
+
+    def decode(ids: list[int]) -> str:
+        return decode_words([token for token in ids if token != EOS])  # which is special and has no text
+
+    assert is_repetitive(decode(engine.answer(SegmentRequest(0, [7], 400)).token_ids))
+    assert reasons(tree_of(engine, 2, branching_factor=1, decode=decode, **changes)) == ["stop"] * 2
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 30])
