@@ -1,17 +1,13 @@
 """`TreePOConfig`: what TreePO adds to [`~trl.GRPOConfig`], with every check that needs no model."""
 
-import json
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from functools import cache
-from numbers import Real
-from typing import TYPE_CHECKING, Literal, cast, get_type_hints
+from typing import TYPE_CHECKING, Literal, cast
 
 from trl.trainer.grpo_config import GRPOConfig
 
 from .engines import SamplingOptions
-from .field_checks import Ranges, check_bool, check_fields, check_int, check_number, check_ranges, members
+from .field_checks import Ranges, check_fields
+from .grpo_fields import check_grpo_fields
 from .sampling.config import TreeSamplingConfig
 from .update.advantages import AdvantageEstimator
 from .update.packing import TreePacking
@@ -31,41 +27,6 @@ _RANGES: Ranges = {
         "from 1 on, about the length of a few completions or more; leave it out for no limit",
     ),
 }
-_COUNTS = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "steps_per_generation",
-    "generation_batch_size",
-    "num_iterations",
-)
-"""The numbers of GRPOConfig that batches are made of."""
-# Of GRPOConfig, only what it takes and what stops or changes learning without a word.
-_STOCK_RANGES: Ranges = {
-    "temperature": (
-        lambda value: value > 0,
-        "above 0, because training samples. Sample the most likely completion outside the trainer",
-    ),
-    "beta": (lambda value: value >= 0, "at least 0"),
-    "epsilon": (lambda value: value >= 0, "at least 0"),
-    "epsilon_high": (lambda value: value >= 0, "at least 0"),
-    **dict.fromkeys(_COUNTS, (lambda value: value >= 1, "at least 1")),
-}
-_BOUNDS = frozenset(
-    {
-        "delta",
-        "epsilon",
-        "epsilon_high",
-        "max_grad_norm",
-        "off_policy_mask_threshold",
-        "entropy_coef_max",
-        "entropy_target",
-        "eval_delay",
-        "vllm_importance_sampling_cap",
-        "vllm_importance_sampling_clip_max",
-        "vllm_server_timeout",
-    }
-)
-"""Numbers of GRPOConfig that may be infinite: that is no bound."""
 
 
 @dataclass
@@ -196,7 +157,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
     def __post_init__(self) -> None:
         if self.tree_packing is False:  # what a bare `off` is in YAML
             self.tree_packing = "off"
-        self._check_stock()
+        check_grpo_fields(self, but={each.name for each in fields(TreeSamplingConfig)})
         check_fields(self, TreePOConfig, _RANGES)
         TreeSamplingConfig.__post_init__(self)
         GRPOConfig.__post_init__(self)
@@ -208,27 +169,6 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         self._check_supported()
         self._check_shared_base()
         self._check_sleep()
-
-    def _check_stock(self) -> None:
-        """Raise for a value of GRPOConfig's own fields that is no number, boolean or JSON where they have one."""
-        for name, options in _stock_kinds().items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if list[float] in options:
-                for i, each in enumerate(_as_list(name, value)):
-                    check_number(f"{name}[{i}]", each)
-            elif name in self._VALID_DICT_FIELDS:
-                _check_dictionary(name, value)
-            elif str in options:
-                continue
-            elif {int, float} & set(options) and not (name in _BOUNDS and value == math.inf):
-                check_number(name, value)
-            elif bool in options and value not in (False, True):  # nor 0 and 1
-                check_bool(name, value)
-            if name in _COUNTS:
-                check_int(name, value)
-        check_ranges(self, _STOCK_RANGES)
 
     def generation_options(self) -> dict[str, object]:
         """`generation_kwargs`, empty where there are none."""
@@ -361,28 +301,3 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
                 "`vllm_share_base_weights=True` needs an engine that holds whole weights, but "
                 f"`vllm_tensor_parallel_size` is {self.vllm_tensor_parallel_size}. Unset one of the two."
             )
-
-
-@cache
-def _stock_kinds() -> dict[str, tuple[object, ...]]:
-    """The types of GRPOConfig's own fields. The fields themselves hold what a parser has made of their types."""
-    ours = {each.name for each in fields(TreeSamplingConfig)}
-    hints = get_type_hints(GRPOConfig)
-    return {each.name: members(hints[each.name]) for each in fields(GRPOConfig) if each.init and each.name not in ours}
-
-
-def _as_list(name: str, value: object) -> Iterable[object]:
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise TypeError(f"`{name}` is {value!r} ({type(value).__name__}); it must be a list of numbers.")
-    return value
-
-
-def _check_dictionary(name: str, value: object) -> None:
-    """Raise for a number, which opens the file of that descriptor, and for text with a brace that is no JSON."""
-    if isinstance(value, Real):
-        raise TypeError(f"`{name}` is {value!r} ({type(value).__name__}); it must be a dictionary, or a file or JSON.")
-    if isinstance(value, str) and value.startswith("{"):
-        try:
-            json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`{name}` is {value!r}, which is no JSON object: {error}.") from error

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 import yaml
 from trl import GRPOConfig, TrlParser
 
 from tests.support.paths import ROOT
 from treepo_trl import TreePOConfig
+from treepo_trl.update.advantages import tree_advantages
 
 
 NEW_FIELDS = {f.name: f for f in fields(TreePOConfig) if f.name not in {g.name for g in fields(GRPOConfig)}}
@@ -139,12 +141,9 @@ def test_max_tree_depth(tmp_path: Path, length: int, segment: int | None, depth:
             {"leaf_weighting": "inverse_branching", "use_adaptive_entropy": True},
             "`use_adaptive_entropy=True`. Set `use_adaptive_entropy=False`",
         ),
-        *(
-            (
-                {"subgroup_rejection": True, "advantage_estimator": estimator},
-                f"`subgroup_rejection=True` ... `advantage_estimator='{estimator}'` has none ... `treepo`",
-            )
-            for estimator in ("grpo", "value_difference", "treerl", "leave_one_out")
+        (
+            {"subgroup_rejection": True, "advantage_estimator": "grpo"},
+            "`subgroup_rejection=True` ... `advantage_estimator='grpo'` has none ... Choose `treepo`",
         ),
         (
             {"generation_kwargs": {"temperature": 0.7}},
@@ -200,6 +199,20 @@ def test_errors_name_the_value_and_the_fix(tmp_path: Path, changes: dict[str, An
         make(tmp_path, **changes)
     for part in message.split(" ... "):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("estimator", CHOICES["advantage_estimator"])
+def test_rejection_is_refused_where_it_changes_nothing(tmp_path: Path, estimator: str) -> None:
+    """Two subgroups of two leaves: the rewards of one are equal."""
+    rewards, ancestors = torch.tensor([[1.0, 0.0, 1.0, 1.0]]), torch.tensor([[[0, 2], [0, 3], [1, 4], [1, 5]]])
+    plain, rejected = (
+        tree_advantages(rewards, ancestors, estimator, subgroup_rejection=rejection) for rejection in (False, True)
+    )
+    if torch.equal(plain, rejected):
+        with pytest.raises(ValueError, match=f"`subgroup_rejection=True`.*{estimator}"):
+            make(tmp_path, advantage_estimator=estimator, subgroup_rejection=True)
+    else:
+        assert make(tmp_path, advantage_estimator=estimator, subgroup_rejection=True).subgroup_rejection
 
 
 @pytest.mark.parametrize("name", CHOICES)
