@@ -36,16 +36,22 @@ def memory_of_process() -> dict[str, float]:
     return {name.rstrip(":"): int(value) / 1024 for name, value, _ in fields}
 
 
+def shared_files() -> list[Path]:
+    """Files in shared memory that this process maps, or that lie in a folder with its id in the name."""
+    mapped = {line.split()[5] for line in Path("/proc/self/maps").read_text().splitlines() if " /dev/shm/" in line}
+    owned = {str(path) for path in Path("/dev/shm").glob(f"*-{os.getpid()}-*/*")}
+    return [Path(name) for name in mapped | owned if Path(name).is_file()]
+
+
 def held() -> dict[str, float]:
-    """What the process and the machine's shared memory hold now."""
-    shared = [path.stat().st_size for path in Path("/dev/shm").rglob("*") if path.is_file()]
+    """What the process holds now."""
+    shared = shared_files()
     memory = memory_of_process()
     return {
         "open files": len(os.listdir("/proc/self/fd")),
         "threads": len(os.listdir("/proc/self/task")),
         "files in shared memory": len(shared),
-        "shared memory, MiB": sum(shared) / 2**20,
-        "shared memory of the process, MiB": memory["RssShmem"],
+        "shared memory, MiB": sum(path.stat().st_size for path in shared) / 2**20,
         "resident memory, MiB": memory["VmRSS"],
         "resident memory at its peak so far, MiB": memory["VmHWM"],
     }
