@@ -22,7 +22,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -55,6 +55,11 @@ class Mutant:
     def is_named(self, words: list[str]) -> bool:
         """Whether the file or the name has one of these words; without words every mutant counts."""
         return not words or any(word in f"{self.file}: {self.name}" for word in words)
+
+    def in_tree(self, tree: Path) -> "Mutant":
+        """The same with those tests alone that a checkout has."""
+        has = tuple(test for test in self.tests if (tree / "tests" / test.partition("::")[0]).exists())
+        return replace(self, tests=has)
 
 
 def read_table(path: Path) -> list[Mutant]:
@@ -122,7 +127,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=60, help="time limit of a single test")
     options = parser.parse_args()
     tree = options.tree.resolve()
-    mutants = [mutant for mutant in read_table(TABLE) if mutant.is_named(options.names)]
+    mutants = [mutant.in_tree(tree) for mutant in read_table(TABLE) if mutant.is_named(options.names)]
     if not mutants:
         parser.error(f"no mutant is named {' or '.join(options.names)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -390,6 +390,12 @@ def test_a_level_is_as_wide_as_its_longest_path_can_be_afforded() -> None:
     assert len(tree.leaves) == 4
 
 
+def test_no_path_is_expected_to_need_more_than_its_cap() -> None:
+    # Two paths of 3 tokens need 1 more; of the 10 tokens 4 are left, which are 4 paths.
+    tree = tree_of(FakeEngine(endless), 4, max_completion_length=4, max_tree_tokens=10, fallback_policy="none")
+    assert [tree.nodes[leaf].end for leaf in tree.leaves] == [4] * 4
+
+
 def test_what_a_path_has_is_not_expected_again() -> None:
     # Paths of 9 tokens, known beforehand. Two first segments of 3 leave 24 of 30 tokens, which are 4 rests of 6; their
     # segments leave 12, which are 4 rests of 3.

@@ -290,6 +290,9 @@ def test_leaf_weights_weight_the_group_means_and_sizes() -> None:
     # size weighted with weights 1 and 1/2: (3/4 + 1/4)/1.5 = 2/3, (-1/4 - 1/4)/1.5 = -1/3, -1/4
     sized = advantages_of(rewards, ancestors, "treepo_size_weighted", leaf_weights=weights)
     torch.testing.assert_close(sized, torch.tensor([2 / 3, -1 / 3, -1 / 4]))
+    # treerl: node 0 (2/2 - 1/4 - 1/4)/sqrt(2), two leaves whatever they weigh; 2 - 1/4 - 1/2, -1/4 - 1/2; -1/4 - 1/4
+    treerl = tree_advantages(rewards, ancestors, "treerl", leaf_weights=weights)
+    torch.testing.assert_close(treerl, torch.tensor([[0.5 / 2**0.5, 5 / 4], [0.5 / 2**0.5, -3 / 4], [-1 / 2, 0]]))
 
 
 @pytest.mark.parametrize("reward", [2.0, -2.0])

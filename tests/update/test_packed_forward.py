@@ -175,8 +175,10 @@ def test_pieces_give_the_same_values_and_gradients(max_tokens: int) -> None:
         torch.testing.assert_close(cut, whole, atol=1e-4, rtol=1e-5)
 
 
-def test_all_pieces_but_the_largest_are_forwarded_again_in_the_backward_pass() -> None:
-    model, batch = ready_model(), trees(3)
+@pytest.mark.parametrize("largest_first", [False, True])
+def test_all_pieces_but_the_largest_are_forwarded_again_in_the_backward_pass(largest_first: bool) -> None:
+    model, (ids, mask, num_scored) = ready_model(), trees(3)
+    batch = (ids.flip(0), mask.flip(0), num_scored) if largest_first else (ids, mask, num_scored)
     pieces = cut_rows(*batch, 25)
     assert len(pieces) > 2
     sizes = packed_sizes(pieces, batch)

@@ -189,6 +189,16 @@ def test_a_tree_may_join_what_is_left_of_a_larger_one() -> None:
     # has 3 of its own, and the next tree, one row of 3, joins it.
     batch = batch_of([[5], [5], [5], [6]], [[7, 8], [7, 9], [8, 8], [7, 8]])
     assert [(piece.start, piece.stop) for piece in cut_rows(*batch, 6)] == [(0, 2), (2, 4)]
+    # The first two rows are 5 tokens and fill a piece of 5; two rows of 3 do not fit into one.
+    assert [(piece.start, piece.stop) for piece in cut_rows(*batch, 5)] == [(0, 2), (2, 3), (3, 4)]
+
+
+def test_a_tree_that_opens_a_piece_shares_nothing_with_the_one_before() -> None:
+    # Rows 5 5 6 8, and 5 5 7 8 and 5 5 7 9 of another prompt. In one row (5|5) would be there once; a piece of the
+    # second tree alone has 4 + 2 tokens, one more than 5.
+    batch = batch_of([[5, 5, 6], [5, 5, 7], [5, 5, 7]], [[8], [8], [9]])
+    assert [(piece.start, piece.stop) for piece in cut_rows(*batch, 5)] == [(0, 1), (1, 2), (2, 3)]
+    assert [(piece.start, piece.stop) for piece in cut_rows(*batch, 6)] == [(0, 1), (1, 3)]
 
 
 def test_one_piece_holds_all_rows_that_fit() -> None:

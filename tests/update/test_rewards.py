@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl.trainer.utils import nanstd
 
-from treepo_trl.update.rewards import combine_rewards
+from treepo_trl.update.rewards import LARGEST_REWARD, combine_rewards, without_unusable
 
 
 nan = math.nan
@@ -91,3 +91,9 @@ def test_group_and_batch_divisors_by_hand() -> None:
     torch.testing.assert_close(by_group, torch.tensor([math.sqrt(2)] * 2 + [0.0] * 2) + 1e-4)
     _, by_batch = combine_rewards(table, weights, 2, "sum_then_normalize", "batch")
     torch.testing.assert_close(by_batch, torch.full((4,), math.sqrt(2 / 3)) + 1e-4)
+
+
+def test_rewards_that_are_infinite_or_too_large_are_unscorable() -> None:
+    rewards = torch.tensor([[math.inf, -math.inf, 2 * LARGEST_REWARD], [-2 * LARGEST_REWARD, -LARGEST_REWARD, 0.5]])
+    expected = torch.tensor([[nan] * 3, [nan, -LARGEST_REWARD, 0.5]])
+    torch.testing.assert_close(without_unusable(rewards), expected, equal_nan=True)
