@@ -14,13 +14,13 @@ PACKAGE = Path(treepo_trl.__file__).parent
 
 # From the ground up: a room imports from its own floor's folder and from floors below, never from beside or above.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("model_support", "trl_seams", "field_checks", "checkpoints"),
-    ("engines", "grpo_fields"),
+    ("model_support", "trl_seams", "field_checks", "file_lock"),
+    ("engines", "grpo_fields", "checkpoints"),
     ("sampling",),
     ("update",),
     ("treepo_config",),
     ("policy", "metrics", "tree_log", "prompt_stream", "checks", "reward_watch"),
-    ("tree_batch",),
+    ("tree_batch", "resume_point"),
     ("dynamic_sampling",),
     ("memory",),
     ("treepo_trainer",),

@@ -22,11 +22,12 @@ from trl.trainer.grpo_trainer import GRPOTrainer, RewardFunc
 from trl.trainer.utils import get_config_model_id
 
 from . import trl_seams
-from .checkpoints import ResumePoint, checkpoint_to_resume, saved_values
+from .checkpoints import checkpoint_to_resume, only_training_in, saved_values
 from .checks import NoStepIsAnError, check_arguments, check_datasets, check_rows, check_tokenizer
 from .dynamic_sampling import DynamicSampling, Rows, forget_stream
 from .metrics import reduce_totals, replace_last, tree_metrics, tree_totals
 from .policy.engine import policy_engine_for
+from .resume_point import ResumePoint
 from .reward_watch import RewardWatch
 from .sampling import SegmentTree, TreeSampler, text_decoder
 from .tree_batch import TreeBatch, shuffle_trees
@@ -163,10 +164,12 @@ class TreePOTrainer(GRPOTrainer):
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> TrainOutput:
         """Train as [`~transformers.Trainer`] does; `True` resumes from the newest checkpoint that is intact."""
-        folder = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
-        self._batch = TreeBatch(step=-1)
-        self._resume_point.restore(folder)
-        return super().train(folder, trial, ignore_keys_for_eval)
+        output_dir = str(self.args.output_dir)
+        folder = checkpoint_to_resume(resume_from_checkpoint, output_dir)
+        with only_training_in(output_dir, self.accelerator.is_main_process):
+            self._batch = TreeBatch(step=-1)
+            self._resume_point.restore(folder)
+            return super().train(folder, trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         with self._resume_point.saved(trial):
@@ -274,16 +277,13 @@ class TreePOTrainer(GRPOTrainer):
         **multimodal_inputs: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         plain = super()._get_per_token_logps_and_entropies
-        rows = model, input_ids, attention_mask, logits_to_keep
-        wanted = compute_entropy, compute_aux_loss
+        rows, wanted = (model, input_ids, attention_mask, logits_to_keep), (compute_entropy, compute_aux_loss)
         if self._packed_forward is None or any(value is not None for value in multimodal_inputs.values()):
             return plain(*rows, batch_size, *wanted, **multimodal_inputs)
         logps, entropies, aux_loss, log = self._packed_forward(*rows, batch_size or len(input_ids), *wanted, plain)
         for name, values in log.items():
             self._metrics["train" if self.model.training else "eval"][name].extend(values)
         return logps, entropies, aux_loss
-
-    # Logs
 
     def _log_metrics(self, batch: TreeBatch) -> None:
         """Log what the batch has cost; tell how far the engine's log-probabilities were from the policy's."""

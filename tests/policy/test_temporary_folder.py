@@ -138,7 +138,7 @@ def test_a_folder_that_is_swept_before_it_is_locked_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The three moments between making a folder and holding its lock."""
-    make, lock = tempfile.mkdtemp, temporary_folder._lock
+    make, lock = tempfile.mkdtemp, temporary_folder.lock
     made: list[str] = []
 
     def make_and_sweep(**how: Any) -> str:
@@ -161,7 +161,7 @@ def test_a_folder_that_is_swept_before_it_is_locked_is_made_anew(
         lock(descriptor)
 
     monkeypatch.setattr(tempfile, "mkdtemp", make_and_sweep)
-    monkeypatch.setattr(temporary_folder, "_lock", sweep_around)
+    monkeypatch.setattr(temporary_folder, "lock", sweep_around)
     folder = TemporaryFolder("adapter", tmp_path)
     assert len(made) == 4
     assert folder.path == made[-1]

@@ -62,11 +62,33 @@ def test_a_full_disk_under_the_tree_log_is_a_warning(
     assert_same_training(tmp_path, whole)
 
 
-def test_a_second_training_in_the_folder_writes_over_the_first(tmp_path: Path, tiny_model_dir: str) -> None:
+def test_a_second_training_in_the_folder_at_once_is_refused(tmp_path: Path, tiny_model_dir: str) -> None:
+    """Nothing of it is written, and the folder is free again once the first is done."""
+    first = make_trainer(tmp_path, tiny_model_dir)
+    second = make_trainer(tmp_path, tiny_model_dir, seed=8, max_steps=1)
+    refused: list[str] = []
+
+    def try_second() -> None:
+        with pytest.raises(ValueError, match="Another training writes to `output_dir`") as raised:
+            second.train()
+        refused.append(str(raised.value))
+
+    around(first, first.policy_engine.engine, "collect", LAST_SAVED, before=try_second)
+    first.train()
+    assert refused
+    assert second.state.global_step == 0
+    second.train()
+
+
+def test_a_training_that_starts_anew_in_a_used_folder_says_so(
+    tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Each checkpoint is of one of them. What is resumed is the highest number, whosever it is."""
     make_trainer(tmp_path, tiny_model_dir).train()
+    assert "earlier training" not in caplog.text
     second = make_trainer(tmp_path, tiny_model_dir, seed=8, max_steps=LAST_SAVED)
     second.train()
+    assert "holds checkpoints of an earlier training (checkpoint-1, checkpoint-2, " in caplog.text
     weights = load_file(tmp_path / f"checkpoint-{LAST_SAVED}/model.safetensors")
     torch.testing.assert_close(weights["model.norm.weight"], second.model.model.norm.weight.data)
     assert newest_checkpoint(str(tmp_path)) == str(tmp_path / f"checkpoint-{STEPS}")

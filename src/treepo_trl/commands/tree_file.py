@@ -12,6 +12,7 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
+from treepo_trl.file_lock import lock
 from treepo_trl.sampling import SegmentTree
 from treepo_trl.sampling.json_lines import append
 from treepo_trl.tree_log import SampledLine, checked_lines
@@ -94,12 +95,10 @@ def opened_output(output: str | None, resume: bool, prompts: list[list[int]]) ->
 def _lock(file: FileIO, path: Path) -> None:
     """Keep other runs from the file until it is closed, or the process is gone, however it ends."""
     try:
-        import fcntl  # not on Windows
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file.fileno())
     except BlockingIOError:
         raise ValueError(f"Another run writes to `--output {path}`. Wait for its end, or name another file.") from None
-    except (ImportError, OSError) as error:  # some network file systems have no locks
+    except OSError as error:
         print(f"{path} cannot be locked ({error}): start no other run with this `--output`.", file=sys.stderr)
 
 

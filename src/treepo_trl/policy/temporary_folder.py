@@ -14,6 +14,8 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
+from treepo_trl.file_lock import lock
+
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -55,7 +57,7 @@ def _remove_unused(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         if os.fstat(descriptor).st_uid == os.geteuid():  # root may open everyone's
-            _lock(descriptor)
+            lock(descriptor)
             shutil.rmtree(path, ignore_errors=True)
     finally:
         os.close(descriptor)
@@ -70,7 +72,7 @@ def _make_locked(prefix: str, parent: str | Path) -> tuple[str, int]:
         except FileNotFoundError:  # another start has found it before it was locked
             continue
         try:
-            _lock(descriptor)
+            lock(descriptor)
             os.stat(path)
         except (FileNotFoundError, BlockingIOError):  # the same, a moment later
             os.close(descriptor)
@@ -78,12 +80,6 @@ def _make_locked(prefix: str, parent: str | Path) -> tuple[str, int]:
         except OSError:  # a file system without locks: nobody else can lock it, so nobody else removes it
             pass
         return path, descriptor
-
-
-def _lock(descriptor: int) -> None:
-    import fcntl  # not on Windows, where there is no vLLM either
-
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _remove(path: str, descriptor: int) -> None:
