@@ -1,6 +1,7 @@
 """A batch of trees between the calls of GRPOTrainer: trees stay with their rewards, and no seed comes twice."""
 
 import json
+import math
 from contextlib import suppress
 from itertools import permutations
 from pathlib import Path
@@ -58,6 +59,15 @@ def test_a_batch_forgets_what_it_was_given() -> None:
         raise RuntimeError("scoring failed")
     assert batch.take(lambda: sampled) is sampled
     assert [batch.next(3).number, batch.next(4).number] == [1, 0]
+
+
+def test_a_record_has_the_advantage_of_each_rows_last_token() -> None:
+    tree = SegmentTree([9])
+    tree.add(None, [1], None, "stop")
+    tree.add(None, [2, 3, 4], None, "stop")
+    rewards, advantages = torch.tensor([math.nan, 1.0]), torch.tensor([[1.0, 0.0, 0.0], [2.0, 3.0, 4.0]])
+    (record,) = TreeBatch(step=3, trees=[tree]).records(rewards, advantages, str)
+    assert (record["advantages"], record["rewards"], record["step"]) == ([1.0, 4.0], [None, 1.0], 3)
 
 
 def test_trees_are_shuffled_and_their_rows_stay_in_order() -> None:
