@@ -163,6 +163,8 @@ def _all_of(dataset: object) -> Iterable[object]:
 def _check_columns(dataset: object) -> None:
     if not isinstance(dataset, Dataset | IterableDataset) or dataset.column_names is None:
         return
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":  # rows have the columns of a transform
+        return
     columns = dataset.column_names
     if "prompt" not in columns:
         raise _no_prompt(columns)
@@ -217,11 +219,18 @@ class NoStepIsAnError(TrainerCallback):
     with a warning, and report success.
     """
 
+    def __init__(self) -> None:
+        self._has_rows = False
+
+    def on_step_begin(self, *args: object, **kwargs: object) -> None:
+        """Called by the trainer for the first rows of a step."""
+        self._has_rows = True
+
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Called by the trainer."""
-        if state.global_step == 0 and isinstance(args, TreePOConfig):
+        if state.global_step == 0 and not self._has_rows and isinstance(args, TreePOConfig):
             raise ValueError(
                 f"A pass over the training dataset made no step: it has not given {_batch_in_words(args)}. "
                 "Check how the dataset is loaded and filtered, and that it can be read more than once; or lower "
@@ -293,4 +302,6 @@ def _is_conversation(prompt: object) -> bool:
 def _is_message(message: object) -> bool:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         return False
-    return isinstance(message.get("content"), str | list) or bool(message.get("tool_calls"))
+    # Chat templates read other keys too, such as `tool_calls` or `reasoning_content`.
+    others = any(value for key, value in message.items() if key not in ("role", "content"))
+    return isinstance(message.get("content"), str | list) or others

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping
 from inspect import get_annotations
-from numbers import Real
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Literal, Union, cast, get_args, get_origin
 
@@ -66,9 +66,9 @@ def check_choice(name: str, value: object, choices: object) -> None:
 
 def check_int(name: str, value: object) -> int:
     """The value. Raises a `TypeError` unless it is a whole number."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):  # numpy's too
         raise TypeError(f"`{name}` is {value!r} ({type(value).__name__}); it must be a whole number.")
-    return value
+    return int(value)
 
 
 def check_number(name: str, value: object) -> None:

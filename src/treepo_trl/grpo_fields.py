@@ -87,6 +87,7 @@ def _kinds() -> dict[str, tuple[object, ...]]:
 
 
 def _as_list(name: str, value: object) -> Iterable[object]:
+    value = getattr(value, "tolist", lambda: value)()
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"`{name}` is {value!r} ({type(value).__name__}); it must be a list of numbers.")
     return value

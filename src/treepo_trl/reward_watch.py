@@ -147,11 +147,13 @@ def checked_rewards(returned: object, name: str, num_rows: int) -> Rewards:
         TypeError: if it is no list of such values.
         ValueError: if it has another length.
     """
-    if isinstance(returned, str | bytes | Mapping | Set) or not isinstance(returned, Iterable):
+    num_dimensions = getattr(returned, "ndim", 1)
+    if isinstance(returned, str | bytes | Mapping | Set) or not isinstance(returned, Iterable) or num_dimensions == 0:
         hint = " (is a `return` missing?)" if returned is None else ""
         what = "None" if returned is None else f"a value of type {type(returned).__name__}"
         raise TypeError(f"The reward function '{name}' returned {what}{hint}. {_expected(num_rows)}")
-    values = cast("list[object]", getattr(returned, "tolist", lambda: list(returned))())
+    to_list = getattr(returned, "tolist", None) if num_dimensions == 1 else None
+    values = cast("list[object]", list(returned) if to_list is None else to_list())
     if len(values) != num_rows:
         raise ValueError(f"The reward function '{name}' returned {len(values)} values. {_expected(num_rows)}")
     return [None if value is None else _number(value, name, i, num_rows) for i, value in enumerate(values)]
@@ -159,10 +161,11 @@ def checked_rewards(returned: object, name: str, num_rows: int) -> Rewards:
 
 def _number(value: object, name: str, index: int, num_rows: int) -> float:
     try:
-        if isinstance(value, str | bytes) or getattr(value, "ndim", 0) != 0:
+        # As in stock GRPOTrainer: a tensor of one number is a number, an array of one is a list.
+        if isinstance(value, str | bytes) or (not torch.is_tensor(value) and getattr(value, "ndim", 0) != 0):
             raise TypeError
         return float(cast(float, value))
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TypeError(
             f"The reward function '{name}' returned {textwrap.shorten(repr(value), 100)} for completion {index}. "
             f"{_expected(num_rows)}"

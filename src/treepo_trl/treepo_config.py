@@ -181,9 +181,10 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         Raises:
             ValueError: for a value outside of its range.
         """
-        options = {each.name: getattr(self, each.name) for each in fields(SamplingOptions)}
+        set_here = {each.name: getattr(self, each.name) for each in fields(SamplingOptions)}
+        options = {name: value for name, value in set_here.items() if value is not None}  # TRL takes None for no limit
         SamplingOptions(**options)  # the settings' own errors
-        given = {name: cast(int, value) for name, value in self.generation_options().items() if name in options}
+        given = {name: cast(int, value) for name, value in self.generation_options().items() if name in set_here}
         try:
             return SamplingOptions(**{**options, **given})
         except (TypeError, ValueError) as error:

@@ -144,6 +144,7 @@ def test_rewards_by_name() -> None:
         ({"reward_funcs": ["my_rewards.a"]}, r"`--reward_funcs my_rewards.a` could not be loaded: .*no attribute 'a'"),
         ({"reward_funcs": None}, r"No reward: give `--reward_funcs`"),
         ({"model_name_or_path": None}, r"No model: give `--model_name_or_path`"),
+        ({"model_name_or_path": "./none"}, r"`--model_name_or_path ./none` looks like a folder, but there is none"),
         ({"dataset_name": None}, r"No dataset: give `--dataset_name`"),
         ({"dataset_train_split": "a", "dataset_name": "saved"}, r"no split 'a', only train.*`--dataset_train_split`"),
         ({"eval_strategy": "steps", "eval_steps": 1}, r"no split 'test', only train.*`--dataset_test_split`"),

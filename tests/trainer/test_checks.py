@@ -18,6 +18,7 @@ from peft import (
     get_peft_model,
 )
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 from trl import GRPOConfig
 
 from tests.support.models import make_model, make_tokenizer
@@ -209,6 +210,32 @@ def test_a_stream_smaller_than_a_batch(tmp_path: Path) -> None:
     trainer = make_trainer(make_config(tmp_path), train_dataset=PROMPTS.select([0]).to_iterable_dataset())
     with pytest.raises(ValueError, match=r"made no step: it has not given the 2 prompts .* Check how the dataset is"):
         trainer.train()
+
+
+class Stops(TrainerCallback):
+    """Sets a field of the control at an event."""
+
+    def __init__(self, event: str, field: str) -> None:
+        def stop(args: Any, state: Any, control: Any, **_: Any) -> None:
+            setattr(control, field, True)
+
+        setattr(self, event, stop)
+
+
+@pytest.mark.parametrize(
+    ("event", "field"),
+    [("on_substep_end", "should_training_stop"), ("on_step_begin", "should_training_stop")],
+)
+def test_a_training_may_be_stopped_before_its_first_step(tmp_path: Path, event: str, field: str) -> None:
+    config = make_config(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    trainer = make_trainer(config, train_dataset=PROMPTS, callbacks=[Stops(event, field)])
+    assert trainer.train().global_step == 0
+
+
+def test_a_column_of_a_transform_is_a_column(tmp_path: Path) -> None:
+    rows = PROMPTS.rename_column("prompt", "text").with_transform(lambda batch: {"prompt": batch["text"]})
+    trainer = make_trainer(make_config(tmp_path, max_steps=1, remove_unused_columns=False), train_dataset=rows)
+    assert trainer.train().global_step == 1
 
 
 @pytest.mark.parametrize("wrap", [lambda d: d, lambda d: {"good": PROMPTS, "bad": d}], ids=["one", "dict"])

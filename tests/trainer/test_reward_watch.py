@@ -30,8 +30,9 @@ from treepo_trl.update.rewards import LARGEST_REWARD, without_unusable
         (1, 2.0, True, None),
         (value for value in [1, 2.0, True, None]),
         [torch.tensor(1), np.float32(2), np.bool_(True), None],
+        [torch.ones(1), torch.full((1, 1), 2.0), 1, None],
     ],
-    ids=["list", "tuple", "generator", "scalars"],
+    ids=["list", "tuple", "generator", "scalars", "tensors of one"],
 )
 def test_lists_of_numbers(returned: Any) -> None:
     assert checked_rewards(returned, "f", 4) == [1.0, 2.0, 1.0, None]
@@ -39,6 +40,7 @@ def test_lists_of_numbers(returned: Any) -> None:
 
 def test_arrays_of_numbers() -> None:
     assert checked_rewards(torch.arange(3), "f", 3) == checked_rewards(np.arange(3), "f", 3) == [0.0, 1.0, 2.0]
+    assert checked_rewards(torch.arange(3)[:, None], "f", 3) == [0.0, 1.0, 2.0]  # logits of one label
 
 
 @pytest.mark.parametrize(
@@ -51,11 +53,14 @@ def test_arrays_of_numbers() -> None:
         ({1.0, 2.0}, "returned a value of type set"),
         ([1.0], "returned 1 values"),
         ([1.0] * 3, "returned 3 values"),
-        (torch.ones(2, 1), r"returned \[1.0\] for completion 0"),
+        (torch.tensor(1.0), "returned a value of type Tensor"),
+        (np.array(1.0), "returned a value of type ndarray"),
+        (np.ones((2, 1)), r"returned array\(\[1.\]\) for completion 0"),
+        (torch.ones(2, 2), r"returned tensor\(\[1., 1.\]\) for completion 0"),
         (torch.ones(3, 2), "returned 3 values"),
         ([1.0, "1"], "returned '1' for completion 1"),
         ([1.0, [1.0]], r"returned \[1.0\] for completion 1"),
-        ([1.0, torch.ones(1)], r"returned tensor\(\[1.\]\) for completion 1"),
+        ([1.0, np.ones(1)], r"returned array\(\[1.\]\) for completion 1"),
         ([1j, 1.0], "returned 1j for completion 0"),
     ],
     ids=repr,

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -163,6 +164,10 @@ def test_max_tree_depth(tmp_path: Path, length: int, segment: int | None, depth:
         ({"reward_weights": [-math.inf]}, "`reward_weights[0]` is -inf; it must be a finite number"),
         ({"max_completion_length": -(10**400)}, "`max_completion_length` is -1000"),
         ({"stop_pattern": "x{99999999999999999999}"}, "`stop_pattern` is ... no regular expression"),
+        (
+            {"stop_pattern": "[[:alpha:]]"},
+            "`stop_pattern` is '[[:alpha:]]' ... Possible nested set",
+        ),
         ({"vllm_share_base_weights": True}, "`vllm_share_base_weights=True` ... `use_vllm=True`"),
         (
             {**LORA_ENGINE, **ENGINE_WEIGHTS, "vllm_lora_sync": "merge"},
@@ -378,3 +383,9 @@ def test_generation_kwargs_go_before_settings_of_the_same_name(tmp_path: Path) -
     config = make(tmp_path, temperature=0.7, top_p=0.9, generation_kwargs={"top_p": 0.5, "temperature": 0.7})
     options = config.sampling_options()
     assert (options.temperature, options.top_p) == (0.7, 0.5)
+
+
+def test_values_of_numpy_torch_and_none_are_those_of_stock(tmp_path: Path) -> None:
+    config = make(tmp_path, top_k=None, top_p=None, max_completion_length=np.int64(12), reward_weights=torch.ones(2))
+    assert (config.sampling_options().top_k, config.sampling_options().top_p) == (0, 1.0)
+    assert config.max_tree_depth == 12

@@ -145,6 +145,8 @@ def require_model(name: str | None) -> str:
     if not name:
         raise ValueError("No model: give `--model_name_or_path` (hub id or folder).")
     folder = Path(name)
+    if name.startswith(("/", ".", "~")) and not folder.is_dir():
+        raise ValueError(f"`--model_name_or_path {name}` looks like a folder, but there is none.")
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(
             f"`--model_name_or_path {name}` is an adapter. Name the model that it belongs to. `sample` takes the "

@@ -1,6 +1,7 @@
 """`TreeSamplingConfig`: the shape of a tree and when its paths end, with every check that needs no engine."""
 
 import re
+import warnings
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -239,8 +240,10 @@ class TreeSamplingConfig:
         if pattern is None:
             return
         try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", FutureWarning)  # `[[a]b]` is no set of sets yet, or no longer
+                re.compile(pattern)
+        except (re.error, OverflowError, RecursionError, FutureWarning) as error:
             raise ValueError(
                 f"`stop_pattern` is {pattern!r}, which is no regular expression: {error}. Give a Python "
                 r"pattern such as '\\boxed\{[^}]*\}'."
