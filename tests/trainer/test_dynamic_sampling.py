@@ -73,7 +73,10 @@ def run_fill(
             for candidate in missing:
                 candidate.tree = SegmentTree([int(candidate.example["prompt"][1:])])
                 candidate.tree.add(None, [5, 6], None, "stop")
-            shared[rank] = [[0.0, float(int(c.example["prompt"][1:]) in good)] for c in candidates]
+            # What is scored once more counts as it did the first time.
+            shared[rank] = [
+                [0.0, float(int(c.example["prompt"][1:]) in good)] if c in missing else [nan, nan] for c in candidates
+            ]
             barrier.wait()
             rewards = torch.tensor([shared[other] for other in range(num_processes)])[..., None]
             barrier.wait()
