@@ -343,9 +343,16 @@ def test_sharded_models_run_the_same_forwards_whether_they_pack_or_not() -> None
         model.model.embed_tokens.register_forward_hook(
             lambda module, args, output, seen=seen: seen.append(len(args[0]))
         )
+        batch_sizes: list[int | None] = []
+
+        def spy(*args: Any, batch_sizes: Any = batch_sizes, batch_size: int | None = None, **kwargs: Any) -> Any:
+            batch_sizes.append(batch_size)
+            return plain(*args, **kwargs)
+
         for _ in range(2):
             with torch.no_grad():
-                run(forward, model, batch)
+                forward(model, *batch, 99, compute_entropy=False, compute_aux_loss=False, plain=spy)
+        assert batch_sizes[0] == 2
         assert len(seen) == 4  # two for the check, then one a call
         assert seen[:2] == [1, 2]  # the packed row, and two plain rows at once
     with pytest.raises(RuntimeError, match="does not reproduce"):
