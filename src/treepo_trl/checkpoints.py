@@ -8,11 +8,12 @@ import json
 import os
 import re
 import shutil
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .file_lock import lock, unlock
+from .file_lock import lock
 
 
 logger = get_logger(__name__)
@@ -28,6 +29,34 @@ logger = get_logger(__name__)
 STATE_FILE = "trainer_state.json"
 _BEFORE = "before-"  # an intact checkpoint while another one of its number is written
 _NAME = re.compile(rf"({_BEFORE})?{PREFIX_CHECKPOINT_DIR}-(\d+)")
+
+# Names that a save gives. What else lies in a checkpoint is of callbacks and the like, whatever its suffix.
+_TORCH_WEIGHTS = ("pytorch_model*.bin", "adapter_model*.bin")
+_TORCH_FILES = (
+    *_TORCH_WEIGHTS,
+    "optimizer.pt",
+    "optimizer.bin",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "generation_batch_*.pt",
+)
+_SAVED = (
+    *_TORCH_FILES,
+    STATE_FILE,
+    "model*.safetensors",
+    "adapter_model*.safetensors",
+    "*model*.index.json",
+    # DeepSpeed and FSDP, in folders
+    "global_step*",
+    "pytorch_model_fsdp*",
+    "optimizer_[0-9]*",
+)
+# What continues a training besides its weights, if any of these is there.
+_STATES = {
+    "the optimizer": ("*optimizer.pt*", "optimizer.bin", "optimizer_[0-9]*", "global_step*"),
+    "the learning rate schedule": ("scheduler.pt", "global_step*"),
+}
 
 
 def saved_values(state: TrainerState) -> dict[str, object]:
@@ -50,15 +79,20 @@ def newest_checkpoint(output_dir: str) -> str | None:
     return None
 
 
-def checkpoint_to_resume(resume: str | bool | None, output_dir: str) -> str | None:
+def checkpoint_to_resume(resume: object, output_dir: str) -> str | None:
     """
     The folder that `resume_from_checkpoint` asks for; `None` if a training starts anew.
 
     Raises:
-        ValueError: if there is no intact checkpoint, with what is missing.
+        ValueError: if there is no intact checkpoint, with what is missing, or if `resume` is no such setting.
     """
     if resume is None or resume is False:
         return None
+    if not isinstance(resume, bool | str | os.PathLike):
+        raise ValueError(
+            f"`resume_from_checkpoint={resume!r}` is neither `True` (the newest intact checkpoint in `output_dir`) "
+            "nor `False` (start anew) nor the path of a checkpoint. Set one of these."
+        )
     if resume is True:
         folder = newest_checkpoint(output_dir)
         if folder is None:
@@ -67,13 +101,14 @@ def checkpoint_to_resume(resume: str | bool | None, output_dir: str) -> str | No
                 "to start anew, or name another folder."
             )
         return folder
-    reason = why_not_intact(resume)
+    folder = os.fspath(cast("str | os.PathLike[str]", resume))
+    reason = why_not_intact(folder)
     if reason is not None:
         raise ValueError(
-            f"`resume_from_checkpoint={resume}`: the checkpoint is not intact: {reason} Name another one, or set "
+            f"`resume_from_checkpoint={folder}`: the checkpoint is not intact: {reason} Name another one, or set "
             "`True`: the newest one in `output_dir` that is intact."
         )
-    return resume
+    return folder
 
 
 def why_not_intact(folder: str) -> str | None:
@@ -82,29 +117,30 @@ def why_not_intact(folder: str) -> str | None:
     if not path.is_dir():
         return "There is no such folder."
     try:
-        state: object = json.loads((path / STATE_FILE).read_text())
+        state: Any = json.loads((path / STATE_FILE).read_text())
+        TrainerState(**state)
     except FileNotFoundError:
         return f"{STATE_FILE} is missing, which is written last."
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         return f"{STATE_FILE} cannot be read: {error}."
-    if not isinstance(state, dict) or not isinstance(cast("dict[str, object]", state).get("global_step"), int):
-        return f"{STATE_FILE} does not say `global_step`."
+    for name in ("global_step", "train_batch_size"):  # transformers computes with them
+        if not isinstance(state.get(name), int):
+            return f"{STATE_FILE} does not say `{name}`."
     return _missing_weights(path) or _truncated_file(path)
 
 
 def _missing_weights(path: Path) -> str | None:
-    for index in path.glob("*.index.json"):
+    for index in path.glob("*model*.index.json"):
         try:
             shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError) as error:
+            missing = sorted(shard for shard in shards if not (path / shard).is_file())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return f"{index.name} cannot be read: {error}."
-        missing = sorted(shard for shard in shards if not (path / shard).is_file())
         if missing:
             return f"{', '.join(missing)} is missing, which {index.name} names."
     # DeepSpeed, FSDP and further adapters have folders of their own.
-    if not any(file.is_dir() or file.suffix == ".safetensors" or file.match("*model*.bin") for file in path.iterdir()):
-        return "It holds no weights."
-    return None
+    has_weights = any(file.is_dir() or file.suffix == ".safetensors" for file in path.iterdir())
+    return None if has_weights or any(_matching(path, _TORCH_WEIGHTS)) else "It holds no weights."
 
 
 def _truncated_file(path: Path) -> str | None:
@@ -114,11 +150,24 @@ def _truncated_file(path: Path) -> str | None:
                 pass
         except (OSError, SafetensorError) as error:
             return f"{file.name} is truncated: {error}."
-    for pattern in ("*.pt", "*.pth", "*model*.bin"):
-        for file in sorted(path.rglob(pattern)):
-            if not zipfile.is_zipfile(file):  # `torch.save` writes the list of contents last
-                return f"{file.name} is truncated."
+    for file in _matching(path, tuple(f"**/{pattern}" for pattern in _TORCH_FILES)):
+        if not zipfile.is_zipfile(file):  # `torch.save` writes the list of contents last
+            return f"{file.name} is truncated."
     return None
+
+
+def missing_states(folder: str, process_index: int, num_processes: int) -> list[str]:
+    """What a checkpoint does not hold of the state of a training, and transformers starts anew without a word."""
+    missing = [name for name, patterns in _STATES.items() if not _matching(Path(folder), patterns)]
+    file = f"rng_state_{process_index}.pth" if num_processes > 1 else "rng_state.pth"
+    return missing if Path(folder, file).is_file() else [*missing, "the random numbers"]
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
+
+
+# How one is written
 
 
 @contextmanager
@@ -127,7 +176,8 @@ def written_anew(folder: Path, accelerator: Accelerator, should_save: bool) -> I
     Context in which a checkpoint is written: into a new folder, not over an older one of the same number.
 
     transformers writes file by file into the folder that is there: until it is done, the older `trainer_state.json`
-    would vouch for files of both. An older one that is intact stays until the new one is.
+    would vouch for files of both. An older one that is intact stays until the new one is. Of one that is not, what a
+    save has written goes. What callbacks have written into the folder before the save is not touched.
 
     Args:
         folder (`Path`):
@@ -136,55 +186,97 @@ def written_anew(folder: Path, accelerator: Accelerator, should_save: bool) -> I
             Whether this process writes what all share.
     """
     before = folder.with_name(_BEFORE + folder.name)
-    if should_save and folder.exists():
-        if why_not_intact(str(folder)) is None:
-            shutil.rmtree(before, ignore_errors=True)
-            folder.rename(before)
-        else:
-            shutil.rmtree(folder)
+    if should_save and why_not_intact(str(folder)) is None:
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
+    elif should_save:
+        for file in _matching(folder, _SAVED):
+            if file.is_dir():
+                shutil.rmtree(file)
+            else:
+                file.unlink()
     accelerator.wait_for_everyone()  # each process writes files of its own
     yield
     if should_save:
         shutil.rmtree(before, ignore_errors=True)
 
 
+def named_again(folder: str, output_dir: str, accelerator: Accelerator, should_save: bool) -> str:
+    """
+    A checkpoint to resume; one that was set aside takes the place of the one that was not finished.
+
+    Returns:
+        `str`: where it lies then, on every process.
+    """
+    path = Path(folder)
+    if not path.name.startswith(_BEFORE) or path.parent.resolve() != Path(output_dir).resolve():
+        return folder
+    unfinished = path.with_name(path.name.removeprefix(_BEFORE))
+    accelerator.wait_for_everyone()  # all have found it
+    if should_save and why_not_intact(str(unfinished)) is not None:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        path.rename(unfinished)
+    accelerator.wait_for_everyone()
+    return str(path if path.exists() else unfinished)
+
+
 # The folder of a training
+
+_locked: set[int] = set()  # descriptors of folders
+
+
+def _close_in_child() -> None:
+    """A process that a reward function forks may outlive the training, and is none."""
+    while _locked:
+        os.close(_locked.pop())
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextmanager
-def only_training_in(output_dir: str, is_main_process: bool) -> Iterator[None]:
+def only_training_in(output_dir: str, is_writer: bool) -> Iterator[None]:
     """
-    Context of a training: no other one writes its checkpoints to the same folder meanwhile.
+    Context of a training: no other one writes its checkpoints or trees to the same folder meanwhile.
+
+    Args:
+        output_dir (`str`):
+            Made if it is not there.
+        is_writer (`bool`):
+            Whether this process is the one that writes.
 
     Raises:
         ValueError: if another one does.
     """
-    if not is_main_process:
+    descriptor = _locked_folder(output_dir) if is_writer else None
+    try:
         yield
-        return
+    finally:
+        if descriptor in _locked:  # it is not in a process that was forked meanwhile
+            _locked.remove(descriptor)
+            os.close(descriptor)
+
+
+def _locked_folder(output_dir: str) -> int | None:
+    """Descriptor that holds the lock of a folder; `None` where there are no locks."""
     os.makedirs(output_dir, exist_ok=True)
     try:
         descriptor = os.open(output_dir, os.O_RDONLY)
     except OSError:  # Windows opens no folder
-        yield
-        return
+        return None
     try:
-        try:
-            lock(descriptor)
-        except BlockingIOError:
-            raise ValueError(
-                f"Another training writes to `output_dir` ({output_dir}): each would write over the other's "
-                "checkpoints. Name another folder, or wait for its end."
-            ) from None
-        except OSError:  # no locks there
-            yield
-            return
-        try:
-            yield
-        finally:
-            unlock(descriptor)
-    finally:
+        lock(descriptor)
+    except OSError as error:
         os.close(descriptor)
+        if not isinstance(error, BlockingIOError):  # no locks there
+            return None
+        raise ValueError(
+            f"Another training writes to `output_dir` ({output_dir}): each would write over the other's "
+            "checkpoints. Name another folder, or wait for its end."
+        ) from None
+    _locked.add(descriptor)
+    return descriptor
 
 
 def warn_of_earlier_checkpoints(output_dir: str) -> None:

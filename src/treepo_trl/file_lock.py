@@ -14,10 +14,3 @@ def lock(descriptor: int) -> None:
     except ImportError as error:
         raise OSError("there are no such locks on Windows") from error
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def unlock(descriptor: int) -> None:
-    """Give a lock back, also where processes that were forked have the descriptor too."""
-    import fcntl
-
-    fcntl.flock(descriptor, fcntl.LOCK_UN)

@@ -21,7 +21,14 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .checkpoints import STATE_FILE, saved_values, warn_of_earlier_checkpoints, written_anew
+from .checkpoints import (
+    STATE_FILE,
+    missing_states,
+    named_again,
+    saved_values,
+    warn_of_earlier_checkpoints,
+    written_anew,
+)
 
 
 if TYPE_CHECKING:
@@ -40,6 +47,7 @@ _BATCH_SETTINGS = (
     "steps_per_generation",
     "num_iterations",
     "num_generations",
+    "temperature",  # of the log-probabilities
     "beta",
     "use_vllm",
     "vllm_importance_sampling_correction",
@@ -122,32 +130,57 @@ class ResumePoint(TrainerCallback):
     def _file(self, folder: str | Path) -> Path:
         return Path(folder, f"generation_batch_{self._trainer.accelerator.process_index}.pt")
 
-    def restore(self, folder: str | None) -> None:
-        """Bring the trainer to where a checkpoint was written, or to the start of a training."""
+    def restore(self, folder: str | None) -> str | None:
+        """
+        Bring the trainer to where a checkpoint was written, or to the start of a training.
+
+        Returns:
+            `str`, *optional*: the folder that transformers is to load the rest from.
+        """
         trainer = self._trainer
         trainer._step, trainer._buffered_inputs = 0, None
         trainer._last_loaded_step = -1  # what vLLM holds may be of another training
         self._resumed_at = 0
+        output_dir = str(trainer.args.output_dir)
         if folder is None:
-            warn_of_earlier_checkpoints(str(trainer.args.output_dir))
-            return
+            warn_of_earlier_checkpoints(output_dir)
+            return None
+        folder = named_again(folder, output_dir, trainer.accelerator, trainer.args.should_save)
         state = TrainerState.load_from_json(str(Path(folder, STATE_FILE)))
         self._resumed_at = state.global_step
-        if not any(Path(folder).rglob("*optim*")):
+        self._warn_of_states(folder)
+        self._restore_batch(folder, state)
+        return folder
+
+    def _warn_of_states(self, folder: str) -> None:
+        """Say what of a training its checkpoint does not hold."""
+        args, accelerator = cast("GRPOConfig", self._trainer.args), self._trainer.accelerator
+        missing = missing_states(folder, accelerator.process_index, accelerator.num_processes)
+        if missing:
             logger.warning(
-                f"{folder} holds no state of the optimizer (`save_only_model`): optimizer and learning rate schedule "
-                "start anew."
+                f"{folder} holds no state of {', nor of '.join(missing)} (`save_only_model` leaves them out). What is "
+                "missing starts anew, optimizer and schedule together: this is not the curve of a training that was "
+                "not interrupted."
             )
+        if args.sync_ref_model and args.beta != 0:
+            logger.warning(
+                "`sync_ref_model=True`: checkpoints do not hold the reference model. It starts anew from the initial "
+                "weights: this is not the curve of a training that was not interrupted."
+            )
+
+    def _restore_batch(self, folder: str, state: TrainerState) -> None:
+        trainer = self._trainer
         saved = cast("dict[str, Any] | None", saved_values(state).get(_BATCH))
         if saved is None:  # of stock `GRPOTrainer`, or of this one when it saved no rows
             if state.global_step * trainer.args.gradient_accumulation_steps % self._window:
                 self._warn(folder, "it does not hold its rows")
             return
-        changed = {name: value for name, value in self._settings().items() if saved.get(name) != value}
+        # What an older checkpoint does not say is taken as unchanged.
+        changed = {name: value for name, value in self._settings().items() if saved.get(name, value) != value}
         is_inside = saved["micro_steps"] % (saved["steps_per_generation"] * saved["num_iterations"])
         if changed:
             if is_inside:
-                self._warn(folder, ", ".join(f"`{k}` was {saved.get(k)} and is {v}" for k, v in changed.items()))
+                self._warn(folder, ", ".join(f"`{k}` was {saved[k]} and is {v}" for k, v in changed.items()))
             return
         trainer._step = saved["micro_steps"]
         if is_inside:

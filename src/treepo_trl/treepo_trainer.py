@@ -164,12 +164,12 @@ class TreePOTrainer(GRPOTrainer):
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> TrainOutput:
         """Train as [`~transformers.Trainer`] does; `True` resumes from the newest checkpoint that is intact."""
-        output_dir = str(self.args.output_dir)
-        folder = checkpoint_to_resume(resume_from_checkpoint, output_dir)
-        with only_training_in(output_dir, self.accelerator.is_main_process):
+        args = self.args
+        folder = checkpoint_to_resume(resume_from_checkpoint, str(args.output_dir))
+        writes = args.save_strategy != "no" or args.enable_jit_checkpoint or args.log_trees
+        with only_training_in(str(args.output_dir), writes and self.accelerator.is_main_process):
             self._batch = TreeBatch(step=-1)
-            self._resume_point.restore(folder)
-            return super().train(folder, trial, ignore_keys_for_eval)
+            return super().train(self._resume_point.restore(folder), trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         with self._resume_point.saved(trial):

@@ -191,7 +191,7 @@ def test_the_checkpoint_is_chosen_before_the_model_is_loaded(
         checkpoint.mkdir(parents=True)
         save_file({"w": torch.zeros(1)}, checkpoint / "model.safetensors")
         if step < 3:
-            (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+            (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "train_batch_size": 2}))
     calls: list[str | None] = []
 
     class Trainer:

@@ -1,6 +1,8 @@
 """A training whose process ends goes on from its last whole checkpoint, as if nothing had been."""
 
+import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +12,13 @@ from tests.support.faults import (
     KILLED,
     LAST_SAVED,
     assert_same_training,
+    die,
     output_of,
     run_in_process,
     syncing_training,
     training,
 )
+from treepo_trl.checkpoints import only_training_in
 
 
 def resume(folder: Path, model: str, job: Callable[..., None] = training) -> str:
@@ -51,3 +55,41 @@ def test_a_full_disk_loses_nothing_but_the_step(whole: Path, tmp_path: Path, tin
     assert not (tmp_path / f"checkpoint-{LAST_SAVED + 1}/trainer_state.json").exists()
     resume(tmp_path, tiny_model_dir)
     assert_same_training(tmp_path, whole)
+
+
+def holder(folder: Path) -> None:
+    """Die as a training whose reward function has left a process behind."""
+    with only_training_in(str(folder), True):
+        left = os.fork()
+        if left == 0:
+            time.sleep(60)
+            os._exit(0)
+        (folder / "left").write_text(str(left))
+        die()
+
+
+def test_a_process_left_behind_does_not_hold_the_folder(tmp_path: Path) -> None:
+    assert run_in_process(holder, tmp_path) == -signal.SIGKILL, output_of(tmp_path)
+    left = int((tmp_path / "left").read_text())
+    try:
+        os.kill(left, 0)  # it lives
+        with only_training_in(str(tmp_path), True):
+            pass
+    finally:
+        os.kill(left, signal.SIGKILL)
+
+
+def test_a_child_leaves_the_lock_to_its_parent(tmp_path: Path) -> None:
+    """Neither its end nor its way out of the context is the end of the training."""
+    training_there = only_training_in(str(tmp_path), True)
+    training_there.__enter__()
+    child = os.fork()
+    if child == 0:
+        training_there.__exit__(None, None, None)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with pytest.raises(ValueError, match="Another training"), only_training_in(str(tmp_path), True):
+        pass
+    training_there.__exit__(None, None, None)
+    with only_training_in(str(tmp_path), True):
+        pass

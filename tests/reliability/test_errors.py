@@ -80,6 +80,14 @@ def test_a_second_training_in_the_folder_at_once_is_refused(tmp_path: Path, tiny
     second.train()
 
 
+def test_trainings_that_write_nothing_share_a_folder(tmp_path: Path, tiny_model_dir: str) -> None:
+    changes = {"save_strategy": "no", "log_trees": False, "max_steps": 1}
+    first, second = (make_trainer(tmp_path, tiny_model_dir, **changes) for _ in range(2))
+    around(first, first.policy_engine.engine, "collect", 0, before=lambda *_: second.train())
+    first.train()
+    assert first.state.global_step == second.state.global_step == 1
+
+
 def test_a_training_that_starts_anew_in_a_used_folder_says_so(
     tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture
 ) -> None:

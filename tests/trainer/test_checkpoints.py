@@ -29,7 +29,7 @@ from tests.support.trainers import (
     reward_by_kind,
     train,
 )
-from treepo_trl.checkpoints import checkpoint_to_resume, newest_checkpoint, why_not_intact, written_anew
+from treepo_trl.checkpoints import checkpoint_to_resume, named_again, newest_checkpoint, why_not_intact, written_anew
 
 
 def saved_state(checkpoint: Path) -> dict[str, Any]:
@@ -136,7 +136,8 @@ def inside(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: str) -> Pat
 
 
 @pytest.mark.parametrize(
-    "kind", ["another setting", "no rows", "unreadable rows", "an older checkpoint", "save_only_model"]
+    "kind",
+    ["another setting", "another temperature", "no rows", "unreadable rows", "an older checkpoint", "save_only_model"],
 )
 def test_a_batch_that_cannot_go_on_is_sampled_anew_with_a_warning(
     tmp_path: Path, tiny_model_dir: str, inside: Path, caplog: pytest.LogCaptureFixture, kind: str
@@ -145,7 +146,7 @@ def test_a_batch_that_cannot_go_on_is_sampled_anew_with_a_warning(
     rows, state = checkpoint / "generation_batch_0.pt", checkpoint / "trainer_state.json"
     if kind == "unreadable rows":
         torch.save(Path("an object, not a tensor"), rows)
-    elif kind != "another setting":
+    elif not kind.startswith("another"):
         rows.unlink()
     if kind == "an older checkpoint":
         content = json.loads(state.read_text())
@@ -154,11 +155,14 @@ def test_a_batch_that_cannot_go_on_is_sampled_anew_with_a_warning(
     if kind == "save_only_model":
         (checkpoint / "optimizer.pt").unlink()
     settings = {**INSIDE, "num_iterations": 3 if kind == "another setting" else 2}
+    if kind == "another temperature":
+        settings["temperature"] = 0.5
     resumed = build(RecordingTrainer, tiny_model_dir, make_config(tmp_path, max_steps=2, **settings))
     resumed.train(resume_from_checkpoint=str(checkpoint))
     (message,) = [record.message for record in caplog.records if "middle of a generation batch" in record.message]
     assert {
         "another setting": "`num_iterations` was 2 and is 3",
+        "another temperature": "and is 0.5",
         "no rows": "No such file",
         "save_only_model": "No such file",
         "unreadable rows": "cannot be read",
@@ -167,6 +171,37 @@ def test_a_batch_that_cannot_go_on_is_sampled_anew_with_a_warning(
     assert ("holds no state of the optimizer" in caplog.text) is (kind == "save_only_model")
     assert len(resumed.sampled) == 1
     assert resumed.state.global_step == 2
+
+
+def test_what_a_checkpoint_does_not_hold_is_said(
+    tmp_path: Path, tiny_model_dir: str, inside: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights of the reference model are in none, and transformers says nothing of files that are missing."""
+
+    def said(missing: str | None, **changes: Any) -> str:
+        checkpoint = shutil.copytree(inside, tmp_path / "checkpoint-1", dirs_exist_ok=True)
+        if missing is not None:
+            (checkpoint / missing).unlink()
+        caplog.clear()
+        trainer = build(RecordingTrainer, tiny_model_dir, make_config(tmp_path, max_steps=1, **INSIDE, **changes))
+        trainer._resume_point.restore(str(checkpoint))
+        return caplog.text
+
+    assert said(None) == ""
+    assert "no state of the optimizer (" in said("optimizer.pt")
+    assert "no state of the learning rate schedule (" in said("scheduler.pt")
+    assert "no state of the random numbers (" in said("rng_state.pth")
+    assert "`sync_ref_model=True`" in said(None, beta=0.1, sync_ref_model=True)
+
+
+def test_a_checkpoint_that_was_set_aside_is_resumed(tmp_path: Path, tiny_model_dir: str, inside: Path) -> None:
+    shutil.copytree(inside, tmp_path / "before-checkpoint-1")
+    (tmp_path / "checkpoint-1").mkdir()
+    resumed = build(RecordingTrainer, tiny_model_dir, make_config(tmp_path, max_steps=2, **INSIDE))
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+    assert not resumed.sampled
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_a_resumed_training_draws_on_from_an_iterable_dataset(tmp_path: Path, tiny_model_dir: str) -> None:
@@ -228,10 +263,10 @@ def test_training_twice_starts_again(tmp_path: Path, tiny_model_dir: str, num_it
 
 
 def fake_checkpoint(folder: Path) -> Path:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file({"weight": torch.zeros(1000)}, folder / "model.safetensors")
     torch.save({"state": torch.zeros(1000)}, folder / "optimizer.pt")
-    (folder / "trainer_state.json").write_text('{"global_step": 4, "log_history": []}')
+    (folder / "trainer_state.json").write_text('{"global_step": 4, "train_batch_size": 2}')
     return folder
 
 
@@ -266,6 +301,37 @@ def test_what_is_missing_is_said_before_anything_is_loaded(tmp_path: Path, missi
     assert checkpoint_to_resume(None, str(tmp_path)) is checkpoint_to_resume(False, str(tmp_path)) is None
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *[("model.safetensors.index.json", text) for text in ("[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}')],
+        *[
+            ("trainer_state.json", text)
+            for text in ("[]", '{"global_step": 2}', '{"train_batch_size": 2}', '{"a": 1}')
+        ],
+    ],
+)
+def test_a_file_that_says_something_else_is_found(tmp_path: Path, file: str, content: str) -> None:
+    checkpoint = fake_checkpoint(tmp_path / "checkpoint-4")
+    (checkpoint / file).write_text(content)
+    assert str(why_not_intact(str(checkpoint))).startswith(file)
+
+
+def test_files_of_callbacks_are_not_judged(tmp_path: Path) -> None:
+    checkpoint = fake_checkpoint(tmp_path / "checkpoint-4")
+    for name in ("probe.pt", "probe.pth", "reward_model.bin", "probe.index.json"):
+        (checkpoint / name).write_bytes(b"a pickle of its own")
+    assert why_not_intact(str(checkpoint)) is None
+
+
+def test_what_else_asks_for_a_checkpoint(tmp_path: Path) -> None:
+    checkpoint = fake_checkpoint(tmp_path / "checkpoint-4")
+    assert checkpoint_to_resume(checkpoint, str(tmp_path)) == str(checkpoint)
+    for resume in (0, 1, ["checkpoint-4"]):
+        with pytest.raises(ValueError, match=r"neither `True`.* nor `False`.* nor the path"):
+            checkpoint_to_resume(resume, str(tmp_path))
+
+
 def test_the_newest_intact_checkpoint_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     PartialState()
     assert newest_checkpoint(str(tmp_path / "nowhere")) is None
@@ -288,8 +354,8 @@ def test_a_checkpoint_is_not_written_over_another_one(tmp_path: Path, is_intact:
 
     def write_half() -> None:
         with written_anew(folder, Accelerator(cpu=True), should_save=True):
-            assert not folder.exists()
-            folder.mkdir()
+            assert not list(folder.glob("*"))
+            folder.mkdir(exist_ok=True)
             (folder / "model.safetensors").write_bytes(b"half")
             raise OSError("full")
 
@@ -301,3 +367,32 @@ def test_a_checkpoint_is_not_written_over_another_one(tmp_path: Path, is_intact:
     with written_anew(folder, Accelerator(cpu=True), should_save=True):
         fake_checkpoint(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_what_was_written_before_a_save_stays(tmp_path: Path) -> None:
+    """By callbacks in the same step, also beside a half of an earlier attempt."""
+    folder = tmp_path / "checkpoint-4"
+    (folder / "samples").mkdir(parents=True)
+    for name in ("checkpoint-is-incomplete.txt", "samples/model.safetensors", "probe.pt"):
+        (folder / name).write_text("mine")
+    for _ in range(2):
+        with written_anew(folder, Accelerator(cpu=True), should_save=True):
+            assert len([path for path in folder.rglob("*") if path.is_file()]) == 3
+            (folder / "optimizer.pt").write_bytes(b"half")
+            (folder / "global_step4").mkdir()
+            (folder / "trainer_state.json").write_text("{")
+
+
+def test_a_checkpoint_that_was_set_aside_takes_its_name_again(tmp_path: Path) -> None:
+    """In place of the half for which it was; not of a whole one, nor outside of the training's folder."""
+    accelerator = Accelerator(cpu=True)
+    before, folder = str(fake_checkpoint(tmp_path / "before-checkpoint-4")), tmp_path / "checkpoint-4"
+    fake_checkpoint(folder)
+    assert named_again(before, str(tmp_path), accelerator, True) == before
+    cut(folder / "model.safetensors", 10)
+    assert newest_checkpoint(str(tmp_path)) == before
+    assert named_again(before, str(tmp_path / "other"), accelerator, True) == before
+    assert named_again(before, str(tmp_path), accelerator, True) == str(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert named_again(str(folder), str(tmp_path), accelerator, True) == str(folder)
+    assert why_not_intact(str(folder)) is None
