@@ -168,13 +168,6 @@ def test_a_loop_that_ends_with_eos_is_a_stop() -> None:
     assert reasons(tree_of(engine, 2, branching_factor=1, decode=decode, **changes)) == ["stop"] * 2
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 30])
-def test_the_last_tokens_of_a_path_are_the_end_of_its_completion(length: int) -> None:
-    tree = tree_of(FakeEngine(endless))
-    for node in (None, *range(len(tree.nodes))):
-        assert tree.tail_ids(node, length) == tree.completion_ids(node)[-length:]
-
-
 @pytest.mark.parametrize("rule", [{"stop_pattern": "x"}, {"stop_repetition": True}])
 def test_a_text_rule_without_decode_is_refused(rule: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="pass `decode`"):
