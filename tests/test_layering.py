@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("update",),
     ("treepo_config",),
     ("policy", "metrics", "tree_log", "prompt_stream", "checks", "reward_watch"),
-    ("tree_batch", "resume_point"),
+    ("tree_batch", "resume_point", "width_schedule"),
     ("dynamic_sampling",),
     ("memory",),
     ("treepo_trainer",),

@@ -17,7 +17,7 @@ from .metrics import add_totals
 from .sampling import SegmentTree
 from .tree_log import TreeLogLine
 from .treepo_config import TreePOConfig
-from .update.advantages import expand_to_tokens, leaf_paths, tree_advantages
+from .update.advantages import expand_to_tokens, leaf_paths, leaf_scores, tree_advantages
 from .update.rewards import combine_rewards
 
 
@@ -155,6 +155,7 @@ class TreeBatch:
             args.advantage_estimator,
             subgroup_rejection=args.subgroup_rejection,
             leaf_weights=weights,
+            leaf_scores=leaf_scores(self.trees) if args.advantage_estimator == "optimal_baseline" else None,
         )
         if weights is not None:  # the loss averages over leaves, so a weight of 1/W is neutral
             advantages = advantages * (weights * shape[1])[:, :, None]

@@ -47,12 +47,14 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "help": "How rewards become advantages. A node's value is the mean reward of the leaves below it. Three "
             "give a completion one advantage. `treepo` is the mean of the reward minus the values of the prompt and "
             "of each shared node on the path (Eq. 5 of the paper). `treepo_size_weighted` weights these terms by the "
-            "number of leaves (Eq. 6). `grpo` takes the prompt's value alone. Four give each segment its own. "
+            "number of leaves (Eq. 6). `grpo` takes the prompt's value alone. Five give each segment its own. "
             "`treepo_segment` leaves out the nodes that hold no alternative to the segment. `value_difference` is the "
             "value of the segment's node minus its parent's. `treerl` adds that node's value minus the prompt's, and "
             "divides by the square root of the leaves below. `leave_one_out` is the node's value minus that of the "
-            "leaves which are not below it. Paper: `treepo`. Set `leave_one_out` with "
-            "`leaf_weighting='inverse_branching'` for the policy gradient itself, with more noise."
+            "leaves which are not below it, near relatives counting most. `optimal_baseline` weights these leaves by "
+            "how unsure the model was, the sum of 1 - p over their tokens, which has less noise where right and wrong "
+            "completions differ in that. Paper: `treepo`. Set one of the last two with "
+            "`leaf_weighting='inverse_branching'` for the policy gradient itself."
         },
     )
     subgroup_rejection: bool = field(

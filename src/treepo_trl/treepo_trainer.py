@@ -22,7 +22,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer, RewardFunc
 from trl.trainer.utils import get_config_model_id
 
 from . import trl_seams
-from .checkpoints import checkpoint_to_resume, only_training_in, saved_values
+from .checkpoints import checkpoint_to_resume, only_training_in
 from .checks import NoStepIsAnError, check_arguments, check_datasets, check_rows, check_tokenizer
 from .dynamic_sampling import DynamicSampling, Rows, forget_stream
 from .metrics import reduce_totals, replace_last, tree_metrics, tree_totals
@@ -35,6 +35,7 @@ from .tree_log import write_trees
 from .treepo_config import TreePOConfig
 from .update.packable import packed_forward_for
 from .update.packed_forward import PackedForward
+from .width_schedule import WidthSchedule
 
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
-
-_EXPECTED_LENGTH = "treepo_expected_length"  # mean completion of the last batch in tokens, in the state of checkpoints
 
 
 class TreePOTrainer(GRPOTrainer):
@@ -145,6 +144,7 @@ class TreePOTrainer(GRPOTrainer):
         self.policy_engine.connect(self)
         self._decode = text_decoder(self._tokenizer)
         self.sampler = TreeSampler(self.policy_engine.engine, args, self.eos_token_ids, self._decode)
+        self._width_schedule = WidthSchedule(args)
         self.dynamic_sampling = DynamicSampling(self, self._sample) if args.dynamic_sampling_rounds > 0 else None
         self._packed_forward = self._build_packed_forward()
         self._batch = TreeBatch(step=-1)  # under way, or the last one: GRPOTrainer's methods cannot hand it on
@@ -189,8 +189,8 @@ class TreePOTrainer(GRPOTrainer):
             else:
                 inputs = self.dynamic_sampling.fill(batch, len(inputs) // self.num_generations)
             output = super()._generate_and_score_completions(inputs)
-        self._log_metrics(batch)
         rewards, divisors = batch.combined_rewards(self)
+        self._log_metrics(batch, rewards / divisors)
         if self.args.advantage_estimator != "grpo" or self.args.leaf_weighting != "uniform":
             output["advantages"] = batch.advantages(rewards, divisors, self.args, output["completion_ids"].size(1))
             means = self.accelerator.gather(batch.mean_advantages(output["advantages"]))
@@ -236,7 +236,8 @@ class TreePOTrainer(GRPOTrainer):
                 prompts,
                 seed,
                 progress=self.state.global_step / max(self.state.max_steps, 1),
-                expected_length=cast("int | None", saved_values(self.state).get(_EXPECTED_LENGTH)),
+                expected_length=self._width_schedule.expected_length(self.state),
+                widths=self._width_schedule.widths(self.state),
             )[own]
         batch.totals.append(tree_totals(trees, self.sampler.stats, num_processes))
         return trees
@@ -285,15 +286,14 @@ class TreePOTrainer(GRPOTrainer):
             self._metrics["train" if self.model.training else "eval"][name].extend(values)
         return logps, entropies, aux_loss
 
-    def _log_metrics(self, batch: TreeBatch) -> None:
-        """Log what the batch has cost; tell how far the engine's log-probabilities were from the policy's."""
+    def _log_metrics(self, batch: TreeBatch, scaled_rewards: torch.Tensor) -> None:
+        """Log what the batch has cost and shown; tell how far the engine was from the policy."""
         logged = self._metrics["train"]
         totals = reduce_totals(batch.summed_totals(), self.accelerator)
         metrics = tree_metrics(totals)
         if self.dynamic_sampling is not None:
             metrics["dynamic_sampling/discarded_tokens"] = totals["unique_tokens"] - totals["kept_tokens"]
-        for name, value in metrics.items():
+        learn = partial(self._width_schedule.learn, self.state, metrics["tree/mean_length"], batch.trees)
+        for name, value in (metrics | learn(scaled_rewards, self.accelerator)).items():
             logged[name].append(value)
-        # Part of what checkpoints save and every process knows: a resumed run branches as an uninterrupted one.
-        saved_values(self.state)[_EXPECTED_LENGTH] = max(round(metrics["tree/mean_length"]), 1)
         self.policy_engine.compare(logged.get("sampling/sampling_logp_difference/mean", []))

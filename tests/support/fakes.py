@@ -189,10 +189,10 @@ class MarkovEngine(QueueEngine):
         tokens, logprobs, entropies = [], [], []
         while len(tokens) < request.max_tokens and (not tokens or tokens[-1] != EOS):
             row = self.TRANSITIONS[state]
-            (state,) = self.rng.choices(range(4), row)
+            (state,) = self.rng.choices(range(len(row)), row)
             tokens.append(state)
             logprobs.append(math.log(row[state]))
-            entropies.append(-sum(p * math.log(p) for p in row))
+            entropies.append(-sum(p * math.log(p) for p in row if p > 0))
         reason = "stop" if tokens[-1] == EOS else "length"
         return SegmentResult(request.request_id, tokens, logprobs, reason, entropies)
 

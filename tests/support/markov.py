@@ -9,7 +9,7 @@ import torch
 
 from tests.support.fakes import EOS, MarkovEngine
 from treepo_trl import SegmentTree, TreeSampler, TreeSamplingConfig
-from treepo_trl.update.advantages import leaf_paths, tree_advantages
+from treepo_trl.update.advantages import leaf_paths, leaf_scores, tree_advantages
 
 
 PROBABILITIES = torch.tensor(MarkovEngine.TRANSITIONS, dtype=torch.float64)
@@ -47,7 +47,9 @@ def estimated_gradient(tree: SegmentTree, estimator: str, leaf_weighting: str) -
     shares = torch.full_like(rewards, 1 / len(rewards))
     if leaf_weighting == "inverse_branching":
         weights = shares = torch.tensor(tree.leaf_weights(), dtype=torch.float64)
-    advantages = tree_advantages(rewards, ids[0], estimator, leaf_weights=weights) * shares[:, None]
+    scores = leaf_scores([tree])[0]
+    advantages = tree_advantages(rewards, ids[0], estimator, leaf_weights=weights, leaf_scores=scores)
+    advantages = advantages * shares[:, None]
     # A node's transitions are those of all leaves below it, so their advantages add up.
     per_node = torch.zeros(len(tree.nodes) + 1, dtype=torch.float64)
     per_node.scatter_add_(0, torch.where(ids < 0, len(tree.nodes), ids).flatten(), advantages.flatten())

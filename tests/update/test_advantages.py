@@ -172,7 +172,12 @@ def leaf_sets(draw: st.DrawFn) -> LeafSet:
 
 
 def slow_reference(
-    rewards: torch.Tensor, ancestors: torch.Tensor, estimator: str, subgroup_rejection: bool, weights: torch.Tensor
+    rewards: torch.Tensor,
+    ancestors: torch.Tensor,
+    estimator: str,
+    subgroup_rejection: bool,
+    weights: torch.Tensor,
+    scores: torch.Tensor,
 ) -> torch.Tensor:
     """The docstring as loops."""
     result = torch.zeros(ancestors.shape, dtype=rewards.dtype)
@@ -198,6 +203,12 @@ def slow_reference(
                 others = [k for group in above for k in group if k not in own]
                 result[i, d] = mean(own) - mean(others) if others else 0.0
                 continue
+            if estimator == "optimal_baseline":
+                others = [k for k in scorable if k not in own]
+                norm = sum(weights[k] * scores[k] for k in others)
+                baseline = sum(weights[k] * scores[k] * rewards[k] for k in others) / norm if others else mean(own)
+                result[i, d] = mean(own) - baseline
+                continue
             total, denominator = 0.0, 0.0
             for j, group in enumerate({"grpo": groups[:1], "treepo_segment": above}.get(estimator, groups)):
                 is_equal = len({rewards[k].item() for k in group}) == 1
@@ -217,9 +228,18 @@ def test_agrees_with_a_slow_loop(leaves: LeafSet, options: dict, weighted: bool,
     rewards, ancestors = leaves
     before = rewards.clone()
     weights = torch.rand(len(rewards), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.01
-    fast = tree_advantages(rewards, ancestors, **options, leaf_weights=weights if weighted else None)
+    scores = 0.01 + weights.flip(0) ** 2
+    fast = tree_advantages(
+        rewards,
+        ancestors,
+        **options,
+        leaf_weights=weights if weighted else None,
+        leaf_scores=scores if weighted else None,
+    )
     torch.testing.assert_close(rewards, before, equal_nan=True)  # the caller's are not changed
-    slow = slow_reference(rewards, ancestors, **options, weights=weights if weighted else torch.ones_like(weights))
+    ones = torch.ones_like(weights)
+    given = {"weights": weights, "scores": scores} if weighted else {"weights": ones, "scores": ones}
+    slow = slow_reference(rewards, ancestors, **options, **given)
     torch.testing.assert_close(fast, slow)
 
 
@@ -255,7 +275,10 @@ def test_a_tree_of_depth_one_is_grpo(values: list[float], options: dict) -> None
     rewards = torch.tensor(values)
     ancestors = torch.arange(len(rewards))[:, None]
     expected = rewards - rewards.mean()
-    if options["estimator"] == "leave_one_out":  # RLOO: r - (n m - r)/(n - 1) = (r - m) n/(n - 1)
+    if options["estimator"] in (
+        "leave_one_out",
+        "optimal_baseline",
+    ):  # RLOO: r - (n m - r)/(n - 1) = (r - m) n/(n - 1)
         expected = expected * len(rewards) / max(len(rewards) - 1, 1)
     if options["estimator"] == "treerl":  # parent and query are one: the difference counts twice
         expected = 2 * expected

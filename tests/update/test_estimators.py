@@ -34,16 +34,20 @@ def test_the_exact_gradient_is_the_change_of_the_exact_reward() -> None:
     assert (after - before) == pytest.approx((gradient * step).sum().item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("estimator", ["leave_one_out", "optimal_baseline"])
 @pytest.mark.parametrize(
     ("leaf_weighting", "changes"),
     [
         *(("inverse_branching", {"branch_schedule": "early", "branching_factor": factor}) for factor in (2, 4)),
         *(("inverse_branching", {"branch_schedule": "spread", "branching_factor": factor}) for factor in (2, 4)),
+        ("inverse_branching", {"branch_schedule": "sqrt", "expected_completion_length": 6}),
         ("uniform", {"branching_factor": 1}),  # RLOO
     ],
 )
-def test_leave_one_out_is_the_policy_gradient(leaf_weighting: str, changes: dict[str, Any]) -> None:
-    scores, along = z_scores("leave_one_out", leaf_weighting, **changes)
+def test_exact_estimators_are_the_policy_gradient(
+    estimator: str, leaf_weighting: str, changes: dict[str, Any]
+) -> None:
+    scores, along = z_scores(estimator, leaf_weighting, **changes)
     assert scores.abs().max() < 4.5
     assert along == pytest.approx(1, abs=0.1)
 

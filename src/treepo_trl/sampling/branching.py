@@ -14,7 +14,7 @@ from .tree import SegmentNode, SegmentTree
 
 
 BranchingPolicy = Literal["uniform", "low_prob", "high_prob", "entropy"]
-BranchSchedule = Literal["early", "spread"]
+BranchSchedule = Literal["early", "spread", "sqrt"]
 FallbackPolicy = Literal["random", "low_prob", "root", "none"]
 FallbackCandidates = Literal["finished", "finished_first", "all"]
 
@@ -67,9 +67,14 @@ def spread_width(end: int, expected_length: int, num_generations: int) -> int:
     return math.ceil(num_generations ** min(end / expected_length, 1.0) - 1e-9)
 
 
+def _any_width(_end: int, _expected_length: int, num_generations: int) -> int:
+    return num_generations
+
+
 SCHEDULED_WIDTH: dict[BranchSchedule, Callable[[int, int, int], int]] = {
-    "early": lambda _end, _expected_length, num_generations: num_generations,
+    "early": _any_width,
     "spread": spread_width,
+    "sqrt": _any_width,  # its widths come with the prompts
 }
 """Most paths that a schedule opens in a level, from the same arguments as `spread_width`."""
 

@@ -117,8 +117,11 @@ class TreeSamplingConfig:
         default="early",
         metadata={
             "help": "When a tree branches. `early` branches as soon as it can, as the paper does. `spread` opens the "
-            "branches evenly over the expected length, so that paths share more tokens. Set `spread` if rollouts cost "
-            "too much and completions have similar lengths."
+            "branches evenly over the expected length, so that paths share more tokens. `sqrt` opens paths with the "
+            "square root of the depth, which has the least noise per decoded token as long as nothing is known about "
+            "the task. It takes lengths from the last batches, and of `branching_factor` only whether it is above 1. "
+            "Set `sqrt` for the most signal per token, `spread` if rollouts cost too much and completions have "
+            "similar lengths."
         },
     )
     expected_completion_length: int | None = field(

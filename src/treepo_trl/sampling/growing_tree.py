@@ -7,7 +7,8 @@ tree.
 
 import random
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -33,6 +34,7 @@ from .stopping import (
     tokens_until,
 )
 from .tree import FinishReason, SegmentTree
+from .widths import heaviest_first
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class GrowingTree:
     """Fraction of the training that is done, for the branching temperature."""
     block_size: int | None = None
     """Tokens per block of the engine's prefix cache."""
+    widths: Sequence[float] | None = None
+    """Paths per unit of leaf weight at each depth, where the schedule sets them."""
     level: list[int | None] = field(default_factory=list[int | None])
     """Parents of the level's segments."""
     num_taken: int = 0
@@ -79,6 +83,8 @@ class GrowingTree:
     num_decoded_tokens: int = 0
     """Tokens that were sampled for this tree, those cut off behind a stop pattern included."""
     _max_tokens: int = 0
+    _weights: dict[int | None, float] = field(default_factory=lambda: {None: 1.0})
+    """Leaf weight of the nodes, for trees without fallback."""
     _prefixes: dict[int | None, list[int]] = field(default_factory=dict[int | None, list[int]])
     _results: dict[int, SegmentResult] = field(default_factory=dict[int, SegmentResult])
     _texts: dict[int, tuple[int, str]] = field(default_factory=dict[int, tuple[int, str]])
@@ -89,6 +95,8 @@ class GrowingTree:
         config = self.rules.config
         assert config.initial_branching_factor is not None, "set by the config"
         initial = draw_initial_branching(config.initial_branching_factor, config.num_generations, self.rng)
+        if self.widths is not None:
+            initial = min(max(self._rounded(self.widths[0]), 2), config.num_generations)
         if config.max_tree_tokens is not None:
             initial = max(min(initial, config.max_tree_tokens // self._expected_rest(0)), 1)
         self._ask_for([None] * initial)
@@ -127,7 +135,7 @@ class GrowingTree:
 
     def advance(self) -> int:
         """Store the complete level and decide the next one; returns the number of paths that ended."""
-        config, tree = self.rules.config, self.tree
+        tree = self.tree
         num_leaves = len(tree.leaves)
         parent_texts: dict[int | None, str] = {}
         if self.rules.needs_text:
@@ -137,30 +145,51 @@ class GrowingTree:
         nodes = [
             self._store(parent, self._results[i], parent_texts.get(parent, "")) for i, parent in enumerate(self.level)
         ]
+        counts = Counter(self.level)
+        for node, parent in zip(nodes, self.level, strict=True):
+            self._weights[node] = self._weights[parent] / counts[parent]
         live = [node for node in nodes if tree.nodes[node].finish_reason is None]
         if live and self._tokens_left() < len(live):
             for node in live:
                 tree.finish(node, "length")
             live = []
         if live:
-            temperature = annealed(config.branching_temperature, config.branching_temperature_end, self.progress)
-            scores = branching_scores(config.branching_policy, [tree.nodes[node] for node in live])
-            counts = split_budget(self._level_size(live, len(nodes) - len(live)), scores, self.rng, temperature)
-            self._ask_for([node for node, count in zip(live, counts, strict=True) for _ in range(count)])
+            children = self._children(live, self._level_size(live, len(nodes) - len(live)))
+            self._ask_for([node for node, count in zip(live, children, strict=True) for _ in range(count)])
         else:
             self._ask_for(self._fall_back())
         return len(tree.leaves) - num_leaves
+
+    def _children(self, live: list[int], total: int) -> list[int]:
+        """How many of the next level's segments each live path gets."""
+        config = self.rules.config
+        if config.branching_policy == "uniform" and self.widths is not None:
+            return heaviest_first([self._weights[node] for node in live], total, self.rng)
+        temperature = annealed(config.branching_temperature, config.branching_temperature_end, self.progress)
+        scores = branching_scores(config.branching_policy, [self.tree.nodes[node] for node in live])
+        return split_budget(total, scores, self.rng, temperature)
+
+    def _rounded(self, size: float) -> int:
+        """A whole number whose mean is `size`."""
+        return int(size + self.rng.random())
 
     def _level_size(self, live: list[int], num_finished_now: int) -> int:
         """Segments of the next level, at least one for each live path."""
         config, nodes, num_finished = self.rules.config, self.tree.nodes, len(self.tree.leaves)
         if self.num_fallback_leaves:
             return len(live)  # each of these paths stands for one missing leaf
-        size = level_budget(len(live), num_finished, num_finished_now, config.num_generations, config.branching_factor)
-        expected = self.max_length if self.expected_length is None else min(self.expected_length, self.max_length)
-        scheduled_width = SCHEDULED_WIDTH[config.branch_schedule]
-        end = nodes[live[0]].end + self._segment_length
-        size = min(size, scheduled_width(end, expected, config.num_generations) - num_finished)
+        size = config.num_generations - num_finished
+        if self.widths is not None:
+            width = self.widths[min(nodes[live[0]].depth + 1, len(self.widths) - 1)]
+            size = min(size, self._rounded(width * sum(self._weights[node] for node in live)))
+        else:
+            budget = level_budget(
+                len(live), num_finished, num_finished_now, config.num_generations, config.branching_factor
+            )
+            expected = self.max_length if self.expected_length is None else min(self.expected_length, self.max_length)
+            scheduled_width = SCHEDULED_WIDTH[config.branch_schedule]
+            end = nodes[live[0]].end + self._segment_length
+            size = min(budget, scheduled_width(end, expected, config.num_generations) - num_finished)
         if config.max_tree_tokens is not None:
             size = min(size, self._tokens_left() // max(self._expected_rest(nodes[node].end) for node in live))
         return max(size, len(live))

@@ -7,15 +7,17 @@ trees finish and free their part of it. Knows no model and no trainer.
 """
 
 import heapq
+import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from treepo_trl.engines.base import SegmentEngine, SegmentEngineError, SegmentRequest
 
 from .config import TreeSamplingConfig
 from .growing_tree import GrowingTree, TreeRules
+from .resolved_variance import even_widths
 from .tree import SegmentTree
 
 
@@ -132,6 +134,7 @@ class TreeSampler:
         *,
         progress: float = 0.0,
         expected_length: int | None = None,
+        widths: Sequence[float] | None = None,
         on_leaves: Callable[[int], None] | None = None,
         on_tree: Callable[[int, SegmentTree], None] | None = None,
     ) -> list[SegmentTree]:
@@ -149,6 +152,9 @@ class TreeSampler:
             expected_length (`int`, *optional*):
                 Expected tokens of a completion, for the schedule `spread`; `expected_completion_length` of the config
                 goes first.
+            widths (sequence of `float`, *optional*):
+                Paths per unit of leaf weight at each depth, for the schedule `sqrt`; by default those of paths that
+                all have the expected length.
             on_leaves (`Callable[[int], None]`, *optional*):
                 Called with the number of paths that have just ended.
             on_tree (`Callable[[int, SegmentTree], None]`, *optional*):
@@ -178,6 +184,7 @@ class TreeSampler:
                     expected_length,
                     progress,
                     engine.block_size,
+                    self._widths(widths, expected_length),
                 )
                 for index, prompt in enumerate(prompts)
             ]
@@ -197,6 +204,16 @@ class TreeSampler:
         self.stats.num_cached_tokens = engine.num_cached_tokens - num_cached_tokens
         self.stats.seconds = time.perf_counter() - started
         return [grown.tree for grown in run.trees]
+
+    def _widths(self, widths: Sequence[float] | None, expected_length: int | None) -> Sequence[float] | None:
+        config = self.config
+        if config.branch_schedule != "sqrt" or config.branching_factor == 1:
+            return None
+        if widths is not None:
+            return widths
+        assert config.segment_length is not None, "set by the config"
+        length = min(expected_length or config.max_completion_length, config.max_completion_length)
+        return even_widths(math.ceil(length / config.segment_length), config.num_generations)
 
     def check(self, prompts: list[list[int]]) -> None:
         """Raise the `ValueError` that `sample` would raise for these prompts, without sampling."""

@@ -255,11 +255,11 @@ class SegmentTree:
         fallback, which adds children after outcomes are known, and for `max_tree_tokens`, which cuts paths. Sums to 1
         once every path is finished.
         """
-        shares = self._shares()
+        shares = self.node_weights()
         return [shares[leaf] for leaf in self.leaves]
 
-    def _shares(self) -> list[float]:
-        """For each node the product over its path of 1 / (number of siblings)."""
+    def node_weights(self) -> list[float]:
+        """Weight of each node: the product over its path of 1 / (number of siblings)."""
         shares: list[float] = []
         for node in self.nodes:  # parents come before children
             siblings = self.root_children if node.parent is None else self.nodes[node.parent].children
@@ -269,7 +269,7 @@ class SegmentTree:
     def mean_length(self) -> float:
         """Mean completion tokens of a leaf under `leaf_weights`: that of independent samples, up to fallback."""
         # In order of the nodes, so that the last bit of the sum does not depend on the order of the leaves.
-        pairs = zip(self._shares(), self.nodes, strict=True)
+        pairs = zip(self.node_weights(), self.nodes, strict=True)
         return sum(share * node.end for share, node in pairs if node.finish_reason is not None)
 
     @property

@@ -25,7 +25,14 @@ from treepo_trl.sampling.tree import SegmentTree
 
 
 AdvantageEstimator = Literal[
-    "treepo", "treepo_size_weighted", "treepo_segment", "value_difference", "treerl", "leave_one_out", "grpo"
+    "treepo",
+    "treepo_size_weighted",
+    "treepo_segment",
+    "value_difference",
+    "treerl",
+    "leave_one_out",
+    "optimal_baseline",
+    "grpo",
 ]
 """The keys of `ESTIMATORS`, for type checkers. A test holds the two together."""
 
@@ -46,6 +53,8 @@ class _Groups:
     """`(T, W, 1 + D)`: their weights, summed."""
     sums: torch.Tensor
     """`(T, W, 1 + D)`: their rewards times weights, summed."""
+    others: torch.Tensor
+    """`(T, W, D)`: mean reward of the leaves that are not below the segment, weighted by their scores too."""
     is_used: torch.Tensor
     """`(T, W, 1 + D)` bool: the query group, and subgroups of two and more that are not rejected."""
 
@@ -67,6 +76,7 @@ def tree_advantages(
     *,
     subgroup_rejection: bool = False,
     leaf_weights: torch.Tensor | None = None,
+    leaf_scores: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
     Advantage of each segment of each leaf of a tree, not yet divided by a standard deviation.
@@ -86,6 +96,9 @@ def tree_advantages(
       relatives counting most. No baseline depends on the segment that it judges, so with `leaf_weights` of a tree
       without fallback the expected update is the policy gradient.
 
+    - `"optimal_baseline"`: `V` of the segment's node minus the mean reward of the leaves that are not below it, each
+      weighted by the squared norm of its score.
+
     The query group always counts. A subgroup of one says nothing about its leaf (`a_ij` is 0 by construction) and adds
     no term, as in the released code; Eq. 5 leaves this open. The paper divides by a standard deviation of the
     advantages; here the caller scales (see `TreePOTrainer`).
@@ -103,6 +116,9 @@ def tree_advantages(
         leaf_weights (`torch.Tensor` of the shape of `rewards`, *optional*):
             Weight of each leaf in the group means and group sizes, such as `SegmentTree.leaf_weights`. `None` weights
             all leaves equally.
+        leaf_scores (`torch.Tensor` of the shape of `rewards`, *optional*):
+            About the squared norm of each leaf's score, such as the sum of 1 - p over its tokens. Only for
+            `"optimal_baseline"`; `None` takes all as equal.
 
     Returns:
         `torch.Tensor` of the shape of `ancestor_ids`: a value per segment, 0 past the leaf and for unscorable leaves.
@@ -115,23 +131,28 @@ def tree_advantages(
             f"`rewards` must be (num_leaves,) and `ancestor_ids` (num_leaves, max_tree_depth), or both with the same "
             f"number of trees in front; got {tuple(rewards.shape)} and {tuple(ancestor_ids.shape)}."
         )
-    if leaf_weights is not None and leaf_weights.shape != rewards.shape:
-        raise ValueError(
-            f"`leaf_weights` must be {tuple(rewards.shape)} like the rewards; got {tuple(leaf_weights.shape)}."
-        )
     if estimator not in ESTIMATORS:
         raise ValueError(f"`estimator` is {estimator!r}. Choose one of {', '.join(ESTIMATORS)}.")
+    for name, given in (("leaf_weights", leaf_weights), ("leaf_scores", leaf_scores)):
+        if given is not None and given.shape != rewards.shape:
+            raise ValueError(f"`{name}` must be {tuple(rewards.shape)} like the rewards; got {tuple(given.shape)}.")
     weights = torch.ones_like(rewards) if leaf_weights is None else leaf_weights.to(rewards)
+    scores = torch.ones_like(rewards) if leaf_scores is None else leaf_scores.to(rewards)
     num_leaves, depth = ancestor_ids.shape[-2:]
     ids = ancestor_ids.reshape(-1, num_leaves, depth)
-    groups = _groups(rewards.reshape(ids.shape[:2]), ids, weights.reshape(ids.shape[:2]), subgroup_rejection)
+    shape = ids.shape[:2]
+    groups = _groups(rewards.reshape(shape), weights.reshape(shape), scores.reshape(shape), ids, subgroup_rejection)
     advantages = ESTIMATORS[estimator](groups)
     is_defined = (ids >= 0) & ~torch.isnan(rewards).reshape(*ids.shape[:2], 1) & (groups.sizes[:, :, :1] > 0)
     return torch.where(is_defined, advantages, 0.0).view_as(ancestor_ids)
 
 
 def _groups(
-    rewards: torch.Tensor, ancestor_ids: torch.Tensor, weights: torch.Tensor, subgroup_rejection: bool
+    rewards: torch.Tensor,
+    weights: torch.Tensor,
+    scores: torch.Tensor,
+    ancestor_ids: torch.Tensor,
+    subgroup_rejection: bool,
 ) -> _Groups:
     num_trees, num_leaves, depth = ancestor_ids.shape
     if ancestor_ids.numel() and int(ancestor_ids.max()) >= 2 * num_leaves * depth:  # too large to index a table
@@ -159,7 +180,11 @@ def _groups(
         lowest = per_group(rewards.masked_fill(~is_scorable, torch.inf), "amin", torch.inf)
         is_used &= highest > lowest
     is_used[:, :, 0] = True
-    return _Groups(rewards, counts, per_group(weights), per_group(weights * rewards), is_used)
+    sizes = per_group(weights * scores)
+    sums = per_group(weights * scores * rewards)
+    rest = (sizes[:, :, :1] - sizes[:, :, 1:]).clamp(min=torch.finfo(sizes.dtype).tiny)
+    others = (sums[:, :, :1] - sums[:, :, 1:]) / rest
+    return _Groups(rewards, counts, per_group(weights), per_group(weights * rewards), others, is_used)
 
 
 def _grpo(groups: _Groups) -> torch.Tensor:
@@ -224,6 +249,17 @@ def _leave_one_out(groups: _Groups) -> torch.Tensor:
     return torch.where(has_others, groups.means[:, :, 1:] - baselines, 0.0)
 
 
+def _optimal_baseline(groups: _Groups) -> torch.Tensor:
+    """
+    `V(node)` minus the score-weighted mean reward of the leaves that are not below it.
+
+    The constant of least noise is `E[|s|^2 R] / E[|s|^2]` for scores `s` (Greensmith, Bartlett and Baxter 2004). 0
+    where the whole tree is below the node.
+    """
+    has_others = groups.counts[:, :, :1] > groups.counts[:, :, 1:]
+    return torch.where(has_others, groups.means[:, :, 1:] - groups.others, 0.0)
+
+
 ESTIMATORS: dict[str, Callable[[_Groups], torch.Tensor]] = {
     "treepo": _treepo,
     "treepo_size_weighted": _treepo_size_weighted,
@@ -231,6 +267,7 @@ ESTIMATORS: dict[str, Callable[[_Groups], torch.Tensor]] = {
     "value_difference": _value_difference,
     "treerl": _treerl,
     "leave_one_out": _leave_one_out,
+    "optimal_baseline": _optimal_baseline,
     "grpo": _grpo,
 }
 """The choices of `advantage_estimator`: `(T, W, D)` advantages of each tree's leaves and their segments."""
@@ -250,6 +287,25 @@ def leaf_paths(trees: list[SegmentTree]) -> tuple[torch.Tensor, torch.Tensor]:
         of_node = torch.tensor([len(node.token_ids) for node in tree.nodes] + [0])  # the last is what -1 finds
         torch.take(of_node, tree_ids, out=tree_lengths)
     return ids, lengths
+
+
+def leaf_scores(trees: list[SegmentTree]) -> torch.Tensor:
+    """
+    `(num_trees, num_leaves)`: sum of 1 - p over the completion tokens of each leaf.
+
+    Its expectation is that of the squared norm of the score in the space of the logits, `sum (1 - p_t)`. Segments that
+    were stored without log-probabilities count their tokens.
+    """
+    scores: list[list[float]] = []
+    for tree in trees:
+        totals: list[float] = []
+        for node in tree.nodes:  # parents come before children
+            own = float(len(node.token_ids))
+            if node.logprobs is not None:
+                own -= float(torch.tensor(node.logprobs, dtype=torch.float64).exp().sum())
+            totals.append(own + (0.0 if node.parent is None else totals[node.parent]))
+        scores.append([max(totals[leaf], 1e-6) for leaf in tree.leaves])
+    return torch.tensor(scores)
 
 
 def expand_to_tokens(advantages: torch.Tensor, lengths: torch.Tensor, num_tokens: int) -> torch.Tensor:

@@ -1,0 +1,173 @@
+"""
+Noise of tree estimators of the policy gradient per decoded token, on chains of decisions whose gradient is known.
+
+    python -m benchmarks.chains               # all chains; 10 minutes on a core
+
+A completion walks through states: undecided, on the right track, lost, ended. The reward is 1 if it ends on the right
+track. `late`, `errors` and `early` differ in how soon a completion is decided and how often it changes sides. With
+unequal norms a lost path draws each token from four that are alike, as a model is unsure where it errs.
+
+Columns are noise per decoded token over that of 16 independent completions under leave-one-out. Noise is the variance
+of one tree's estimate over the squared part of its mean along the true gradient, which is in brackets where it is not
+1. `constant` subtracts the mean reward, `value` the true value of the prefix. Trees have no fallback, and leaves count
+by `inverse_branching` unless the estimator is biased anyway.
+"""
+
+import math
+import statistics
+
+import torch
+
+from benchmarks.common import make_parser, table_head, table_row
+from tests.support.fakes import MarkovEngine
+from treepo_trl import SegmentTree, TreeSampler, TreeSamplingConfig
+from treepo_trl.sampling.resolved_variance import DepthStatistics
+from treepo_trl.update.advantages import leaf_paths, tree_advantages
+
+
+WIDTH, SEGMENT, CAP = 16, 8, 160
+END, UNDECIDED, RIGHT, LOST = range(4)
+CHAINS = {"late": (0.03, 0.15, 0.02), "errors": (0.3, 0.02, 0.03), "early": (0.18, 0.04, 0.002)}
+"""How soon a path decides, ends, and changes sides, per token."""
+SHARES = {"hard": 0.05, "middle": 0.4, "easy": 0.9}
+"""Decisions that are right."""
+SCHEDULES = ("independent", "early", "spread", "sqrt", "measured")
+ESTIMATORS = ("constant", "value", "leave_one_out", "optimal_baseline", "grpo", "treepo")
+
+
+class Chain:
+    """Transitions, what the engine needs of them, and what is exact about them."""
+
+    def __init__(self, leave: float, end: float, flip: float, right: float, num_lost: int) -> None:
+        lost = [1.0 / num_lost] * num_lost
+        rows = [
+            [0.0] * (3 + num_lost),
+            [0, 1 - leave, leave * right, *(leave * (1 - right) * x for x in lost)],
+            [end, 0, 1 - end - flip, *(flip * x for x in lost)],
+        ]
+        rows += [[end, 0, flip, *((1 - end - flip) * x for x in lost)]] * num_lost
+        self.rows = rows
+        self.p = torch.tensor(rows, dtype=torch.float64)
+        self.values = [torch.zeros(len(rows), dtype=torch.float64)]  # by tokens left
+        stays = self.p.clone()
+        stays[:, END] = 0
+        for _ in range(CAP):
+            self.values.append(stays @ self.values[-1])
+            self.values[-1][RIGHT] += self.p[RIGHT, END]
+        self.mean_reward = self.values[CAP][UNDECIDED].item()
+
+    def gradient(self) -> torch.Tensor:
+        """Gradient of the mean reward in the logits."""
+        logits = self.p.clamp_min(1e-30).log().requires_grad_()
+        p, reward = logits.softmax(-1), torch.zeros((), dtype=torch.float64)
+        alive = torch.zeros(len(self.rows), dtype=torch.float64)
+        alive[UNDECIDED] = 1
+        mask = torch.ones_like(alive)
+        mask[END] = 0
+        for _ in range(CAP):
+            reward = reward + alive[RIGHT] * p[RIGHT, END]
+            alive = (alive @ p) * mask
+        return torch.autograd.grad(reward, [logits])[0]
+
+    def rewards(self, tree: SegmentTree) -> list[float]:
+        """Reward of each leaf."""
+        completions = [[UNDECIDED, *tree.completion_ids(leaf)] for leaf in tree.leaves]
+        return [float(tokens[-1] == END and tokens[-2] == RIGHT) for tokens in completions]
+
+    def trees(self, schedule: str, num: int, seed: int) -> list[SegmentTree]:
+        """Trees of a schedule; `measured` takes its widths from 400 trees before."""
+        engine = MarkovEngine(0, seed)
+        engine.TRANSITIONS = self.rows  # pyright: ignore
+        names = {"independent": "early", "measured": "sqrt"}
+        config = TreeSamplingConfig(
+            num_generations=WIDTH,
+            max_completion_length=CAP,
+            segment_length=SEGMENT,
+            branching_factor=1 if schedule == "independent" else 2,
+            branch_schedule=names.get(schedule, schedule),  # pyright: ignore
+            stop_repetition=False,
+            fallback_policy="none",
+        )
+        sampler = TreeSampler(engine, config, [END])
+        prompts = [[UNDECIDED]] * num
+        if schedule in ("early", "independent"):
+            return sampler.sample(prompts, seed)
+        statistics_ = DepthStatistics.of_depth(config.max_tree_depth)
+        widths, length = None, None
+        for batch in range(50):
+            trees = sampler.sample(prompts[:8], f"{seed}/{batch}", widths=widths, expected_length=length)
+            now = DepthStatistics.of_depth(config.max_tree_depth)
+            for tree in trees:
+                now.add(tree, self.rewards(tree))
+            statistics_ = statistics_.then(now)
+            length = round(statistics.mean(tree.mean_length() for tree in trees))
+            if schedule != "spread":
+                widths = statistics_.widths(WIDTH, schedule == "measured")
+        return sampler.sample(prompts, seed, widths=widths, expected_length=length)
+
+    def estimate(self, tree: SegmentTree, estimator: str) -> torch.Tensor:
+        """What one tree contributes to the gradient."""
+        ids, _ = leaf_paths([tree])
+        rewards = torch.tensor(self.rewards(tree), dtype=torch.float64)
+        weights = torch.tensor(tree.leaf_weights(), dtype=torch.float64)
+        if estimator in ("grpo", "treepo"):
+            weights = torch.full_like(weights, 1 / len(weights))
+        if estimator in ("constant", "value"):
+            values = rewards[:, None].expand(ids.shape[1:])
+            base = torch.tensor([self._base(tree, node, estimator) for node in range(len(tree.nodes))] + [0.0])
+            values = values - base[ids[0]]
+        else:
+            scores = torch.tensor([sum(1 - math.exp(x) for x in tree.logprobs(leaf)) for leaf in tree.leaves])
+            values = tree_advantages(rewards, ids[0], estimator, leaf_weights=weights, leaf_scores=scores)
+        table = torch.zeros(len(tree.nodes) + 1, dtype=torch.float64)
+        slots = torch.where(ids[0] < 0, len(tree.nodes), ids[0])
+        table.scatter_add_(0, slots.flatten(), (values * weights[:, None]).flatten())
+        counts = torch.zeros(len(self.rows), len(self.rows), dtype=torch.float64)
+        for node, value in zip(tree.nodes, table.tolist(), strict=False):
+            state = UNDECIDED if node.parent is None else tree.nodes[node.parent].token_ids[-1]
+            for token in node.token_ids:
+                counts[state, token] += value
+                state = token
+        return counts - counts.sum(1, keepdim=True) * self.p
+
+    def _base(self, tree: SegmentTree, node: int, estimator: str) -> float:
+        if estimator == "constant":
+            return self.mean_reward
+        parent = tree.nodes[node].parent
+        if parent is None:
+            return self.mean_reward
+        above = tree.nodes[parent]
+        return self.values[CAP - above.end][above.token_ids[-1]].item()
+
+
+def main() -> None:
+    """Print the table."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--trees", type=int, default=400)
+    parser.add_argument("--chains", nargs="+", default=list(CHAINS), choices=CHAINS)
+    parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), choices=SCHEDULES)
+    options = parser.parse_args()
+    print(table_head("chain", "norms", "prompt", "schedule", "leaves", "tokens", *ESTIMATORS))
+    for name in options.chains:
+        for norms, num_lost in (("equal", 1), ("unequal", 4)):
+            for prompt, share in SHARES.items():
+                chain, reference = Chain(*CHAINS[name], share, num_lost), None
+                exact = chain.gradient()
+                for schedule in options.schedules:
+                    trees = chain.trees(schedule, options.trees, 1)
+                    tokens = statistics.mean(tree.num_unique_tokens for tree in trees)
+                    leaves = statistics.mean(len(tree.leaves) for tree in trees)
+                    cells: dict[str, tuple[float, float]] = {}
+                    for estimator in ESTIMATORS:
+                        x = torch.stack([chain.estimate(tree, estimator) for tree in trees])
+                        along = ((x.mean(0) * exact).sum() / (exact * exact).sum()).item()
+                        variance = (x - x.mean(0)).pow(2).sum((1, 2)).mean().item()
+                        scale = along if estimator in ("grpo", "treepo") else 1.0
+                        cells[estimator] = variance / (scale * exact.norm().item()) ** 2 * tokens, along
+                    reference = reference or cells["leave_one_out"][0]
+                    row = [f"{noise / reference:.2f} ({along:.2f})" for noise, along in cells.values()]
+                    print(table_row(name, norms, prompt, schedule, f"{leaves:.1f}", f"{tokens:.0f}", *row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

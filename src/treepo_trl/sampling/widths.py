@@ -1,0 +1,102 @@
+"""
+How many paths a tree has open at each depth, and which of them branches first, for the least noise per decoded token.
+
+Take a tree that has `n_l` paths open at depth `l` per unit of leaf weight. Its segments resolve the variance `v_l`:
+that of a child's value given its parent, over all paths. A path has decoded `S_l` tokens up to there, `c_l` of them at
+this depth. With a baseline that knows the value of a prefix, the gradient's noise is
+
+    noise = sum_l v_l S_l / n_l    at a price of    sum_l c_l n_l    tokens,
+
+because the norm of a token's score is about the same everywhere. The least product of the two has
+`n_l ~ sqrt(v_l S_l / c_l)`. Widths cannot shrink along a path; depths at which they would are pooled. This is the
+splitting of particle transport (Kahn and Harris 1951), with the importance of a path measured on its task.
+
+A child's weight is that of its parent over the number of children. A width that is decided before the children are
+seen leaves the weighted mean exact. Standard library only.
+"""
+
+import heapq
+import math
+import random
+from collections.abc import Sequence
+from itertools import accumulate
+
+
+def heaviest_first(weights: Sequence[float], total: int, rng: random.Random) -> list[int]:
+    """
+    Children of each live path: one each, and every further one where it takes most noise away.
+
+    Of a path with weight `w` and `k` children the noise is `w ** 2 / k`, so a further child takes
+    `w ** 2 / (k * (k + 1))` from it.
+
+    Args:
+        weights (sequence of `float`):
+            Weight of each path; or weight times the standard deviation of what its next segment resolves, per square
+            root of token, where that is known.
+        total (`int`):
+            Children to hand out, at least one for each path.
+        rng (`random.Random`):
+            Chooses among paths that are alike.
+
+    Returns:
+        `list[int]`: one count per path, each at least 1, that sum to `total`.
+    """
+    counts = [1] * len(weights)
+    heap = [(-(weight**2) / 2, rng.random(), i) for i, weight in enumerate(weights)]
+    heapq.heapify(heap)
+    for _ in range(total - len(weights)):
+        _, tie, i = heap[0]
+        counts[i] += 1
+        heapq.heapreplace(heap, (-(weights[i] ** 2) / (counts[i] * (counts[i] + 1)), tie, i))
+    return counts
+
+
+def best_widths(
+    resolved: Sequence[float], tokens: Sequence[float], alive: Sequence[float], num_generations: int
+) -> list[float]:
+    """
+    Paths per unit of leaf weight at each depth: `n_l ~ sqrt(v_l S_l / c_l)`, never falling.
+
+    Scaled so that a tree has `num_generations` leaves in the mean. With `resolved` in proportion to `tokens`, which is
+    to know nothing about the task, this is the square root of the depth.
+
+    Args:
+        resolved (sequence of `float`):
+            v: variance that the segments of each depth resolve, over all paths; those that have ended resolve 0.
+        tokens (sequence of `float`):
+            c: tokens of a path at each depth, over all paths.
+        alive (sequence of `float`):
+            Share of the weight whose paths have a segment at each depth, never rising; the first is 1.
+        num_generations (`int`):
+            W: leaves of a tree.
+    """
+    lengths = accumulate(c / a if a > 0 else 0.0 for c, a in zip(tokens, alive, strict=True))
+    pools: list[tuple[float, float, int]] = []
+    for v, c, length in zip(resolved, tokens, lengths, strict=True):
+        pools.append((max(v, 0.0) * length, c, 1))
+        while len(pools) > 1 and pools[-2][0] * pools[-1][1] >= pools[-1][0] * pools[-2][1]:
+            last, before = pools.pop(), pools.pop()
+            pools.append((before[0] + last[0], before[1] + last[1], before[2] + last[2]))
+    shape = [math.sqrt(gain / cost) if cost > 0 else 0.0 for gain, cost, size in pools for _ in range(size)]
+    num_ending = [a - b for a, b in zip(alive, [*alive[1:], 0.0], strict=True)]
+    mean = sum(n * share for n, share in zip(shape, num_ending, strict=True))
+    if mean <= 0:  # nothing is resolved anywhere: nothing to choose by
+        return [float(num_generations)] * len(shape)
+    return [n * num_generations / mean for n in shape]
+
+
+def predicted_noise(
+    widths: Sequence[float], resolved: Sequence[float], tokens: Sequence[float], alive: Sequence[float]
+) -> float:
+    """
+    `noise * price` of these widths over that of independent completions: below 1 a decoded token teaches more.
+
+    Arguments as in [`best_widths`]. `nan` where nothing is resolved.
+    """
+    lengths = list(accumulate(c / a if a > 0 else 0.0 for c, a in zip(tokens, alive, strict=True)))
+    terms = [max(v, 0.0) * length for v, length in zip(resolved, lengths, strict=True)]
+    independent = sum(terms) * sum(tokens)
+    if independent <= 0:
+        return math.nan
+    noise = sum(term / max(n, 1.0) for term, n in zip(terms, widths, strict=True))
+    return noise * sum(c * max(n, 1.0) for c, n in zip(tokens, widths, strict=True)) / independent

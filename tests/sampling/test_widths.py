@@ -1,0 +1,95 @@
+"""Widths of trees, and which path branches first: the least noise, by comparison with every other choice."""
+
+import itertools
+import math
+import random
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.fakes import EOS, MarkovEngine
+from treepo_trl.sampling import TreeSampler, TreeSamplingConfig
+from treepo_trl.sampling.widths import best_widths, heaviest_first, predicted_noise
+
+
+WEIGHTS = st.lists(st.sampled_from([0.05, 0.1, 0.2, 0.25, 0.4, 1.0]), min_size=1, max_size=4)
+
+
+def noise_of(weights: list[float], counts: tuple[int, ...] | list[int]) -> float:
+    return sum(weight**2 / count for weight, count in zip(weights, counts, strict=True))
+
+
+@given(WEIGHTS, st.integers(0, 5), st.integers())
+def test_no_other_split_has_less_noise(weights: list[float], spare: int, seed: int) -> None:
+    total = len(weights) + spare
+    counts = heaviest_first(weights, total, random.Random(seed))
+    others = itertools.product(range(1, spare + 2), repeat=len(weights))
+    least = min(noise_of(weights, each) for each in others if sum(each) == total)
+    assert sum(counts) == total
+    assert min(counts) >= 1
+    assert noise_of(weights, counts) == pytest.approx(least)
+
+
+@given(WEIGHTS, st.integers(0, 9), st.permutations(range(4)))
+def test_permuted_paths_have_permuted_children(weights: list[float], spare: int, order: list[int]) -> None:
+    weights = [weight * (1 + 1e-3 * i) for i, weight in enumerate(weights)]  # no ties
+    order = [i for i in order if i < len(weights)]
+    counts = heaviest_first(weights, len(weights) + spare, random.Random(0))
+    permuted = heaviest_first([weights[i] for i in order], len(weights) + spare, random.Random(1))
+    assert permuted == [counts[i] for i in order]
+
+
+def test_paths_that_are_alike_split_evenly_and_the_rest_by_chance() -> None:
+    splits = [heaviest_first([0.25] * 4, 6, random.Random(seed)) for seed in range(400)]
+    assert all(sorted(split) == [1, 1, 2, 2] for split in splits)
+    means = [statistics.mean(column) for column in zip(*splits, strict=True)]
+    assert all(mean == pytest.approx(1.5, abs=0.15) for mean in means)
+
+
+def test_without_knowledge_the_width_is_the_square_root_of_the_depth() -> None:
+    widths = best_widths([1.0] * 9, [1.0] * 9, [1.0] * 9, 15)
+    assert widths == pytest.approx([5 * math.sqrt(depth) for depth in range(1, 10)])
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0.1, 2), st.floats(0.5, 1)), min_size=2, max_size=5),
+    st.integers(),
+)
+def test_no_other_widths_have_less_noise_for_the_price(depths: list[tuple[float, float, float]], seed: int) -> None:
+    alive = list(itertools.accumulate((share for _, _, share in depths), lambda before, share: before * share))
+    alive[0] = 1.0
+    alive = [min(alive[: i + 1]) for i in range(len(alive))]
+    resolved, tokens = [v for v, _, _ in depths], [c for _, c, _ in depths]
+    if max(resolved) < 1e-3:
+        return
+    # At a large scale, so that no width is below one path.
+    widths = best_widths(resolved, tokens, alive, 10**6)
+    best = predicted_noise([n + 1 for n in widths], resolved, tokens, alive)
+    rng = random.Random(seed)
+    for _ in range(50):
+        other = sorted(n * math.exp(rng.gauss(0, 0.3)) for n in widths)
+        assert best <= predicted_noise([n + 1 for n in other], resolved, tokens, alive) * (1 + 1e-4)
+    ending = [a - b for a, b in zip(alive, [*alive[1:], 0.0], strict=True)]
+    assert sum(n * share for n, share in zip(widths, ending, strict=True)) == pytest.approx(10**6)
+
+
+def test_one_width_everywhere_is_as_noisy_as_independent_completions() -> None:
+    assert predicted_noise([16] * 3, [0.2, 0.1, 0.4], [8, 6, 2], [1, 0.8, 0.3]) == pytest.approx(1)
+
+
+def test_the_schedule_opens_as_many_paths_as_its_widths() -> None:
+    """Of a chain in which nothing ends, levels have the rounded widths, and the leaves are all there."""
+    engine = MarkovEngine(1, 0)
+    engine.TRANSITIONS = ((0, 0.5, 0.3, 0.2),) * 4  # pyright: ignore[reportAttributeAccessIssue]
+    config = TreeSamplingConfig(
+        num_generations=12, max_completion_length=18, segment_length=2, branch_schedule="sqrt", stop_repetition=False
+    )
+    widths = best_widths([1.0] * 9, [1.0] * 9, [1.0] * 9, 12)
+    counts: list[list[int]] = []
+    for tree in TreeSampler(engine, config, [EOS]).sample([[9]] * 200, 0):
+        counts.append([sum(node.depth == depth for node in tree.nodes) for depth in range(9)])
+        assert len(tree.leaves) == 12
+    means = [statistics.mean(column) for column in zip(*counts, strict=True)]
+    assert means == pytest.approx(widths, abs=0.15)
