@@ -192,14 +192,14 @@ def test_a_request_that_vllm_refuses_is_named(small_llm: Any) -> None:
 
 @pytest.mark.slow
 def test_without_branching_completions_are_those_of_plain_sampling(small_llm: Any, small_model_dir: str) -> None:
-    """2000 completions of 50 prompts each way: mean length and mean log-probability agree within four errors."""
+    """800 completions of 50 prompts each way: mean length and mean log-probability agree within four errors."""
     from vllm import SamplingParams
 
     tokenizer = AutoTokenizer.from_pretrained(small_model_dir)
     tasks, _ = addition_tasks(50, 1, seed=5)
     prompts = tokenizer.apply_chat_template(list(tasks["prompt"]), add_generation_prompt=True, return_dict=True)
     prompts = [list(ids) for ids in prompts["input_ids"]]
-    eos, num_each, cap = tokenizer.eos_token_id, 40, 16
+    eos, num_each, cap = tokenizer.eos_token_id, 16, 16
     settings: dict[str, Any] = {"branching_factor": 1, "segment_length": 6, "stop_repetition": False}
     config = TreeSamplingConfig(num_generations=num_each, max_completion_length=cap, **settings)
     trees = TreeSampler(VLLMEngine(small_llm, [eos]), config, [eos]).sample(prompts, seed=0)
@@ -222,7 +222,7 @@ def test_without_branching_completions_are_those_of_plain_sampling(small_llm: An
         error = torch.stack(variances).sum().sqrt() / len(prompts)
         difference = torch.stack(differences).mean()
         assert difference.abs() < 4 * error, (which, difference, error)
-        assert error < (0.2, 0.05)[which]  # tokens and nats: the comparison says something
+        assert error < (0.35, 0.08)[which]  # tokens and nats: the comparison says something
 
 
 def test_trees_of_a_tiny_random_model(tiny_model_dir: str, tmp_path: Path) -> None:

@@ -62,10 +62,10 @@ trainer.sampler.sample = recording_sample
 log_metrics = trainer._log_metrics
 
 
-def recording_log(batch):
+def recording_log(batch, *rewards):
     own.append([tree.to_dict() for tree in batch.trees])
     states.append(random.random())
-    log_metrics(batch)
+    log_metrics(batch, *rewards)
 
 
 trainer._log_metrics = recording_log

@@ -245,7 +245,7 @@ def test_an_empty_evaluation_dataset(tmp_path: Path, wrap: Callable[[Any], Any])
 
 
 NO_PROMPTS: list[Any] = [
-    *(None, 1, 1.5, {"role": "user", "content": "w1"}, [], ["w1"], [{"role": "user"}], [{"content": "w1"}]),
+    *(None, {"role": "user", "content": "w1"}, [], ["w1"], [{"content": "w1"}]),
     [{"role": "user", "content": None}],  # a template would print None
 ]
 

@@ -1,5 +1,6 @@
 """Which tree estimators have the policy gradient as their mean, on a Markov chain whose gradient is known."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -7,15 +8,22 @@ import torch
 
 from tests.support.fakes import MarkovEngine
 from tests.support.markov import PROBABILITIES, estimated_gradient, exact_gradient, sample_trees
+from treepo_trl import SegmentTree
 
 
 CAP, WIDTH, NUM_TREES = 12, 8, 3000
 
 
+@cache
+def trees_of(**changes: Any) -> list[SegmentTree]:
+    """The same trees for every estimator."""
+    return sample_trees(NUM_TREES, WIDTH, CAP, **changes)
+
+
 def z_scores(estimator: str, leaf_weighting: str, **changes: object) -> tuple[torch.Tensor, float]:
     """Errors of the mean over trees in standard errors, and the mean's part along the exact gradient (1 if exact)."""
     exact = exact_gradient(CAP)
-    trees = sample_trees(NUM_TREES, WIDTH, CAP, **changes)
+    trees = trees_of(**changes)
     estimates = torch.stack([estimated_gradient(tree, estimator, leaf_weighting) for tree in trees])
     errors = estimates.std(0) / NUM_TREES**0.5
     is_random = errors > 0  # state 0 is only ever the prompt's, and nothing leaves EOS
@@ -34,14 +42,19 @@ def test_the_exact_gradient_is_the_change_of_the_exact_reward() -> None:
     assert (after - before) == pytest.approx((gradient * step).sum().item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("estimator", ["leave_one_out", "optimal_baseline"])
+EARLY = {"branch_schedule": "early"}
+SPREAD = {"branch_schedule": "spread"}
+SQRT = {"branch_schedule": "sqrt", "expected_completion_length": 6}
+
+
 @pytest.mark.parametrize(
-    ("leaf_weighting", "changes"),
+    ("estimator", "leaf_weighting", "changes"),
     [
-        *(("inverse_branching", {"branch_schedule": "early", "branching_factor": factor}) for factor in (2, 4)),
-        *(("inverse_branching", {"branch_schedule": "spread", "branching_factor": factor}) for factor in (2, 4)),
-        ("inverse_branching", {"branch_schedule": "sqrt", "expected_completion_length": 6}),
-        ("uniform", {"branching_factor": 1}),  # RLOO
+        *(("leave_one_out", "inverse_branching", {**EARLY, "branching_factor": factor}) for factor in (2, 4)),
+        *(("leave_one_out", "inverse_branching", {**SPREAD, "branching_factor": factor}) for factor in (2, 4)),
+        ("leave_one_out", "uniform", {"branching_factor": 1}),  # RLOO
+        *(("optimal_baseline", "inverse_branching", changes) for changes in (EARLY, SPREAD, SQRT)),
+        ("optimal_baseline", "uniform", {"branching_factor": 1}),
     ],
 )
 def test_exact_estimators_are_the_policy_gradient(
