@@ -86,3 +86,8 @@ def test_much_evidence_gives_the_best_widths_and_none_the_square_root() -> None:
     # v S: 0.01 * 2, 0.01 * 4, 1 * 6, 1 * 8; tokens 2 everywhere.
     assert [n / late[-1] for n in late] == pytest.approx([(x / 8) ** 0.5 for x in (0.02, 0.04, 6, 8)], abs=0.05)
     assert seen.widths(16, is_measured=False) == pytest.approx(even_widths(4, 16))
+
+
+def test_an_older_batch_counts_less() -> None:
+    seen = DepthStatistics(1.0, [2.0], [4.0], [1.0], [1.0], [0.5], [[0.0]])
+    assert seen.then(seen).flat() == pytest.approx([1.97 * value for value in seen.flat()])

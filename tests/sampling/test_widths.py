@@ -75,6 +75,24 @@ def test_no_other_widths_have_less_noise_for_the_price(depths: list[tuple[float,
     assert sum(n * share for n, share in zip(widths, ending, strict=True)) == pytest.approx(10**6)
 
 
+def test_depths_at_which_the_width_would_fall_share_one() -> None:
+    assert best_widths([1.0, 0.01], [1.0, 1.0], [1.0, 1.0], 8) == pytest.approx([8, 8])
+
+
+def test_paths_that_have_ended_take_their_share_of_the_width_with_them() -> None:
+    """One width everywhere never branches again: as many leaves as that, of a tree that may have more."""
+    config = TreeSamplingConfig(
+        num_generations=16,
+        max_completion_length=24,
+        segment_length=2,
+        branch_schedule="sqrt",
+        fallback_policy="none",
+        stop_repetition=False,
+    )
+    trees = TreeSampler(MarkovEngine(1, 0), config, [EOS]).sample([[9]] * 50, 0, widths=[4.0] * 12)
+    assert {len(tree.leaves) for tree in trees} == {4}
+
+
 def test_one_width_everywhere_is_as_noisy_as_independent_completions() -> None:
     assert predicted_noise([16] * 3, [0.2, 0.1, 0.4], [8, 6, 2], [1, 0.8, 0.3]) == pytest.approx(1)
 

@@ -140,6 +140,13 @@ def test_figure_3_by_segment(estimator: str, expected: list[list[float]]) -> Non
     torch.testing.assert_close(tree_advantages(REWARDS, ANCESTORS, estimator), torch.tensor(expected))
 
 
+def test_the_optimal_baseline_weights_the_others_by_their_scores() -> None:
+    rewards, scores = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([1.0, 2.0, 3.0])
+    found = tree_advantages(rewards, torch.tensor([[0], [1], [2]]), "optimal_baseline", leaf_scores=scores)
+    # Mean rewards of the others: 0; (1 + 3 * 0) / (1 + 3); (1 + 2 * 0) / (1 + 2).
+    torch.testing.assert_close(found.flatten(), torch.tensor([1, -1 / 4, -1 / 3]))
+
+
 # Laws
 
 
