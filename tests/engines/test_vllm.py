@@ -16,7 +16,6 @@ from tests.support.vllm_policies import config
 from treepo_trl import TreeSampler, TreeSamplingConfig
 from treepo_trl.engines import SamplingOptions, SegmentEngineError, SegmentRequest, SegmentResult
 from treepo_trl.engines.vllm import VLLMEngine, entropies_of
-from treepo_trl.quickstart import addition_tasks
 from treepo_trl.sampling.tree import SegmentTree
 
 
@@ -55,6 +54,13 @@ def check_trees(trees: list[SegmentTree], prompts: list[list[int]], width: int, 
 @pytest.fixture(scope="module")
 def small_llm(small_model_dir: str) -> Iterator[Any]:
     llm = make_llm(small_model_dir, dtype="bfloat16")
+    yield llm
+    del llm
+
+
+@pytest.fixture(scope="module")
+def tiny_llm(tiny_model_dir: str) -> Iterator[Any]:
+    llm = make_llm(tiny_model_dir, dtype="float32")
     yield llm
     del llm
 
@@ -190,23 +196,20 @@ def test_a_request_that_vllm_refuses_is_named(small_llm: Any) -> None:
     assert not small_llm.llm_engine.has_unfinished_requests()
 
 
-@pytest.mark.slow
-def test_without_branching_completions_are_those_of_plain_sampling(small_llm: Any, small_model_dir: str) -> None:
-    """800 completions of 50 prompts each way: mean length and mean log-probability agree within four errors."""
+def test_without_branching_completions_are_those_of_plain_sampling(tiny_llm: Any) -> None:
+    """2000 completions of 20 prompts each way: mean length and mean log-probability agree within four errors."""
     from vllm import SamplingParams
 
-    tokenizer = AutoTokenizer.from_pretrained(small_model_dir)
-    tasks, _ = addition_tasks(50, 1, seed=5)
-    prompts = tokenizer.apply_chat_template(list(tasks["prompt"]), add_generation_prompt=True, return_dict=True)
-    prompts = [list(ids) for ids in prompts["input_ids"]]
-    eos, num_each, cap = tokenizer.eos_token_id, 16, 16
+    rng = random.Random(0)
+    prompts = [[rng.randrange(5, 65) for _ in range(length)] for length in range(1, 21)]
+    eos, num_each, cap = 0, 100, 16
     settings: dict[str, Any] = {"branching_factor": 1, "segment_length": 6, "stop_repetition": False}
     config = TreeSamplingConfig(num_generations=num_each, max_completion_length=cap, **settings)
-    trees = TreeSampler(VLLMEngine(small_llm, [eos]), config, [eos]).sample(prompts, seed=0)
+    trees = TreeSampler(VLLMEngine(tiny_llm, [eos]), config, [eos]).sample(prompts, seed=0)
     ours = [[(tree.nodes[leaf].end, mean(tree.logprobs(leaf))) for leaf in tree.leaves] for tree in trees]
     params = SamplingParams(n=num_each, max_tokens=cap, temperature=1.0, logprobs=0, stop_token_ids=[eos])
     plain = []
-    for output in small_llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False):
+    for output in tiny_llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False):
         rows = [
             [position[token].logprob for token, position in zip(c.token_ids, c.logprobs, strict=True)]
             for c in output.outputs
@@ -222,11 +225,11 @@ def test_without_branching_completions_are_those_of_plain_sampling(small_llm: An
         error = torch.stack(variances).sum().sqrt() / len(prompts)
         difference = torch.stack(differences).mean()
         assert difference.abs() < 4 * error, (which, difference, error)
-        assert error < (0.35, 0.08)[which]  # tokens and nats: the comparison says something
+        assert error < (0.2, 0.05)[which]  # tokens and nats: the comparison says something
 
 
-def test_trees_of_a_tiny_random_model(tiny_model_dir: str, tmp_path: Path) -> None:
-    engine = VLLMEngine(make_llm(tiny_model_dir, dtype="float32"), [0])
+def test_trees_of_a_tiny_random_model(tiny_llm: Any, tiny_model_dir: str, tmp_path: Path) -> None:
+    engine = VLLMEngine(tiny_llm, [0])
     sampler = TreeSampler(engine, config(tmp_path, stop_repetition=False, fallback_policy="root"), [0])
     rng = random.Random(0)
     prompts = [[rng.randrange(5, 65) for _ in range(length)] for length in (1, 5, 30)]
