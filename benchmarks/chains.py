@@ -13,16 +13,16 @@ of one tree's estimate over the squared part of its mean along the true gradient
 by `inverse_branching` unless the estimator is biased anyway.
 """
 
-import math
 import statistics
 
 import torch
 
 from benchmarks.common import make_parser, table_head, table_row
 from tests.support.fakes import MarkovEngine
+from tests.support.markov import gradient_of
 from treepo_trl import SegmentTree, TreeSampler, TreeSamplingConfig
 from treepo_trl.sampling.resolved_variance import DepthStatistics
-from treepo_trl.update.advantages import leaf_paths, tree_advantages
+from treepo_trl.update.advantages import leaf_paths, leaf_scores, tree_advantages
 
 
 WIDTH, SEGMENT, CAP = 16, 8, 160
@@ -117,18 +117,9 @@ class Chain:
             base = torch.tensor([self._base(tree, node, estimator) for node in range(len(tree.nodes))] + [0.0])
             values = values - base[ids[0]]
         else:
-            scores = torch.tensor([sum(1 - math.exp(x) for x in tree.logprobs(leaf)) for leaf in tree.leaves])
+            scores = leaf_scores([tree])[0]
             values = tree_advantages(rewards, ids[0], estimator, leaf_weights=weights, leaf_scores=scores)
-        table = torch.zeros(len(tree.nodes) + 1, dtype=torch.float64)
-        slots = torch.where(ids[0] < 0, len(tree.nodes), ids[0])
-        table.scatter_add_(0, slots.flatten(), (values * weights[:, None]).flatten())
-        counts = torch.zeros(len(self.rows), len(self.rows), dtype=torch.float64)
-        for node, value in zip(tree.nodes, table.tolist(), strict=False):
-            state = UNDECIDED if node.parent is None else tree.nodes[node.parent].token_ids[-1]
-            for token in node.token_ids:
-                counts[state, token] += value
-                state = token
-        return counts - counts.sum(1, keepdim=True) * self.p
+        return gradient_of(tree, ids[0], values * weights[:, None], self.p, UNDECIDED)
 
     def _base(self, tree: SegmentTree, node: int, estimator: str) -> float:
         if estimator == "constant":

@@ -133,13 +133,18 @@ def gradient(
     return np.tensordot(main, world.features, 3) + np.tensordot(other, world.other_features, 2)
 
 
-def node_values(levels: list[Level], leaf_values: Array) -> list[Array]:
-    """Weighted mean of `leaf_values` below each node, by level."""
-    values = [leaf_values]
+def sums_below(levels: list[Level], leaf_values: Array) -> list[Array]:
+    """Sum of `leaf_values` below each node, by level."""
+    sums = [leaf_values]
     for above, level in zip(levels[-2::-1], levels[:0:-1], strict=True):
-        n = above.weight.shape[1]
-        values.append(up(level.weight * values[-1], level.parent, n) / up(level.weight, level.parent, n))
-    return values[::-1]
+        sums.append(up(sums[-1], level.parent, above.weight.shape[1]))
+    return sums[::-1]
+
+
+def node_values(levels: list[Level], leaf_values: Array) -> list[Array]:
+    """Weighted mean of `leaf_values` below each node, by level: the weights of its leaves sum to its own."""
+    sums = sums_below(levels, levels[-1].weight * leaf_values)
+    return [below / level.weight for below, level in zip(sums, levels, strict=True)]
 
 
 def resolved_variances(levels: list[Level], values: list[Array]) -> Array:

@@ -35,7 +35,7 @@ from benchmarks.decisions import (
     grow,
     node_values,
     resolved_variances,
-    up,
+    sums_below,
     widths_of,
 )
 
@@ -145,13 +145,10 @@ def of_parents(values: Array, level: Level) -> Array:
 
 def leave_out(levels: list[Level], rewards: Array, leaf_weight: Array, otherwise: Array) -> list[Array]:
     """Mean reward of the leaves that are not below each node, weighted by `leaf_weight` `(T, leaves)`."""
-    sums, sizes = [leaf_weight * rewards], [leaf_weight]
-    for above, level in zip(levels[-2::-1], levels[:0:-1], strict=True):
-        sums.append(up(sums[-1], level.parent, above.weight.shape[1]))
-        sizes.append(up(sizes[-1], level.parent, above.weight.shape[1]))
-    total, size = sums[0].sum(1, keepdims=True), sizes[0].sum(1, keepdims=True)
+    sums, sizes = sums_below(levels, leaf_weight * rewards), sums_below(levels, leaf_weight)
+    total, size = sums[-1].sum(1, keepdims=True), sizes[-1].sum(1, keepdims=True)
     baselines = []
-    for below, own in zip(sums[::-1], sizes[::-1], strict=True):
+    for below, own in zip(sums, sizes, strict=True):
         rest = size - own
         mean = np.where(rest > 1e-9 * size, (total - below) / np.maximum(rest, 1e-12), otherwise[:, None])
         baselines.append(mean)
@@ -230,11 +227,7 @@ def regressed(
 def eq5(levels: list[Level], rewards: Array) -> list[Array]:
     """Eq. 5 of TreePO: the mean over the groups of a leaf of reward minus group mean, leaves alike."""
     width = rewards.shape[1]
-    sums, counts = [rewards], [np.ones_like(rewards)]
-    for above, level in zip(levels[-2::-1], levels[:0:-1], strict=True):
-        sums.append(up(sums[-1], level.parent, above.weight.shape[1]))
-        counts.append(up(counts[-1], level.parent, above.weight.shape[1]))
-    sums, counts = sums[::-1], counts[::-1]
+    sums, counts = sums_below(levels, rewards), sums_below(levels, np.ones_like(rewards))
     terms = rewards - rewards.mean(1, keepdims=True)
     groups = np.ones_like(rewards)
     place = np.broadcast_to(np.arange(width), rewards.shape)
@@ -243,10 +236,7 @@ def eq5(levels: list[Level], rewards: Array) -> list[Array]:
         terms = terms + np.where(size > 1, rewards - total / size, 0)
         groups = groups + (size > 1)
         place = np.take_along_axis(levels[depth].parent, place, 1)
-    found = [terms / groups / width]
-    for above, level in zip(levels[-2::-1], levels[:0:-1], strict=True):
-        found.append(up(found[-1], level.parent, above.weight.shape[1]))
-    return found[::-1]
+    return sums_below(levels, terms / groups / width)
 
 
 # Runs

@@ -77,9 +77,13 @@ def add_totals(samplings: list[dict[str, float]]) -> dict[str, float]:
 
 def reduce_totals(totals: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
     """Totals summed over processes."""
-    own = torch.tensor([list(totals.values())], dtype=torch.float32, device=accelerator.device)
-    summed = cast(torch.Tensor, accelerator.gather(own)).sum(0)
-    return dict(zip(totals, summed.tolist(), strict=True))
+    return dict(zip(totals, sum_over_processes(list(totals.values()), accelerator), strict=True))
+
+
+def sum_over_processes(values: list[float], accelerator: Accelerator) -> list[float]:
+    """The sum over processes of each value; every process has as many."""
+    own = torch.tensor([values], dtype=torch.float32, device=accelerator.device)
+    return cast(torch.Tensor, accelerator.gather(own)).sum(0).tolist()
 
 
 def replace_last(logged: deque[float], values: list[float]) -> None:

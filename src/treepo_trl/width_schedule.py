@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from transformers import TrainerState
 
 from .checkpoints import saved_values
+from .metrics import sum_over_processes
 from .sampling import SegmentTree
 from .sampling.resolved_variance import DepthStatistics
 from .sampling.widths import predicted_noise
@@ -78,9 +79,8 @@ class WidthSchedule:
         own = DepthStatistics.of_depth(depth)
         for tree, values in zip(trees, rewards.view(len(trees), -1).tolist(), strict=True):
             own.add(tree, [None if value != value else value for value in values])
-        flat = torch.tensor([own.flat()], dtype=torch.float32, device=accelerator.device)
-        summed = cast(torch.Tensor, accelerator.gather(flat)).double().sum(0).tolist()
-        before, now = self._seen(state), DepthStatistics.from_flat(summed, depth)
+        now = DepthStatistics.from_flat(sum_over_processes(own.flat(), accelerator), depth)
+        before = self._seen(state)
         seen = now if before is None else before.then(now)
         saved_values(state)[_DEPTHS] = seen.flat()
         return self._metrics(seen)

@@ -50,14 +50,33 @@ def estimated_gradient(tree: SegmentTree, estimator: str, leaf_weighting: str) -
     scores = leaf_scores([tree])[0]
     advantages = tree_advantages(rewards, ids[0], estimator, leaf_weights=weights, leaf_scores=scores)
     advantages = advantages * shares[:, None]
-    # A node's transitions are those of all leaves below it, so their advantages add up.
+    return gradient_of(tree, ids[0], advantages, PROBABILITIES, 0)
+
+
+def gradient_of(
+    tree: SegmentTree, ids: torch.Tensor, values: torch.Tensor, probabilities: torch.Tensor, first_state: int
+) -> torch.Tensor:
+    """
+    `(states, states)`: sum over a tree's tokens of their values times the gradient of their log-probabilities.
+
+    Args:
+        tree ([`SegmentTree`]):
+            Tokens are states of a chain.
+        ids (`torch.Tensor` of shape `(leaves, depth)`), values (`torch.Tensor` of the same shape):
+            Node of each segment of each leaf, -1 past the leaf; and what its tokens count for that leaf.
+        probabilities (`torch.Tensor` of shape `(states, states)`):
+            Of the chain's transitions, whose logits are the parameters.
+        first_state (`int`):
+            State in front of a completion.
+    """
+    # A node's transitions are those of all leaves below it, so their values add up.
     per_node = torch.zeros(len(tree.nodes) + 1, dtype=torch.float64)
-    per_node.scatter_add_(0, torch.where(ids < 0, len(tree.nodes), ids).flatten(), advantages.flatten())
-    counts = torch.zeros(NUM_STATES, NUM_STATES, dtype=torch.float64)
+    per_node.scatter_add_(0, torch.where(ids < 0, len(tree.nodes), ids).flatten(), values.flatten())
+    counts = torch.zeros_like(probabilities)
     for node, value in zip(tree.nodes, per_node.tolist(), strict=False):
-        state = 0 if node.parent is None else tree.nodes[node.parent].token_ids[-1]
+        state = first_state if node.parent is None else tree.nodes[node.parent].token_ids[-1]
         for token in node.token_ids:
             counts[state, token] += value
             state = token
     # d log p(token | state) / d logits[state] = one_hot(token) - p(state)
-    return counts - counts.sum(1, keepdim=True) * PROBABILITIES
+    return counts - counts.sum(1, keepdim=True) * probabilities

@@ -70,7 +70,7 @@ def best_widths(
         num_generations (`int`):
             W: leaves of a tree.
     """
-    lengths = accumulate(c / a if a > 0 else 0.0 for c, a in zip(tokens, alive, strict=True))
+    lengths = _lengths(tokens, alive)
     pools: list[tuple[float, float, int]] = []
     for v, c, length in zip(resolved, tokens, lengths, strict=True):
         pools.append((max(v, 0.0) * length, c, 1))
@@ -93,10 +93,14 @@ def predicted_noise(
 
     Arguments as in [`best_widths`]. `nan` where nothing is resolved.
     """
-    lengths = list(accumulate(c / a if a > 0 else 0.0 for c, a in zip(tokens, alive, strict=True)))
-    terms = [max(v, 0.0) * length for v, length in zip(resolved, lengths, strict=True)]
+    terms = [max(v, 0.0) * length for v, length in zip(resolved, _lengths(tokens, alive), strict=True)]
     independent = sum(terms) * sum(tokens)
     if independent <= 0:
         return math.nan
     noise = sum(term / max(n, 1.0) for term, n in zip(terms, widths, strict=True))
     return noise * sum(c * max(n, 1.0) for c, n in zip(tokens, widths, strict=True)) / independent
+
+
+def _lengths(tokens: Sequence[float], alive: Sequence[float]) -> list[float]:
+    """S: tokens up to each depth of a path that is still alive there."""
+    return list(accumulate(c / a if a > 0 else 0.0 for c, a in zip(tokens, alive, strict=True)))

@@ -53,8 +53,10 @@ class _Groups:
     """`(T, W, 1 + D)`: their weights, summed."""
     sums: torch.Tensor
     """`(T, W, 1 + D)`: their rewards times weights, summed."""
-    others: torch.Tensor
-    """`(T, W, D)`: mean reward of the leaves that are not below the segment, weighted by their scores too."""
+    scored_sizes: torch.Tensor
+    """`(T, W, 1 + D)`: their weights times scores, summed."""
+    scored_sums: torch.Tensor
+    """`(T, W, 1 + D)`: their rewards times weights and scores, summed."""
     is_used: torch.Tensor
     """`(T, W, 1 + D)` bool: the query group, and subgroups of two and more that are not rejected."""
 
@@ -137,11 +139,11 @@ def tree_advantages(
         if given is not None and given.shape != rewards.shape:
             raise ValueError(f"`{name}` must be {tuple(rewards.shape)} like the rewards; got {tuple(given.shape)}.")
     weights = torch.ones_like(rewards) if leaf_weights is None else leaf_weights.to(rewards)
-    scores = torch.ones_like(rewards) if leaf_scores is None else leaf_scores.to(rewards)
     num_leaves, depth = ancestor_ids.shape[-2:]
     ids = ancestor_ids.reshape(-1, num_leaves, depth)
     shape = ids.shape[:2]
-    groups = _groups(rewards.reshape(shape), weights.reshape(shape), scores.reshape(shape), ids, subgroup_rejection)
+    scores = None if leaf_scores is None else leaf_scores.to(rewards).reshape(shape)
+    groups = _groups(rewards.reshape(shape), weights.reshape(shape), scores, ids, subgroup_rejection)
     advantages = ESTIMATORS[estimator](groups)
     is_defined = (ids >= 0) & ~torch.isnan(rewards).reshape(*ids.shape[:2], 1) & (groups.sizes[:, :, :1] > 0)
     return torch.where(is_defined, advantages, 0.0).view_as(ancestor_ids)
@@ -150,7 +152,7 @@ def tree_advantages(
 def _groups(
     rewards: torch.Tensor,
     weights: torch.Tensor,
-    scores: torch.Tensor,
+    scores: torch.Tensor | None,
     ancestor_ids: torch.Tensor,
     subgroup_rejection: bool,
 ) -> _Groups:
@@ -180,11 +182,9 @@ def _groups(
         lowest = per_group(rewards.masked_fill(~is_scorable, torch.inf), "amin", torch.inf)
         is_used &= highest > lowest
     is_used[:, :, 0] = True
-    sizes = per_group(weights * scores)
-    sums = per_group(weights * scores * rewards)
-    rest = (sizes[:, :, :1] - sizes[:, :, 1:]).clamp(min=torch.finfo(sizes.dtype).tiny)
-    others = (sums[:, :, :1] - sums[:, :, 1:]) / rest
-    return _Groups(rewards, counts, per_group(weights), per_group(weights * rewards), others, is_used)
+    totals = per_group(weights), per_group(weights * rewards)
+    scored = totals if scores is None else (per_group(weights * scores), per_group(weights * scores * rewards))
+    return _Groups(rewards, counts, *totals, *scored, is_used)
 
 
 def _grpo(groups: _Groups) -> torch.Tensor:
@@ -257,7 +257,10 @@ def _optimal_baseline(groups: _Groups) -> torch.Tensor:
     where the whole tree is below the node.
     """
     has_others = groups.counts[:, :, :1] > groups.counts[:, :, 1:]
-    return torch.where(has_others, groups.means[:, :, 1:] - groups.others, 0.0)
+    sizes, sums = groups.scored_sizes, groups.scored_sums
+    rest = (sizes[:, :, :1] - sizes[:, :, 1:]).clamp(min=torch.finfo(sizes.dtype).tiny)
+    others = (sums[:, :, :1] - sums[:, :, 1:]) / rest
+    return torch.where(has_others, groups.means[:, :, 1:] - others, 0.0)
 
 
 ESTIMATORS: dict[str, Callable[[_Groups], torch.Tensor]] = {
