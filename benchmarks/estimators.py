@@ -23,7 +23,7 @@ from typing import get_args
 import torch
 
 from benchmarks.common import make_parser, table_head, table_row
-from tests.support.markov import estimated_gradient, exact_gradient, sample_trees
+from tests.support.markov import estimated_gradients, exact_gradient, sample_trees
 from treepo_trl.sampling.tree import SegmentTree
 from treepo_trl.update.advantages import AdvantageEstimator, expand_to_tokens, leaf_paths, tree_advantages
 
@@ -34,7 +34,7 @@ ESTIMATORS: tuple[AdvantageEstimator, ...] = get_args(AdvantageEstimator)
 def quality(trees: list[SegmentTree], estimator: str, weighting: str, cap: int) -> tuple[float, float, float, float]:
     """Part along and beside the exact gradient, standard error of both, and noise times decoded tokens."""
     exact = exact_gradient(cap)
-    estimates = torch.stack([estimated_gradient(tree, estimator, weighting) for tree in trees])
+    estimates = estimated_gradients(trees, estimator, weighting)
     mean = estimates.mean(0)
     along = ((mean * exact).sum() / (exact * exact).sum()).item()
     beside = ((mean - along * exact).norm() / exact.norm()).item()

@@ -1,48 +1,42 @@
 """
-What the estimators learn from equally many decoded tokens: reward of held-out tasks against tokens, several seeds.
+What an arm learns from equally many decoded tokens: reward of held-out tasks against tokens, several seeds.
 
-    python -m benchmarks.learning                       # a small model; table and plot
-    python -m benchmarks.learning --model MODEL --dtype bfloat16 --use_vllm  # a real model on one GPU
-    python -m benchmarks.learning --tasks gcd --seeds 1 --tokens 2000 --warm_steps 5  # a quick look
+    python -m benchmarks.learning                       # three families on small models; hours on two cores
+    python -m benchmarks.learning --model MODEL --dtype bfloat16 --use_vllm --tasks gcd products  # on a GPU
+    python -m benchmarks.learning --tasks gcd --seeds 1 --rates 1e-4 --tokens 2000 --warm_steps 5  # a quick look
 
-There are two families of tasks from reasoning-gym. The reward is 1 if the last number is the answer, else 0.
-
-Without `--model` the policy is a Llama of 2.7 million parameters with a token per character. TRL's `SFTTrainer` first
-trains it on demonstrations of the family, which takes minutes on two cores. One step in five of a demonstration is
-wrong, and the rest follows from it. So the model learns to solve the task and to slip, and training has something to
-improve.
+Tasks and models are those of `benchmarks.learning_tasks`. Every arm is a `TreePOTrainer`: independent completions are
+trees that branch at the prompt alone, and a test holds their loss equal to that of `GRPOTrainer`. Arms take steps of
+about the same number of decoded tokens: narrow groups have more prompts.
 
 A run stops when it has decoded its tokens. A token that several leaves share counts once, as the engine decodes it
-once. Held-out reward is that of independent completions at temperature 1 for every trainer. Each run is a process of
-its own. Finished runs are not repeated.
+once. Held-out reward is that of four independent completions at temperature 1. Each arm runs at every learning rate
+with the first seed, and at the best of them with the others. Each run is a process and a folder of its own; finished
+runs are not repeated, so the whole may take several sittings.
 """
 
 import argparse
 import json
 import os
-import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import reasoning_gym
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks.common import (
     OUTPUTS,
@@ -50,253 +44,269 @@ from benchmarks.common import (
     device_name,
     make_parser,
     run_to_log,
+    small_model_folder,
     table_head,
     table_row,
 )
-from treepo_trl import TreePOConfig, TreePOTrainer
+from benchmarks.learning_tasks import TASKS, datasets_of, lora_of, warm_start
+from treepo_trl import TreePOConfig, TreePOTrainer, TreeSampler, TreeSamplingConfig
+from treepo_trl.engines.transformers import TransformersEngine
 from treepo_trl.quickstart import answer_reward
 
 
+@dataclass(frozen=True)
+class Arm:
+    """How an arm samples and what it compares rewards with."""
+
+    width: int
+    share: float = 1.0
+    """Decoded tokens per token of a leaf, about."""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def prompts(self, completions: int) -> int:
+        """Prompts per step, for as many decoded tokens as `completions` have."""
+        return max(round(completions / (self.width * self.share)), 1)
+
+
+def independent(width: int, estimator: str = "grpo", **settings: object) -> Arm:
+    """Completions that share nothing but the prompt: with `grpo`, the loss of `GRPOTrainer`."""
+    shape = {"branch_schedule": "early", "branching_factor": 1, "initial_branching_factor": width}
+    return Arm(width, 1.0, {**shape, "advantage_estimator": estimator, "leaf_weighting": "uniform", **settings})
+
+
+def tree(width: int, share: float, schedule: str, estimator: str, fallback: str = "root") -> Arm:
+    """A tree with an estimator; the exact ones with the weights that make them so."""
+    exact = estimator in ("optimal_baseline", "leave_one_out")
+    return Arm(
+        width,
+        share,
+        {
+            "branch_schedule": schedule,
+            "advantage_estimator": estimator,
+            "leaf_weighting": "inverse_branching" if exact else "uniform",
+            "fallback_policy": fallback,
+        },
+    )
+
+
 ARMS = {
-    "independent, GRPO": None,
-    "tree, grpo": {"advantage_estimator": "grpo"},
-    "tree, treepo": {"advantage_estimator": "treepo"},
-    "tree, treepo_segment": {"advantage_estimator": "treepo_segment"},
-    "tree, value_difference": {"advantage_estimator": "value_difference"},
-    "tree, leave_one_out": {"advantage_estimator": "leave_one_out", "leaf_weighting": "inverse_branching"},
+    "GRPO 16": independent(16),
+    "GRPO 8": independent(8),
+    "GRPO 4": independent(4),
+    "GRPO 2": independent(2),
+    "GRPO 16, dynamic sampling": independent(16, dynamic_sampling_rounds=2),
+    "paper 16": tree(16, 0.65, "early", "treepo", "random"),
+    "score baseline 16": independent(16, "optimal_baseline"),
+    "score baseline 8": independent(8, "optimal_baseline"),
+    "sqrt 16": tree(16, 0.9, "sqrt", "optimal_baseline"),
+    "sqrt 8": tree(8, 0.9, "sqrt", "optimal_baseline"),
+    "sqrt 16, leave-one-out": tree(16, 0.9, "sqrt", "leave_one_out"),
+    "early 16, score baseline": tree(16, 0.65, "early", "optimal_baseline"),
 }
+FIRST = "GRPO 16"
+"""What the others are compared with."""
 WARM_START = "warm start"
-SLIPS = 0.2  # of a demonstration's steps, which goes on with the wrong result
-Slip = Callable[[], int]
+SHAPES = {"gcd": (64, 8), "products": (64, 8), "addition": (32, 8)}
+"""Longest completion and segment length in tokens."""
 
 
-def gcd(entry: dict, slip: Slip) -> tuple[str, str]:
-    """`96,64` and Euclid's `96%64=32 64%32=0 32`."""
-    a, b = entry["metadata"]["numbers"]
-    short, steps = f"{a},{b}", []
-    while b:
-        rest = (a % b + slip()) % b
-        steps.append(f"{a}%{b}={rest}")
-        a, b = b, rest
-    return short, " ".join([*steps, str(a)])
+class HeldOutReward:
+    """Mean reward of four independent completions per held-out task at temperature 1."""
 
+    def __init__(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+        self.answers = [row["answer"] for row in dataset for _ in range(4)]
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.prompts: list[list[int]] = []
+        for row in dataset:
+            if isinstance(row["prompt"], str):
+                self.prompts.append(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"])
+            else:
+                ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)
+                self.prompts.append(ids["input_ids"])
 
-def products(entry: dict, slip: Slip) -> tuple[str, str]:
-    """`47*38` and `47*30=1410 47*8=376 1410+376=1786`."""
-    a, b = map(int, entry["metadata"]["expression"].split(" * "))
-    tens, units = a * (b - b % 10) + slip(), a * (b % 10) + slip()
-    total = tens + units + slip()
-    return f"{a}*{b}", f"{a}*{b - b % 10}={tens} {a}*{b % 10}={units} {tens}+{units}={total}"
-
-
-# Short form and worked solution, options of the task.
-TASKS = {
-    "products": (products, {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}),
-    "gcd": (gcd, {"min_numbers": 2, "max_numbers": 2, "min_value": 10, "max_value": 100}),
-}
-
-
-def task_rows(task: str, size: int, seed: int) -> list[dict]:
-    """Question for people, its short form, a demonstration that slips now and then, and the answer."""
-    worked, options = TASKS[task]
-    rng = random.Random(seed)
-    rows = []
-    for entry in reasoning_gym.create_dataset(task, size=size, seed=seed, **options):
-        short, demonstration = worked(entry, lambda: rng.randint(1, 9) if rng.random() < SLIPS else 0)
-        rows.append(
-            {"question": entry["question"], "short": short, "solution": demonstration, "answer": entry["answer"]}
+    def __call__(self, model: PreTrainedModel) -> float:
+        config = TreeSamplingConfig(
+            num_generations=4,
+            max_completion_length=self.max_tokens,
+            segment_length=self.max_tokens,
+            branch_schedule="early",
+            initial_branching_factor=4,
+            branching_factor=1,
+            stop_repetition=False,
         )
-    return rows
-
-
-def character_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each character of the short tasks."""
-    vocabulary = ["<eos>", "<pad>", "<unk>", *"0123456789+-*%=, \n"]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()  # no space between characters
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", padding_side="left"
-    )
-
-
-def warm_start(task: str, folder: Path, steps: int) -> None:
-    """Train the small Llama on demonstrations: it learns the task and to slip as often as they do."""
-    tokenizer = character_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        max_position_embeddings=256,
-        eos_token_id=tokenizer.get_vocab()["<eos>"],
-        pad_token_id=tokenizer.get_vocab()["<pad>"],
-        bos_token_id=None,
-    )
-    rows = task_rows(task, 64 * steps, seed=1)
-    args = SFTConfig(
-        output_dir=str(folder.with_name(folder.name + "-sft")),
-        max_steps=steps,
-        per_device_train_batch_size=64,
-        learning_rate=1e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=20,
-        logging_steps=100,
-        save_strategy="no",
-        report_to="none",
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=not torch.cuda.is_available(),
-    )
-    trainer = SFTTrainer(
-        model=LlamaForCausalLM(config),
-        args=args,
-        train_dataset=Dataset.from_list([{"prompt": r["short"] + "\n", "completion": r["solution"]} for r in rows]),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    trainer.save_model(str(folder))
+        eos = [self.tokenizer.eos_token_id]
+        was_training = model.training
+        model.eval()
+        try:
+            trees = TreeSampler(TransformersEngine(model, eos), config, eos).sample(self.prompts, seed=0)
+        finally:
+            model.train(was_training)
+        texts = [
+            self.tokenizer.decode(each.completion_ids(leaf), skip_special_tokens=True)
+            for each in trees
+            for leaf in each.leaves
+        ]
+        return float(np.mean(answer_reward(texts, self.answers)))
 
 
 class TokenBudget(TrainerCallback):
-    """Counts decoded tokens, asks for an evaluation at equal distances, and stops when they are used up."""
+    """Counts decoded tokens, measures the held-out reward at equal distances, and stops when they are used up."""
 
-    def __init__(self, budget: int, completions: int, num_points: int) -> None:
-        self.budget, self.completions, self.every = budget, completions, budget / num_points
-        self.tokens = 0.0
-        self.curve: list[dict] = []
+    def __init__(self, budget: int, num_points: int, held_out: HeldOutReward) -> None:
+        self.budget, self.every, self.held_out = budget, budget / num_points, held_out
+        self.tokens, self.measuring = 0.0, 0.0
+        self.curve: list[dict[str, float]] = []
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: object,
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Take tokens from a training step's log and the reward from an evaluation's."""
-        logs = logs or {}
-        if "eval_reward" in logs:
-            self.curve.append({"tokens": self.tokens, "reward": logs["eval_reward"], "step": state.global_step})
-        elif "reward" in logs:
-            before = self.tokens // self.every
-            self.tokens += logs.get("tree/decoded_tokens", self.completions * logs["completions/mean_length"])
-            control.should_evaluate = self.tokens // self.every > before
-            control.should_training_stop = self.tokens >= self.budget
+        """Measure the untrained model."""
+        self.started = time.perf_counter()
+        self._measure(given["model"])
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Count a step."""
+        if "reward" not in given["logs"]:
+            return
+        before = self.tokens // self.every
+        self.tokens += given["logs"]["tree/decoded_tokens"]
+        if self.tokens // self.every > before:
+            self._measure(given["model"])
+        control.should_training_stop = self.tokens >= self.budget
+
+    def _measure(self, model: PreTrainedModel) -> None:
+        begun = time.perf_counter()
+        seconds = begun - self.started - self.measuring
+        self.curve.append({"tokens": self.tokens, "reward": self.held_out(model), "seconds": seconds})
+        self.measuring += time.perf_counter() - begun
 
 
-def settings(seed: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What every trainer gets."""
-    return {
-        "output_dir": str(folder),
-        "seed": seed,
-        "max_steps": 100_000,  # the callback stops
-        "per_device_train_batch_size": options.prompts * options.width,
-        "per_device_eval_batch_size": options.held_out * 4,
-        "num_generations_eval": 4,
-        "num_generations": options.width,
-        "max_completion_length": options.max_completion_length,
-        "learning_rate": options.learning_rate,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 20,  # Adam's first steps have the size of the learning rate, however noisy the gradient
-        "scale_rewards": "batch",
-        "epsilon_high": 0.28,
-        "eval_strategy": "no",
-        "eval_on_start": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": not torch.cuda.is_available(),
-        "use_vllm": options.use_vllm,
-        "model_init_kwargs": {"dtype": options.dtype},
-    }
-
-
-def prompts_of(rows: list[dict], is_small: bool) -> Dataset:
-    """Prompts and answers: the short form for the small model, a conversation for a real one."""
-    prompts = [r["short"] + "\n" if is_small else [{"role": "user", "content": r["question"]}] for r in rows]
-    return Dataset.from_list(
-        [{"prompt": prompt, "answer": row["answer"]} for prompt, row in zip(prompts, rows, strict=True)]
+def settings(arm: Arm, task: str, seed: int, rate: float, options: argparse.Namespace, folder: Path) -> TreePOConfig:
+    """Settings of a run: those of the arm, and what every arm gets."""
+    max_tokens, segment = (options.max_completion_length, options.segment_length) if options.model else SHAPES[task]
+    return TreePOConfig(
+        output_dir=str(folder),
+        seed=seed,
+        max_steps=100_000,  # the callback stops
+        per_device_train_batch_size=arm.prompts(options.completions) * arm.width,
+        num_generations=arm.width,
+        max_completion_length=max_tokens,
+        segment_length=segment,
+        learning_rate=rate if task != "addition" else 5 * rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=5,  # Adam's first steps have the size of the learning rate, however noisy the gradient
+        scale_rewards="batch",
+        epsilon_high=0.28,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(),
+        use_vllm=options.use_vllm,
+        model_init_kwargs={"dtype": options.dtype},
+        **arm.settings,
     )
 
 
-def train(arm: str, task: str, seed: int, options: argparse.Namespace, folder: Path) -> None:
+def train(name: str, task: str, seed: int, rate: float, options: argparse.Namespace, folder: Path) -> None:
     """One run; writes `result.json`."""
-    tree = ARMS[arm]
-    values = settings(seed, options, folder)
-    trainer_class: Any = GRPOTrainer if tree is None else TreePOTrainer
-    if tree is None:
-        args = GRPOConfig(**values)
-    else:
-        args = TreePOConfig(segment_length=options.segment_length, **tree, **values)
-    budget = TokenBudget(options.tokens, options.prompts * options.width, options.points)
-    is_small = options.model is None
-    trainer = trainer_class(
-        model=str(run_folder(WARM_START, task, 0, options)) if is_small else options.model,
+    train_dataset, held_out = datasets_of(task, options.held_out, seed, options.model is None)
+    own = small_model_folder() if task == "addition" else str(options.out / f"{task}-{WARM_START}")
+    args = settings(ARMS[name], task, seed, rate, options, folder)
+    trainer = TreePOTrainer(
+        model=options.model or own,
         reward_funcs=answer_reward,
         args=args,
-        train_dataset=prompts_of(task_rows(task, 4096, seed=100 + seed), is_small),
-        eval_dataset=prompts_of(task_rows(task, options.held_out, seed=2), is_small),
-        callbacks=[budget],
+        train_dataset=train_dataset,
+        peft_config=lora_of(task) if options.model is None else None,
     )
-    started = time.perf_counter()
+    measure = HeldOutReward(held_out, trainer.processing_class, args.max_completion_length)
+    budget = TokenBudget(options.tokens, options.points, measure)
+    trainer.add_callback(budget)
     trainer.train()
-    seconds = time.perf_counter() - started
     result = {
-        "arm": arm,
-        "task": task,
+        "arm": name,
+        "rate": rate,
         "seed": seed,
         "device": device_name(),
         "curve": budget.curve,
         "steps": trainer.state.global_step,
-        "seconds": seconds,
         "log": [log for log in trainer.state.log_history if "reward" in log],
     }
     (folder / "result.json").write_text(json.dumps(result))
 
 
-def start(name: str, task: str, seed: int, options: argparse.Namespace, result: str = "result.json") -> Path:
-    """Folder of one run, which runs in a process of its own if its result is not there yet."""
-    folder = run_folder(name, task, seed, options)
-    if not (folder / result).exists():
-        command = ["-m", "benchmarks.learning", *sys.argv[1:], "--run", name, task, str(seed)]
-        threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
-        try:
-            run_to_log(command, folder / "log.txt", OMP_NUM_THREADS=threads)
-        except ProcessFailed as error:
-            raise SystemExit(f"{task} {name} seed {seed} failed: {error}") from None
-        print(f"{task} {name} seed {seed} done", file=sys.stderr, flush=True)
-    return folder
+def start(name: str, task: str, seed: int, rate: float, options: argparse.Namespace) -> dict[str, Any]:
+    """Result of one run, which runs in a process of its own if it is not there yet."""
+    folder = options.out / f"{task}-{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
+    file = folder / "result.json"
+    if not file.exists():
+        in_process(options, folder, name, task, str(seed), str(rate))
+    return json.loads(file.read_text())
 
 
-def run_folder(name: str, task: str, seed: int, options: argparse.Namespace) -> Path:
-    """Where a run keeps its files."""
-    return options.out / f"{task}-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+def in_process(options: argparse.Namespace, folder: Path, *run: str) -> None:
+    """Run this script for one run."""
+    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+    try:
+        command = ["-m", "benchmarks.learning", *sys.argv[1:], "--run", *run]
+        run_to_log(command, folder / "log.txt", OMP_NUM_THREADS=threads)
+    except ProcessFailed as error:
+        raise SystemExit(f"{' '.join(run)} failed: {error}") from None
+    print(f"{' '.join(run)} done", file=sys.stderr, flush=True)
 
 
-def print_table(task: str, runs: dict[str, list[dict]], budget: int) -> None:
-    """Held-out reward of each arm at fractions of the budget, mean and standard deviation over seeds."""
-    points = [budget * quarter / 4 for quarter in range(5)]
-    first = next(iter(runs.values()))[0]
-    print(f"\n`{task}`, {first['device']}, {len(next(iter(runs.values())))} seeds\n")
-    print(table_head("arm", *(f"{point / 1000:.0f}k" for point in points), "mean of the curve", "steps"))
-    for arm, results in runs.items():
-        curves = np.array([interpolate(result, points) for result in results])
-        means = np.array([interpolate(result, np.linspace(0, budget, 101)).mean() for result in results])
-        freedom = min(1, len(results) - 1)
-        cells = [f"{column.mean():.3f} ± {column.std(ddof=freedom):.3f}" for column in [*curves.T, means]]
-        print(table_row(arm, *cells, f"{np.mean([result['steps'] for result in results]):.0f}"))
-
-
-def interpolate(result: dict, tokens: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Held-out reward of a run at these numbers of decoded tokens, on lines between its evaluations."""
+def interpolate(result: dict[str, Any], tokens: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Held-out reward of a run at these numbers of decoded tokens, on lines between its measurements."""
     curve = result["curve"]
     return np.interp(tokens, [point["tokens"] for point in curve], [point["reward"] for point in curve])
+
+
+def mean_of_curve(result: dict[str, Any], options: argparse.Namespace) -> float:
+    """Mean held-out reward over the tokens of a run."""
+    return float(interpolate(result, np.linspace(0, options.tokens, 101)).mean())
+
+
+def first_to(result: dict[str, Any], target: float, axis: str) -> float:
+    """Tokens or seconds at which the curve first comes to `target`; infinite if never."""
+    points = result["curve"]
+    for before, after in zip(points, points[1:], strict=False):
+        if after["reward"] >= target:
+            part = np.clip((target - before["reward"]) / max(after["reward"] - before["reward"], 1e-9), 0, 1)
+            return float(before[axis] + part * (after[axis] - before[axis]))
+    return float("inf")
+
+
+def ratio(results: list[dict], reference: list[dict], target: float, axis: str) -> str:
+    """Mean cost to `target` over the reference's, and the middle 90 % of bootstrap samples over seeds."""
+    own, other = (np.array([first_to(each, target, axis) for each in runs]) for runs in (results, reference))
+    if not (np.isfinite(own).all() and np.isfinite(other).all()):
+        return f"{np.isfinite(own).sum()} of {len(own)} came there"
+    draws = np.random.default_rng(0).integers(0, len(own), (2000, len(own)))
+    samples = own[draws].mean(1) / other[draws].mean(1)
+    low, high = np.quantile(samples, [0.05, 0.95])
+    return f"{own.mean() / other.mean():.2f} ({low:.2f} to {high:.2f})"
+
+
+def print_table(task: str, runs: dict[str, list[dict]], options: argparse.Namespace) -> None:
+    """Held-out reward of each arm at fractions of the budget, and what it costs to come as far as the first arm."""
+    points = [options.tokens * quarter / 4 for quarter in range(5)]
+    first = runs[FIRST]
+    # The mean over seeds and the last quarter: the end of one run is noisy.
+    target = float(np.mean([interpolate(each, np.linspace(0.75, 1, 11) * options.tokens).mean() for each in first]))
+    print(f"\n`{task}`, {first[0]['device']}, {len(first)} seeds, target {target:.3f}\n")
+    columns = [f"{point / 1000:.0f}k" for point in points]
+    print(table_head("arm", "rate", *columns, "mean of the curve", "tokens to the target", "seconds", "steps"))
+    for name, results in runs.items():
+        curves = np.array([interpolate(result, points) for result in results])
+        means = np.array([mean_of_curve(result, options) for result in results])
+        freedom = min(1, len(results) - 1)
+        cells = [f"{column.mean():.3f} ± {column.std(ddof=freedom):.3f}" for column in [*curves.T, means]]
+        costs = [ratio(results, first, target, axis) for axis in ("tokens", "seconds")]
+        steps = f"{np.mean([result['steps'] for result in results]):.0f}"
+        print(table_row(name, f"{results[0]['rate']:g}", *cells, *costs, steps))
 
 
 def draw(results: dict[str, dict[str, list[dict]]], budget: int, file: Path) -> None:
@@ -316,6 +326,7 @@ def draw(results: dict[str, dict[str, list[dict]]], budget: int, file: Path) -> 
         panel.set(title=task, xlabel="decoded tokens, thousands", ylabel="held-out reward")
     panels[0][0].legend(fontsize=8)
     figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=100)
     print(f"\n{file}", file=sys.stderr)
 
@@ -323,57 +334,63 @@ def draw(results: dict[str, dict[str, list[dict]]], budget: int, file: Path) -> 
 def parse_options() -> argparse.Namespace:
     """Options of the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("--model", help="a chat model; without it the small one with a warm start")
+    parser.add_argument("--model", help="a chat model for all families, instead of their own")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--use_vllm", action="store_true")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=300_000, help="decoded tokens of a run")
-    parser.add_argument("--points", type=int, default=6, help="evaluations of a run")
-    parser.add_argument("--held_out", type=int, default=128, help="tasks of an evaluation, four completions each")
-    parser.add_argument("--prompts", type=int, default=32, help="prompts per step")
-    parser.add_argument("--width", type=int, default=8, help="completions per prompt")
-    parser.add_argument("--max_completion_length", type=int, default=64)
-    parser.add_argument("--segment_length", type=int, default=8)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--warm_steps", type=int, default=500, help="of the small model on demonstrations")
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 2e-4, 4e-4], help="times 5 for `addition`")
+    parser.add_argument("--tokens", type=int, default=150_000, help="decoded tokens of a run")
+    parser.add_argument("--points", type=int, default=6, help="measurements of a run")
+    parser.add_argument("--held_out", type=int, default=128, help="tasks of a measurement, four completions each")
+    parser.add_argument("--completions", type=int, default=128, help="per step, of independent completions")
+    parser.add_argument("--max_completion_length", type=int, default=1024, help="with `--model`")
+    parser.add_argument("--segment_length", type=int, default=128, help="with `--model`")
+    parser.add_argument("--warm_steps", type=int, default=800, help="of the small model on demonstrations")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, default=OUTPUTS / "learning")
     parser.add_argument("--plot", type=Path, default=OUTPUTS / "learning/learning.png")
-    parser.add_argument("--run", nargs=3, metavar=("ARM", "TASK", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def run_all(options: argparse.Namespace) -> dict[str, dict[str, list[dict]]]:
-    """Results of all seeds by task and arm; runs what is missing."""
-    runs = [(arm, task, seed) for seed in range(options.seeds) for task in options.tasks for arm in options.arms]
+    """Results of all seeds by task and arm, each at its best rate; runs what is missing."""
+    arms = list(dict.fromkeys([FIRST, *options.arms]))
+    for task in options.tasks:
+        folder = options.out / f"{task}-{WARM_START}"
+        if options.model is None and task != "addition" and not (folder / "config.json").exists():
+            in_process(options, folder.with_name(folder.name + "-sft"), WARM_START, task)
+    results: dict[str, dict[str, list[dict]]] = {}
     with ThreadPoolExecutor(options.jobs) as pool:
-        if options.model is None:
-            list(pool.map(lambda task: start(WARM_START, task, 0, options, "config.json"), options.tasks))
-        folders = list(pool.map(lambda run: start(run[0], run[1], run[2], options), runs))
-    by_run = {run: json.loads((folder / "result.json").read_text()) for run, folder in zip(runs, folders, strict=True)}
-    return {
-        task: {arm: [by_run[arm, task, seed] for seed in range(options.seeds)] for arm in options.arms}
-        for task in options.tasks
-    }
+        for task in options.tasks:
+            tried = [(name, rate) for name in arms for rate in options.rates]
+            first = list(pool.map(lambda run: start(run[0], task, 0, run[1], options), tried))  # noqa: B023
+            best = {
+                name: max((each for each in first if each["arm"] == name), key=lambda r: mean_of_curve(r, options))
+                for name in arms
+            }
+            others = [(name, seed) for seed in range(1, options.seeds) for name in arms]
+            rest = list(pool.map(lambda run: start(run[0], task, run[1], best[run[0]]["rate"], options), others))  # noqa: B023
+            results[task] = {name: [best[name], *(each for each in rest if each["arm"] == name)] for name in arms}
+    return results
 
 
 def main() -> None:
     """Run what is missing, print the table and draw the plot; with `--run`, one run in this process."""
     options = parse_options()
-    if options.run:
-        name, task, seed = options.run
-        folder = run_folder(name, task, int(seed), options)
-        if name == WARM_START:
-            warm_start(task, folder, options.warm_steps)
-        else:
-            train(name, task, int(seed), options, folder)
-        return
-    by_task = run_all(options)
-    for task, arms in by_task.items():
-        print_table(task, arms, options.tokens)
-    draw(by_task, options.tokens, options.plot)
+    if options.run and options.run[0] == WARM_START:
+        warm_start(options.run[1], options.out / f"{options.run[1]}-{WARM_START}", options.warm_steps)
+    elif options.run:
+        name, task, seed, rate = options.run
+        folder = options.out / f"{task}-{name.replace(', ', '-').replace(' ', '-')}-{float(rate):g}-{seed}"
+        train(name, task, int(seed), float(rate), options, folder)
+    else:
+        by_task = run_all(options)
+        for task, arms in by_task.items():
+            print_table(task, arms, options)
+        draw(by_task, options.tokens, options.plot)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from .tree_log import TreeLogLine
 from .treepo_config import TreePOConfig
 from .update.advantages import expand_to_tokens, leaf_paths, leaf_scores, tree_advantages
 from .update.rewards import combine_rewards
+from .update.weighted_advantages import weighted_advantages
 
 
 @dataclass
@@ -146,19 +147,15 @@ class TreeBatch:
         # Small tensors and a few dozen operations: not on the device.
         ids, lengths = leaf_paths(self.trees)
         shape = ids.shape[:2]
-        weights = None
+        of_leaves, estimator = rewards.cpu().view(shape), args.advantage_estimator
         if args.leaf_weighting == "inverse_branching":
-            weights = torch.tensor([tree.leaf_weights() for tree in self.trees])
-        advantages = tree_advantages(
-            rewards.cpu().view(shape),
-            ids,
-            args.advantage_estimator,
-            subgroup_rejection=args.subgroup_rejection,
-            leaf_weights=weights,
-            leaf_scores=leaf_scores(self.trees) if args.advantage_estimator == "optimal_baseline" else None,
-        )
-        if weights is not None:  # the loss averages over leaves, so a weight of 1/W is neutral
-            advantages = advantages * (weights * shape[1])[:, :, None]
+            advantages = weighted_advantages(self.trees, ids, of_leaves, estimator, args.subgroup_rejection)
+            advantages = advantages * shape[1]  # the loss averages over leaves, so a weight of 1/W is neutral
+        else:
+            scores = leaf_scores(self.trees) if estimator == "optimal_baseline" else None
+            advantages = tree_advantages(
+                of_leaves, ids, estimator, subgroup_rejection=args.subgroup_rejection, leaf_scores=scores
+            )
         advantages = advantages / torch.nan_to_num(divisors.cpu().view(*shape, 1), nan=1.0)
         return expand_to_tokens(advantages, lengths, num_tokens).to(rewards.device)
 

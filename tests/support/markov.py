@@ -10,17 +10,20 @@ import torch
 from tests.support.fakes import EOS, MarkovEngine
 from treepo_trl import SegmentTree, TreeSampler, TreeSamplingConfig
 from treepo_trl.update.advantages import leaf_paths, leaf_scores, tree_advantages
+from treepo_trl.update.weighted_advantages import weighted_advantages
 
 
 PROBABILITIES = torch.tensor(MarkovEngine.TRANSITIONS, dtype=torch.float64)
 NUM_STATES = len(PROBABILITIES)
 
 
-def exact_gradient(cap: int) -> torch.Tensor:
-    """`(states, states)`: gradient of the expected reward of a completion of at most `cap` tokens in the logits."""
+def exact_gradient(cap: int, state: int = 0) -> torch.Tensor:
+    """
+    `(states, states)`: gradient of the expected reward of at most `cap` tokens after `state`, in the logits.
+    """
     logits = PROBABILITIES.log().requires_grad_()
     probabilities = logits.softmax(-1)
-    alive = torch.eye(NUM_STATES, dtype=torch.float64)[0]
+    alive = torch.eye(NUM_STATES, dtype=torch.float64)[state]
     expected_reward = torch.zeros((), dtype=torch.float64)
     for _ in range(cap):
         expected_reward = expected_reward + alive[3] * probabilities[3, EOS]
@@ -37,20 +40,27 @@ def sample_trees(num_trees: int, width: int, cap: int, seed: int = 0, **changes:
     return sampler.sample([[9]] * num_trees, seed=seed)
 
 
-def estimated_gradient(tree: SegmentTree, estimator: str, leaf_weighting: str) -> torch.Tensor:
-    """`(states, states)`: what one tree contributes to the gradient, the loss being a mean over leaves."""
-    ids, _ = leaf_paths([tree])
-    rewards = torch.tensor(
-        [MarkovEngine.observed(tree.completion_ids(leaf))["from_three"] for leaf in tree.leaves], dtype=torch.float64
-    )
-    weights = None
-    shares = torch.full_like(rewards, 1 / len(rewards))
-    if leaf_weighting == "inverse_branching":
-        weights = shares = torch.tensor(tree.leaf_weights(), dtype=torch.float64)
-    scores = leaf_scores([tree])[0]
-    advantages = tree_advantages(rewards, ids[0], estimator, leaf_weights=weights, leaf_scores=scores)
-    advantages = advantages * shares[:, None]
-    return gradient_of(tree, ids[0], advantages, PROBABILITIES, 0)
+def reward_of(tree: SegmentTree, leaf: int) -> float:
+    """1 if the completion's EOS follows a 3."""
+    return MarkovEngine.observed(tree.completion_ids(leaf))["from_three"]
+
+
+def estimated_gradients(trees: list[SegmentTree], estimator: str, leaf_weighting: str) -> torch.Tensor:
+    """`(trees, states, states)`: what each tree contributes to the gradient, the loss being a mean over leaves."""
+    gradients = [torch.zeros(NUM_STATES, NUM_STATES, dtype=torch.float64)] * len(trees)
+    for width in {len(tree.leaves) for tree in trees}:
+        which = [i for i, tree in enumerate(trees) if len(tree.leaves) == width]
+        alike = [trees[i] for i in which]
+        ids, _ = leaf_paths(alike)
+        rewards = [[reward_of(tree, leaf) for leaf in tree.leaves] for tree in alike]
+        values = torch.tensor(rewards, dtype=torch.float64)
+        if leaf_weighting == "inverse_branching":
+            advantages = weighted_advantages(alike, ids, values, estimator)
+        else:
+            advantages = tree_advantages(values, ids, estimator, leaf_scores=leaf_scores(alike)) / width
+        for i, tree, tree_ids, each in zip(which, alike, ids, advantages, strict=True):
+            gradients[i] = gradient_of(tree, tree_ids, each, PROBABILITIES, 0)
+    return torch.stack(gradients)
 
 
 def gradient_of(

@@ -13,6 +13,7 @@ from trl import GRPOTrainer
 from tests.support.models import make_tokenizer
 from treepo_trl import SegmentTree, TreePOConfig, TreePOTrainer
 from treepo_trl.update.advantages import leaf_paths, tree_advantages
+from treepo_trl.update.weighted_advantages import weighted_advantages
 
 
 NUM_GENERATIONS = 4
@@ -251,10 +252,10 @@ def expected_advantages(
         pool = group if scale == "group" else totals
         divisor = 1.0 if scale == "none" else pool[~pool.isnan()].std() + 1e-4
         (ids,), _ = leaf_paths([tree])
-        weights = torch.tensor(tree.leaf_weights()).double() if weighting == "inverse_branching" else None
-        values = tree_advantages(group, ids, estimator, subgroup_rejection=rejection, leaf_weights=weights)
-        if weights is not None:
-            values = values * (weights * NUM_GENERATIONS)[:, None]
+        if weighting == "inverse_branching":
+            (values,) = weighted_advantages([tree], ids[None], group[None], estimator, rejection) * NUM_GENERATIONS
+        else:
+            values = tree_advantages(group, ids, estimator, subgroup_rejection=rejection)
         for j, leaf in enumerate(tree.leaves):
             lengths = [len(tree.nodes[node].token_ids) for node in tree.path(leaf)]
             tokens = [value for value, n in zip(values[j].tolist(), lengths, strict=False) for _ in range(n)]

@@ -1,5 +1,6 @@
 """Which tree estimators have the policy gradient as their mean, on a Markov chain whose gradient is known."""
 
+import statistics
 from functools import cache
 from typing import Any
 
@@ -7,8 +8,17 @@ import pytest
 import torch
 
 from tests.support.fakes import MarkovEngine
-from tests.support.markov import PROBABILITIES, estimated_gradient, exact_gradient, sample_trees
+from tests.support.markov import (
+    PROBABILITIES,
+    estimated_gradients,
+    exact_gradient,
+    gradient_of,
+    reward_of,
+    sample_trees,
+)
 from treepo_trl import SegmentTree
+from treepo_trl.update.advantages import leaf_paths
+from treepo_trl.update.weighted_advantages import weighted_advantages
 
 
 CAP, WIDTH, NUM_TREES = 12, 8, 3000
@@ -20,11 +30,11 @@ def trees_of(**changes: Any) -> list[SegmentTree]:
     return sample_trees(NUM_TREES, WIDTH, CAP, **changes)
 
 
-def z_scores(estimator: str, leaf_weighting: str, **changes: object) -> tuple[torch.Tensor, float]:
-    """Errors of the mean over trees in standard errors, and the mean's part along the exact gradient (1 if exact)."""
-    exact = exact_gradient(CAP)
+def z_scores(estimator: str, leaf_weighting: str, times: float = 1.0, **changes: object) -> tuple[torch.Tensor, float]:
+    """Errors of the mean over trees in standard errors, and the mean's part along `times` the exact gradient."""
+    exact = times * exact_gradient(CAP)
     trees = trees_of(**changes)
-    estimates = torch.stack([estimated_gradient(tree, estimator, leaf_weighting) for tree in trees])
+    estimates = estimated_gradients(trees, estimator, leaf_weighting)
     errors = estimates.std(0) / NUM_TREES**0.5
     is_random = errors > 0  # state 0 is only ever the prompt's, and nothing leaves EOS
     mean = estimates.mean(0)
@@ -63,6 +73,61 @@ def test_exact_estimators_are_the_policy_gradient(
     scores, along = z_scores(estimator, leaf_weighting, **changes)
     assert scores.abs().max() < 4.5
     assert along == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("estimator", ["leave_one_out", "optimal_baseline"])
+@pytest.mark.parametrize("changes", [EARLY, SQRT])
+def test_fallbacks_to_the_prompt_are_trees_of_their_own(estimator: str, changes: dict[str, Any]) -> None:
+    """Each leaf of a fallback brings 1 / W of the gradient on top: the mean keeps its direction."""
+    changes = {**changes, "fallback_policy": "root"}
+    trees = trees_of(**changes)
+    num_late = statistics.mean(sum(node.wave > 0 for node in tree.nodes if node.depth == 0) for tree in trees)
+    assert num_late > 0.1
+    scores, along = z_scores(estimator, "inverse_branching", 1 + num_late / WIDTH, **changes)
+    assert scores.abs().max() < 4.5
+    assert along == pytest.approx(1, abs=0.1)
+
+
+def test_a_fallback_to_a_stem_adds_the_gradient_behind_it() -> None:
+    """Given the tree before it, what a fallback adds has the mean of 1 / W of each stem's own gradient."""
+    trees = trees_of(fallback_policy="random")
+    errors: list[torch.Tensor] = []
+    for tree in trees[:1500]:
+        ids, _ = leaf_paths([tree])
+        rewards = torch.tensor([[reward_of(tree, leaf) for leaf in tree.leaves]], dtype=torch.float64)
+        values = weighted_advantages([tree], ids, rewards, "leave_one_out")[0]
+        is_late = torch.tensor([node.wave > 0 for node in tree.nodes] + [False])[ids[0]]
+        added = gradient_of(tree, ids[0], torch.where(is_late, values, 0.0), PROBABILITIES, 0)
+        for node in tree.nodes:
+            before = tree.nodes[node.parent] if node.parent is not None else None
+            if node.wave and (before is None or not before.wave):
+                state, end = (0, 0) if before is None else (before.token_ids[-1], before.end)
+                added = added - exact_gradient(CAP - end, state) / WIDTH
+        errors.append(added)
+    each = torch.stack(errors)
+    deviation = each.std(0) / len(errors) ** 0.5
+    assert (each.mean(0) / deviation)[deviation > 0].abs().max() < 4.5
+
+
+def test_earlier_paths_are_judged_without_a_fallback() -> None:
+    """Neither advantages nor weights of the first leaves change with what a fallback adds, whatever its rewards."""
+    tree, alone = SegmentTree([9]), SegmentTree([9])
+    for each in (tree, alone):
+        first = each.add(None, [1])
+        for token in (1, 2):
+            each.add(first, [token], finish_reason="stop")
+        each.add(None, [2], finish_reason="stop")
+    tree.add(0, [3], finish_reason="stop", wave=1)
+    tree.add(None, [3], finish_reason="stop", wave=1)
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0, 0.0]])
+    values = weighted_advantages([tree], leaf_paths([tree])[0], rewards, "leave_one_out")[0]
+    before = weighted_advantages([alone], leaf_paths([alone])[0], rewards[:, :3], "leave_one_out")[0]
+    torch.testing.assert_close(values[:3], before)
+    # The stem gets nothing; behind it 1 / 5 of 1 - (1 + 0 + 3 others' weights): near relatives count twice.
+    assert values[3, 0] == 0
+    of_others = (2 * (0.25 * 1 + 0.25 * 0) + 0.5 * 0 + 0.2 * 0) / (2 * 0.5 + 0.5 + 0.2)
+    assert values[3, 1].item() == pytest.approx(0.2 * (1 - of_others))
+    assert values[4, 0].item() == pytest.approx(0.2 * (0 - (0.25 + 0.2) / (0.25 + 0.25 + 0.5 + 0.2)))
 
 
 def test_uniform_weights_have_the_gradient_of_another_distribution() -> None:

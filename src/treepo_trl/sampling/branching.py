@@ -79,31 +79,24 @@ SCHEDULED_WIDTH: dict[BranchSchedule, Callable[[int, int, int], int]] = {
 """Most paths that a schedule opens in a level, from the same arguments as `spread_width`."""
 
 
-def split_budget(total: int, scores: Sequence[float] | int, rng: random.Random, temperature: float = 1.0) -> list[int]:
+def split_budget(total: int, scores: Sequence[float], rng: random.Random, temperature: float = 1.0) -> list[int]:
     """
-    Children per live path: everyone gets one, the rest goes evenly or by score.
+    Children per live path: everyone gets one, the rest goes by score.
 
     Args:
         total (`int`):
             Segments to hand out, at least the number of paths.
-        scores (`int` or sequence of `float`):
-            Number of paths for an even split, whose remainder goes to randomly chosen paths (the released code gives
-            it all to the last path). Or one score per path: the part beyond one child each is split in proportion to
-            `softmax(scores / temperature)`, rounded by largest remainder.
+        scores (sequence of `float`):
+            One per path: the part beyond one child each is split in proportion to `softmax(scores / temperature)`,
+            rounded by largest remainder.
         rng (`random.Random`):
-            Chooses who gets the remainder.
+            Chooses among paths with the same remainder.
         temperature (`float`):
             Softmax temperature, larger is more even.
 
     Returns:
         `list[int]`: one count per path, each at least 1, that sum to `total`.
     """
-    if isinstance(scores, int):
-        share, remainder = divmod(total, scores)
-        counts = [share] * scores
-        for i in rng.sample(range(scores), remainder):
-            counts[i] += 1
-        return counts
     spare = total - len(scores)
     top = max(scores)
     weights = [math.exp((score - top) / temperature) for score in scores]
@@ -136,7 +129,7 @@ BRANCHING_SCORES: dict[BranchingPolicy, Callable[[SegmentNode], float] | None] =
     "entropy": _entropy,
 }
 """
-Score of a path by its last segment; the paths with the larger scores get more children. `None` splits evenly.
+Score of a path by its last segment; the paths with the larger scores get more children. `None` goes by weight alone.
 
 `low_prob` and `high_prob` are those of section 4.4. `entropy` is the mean entropy of the distributions that the tokens
 were drawn from. It is the "local uncertainty" that the abstract names; the log-probability of one drawn token is only
@@ -144,15 +137,15 @@ a sample of it.
 """
 
 
-def branching_scores(policy: BranchingPolicy, segments: Sequence[SegmentNode]) -> Sequence[float] | int:
+def branching_scores(policy: BranchingPolicy, segments: Sequence[SegmentNode]) -> list[float] | None:
     """
-    Argument for `split_budget`: the number of paths for an even split, else a score from each path's last segment.
+    Argument for `split_budget`: a score from each path's last segment; `None` where the heaviest path goes first.
 
     Raises:
         ValueError: if a segment lacks what the policy reads.
     """
     score = BRANCHING_SCORES[policy]
-    return len(segments) if score is None else [score(node) for node in segments]
+    return None if score is None else [score(node) for node in segments]
 
 
 def annealed(start: float, end: float | None, progress: float) -> float:

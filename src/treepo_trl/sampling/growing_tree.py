@@ -83,8 +83,10 @@ class GrowingTree:
     num_decoded_tokens: int = 0
     """Tokens that were sampled for this tree, those cut off behind a stop pattern included."""
     _max_tokens: int = 0
+    _wave: int = 0
+    """Fallbacks so far."""
     _weights: dict[int | None, float] = field(default_factory=lambda: {None: 1.0})
-    """Leaf weight of the nodes, for trees without fallback."""
+    """Weight of the nodes before the first fallback."""
     _prefixes: dict[int | None, list[int]] = field(default_factory=dict[int | None, list[int]])
     _results: dict[int, SegmentResult] = field(default_factory=dict[int, SegmentResult])
     _texts: dict[int, tuple[int, str]] = field(default_factory=dict[int, tuple[int, str]])
@@ -163,10 +165,10 @@ class GrowingTree:
     def _children(self, live: list[int], total: int) -> list[int]:
         """How many of the next level's segments each live path gets."""
         config = self.rules.config
-        if config.branching_policy == "uniform" and self.widths is not None:
+        scores = branching_scores(config.branching_policy, [self.tree.nodes[node] for node in live])
+        if scores is None:
             return heaviest_first([self._weights[node] for node in live], total, self.rng)
         temperature = annealed(config.branching_temperature, config.branching_temperature_end, self.progress)
-        scores = branching_scores(config.branching_policy, [self.tree.nodes[node] for node in live])
         return split_budget(total, scores, self.rng, temperature)
 
     def _rounded(self, size: float) -> int:
@@ -221,6 +223,7 @@ class GrowingTree:
                 affordable += left >= 0
             stems = stems[:affordable]
         self.num_fallback_leaves += len(stems)
+        self._wave += 1
         return stems
 
     # Lengths and budgets
@@ -273,7 +276,7 @@ class GrowingTree:
             reason = "length"
         entropies = result.entropies[: len(token_ids)] if result.entropies else None
         entropy = sum(entropies) / len(entropies) if entropies else None
-        node = self.tree.add(parent, token_ids, logprobs, reason, entropy)
+        node = self.tree.add(parent, token_ids, logprobs, reason, entropy, self._wave)
         if reason is None and change is not None:  # leaves are never continued
             self._texts[node] = change
         return node

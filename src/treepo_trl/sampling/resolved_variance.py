@@ -80,7 +80,7 @@ class DepthStatistics:
 
         Args:
             tree ([`SegmentTree`]):
-                Grown without fallback from a stem, which would add children because of their siblings' outcomes.
+                Whatever a fallback added is left out: it is there because of how others ended.
             rewards (sequence of `float`, *optional*):
                 Reward of each leaf, in the order of `tree.leaves`; `None` if it could not be scored.
         """
@@ -93,11 +93,14 @@ class DepthStatistics:
         below: list[dict[int, float]] = [{} for _ in tree.nodes]
         for node in range(len(tree.nodes) - 1, -1, -1):  # children come behind their parents
             each = tree.nodes[node]
+            if each.wave:
+                continue
             self.alive[each.depth] += shares[node]
             self.tokens[each.depth] += shares[node] * len(each.token_ids)
             if each.children:
-                values[node], below[node] = self._group(each.children, each.depth + 1, shares[node], values, below)
-        self._group(tree.root_children, 0, 1.0, values, below)
+                children = [child for child in each.children if not tree.nodes[child].wave]
+                values[node], below[node] = self._group(children, each.depth + 1, shares[node], values, below)
+        self._group([child for child in tree.root_children if not tree.nodes[child].wave], 0, 1.0, values, below)
 
     def _group(
         self, children: list[int], depth: int, weight: float, values: list[float | None], below: list[dict[int, float]]

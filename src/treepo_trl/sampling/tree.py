@@ -5,6 +5,7 @@ Nodes live in a flat list and point to their parent by index; a node holds only 
 prompt followed by the tokens along a path is exactly what the engine was given and returned. Standard library only.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NotRequired, TypedDict, get_args
@@ -34,6 +35,8 @@ class SegmentNode:
     """Number of ancestors below the root: 0 for a child of the root."""
     end: int = 0
     """Completion tokens on the path up to and including this node."""
+    wave: int = 0
+    """0, or the number of the fallback that asked for the path."""
     children: list[int] = field(default_factory=list[int])
     """Node ids of the children, in order of creation."""
 
@@ -46,6 +49,7 @@ class NodeRecord(TypedDict):
     logprobs: list[float] | None
     finish_reason: FinishReason | None
     entropy: NotRequired[float]
+    wave: NotRequired[int]
 
 
 class TreeRecord(TypedDict):
@@ -68,6 +72,7 @@ def _check_node(record: NodeRecord, place: str) -> None:
         check_list(record["logprobs"], f"{place}.logprobs", NUMBER)
     check_value(record["finish_reason"], f"{place}.finish_reason", or_null(_FINISH_REASON))
     check_value(record.get("entropy"), f"{place}.entropy", or_null(NUMBER))
+    check_value(record.get("wave", 0), f"{place}.wave", COUNT)
 
 
 def _node_record(node: SegmentNode) -> NodeRecord:
@@ -79,6 +84,8 @@ def _node_record(node: SegmentNode) -> NodeRecord:
     }
     if node.entropy is not None:
         record["entropy"] = node.entropy
+    if node.wave:
+        record["wave"] = node.wave
     return record
 
 
@@ -125,6 +132,7 @@ class SegmentTree:
         logprobs: Sequence[float] | None = None,
         finish_reason: FinishReason | None = None,
         entropy: float | None = None,
+        wave: int = 0,
     ) -> int:
         """
         Append a segment below `parent` and return its node id. A segment with a `finish_reason` becomes a leaf.
@@ -140,10 +148,12 @@ class SegmentTree:
                 Why the path ends with this segment, if it does.
             entropy (`float`, *optional*):
                 Mean entropy of the tokens' distributions, in nats.
+            wave (`int`, *optional*, defaults to 0):
+                Number of the fallback that asked for the path; 0 for none. Never less than the parent's.
 
         Raises:
             ValueError: if the segment is empty, the log-probabilities do not match the tokens, the parent does not
-                exist, or the parent is a leaf.
+                exist, the parent is a leaf, or its wave is a later one.
         """
         if not token_ids:
             raise ValueError("A segment needs at least one token.")
@@ -157,6 +167,8 @@ class SegmentTree:
             parent_node = self.nodes[parent]
             if parent_node.finish_reason is not None:
                 raise ValueError(f"Parent {parent} is a finished path ({parent_node.finish_reason}).")
+            if wave < parent_node.wave:
+                raise ValueError(f"Wave {wave} comes before that of parent {parent}, {parent_node.wave}.")
             depth, start, siblings = parent_node.depth + 1, parent_node.end, parent_node.children
         node_id = len(self.nodes)
         self.nodes.append(
@@ -168,6 +180,7 @@ class SegmentTree:
                 entropy,
                 depth=depth,
                 end=start + len(token_ids),
+                wave=wave,
             )
         )
         siblings.append(node_id)
@@ -251,23 +264,24 @@ class SegmentTree:
         Weight of each leaf, in the order of `leaves`: the product over its path of 1 / (number of siblings).
 
         Given its past a node's children are independent samples, so this undoes the tilt that branching puts on the
-        leaf distribution. It is exact for branching decided before the children are seen. It is approximate for
-        fallback, which adds children after outcomes are known, and for `max_tree_tokens`, which cuts paths. Sums to 1
-        once every path is finished.
+        leaf distribution. It is exact for branching decided before the children are seen. A fallback adds children
+        because of how others ended, so its leaves have weight 0. It is approximate for `max_tree_tokens`, which cuts
+        paths. Sums to 1 once every path is finished.
         """
         shares = self.node_weights()
         return [shares[leaf] for leaf in self.leaves]
 
     def node_weights(self) -> list[float]:
-        """Weight of each node: the product over its path of 1 / (number of siblings)."""
+        """Weight of each node: the product over its path of 1 / (number of siblings); 0 for those of a fallback."""
+        num_siblings = Counter(node.parent for node in self.nodes if not node.wave)
         shares: list[float] = []
         for node in self.nodes:  # parents come before children
-            siblings = self.root_children if node.parent is None else self.nodes[node.parent].children
-            shares.append((1.0 if node.parent is None else shares[node.parent]) / len(siblings))
+            above = 1.0 if node.parent is None else shares[node.parent]
+            shares.append(0.0 if node.wave else above / num_siblings[node.parent])
         return shares
 
     def mean_length(self) -> float:
-        """Mean completion tokens of a leaf under `leaf_weights`: that of independent samples, up to fallback."""
+        """Mean completion tokens of a leaf under `leaf_weights`: that of independent samples."""
         # In order of the nodes, so that the last bit of the sum does not depend on the order of the leaves.
         pairs = zip(self.node_weights(), self.nodes, strict=True)
         return sum(share * node.end for share, node in pairs if node.finish_reason is not None)
@@ -310,7 +324,12 @@ class SegmentTree:
             _check_node(node, f"nodes[{i}]")
             try:
                 tree.add(
-                    node["parent"], node["token_ids"], node["logprobs"], node["finish_reason"], node.get("entropy")
+                    node["parent"],
+                    node["token_ids"],
+                    node["logprobs"],
+                    node["finish_reason"],
+                    node.get("entropy"),
+                    node.get("wave", 0),
                 )
             except ValueError as error:
                 raise ValueError(f"`nodes[{i}]`: {error}") from error
