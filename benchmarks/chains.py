@@ -10,10 +10,12 @@ unequal norms a lost path draws each token from four that are alike, as a model 
 Columns are noise per decoded token over that of 16 independent completions under leave-one-out. Noise is the variance
 of one tree's estimate over the squared part of its mean along the true gradient, which is in brackets where it is not
 1. `constant` subtracts the mean reward, `value` the true value of the prefix. Trees have no fallback, and leaves count
-by `inverse_branching` unless the estimator is biased anyway.
+by `inverse_branching` unless the estimator is biased anyway. The rows `all` are for a batch whose prompts are drawn
+from hard, middle and easy ones: the noise between prompts comes on top, which no tree takes away.
 """
 
 import statistics
+from dataclasses import dataclass
 
 import torch
 
@@ -131,6 +133,53 @@ class Chain:
         return self.values[CAP - above.end][above.token_ids[-1]].item()
 
 
+@dataclass
+class Cell:
+    """What trees of one prompt under one schedule show."""
+
+    tokens: float
+    leaves: float
+    along: dict[str, float]
+    """Part of an estimator's mean along the true gradient."""
+    variance: dict[str, float]
+    """Of an estimator's trees, summed over coordinates."""
+
+    def noise(self, estimator: str, exact: torch.Tensor) -> float:
+        """Variance over the squared gradient, per decoded token."""
+        return self.variance[estimator] / self._scale(estimator) ** 2 / exact.square().sum().item() * self.tokens
+
+    def within(self, estimator: str) -> float:
+        """Variance of an estimator that is scaled to the true gradient."""
+        return self.variance[estimator] / self._scale(estimator) ** 2
+
+    def _scale(self, estimator: str) -> float:
+        return self.along[estimator] if estimator in ("grpo", "treepo") else 1.0
+
+
+def measured(chain: Chain, schedule: str, num: int) -> Cell:
+    """Trees of a prompt, and what each estimator makes of them."""
+    trees, exact = chain.trees(schedule, num, 1), chain.gradient()
+    cell = Cell(
+        statistics.mean(tree.num_unique_tokens for tree in trees),
+        statistics.mean(len(tree.leaves) for tree in trees),
+        {},
+        {},
+    )
+    for estimator in ESTIMATORS:
+        x = torch.stack([chain.estimate(tree, estimator) for tree in trees])
+        cell.along[estimator] = ((x.mean(0) * exact).sum() / (exact * exact).sum()).item()
+        cell.variance[estimator] = (x - x.mean(0)).pow(2).sum((1, 2)).mean().item()
+    return cell
+
+
+def of_batch(cells: list[Cell], gradients: list[torch.Tensor], estimator: str) -> float:
+    """Noise of a batch that draws its prompts from all, per decoded token: that of a tree, and between prompts."""
+    mean = torch.stack(gradients).mean(0)
+    between = torch.stack([(gradient - mean).square().sum() for gradient in gradients]).mean().item()
+    within = statistics.mean(cell.within(estimator) for cell in cells)
+    return (within + between) / mean.square().sum().item() * statistics.mean(cell.tokens for cell in cells)
+
+
 def main() -> None:
     """Print the table."""
     parser = make_parser(__doc__)
@@ -141,23 +190,25 @@ def main() -> None:
     print(table_head("chain", "norms", "prompt", "schedule", "leaves", "tokens", *ESTIMATORS))
     for name in options.chains:
         for norms, num_lost in (("equal", 1), ("unequal", 4)):
-            for prompt, share in SHARES.items():
-                chain, reference = Chain(*CHAINS[name], share, num_lost), None
-                exact = chain.gradient()
-                for schedule in options.schedules:
-                    trees = chain.trees(schedule, options.trees, 1)
-                    tokens = statistics.mean(tree.num_unique_tokens for tree in trees)
-                    leaves = statistics.mean(len(tree.leaves) for tree in trees)
-                    cells: dict[str, tuple[float, float]] = {}
-                    for estimator in ESTIMATORS:
-                        x = torch.stack([chain.estimate(tree, estimator) for tree in trees])
-                        along = ((x.mean(0) * exact).sum() / (exact * exact).sum()).item()
-                        variance = (x - x.mean(0)).pow(2).sum((1, 2)).mean().item()
-                        scale = along if estimator in ("grpo", "treepo") else 1.0
-                        cells[estimator] = variance / (scale * exact.norm().item()) ** 2 * tokens, along
-                    reference = reference or cells["leave_one_out"][0]
-                    row = [f"{noise / reference:.2f} ({along:.2f})" for noise, along in cells.values()]
-                    print(table_row(name, norms, prompt, schedule, f"{leaves:.1f}", f"{tokens:.0f}", *row), flush=True)
+            chains = {prompt: Chain(*CHAINS[name], share, num_lost) for prompt, share in SHARES.items()}
+            exact = {prompt: chain.gradient() for prompt, chain in chains.items()}
+            cells = {
+                (prompt, schedule): measured(chain, schedule, options.trees)
+                for prompt, chain in chains.items()
+                for schedule in options.schedules
+            }
+            for (prompt, schedule), cell in cells.items():
+                reference = cells[prompt, options.schedules[0]].noise("leave_one_out", exact[prompt])
+                row = [f"{cell.noise(e, exact[prompt]) / reference:.2f} ({cell.along[e]:.2f})" for e in ESTIMATORS]
+                print(table_row(name, norms, prompt, schedule, f"{cell.leaves:.1f}", f"{cell.tokens:.0f}", *row))
+            gradients, reference = list(exact.values()), 0.0
+            for schedule in options.schedules:
+                own = [cells[prompt, schedule] for prompt in chains]
+                noise = [of_batch(own, gradients, estimator) for estimator in ESTIMATORS]
+                reference = reference or noise[ESTIMATORS.index("leave_one_out")]
+                tokens = statistics.mean(cell.tokens for cell in own)
+                row = [f"{each / reference:.2f}" for each in noise]
+                print(table_row(name, norms, "all", schedule, "", f"{tokens:.0f}", *row), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,12 @@ ARMS = {
     "GRPO 2": independent(2),
     "GRPO 16, dynamic sampling": independent(16, dynamic_sampling_rounds=2),
     "paper 16": tree(16, 0.65, "early", "treepo", "random"),
+    "paper 8": tree(8, 0.65, "early", "treepo", "random"),
     "score baseline 16": independent(16, "optimal_baseline"),
     "score baseline 8": independent(8, "optimal_baseline"),
     "sqrt 16": tree(16, 0.9, "sqrt", "optimal_baseline"),
     "sqrt 8": tree(8, 0.9, "sqrt", "optimal_baseline"),
+    "sqrt 4": tree(4, 0.9, "sqrt", "optimal_baseline"),
     "sqrt 16, leave-one-out": tree(16, 0.9, "sqrt", "leave_one_out"),
     "early 16, score baseline": tree(16, 0.65, "early", "optimal_baseline"),
 }
@@ -272,7 +275,7 @@ def mean_of_curve(result: dict[str, Any], options: argparse.Namespace) -> float:
 def first_to(result: dict[str, Any], target: float, axis: str) -> float:
     """Tokens or seconds at which the curve first comes to `target`; infinite if never."""
     points = result["curve"]
-    for before, after in zip(points, points[1:], strict=False):
+    for before, after in pairwise(points):
         if after["reward"] >= target:
             part = np.clip((target - before["reward"]) / max(after["reward"] - before["reward"], 1e-9), 0, 1)
             return float(before[axis] + part * (after[axis] - before[axis]))

@@ -148,7 +148,7 @@ class TreeBatch:
         ids, lengths = leaf_paths(self.trees)
         shape = ids.shape[:2]
         of_leaves, estimator = rewards.cpu().view(shape), args.advantage_estimator
-        if args.leaf_weighting == "inverse_branching":
+        if args.weights_leaves:
             advantages = weighted_advantages(self.trees, ids, of_leaves, estimator, args.subgroup_rejection)
             advantages = advantages * shape[1]  # the loss averages over leaves, so a weight of 1/W is neutral
         else:

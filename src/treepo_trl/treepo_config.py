@@ -13,10 +13,12 @@ from .update.advantages import AdvantageEstimator
 from .update.packing import TreePacking
 
 
-LeafWeighting = Literal["uniform", "inverse_branching"]
+LeafWeighting = Literal["auto", "uniform", "inverse_branching"]
 LoraSync = Literal["adapter", "merge"]
 BaseWeights = Literal["auto", "quantized", "dequantized"]
 
+_EXACT = ("leave_one_out", "optimal_baseline")
+"""Estimators whose mean is the policy gradient, with weights that undo the tilt of branching."""
 _WITH_SUBGROUPS = ("treepo", "treepo_size_weighted", "treepo_segment")
 
 _RANGES: Ranges = {
@@ -42,7 +44,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         steps_per_generation: int = 1
 
     advantage_estimator: AdvantageEstimator = field(
-        default="treepo",
+        default="optimal_baseline",
         metadata={
             "help": "How rewards become advantages. A node's value is the mean reward of the leaves below it. Three "
             "give a completion one advantage. `treepo` is the mean of the reward minus the values of the prompt and "
@@ -53,8 +55,8 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "divides by the square root of the leaves below. `leave_one_out` is the node's value minus that of the "
             "leaves which are not below it, near relatives counting most. `optimal_baseline` weights these leaves by "
             "how unsure the model was, the sum of 1 - p over their tokens, which has less noise where right and wrong "
-            "completions differ in that. Paper: `treepo`. Set one of the last two with "
-            "`leaf_weighting='inverse_branching'` for the policy gradient itself."
+            "completions differ in that. The mean of the last two is the policy gradient itself, and "
+            "`optimal_baseline` learned most per decoded token. Paper: `treepo`."
         },
     )
     subgroup_rejection: bool = field(
@@ -66,12 +68,13 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         },
     )
     leaf_weighting: LeafWeighting = field(
-        default="uniform",
+        default="auto",
         metadata={
             "help": "Weight of each leaf in the groups' means and in its advantages. `uniform` weights all alike, as "
             "the paper does. `inverse_branching` weights by the product of 1/children along the path, which undoes "
-            "the tilt that branching puts on the leaves. Set it if you need the policy's own expectation. It needs "
-            "`beta=0` and no entropy term, because those terms would stay unweighted."
+            "the tilt that branching puts on the leaves, and a fallback's leaves count behind their stem alone. "
+            "`auto`: that for `leave_one_out` and `optimal_baseline`, whose mean it makes the policy gradient, else "
+            "`uniform`. A KL term (`beta`) and an entropy term weight all leaves alike in any case."
         },
     )
     dynamic_sampling_rounds: int = field(
@@ -172,6 +175,13 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         self._check_shared_base()
         self._check_sleep()
 
+    @property
+    def weights_leaves(self) -> bool:
+        """Whether leaves are weighted by the inverse of branching."""
+        if self.leaf_weighting == "auto":
+            return self.advantage_estimator in _EXACT
+        return self.leaf_weighting == "inverse_branching"
+
     def generation_options(self) -> dict[str, object]:
         """`generation_kwargs`, empty where there are none."""
         return dict(cast("dict[str, object]", self.generation_kwargs or {}))
@@ -207,17 +217,6 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         self.sampling_options()
 
     def _check_objective(self) -> None:
-        if self.leaf_weighting == "inverse_branching":
-            for name, none, term in (
-                ("beta", 0, "KL term"),
-                ("entropy_coef", 0, "entropy term"),
-                ("use_adaptive_entropy", False, "entropy term"),
-            ):
-                if getattr(self, name) != none:
-                    raise ValueError(
-                        f"`leaf_weighting='inverse_branching'` weights the advantages, but not the {term} of "
-                        f"`{name}={getattr(self, name)}`. Set `{name}={none}`, or `leaf_weighting='uniform'`."
-                    )
         if self.subgroup_rejection and self.advantage_estimator not in _WITH_SUBGROUPS:
             raise ValueError(
                 "`subgroup_rejection=True` leaves subgroups out, but `advantage_estimator="

@@ -191,7 +191,7 @@ class TreePOTrainer(GRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
         rewards, divisors = batch.combined_rewards(self)
         self._log_metrics(batch, rewards / divisors)
-        if self.args.advantage_estimator != "grpo" or self.args.leaf_weighting != "uniform":
+        if self.args.advantage_estimator != "grpo" or self.args.weights_leaves:
             output["advantages"] = batch.advantages(rewards, divisors, self.args, output["completion_ids"].size(1))
             means = self.accelerator.gather(batch.mean_advantages(output["advantages"]))
             replace_last(self._logs["advantages"], cast(torch.Tensor, means).tolist())

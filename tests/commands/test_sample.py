@@ -94,10 +94,19 @@ def test_the_seed_decides_the_trees(tiny_model_dir: str) -> None:
 
 def test_a_config_file_does_what_flags_do(tiny_model_dir: str) -> None:
     settings = {**FLAGS, "model_name_or_path": tiny_model_dir, "dataset_name": "data.jsonl", "seed": 3}
-    settings |= {"temperature": 0.7, "initial_branching_factor": [1, 3], "output": "a"}
+    settings |= {"temperature": 0.7, "branch_schedule": "early", "initial_branching_factor": [1, 3], "output": "a"}
     Path("sample.yaml").write_text(yaml.safe_dump(settings))
     main(["--config", "sample.yaml"])
-    main(arguments(tiny_model_dir, seed=3, temperature=0.7, initial_branching_factor=[1, 3], output="b"))
+    main(
+        arguments(
+            tiny_model_dir,
+            seed=3,
+            temperature=0.7,
+            branch_schedule="early",
+            initial_branching_factor=[1, 3],
+            output="b",
+        )
+    )
     assert read_lines("a") == read_lines("b")
     main(["--config", "sample.yaml", "--output", "c", "--num_generations", "3"])  # a flag wins
     assert {len(tree.leaves) for tree in read_trees("c")} == {3}

@@ -98,7 +98,7 @@ def test_config_file_and_evaluation(folder: Path, tiny_model_dir: str) -> None:
     """A YAML file alone, a saved DatasetDict, and evaluation on its test split."""
     rows = Dataset.from_dict({"prompt": [f"w{i}" for i in range(8)]})
     DatasetDict({"train": rows, "test": rows.select(range(2))}).save_to_disk("saved")
-    config = settings(tiny_model_dir, dataset_name="saved", initial_branching_factor=[1, 3])
+    config = settings(tiny_model_dir, dataset_name="saved", branch_schedule="early", initial_branching_factor=[1, 3])
     config |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
     config |= {"save_strategy": "steps", "save_steps": 2}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))

@@ -49,9 +49,9 @@ def test_a_range_draws_both_ends_and_everything_between(rng: random.Random) -> N
     assert all(abs(count - 100) < 40 for count in drawn.values())
 
 
-def test_a_number_is_the_initial_branching_which_never_exceeds_the_width(rng: random.Random) -> None:
-    assert draw_initial_branching(5, 16, rng) == 5
-    assert draw_initial_branching(8, 3, rng) == 3
+def test_the_initial_branching_never_exceeds_the_width(rng: random.Random) -> None:
+    assert draw_initial_branching((5, 5), 16, rng) == 5
+    assert draw_initial_branching((8, 8), 3, rng) == 3
     assert {draw_initial_branching((2, 8), 3, rng) for _ in range(50)} == {2, 3}
 
 

@@ -34,7 +34,8 @@ def exact_gradient(cap: int, state: int = 0) -> torch.Tensor:
 
 def sample_trees(num_trees: int, width: int, cap: int, seed: int = 0, **changes: object) -> list[SegmentTree]:
     """Trees of the chain with segments of two tokens, and without fallback unless `changes` say otherwise."""
-    options = {"segment_length": 2, "stop_repetition": False, "fallback_policy": "none", **changes}
+    paper = {"branch_schedule": "early", "fallback_policy": "none"}
+    options = {"segment_length": 2, "stop_repetition": False, **paper, **changes}
     config = TreeSamplingConfig(num_generations=width, max_completion_length=cap, **options)
     sampler = TreeSampler(MarkovEngine(1, seed), config, [EOS])
     return sampler.sample([[9]] * num_trees, seed=seed)

@@ -14,8 +14,11 @@ from treepo_trl.sampling.branching import BranchingPolicy, BranchSchedule, Fallb
 
 
 def make_config(width: int = 4, **changes: Any) -> TreeSamplingConfig:
+    """A tree as in the paper: every level is full as soon as it can be."""
     values = {
         "num_generations": width,
+        "branch_schedule": "early",
+        "fallback_policy": "random",
         "branching_factor": min(width, 2),
         "max_completion_length": 12,
         "segment_length": 3,
@@ -95,17 +98,19 @@ def configs(draw: st.DrawFn) -> TreeSamplingConfig:
     width = draw(st.integers(1, 16))
     segment_length = draw(st.integers(1, 6))
     low = draw(st.integers(1, width))
+    schedule = draw(st.sampled_from(get_args(BranchSchedule)))
+    has_own_widths = schedule == "sqrt"
     initial = draw(st.sampled_from([None, [low, low], [low, draw(st.integers(low, width))]]))
     return make_config(
         width=width,
-        branching_factor=draw(st.integers(1, width)),
+        branching_factor=draw(st.integers(1, min(width, 2) if has_own_widths else width)),
         segment_length=segment_length,
         max_completion_length=draw(st.integers(segment_length, 30)),
-        initial_branching_factor=initial,
+        initial_branching_factor=None if has_own_widths else initial,
         branching_policy=draw(st.sampled_from(get_args(BranchingPolicy))),
         branching_temperature=draw(st.sampled_from([0.01, 2.0, 50.0])),
         branching_temperature_end=draw(st.sampled_from([None, 0.5])),
-        branch_schedule=draw(st.sampled_from(get_args(BranchSchedule))),
+        branch_schedule=schedule,
         fallback_policy=draw(st.sampled_from([policy for policy in get_args(FallbackPolicy) if policy != "none"])),
         fallback_candidates=draw(st.sampled_from(get_args(FallbackCandidates))),
     )

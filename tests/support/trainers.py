@@ -239,9 +239,9 @@ def assert_same_run(
 def expected_advantages(
     generation: dict[str, Any],
     scale: str,
-    estimator: str = "treepo",
+    estimator: str = "optimal_baseline",
     rejection: bool = False,
-    weighting: str = "uniform",
+    weighting: str = "inverse_branching",
 ) -> torch.Tensor:
     """(B, T): `tree_advantages` over the deviation that `scale_rewards` names, on each token of a segment."""
     output, rewards = generation["output"], generation["rewards"].double()

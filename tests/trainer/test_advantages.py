@@ -30,6 +30,7 @@ def coarse_reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]
         ("grpo", "none", {"weighting": "inverse_branching"}),
         ("value_difference", "none", {"weighting": "inverse_branching"}),
         ("leave_one_out", "none", {}),
+        ("optimal_baseline", "batch", {"weighting": "inverse_branching"}),
     ],
 )
 def test_advantages_are_those_of_the_trees(
@@ -51,14 +52,14 @@ def test_advantages_are_those_of_the_trees(
     for generation in trainer.generations:
         output, trees = generation["output"], generation["trees"]
         assert output["advantages"].shape == output["completion_ids"].shape
-        expected = expected_advantages(generation, scale, estimator, **options)
+        expected = expected_advantages(generation, scale, estimator, rejection, weighting)
         torch.testing.assert_close(output["advantages"], expected, atol=1e-5, rtol=1e-4)
         assert (output["advantages"] * (1 - output["completion_mask"])).abs().max() == 0
         # The rows are the leaves of the trees, and the trees branch below the root.
         rows = [tree.completion_ids(leaf) for tree in trees for leaf in tree.leaves]
         lengths = output["completion_mask"].sum(1).tolist()
         assert [ids[:n] for ids, n in zip(output["completion_ids"].tolist(), lengths, strict=True)] == rows
-        simpler = expected_advantages(generation, scale, estimator if options else "grpo")
+        simpler = expected_advantages(generation, scale, estimator if options else "grpo", weighting="uniform")
         differences.append((expected - simpler).abs().max())
     assert max(differences) > 0.01, "the option must make a difference for this test to see it"
 
@@ -71,6 +72,7 @@ def test_logged_advantages_are_the_trees(tmp_path: Path, tiny_model_dir: str) ->
         per_device_train_batch_size=4,
         steps_per_generation=2,
         max_steps=4,
+        advantage_estimator="treepo",
     )
     trainer = trained(SpyTrainer, tiny_model_dir, config)
     assert len(trainer.generations) == 2
@@ -79,6 +81,6 @@ def test_logged_advantages_are_the_trees(tmp_path: Path, tiny_model_dir: str) ->
     for step, table in enumerate(tables):
         generation = trainer.generations[step // 2]
         assert len(table) == 8
-        expected = expected_advantages(generation, "group")[:, 0].tolist()
+        expected = expected_advantages(generation, "group", "treepo", weighting="uniform")[:, 0].tolist()
         assert table["advantage"].tolist() == pytest.approx(expected, abs=1e-4)
         assert table["parity_reward"].tolist() == pytest.approx(generation["rewards"][:, 0].tolist(), abs=1e-6)

@@ -20,7 +20,8 @@ from treepo_trl.sampling import FinishReason
     [
         {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
         | {"branching_factor": 1, "temperature": 4.0},
-        {"lora": True, "beta": 0.1, "gradient_accumulation_steps": 2, "tree_packing": "sdpa"},
+        {"lora": True, "beta": 0.1, "gradient_accumulation_steps": 2, "tree_packing": "sdpa"}
+        | {"advantage_estimator": "treepo"},
         # Prompts of different length: the processes cut their trees into different numbers of pieces.
         {"max_tokens_per_micro_batch": 60, "gradient_checkpointing": True},
     ],
@@ -63,9 +64,9 @@ def test_two_processes_update_as_one(tmp_path: Path, tiny_model_dir: str, change
             rewards = parity_reward([tree.completion_ids(leaf) for leaf in record["rows"]])
             assert record["rewards"] == pytest.approx(rewards, abs=1e-5)
     logged = [value for record in records for value in record["advantages"]]
-    if "eval_strategy" not in changes:  # an evaluation puts its own there
+    if "advantage_estimator" in changes:  # the others have one per segment, and an evaluation puts its own there
         assert ranks[0]["logged_advantages"][-8:] == pytest.approx(logged[-8:], abs=1e-4)
-    else:
+    elif "eval_strategy" in changes:
         assert sum("eval_reward" in log for log in ranks[0]["logs"]) == 2
 
     # One process with all of these trees makes the same steps.

@@ -46,15 +46,11 @@ REFUSED: dict[str, dict[str, Any]] = {
     "auto_find_batch_size": {"auto_find_batch_size": True},
     "parallelism_config": {"parallelism_config": ParallelismConfig(cp_size=2)},
 }
-INVERSE = {"leaf_weighting": "inverse_branching"}
 REFUSED_IN_PART: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.0},
     "generation_kwargs": {"generation_kwargs": {"num_beams": 2}},
     "num_generations": {"num_generations": 6, "per_device_train_batch_size": 8},
     "mask_truncated_completions": {"mask_truncated_completions": True, "stop_pattern": "a"},
-    "beta": {"beta": 0.1, **INVERSE},
-    "entropy_coef": {"entropy_coef": 0.1, **INVERSE},
-    "use_adaptive_entropy": {"use_adaptive_entropy": True, **INVERSE},
 }
 
 

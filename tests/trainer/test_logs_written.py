@@ -54,7 +54,8 @@ def test_a_step_over_two_generations(tmp_path: Path, tiny_model_dir: str) -> Non
 
 
 def test_tree_log_reads_back(tmp_path: Path, tiny_model_dir: str) -> None:
-    trainer = trained(SpyTrainer, tiny_model_dir, make_config(tmp_path, log_trees=True))
+    config = make_config(tmp_path, log_trees=True, advantage_estimator="treepo")
+    trainer = trained(SpyTrainer, tiny_model_dir, config)
     files = sorted((tmp_path / "trees").iterdir())
     assert [file.name for file in files] == ["trees_000000.jsonl", "trees_000001.jsonl"]
     for step, (file, generation) in enumerate(zip(files, trainer.generations, strict=True)):
@@ -67,7 +68,7 @@ def test_tree_log_reads_back(tmp_path: Path, tiny_model_dir: str) -> None:
             assert record["prompt"] == generation["inputs"][4 * i]["prompt"]
             assert record["rows"] == tree.leaves
             assert record["rewards"] == pytest.approx(generation["rewards"][4 * i : 4 * i + 4, 0].tolist())
-            expected = expected_advantages(generation, "group")[4 * i : 4 * i + 4, 0]
+            expected = expected_advantages(generation, "group", "treepo", weighting="uniform")[4 * i : 4 * i + 4, 0]
             assert record["advantages"] == pytest.approx(expected.tolist(), abs=1e-4)
             for leaf, reward in zip(record["rows"], record["rewards"], strict=True):
                 assert parity_reward([read.completion_ids(leaf)])[0] == pytest.approx(reward, abs=1e-5)

@@ -76,9 +76,9 @@ def test_defaults(tmp_path: Path) -> None:
         if field.name not in ("logging_dir", "distributed_state", "deepspeed_plugin"):
             assert getattr(config, field.name) == getattr(stock, field.name), field.name
     assert config.segment_length == math.ceil(config.max_completion_length / 14)
-    assert (config.branching_factor, config.branching_policy, config.branch_schedule) == (2, "uniform", "early")
-    assert (config.fallback_policy, config.stop_pattern) == ("random", None)
-    assert (config.advantage_estimator, config.tree_packing) == ("treepo", "auto")
+    assert (config.branching_factor, config.branching_policy, config.branch_schedule) == (2, "uniform", "sqrt")
+    assert (config.fallback_policy, config.stop_pattern) == ("root", None)
+    assert (config.advantage_estimator, config.tree_packing) == ("optimal_baseline", "auto")
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,34 @@ def test_defaults(tmp_path: Path) -> None:
     ],
 )
 def test_initial_branching_factor(tmp_path: Path, value: Any, factor: int, expected: list[int]) -> None:
-    config = make(tmp_path, initial_branching_factor=value, branching_factor=factor)
-    assert config.initial_branching_factor == expected
+    config = make(tmp_path, initial_branching_factor=value, branching_factor=factor, branch_schedule="early")
+    assert config.first_width == expected
+
+
+@pytest.mark.parametrize("changes", [{"initial_branching_factor": [2, 4]}, {"branching_factor": 4}])
+def test_a_schedule_with_widths_of_its_own_takes_no_others(tmp_path: Path, changes: dict[str, Any]) -> None:
+    (name,) = changes
+    with pytest.raises(ValueError, match=rf"`{name}` is .*, but `branch_schedule='sqrt'` sets the widths"):
+        make(tmp_path, **changes)
+    make(tmp_path, branch_schedule="spread", **changes)
+    make(tmp_path, **{**changes, "branching_factor": 1})  # independent completions
+
+
+@pytest.mark.parametrize(
+    ("weighting", "estimator", "expected"),
+    [
+        ("auto", "optimal_baseline", True),
+        ("auto", "leave_one_out", True),
+        ("auto", "treepo", False),
+        ("uniform", "optimal_baseline", False),
+        ("inverse_branching", "treepo", True),
+    ],
+)
+def test_exact_estimators_weight_leaves_by_themselves(
+    tmp_path: Path, weighting: str, estimator: str, expected: bool
+) -> None:
+    config = make(tmp_path, leaf_weighting=weighting, advantage_estimator=estimator)
+    assert config.weights_leaves is expected
 
 
 @pytest.mark.parametrize(
@@ -135,12 +161,6 @@ def test_max_tree_depth(tmp_path: Path, length: int, segment: int | None, depth:
         (
             {"max_tokens_per_micro_batch": 99, "tree_packing": "off"},
             "`max_tokens_per_micro_batch=99` ... `tree_packing` is 'off' ... Set `tree_packing='auto'`",
-        ),
-        ({"leaf_weighting": "inverse_branching", "beta": 0.1}, "KL term of `beta=0.1`. Set `beta=0`"),
-        ({"leaf_weighting": "inverse_branching", "entropy_coef": 0.1}, "`entropy_coef=0.1`. Set `entropy_coef=0`"),
-        (
-            {"leaf_weighting": "inverse_branching", "use_adaptive_entropy": True},
-            "`use_adaptive_entropy=True`. Set `use_adaptive_entropy=False`",
         ),
         (
             {"subgroup_rejection": True, "advantage_estimator": "grpo"},
@@ -269,7 +289,8 @@ def test_command_line(tmp_path: Path, values: dict[str, Any]) -> None:
 
 
 def test_command_line_takes_one_initial_branching_factor(tmp_path: Path) -> None:
-    assert_parses(tmp_path, ["--initial_branching_factor", "3"], {}, {"initial_branching_factor": [3, 3]})
+    arguments = ["--initial_branching_factor", "3", "--branch_schedule", "early"]
+    assert_parses(tmp_path, arguments, {}, {"initial_branching_factor": [3, 3], "branch_schedule": "early"})
 
 
 @pytest.mark.parametrize("flag", ["--branching_policy", "--advantage_estimator"])

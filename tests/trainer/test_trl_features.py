@@ -88,7 +88,7 @@ def test_truncated_completions_are_masked_and_logged(tmp_path: Path, tiny_model_
             ended = ids[-1] in (0, 1)  # TRL counts EOS and padding as ended
             assert mask[i].sum() == (len(ids) if ended else 0)
             num_kept, num_masked = num_kept + ended, num_masked + (not ended)
-        expected = expected_advantages(generation, "group", estimator=estimator)[:, 0].tolist()
+        expected = expected_advantages(generation, "group", estimator, weighting="uniform")[:, 0].tolist()
         assert table["advantage"].tolist() == pytest.approx(expected, abs=1e-4)
         lines = (tmp_path / f"trees/trees_{step:06d}.jsonl").read_text().splitlines()
         assert [a for line in lines for a in json.loads(line)["advantages"]] == pytest.approx(expected, abs=1e-4)

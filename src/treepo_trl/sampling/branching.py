@@ -19,16 +19,12 @@ FallbackPolicy = Literal["random", "low_prob", "root", "none"]
 FallbackCandidates = Literal["finished", "finished_first", "all"]
 
 
-def draw_initial_branching(
-    initial_branching_factor: int | Sequence[int], num_generations: int, rng: random.Random
-) -> int:
+def draw_initial_branching(initial_branching_factor: Sequence[int], num_generations: int, rng: random.Random) -> int:
     """
-    Number of children of the prompt: the given number, or one drawn uniformly from `[low, high]` for this prompt.
+    Number of children of the prompt, drawn uniformly from `[low, high]` for this prompt.
 
     The paper's "more initial divergence" draws from 2 to 8 (section 3.1). Never more than `num_generations`.
     """
-    if isinstance(initial_branching_factor, int):
-        return min(initial_branching_factor, num_generations)
     low, high = initial_branching_factor
     return min(rng.randint(low, high), num_generations)
 

@@ -77,7 +77,8 @@ class TreeSamplingConfig:
         metadata={
             "help": "Children per path of a full level, from 1 to `num_generations`. Paper: 2. A larger number "
             "reaches the width earlier and shares less. 1 samples independent completions, unless "
-            "`initial_branching_factor` is set."
+            "`initial_branching_factor` is set. `sqrt` has its own widths, so more than 2 needs another "
+            "`branch_schedule`."
         },
     )
     initial_branching_factor: list[int] | None = field(
@@ -85,13 +86,15 @@ class TreeSamplingConfig:
         metadata={
             "help": "Children of the prompt: one number from 1 to `num_generations`, or two, low and high, between "
             "which each prompt draws uniformly. Default: `branching_factor`, or `num_generations` when that is 1. "
-            "Paper: 2, and 2 to 8 in its best run. Raise it if first segments look alike."
+            "Paper: 2, and 2 to 8 in its best run. Raise it if first segments look alike. `sqrt` has its own widths "
+            "and refuses it."
         },
     )
     branching_policy: BranchingPolicy = field(
         default="uniform",
         metadata={
-            "help": "Which paths get more than one child. `uniform` splits evenly, as the paper does. `low_prob` and "
+            "help": "Which paths get more than one child. `uniform` splits evenly, as the paper does, and gives what "
+            "is left to the paths with the largest weight. `low_prob` and "
             "`high_prob` prefer paths whose last segment has a low or a high mean log-probability per token. "
             "`entropy` prefers paths whose last segment was drawn from distributions of high mean entropy. All but "
             "`uniform` are experiments: the paper found no gain in the probabilities and did not try the entropy."
@@ -114,13 +117,13 @@ class TreeSamplingConfig:
         },
     )
     branch_schedule: BranchSchedule = field(
-        default="early",
+        default="sqrt",
         metadata={
-            "help": "When a tree branches. `early` branches as soon as it can, as the paper does. `spread` opens the "
-            "branches evenly over the expected length, so that paths share more tokens. `sqrt` opens paths with the "
-            "square root of the depth, which has the least noise per decoded token as long as nothing is known about "
-            "the task. It takes lengths from the last batches, and of `branching_factor` only whether it is above 1. "
-            "Set `sqrt` for the most signal per token, `spread` if rollouts cost too much and completions have "
+            "help": "When a tree branches. `sqrt` opens paths with the square root of the depth, which has the least "
+            "noise per decoded token as long as nothing is known about the task. It takes lengths from the last "
+            "batches, and of `branching_factor` only whether it is above 1. `early` branches as soon as it can, as "
+            "the paper does. `spread` opens the branches evenly over the expected length. These two share more tokens "
+            "and lose more signal than they save. Set `spread` if rollouts cost too much and completions have "
             "similar lengths."
         },
     )
@@ -133,20 +136,22 @@ class TreeSamplingConfig:
         },
     )
     fallback_policy: FallbackPolicy = field(
-        default="random",
+        default="root",
         metadata={
-            "help": "Where a tree grows again when no path is live and leaves are missing. `random`: at a random "
-            "segment boundary of a finished path, as in the paper. `low_prob`: in front of that path's least likely "
-            "segment. `root`: at the prompt. `none`: nowhere, so trees may have fewer leaves, which training refuses."
+            "help": "Where a tree grows again when no path is live and leaves are missing. `root`: at the prompt, "
+            "which keeps the gradient's direction exact. `random`: at a random segment boundary of a finished path, "
+            "as in the paper. `low_prob`: in front of that path's least likely segment. `none`: nowhere, so trees may "
+            "have fewer leaves, which training refuses. Set `random` if completions are so long that a fresh one "
+            "costs too much."
         },
     )
     fallback_candidates: FallbackCandidates = field(
         default="finished",
         metadata={
-            "help": "Which paths a fallback may cut. `finished`: those that ended by EOS or `stop_pattern`; if there "
-            "is none, the tree grows from the prompt, as in the paper. `finished_first`: those, and any other path "
-            "only if there is none. `all`: every path. Set `finished_first` if most paths end at "
-            "`max_completion_length` and a fresh start costs too much."
+            "help": "Which paths a fallback may cut; `root` cuts none. `finished`: those that ended by EOS or "
+            "`stop_pattern`; if there is none, the tree grows from the prompt, as in the paper. `finished_first`: "
+            "those, and any other path only if there is none. `all`: every path. Set `finished_first` with "
+            "`fallback_policy='random'` if most paths end at `max_completion_length`."
         },
     )
     max_tree_tokens: int | None = field(
@@ -183,10 +188,19 @@ class TreeSamplingConfig:
         assert self.segment_length is not None, "set in __post_init__"
         return -(-self.max_completion_length // self.segment_length)
 
+    @property
+    def first_width(self) -> list[int]:
+        """Lowest and highest number of children of the prompt, where the schedule has no widths of its own."""
+        if self.initial_branching_factor is not None:
+            return self.initial_branching_factor
+        first = self.num_generations if self.branching_factor == 1 else self.branching_factor
+        return [min(first, self.num_generations)] * 2
+
     def __post_init__(self) -> None:
         check_fields(self, TreeSamplingConfig, _RANGES)
         self._check_tree_shape()
         self._check_initial_branching()
+        self._check_own_widths()
         self._check_lengths()
         self._check_stop_pattern()
 
@@ -207,8 +221,7 @@ class TreeSamplingConfig:
 
     def _check_initial_branching(self) -> None:
         if self.initial_branching_factor is None:
-            first = self.num_generations if self.branching_factor == 1 else self.branching_factor
-            self.initial_branching_factor = [min(first, self.num_generations)]
+            return
         value = cast("object", self.initial_branching_factor)  # one number, a list or a tuple
         given = list(cast("list[object]", value)) if isinstance(value, list | tuple) else [value]
         bounds = [check_int("initial_branching_factor", bound) for bound in given]
@@ -224,6 +237,19 @@ class TreeSamplingConfig:
                 "completions of a tree. Lower the one or raise the other."
             )
         self.initial_branching_factor = [low, high]
+
+    def _check_own_widths(self) -> None:
+        if self.branch_schedule != "sqrt" or self.branching_factor == 1:
+            return
+        for name, is_unused in (
+            ("branching_factor", self.branching_factor > 2),  # 2 is the default
+            ("initial_branching_factor", self.initial_branching_factor is not None),
+        ):
+            if is_unused:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}, but `branch_schedule='sqrt'` sets the widths of a tree "
+                    f"itself. Leave `{name}` out, or set `branch_schedule='early'`, as in the paper."
+                )
 
     def _check_lengths(self) -> None:
         expected, budget = self.expected_completion_length, self.max_tree_tokens

@@ -95,8 +95,7 @@ class GrowingTree:
     def start(self) -> None:
         """Ask for the first level."""
         config = self.rules.config
-        assert config.initial_branching_factor is not None, "set by the config"
-        initial = draw_initial_branching(config.initial_branching_factor, config.num_generations, self.rng)
+        initial = draw_initial_branching(config.first_width, config.num_generations, self.rng)
         if self.widths is not None:
             initial = min(max(self._rounded(self.widths[0]), 2), config.num_generations)
         if config.max_tree_tokens is not None:
@@ -230,9 +229,9 @@ class GrowingTree:
 
     def working_tokens(self) -> int:
         """Tokens of the prompt, of what was sampled, and of the level (before the start: of the first one)."""
-        initial = self.rules.config.initial_branching_factor
-        assert initial is not None, "set by the config"
-        num_segments = len(self.level) or initial[-1]
+        num_segments = len(self.level) or (
+            self.rules.config.first_width[-1] if self.widths is None else round(self.widths[0])
+        )
         return len(self.tree.prompt_ids) + self.num_decoded_tokens + num_segments * self._segment_length
 
     def _end(self, node: int | None) -> int:
