@@ -51,8 +51,9 @@ def print_quality(num_trees: int, width: int, cap: int) -> None:
     print(f"{num_trees} trees of {width} leaves, at most {cap} tokens, no fallback\n")
     print(table_head("schedule", "leaf weighting", "estimator", "along", "beside", "noise per decoded token"))
     print(table_row("independent", "-", "RLOO", f"{along:.3f} ({error:.3f})", f"{beside:.3f} ({error:.3f})", "1.00"))
-    for schedule in ("early", "spread"):
-        trees = sample_trees(num_trees, width, cap, branch_schedule=schedule)
+    for schedule in ("early", "spread", "sqrt"):
+        expected = cap // 2 if schedule == "sqrt" else None
+        trees = sample_trees(num_trees, width, cap, branch_schedule=schedule, expected_completion_length=expected)
         for weighting in ("uniform", "inverse_branching"):
             for estimator in ESTIMATORS:
                 along, beside, error, noise = quality(trees, estimator, weighting, cap)

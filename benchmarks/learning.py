@@ -10,9 +10,9 @@ trees that branch at the prompt alone, and a test holds their loss equal to that
 about the same number of decoded tokens: narrow groups have more prompts.
 
 A run stops when it has decoded its tokens. A token that several leaves share counts once, as the engine decodes it
-once. Held-out reward is that of four independent completions at temperature 1. Each arm runs at every learning rate
-with the first seed, and at the best of them with the others. Each run is a process and a folder of its own; finished
-runs are not repeated, so the whole may take several sittings.
+once. Held-out reward is that of four independent completions at temperature 1. Each arm is shown at its best learning
+rate, by the mean over seeds of the whole curve. Each run is a process and a folder of its own; finished runs are not
+repeated, so the whole may take several sittings.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -359,7 +359,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def run_all(options: argparse.Namespace) -> dict[str, dict[str, list[dict]]]:
-    """Results of all seeds by task and arm, each at its best rate; runs what is missing."""
+    """Results of all seeds by task and arm, each arm at its best rate; runs what is missing."""
     arms = list(dict.fromkeys([FIRST, *options.arms]))
     for task in options.tasks:
         folder = options.out / f"{task}-{WARM_START}"
@@ -368,15 +368,12 @@ def run_all(options: argparse.Namespace) -> dict[str, dict[str, list[dict]]]:
     results: dict[str, dict[str, list[dict]]] = {}
     with ThreadPoolExecutor(options.jobs) as pool:
         for task in options.tasks:
-            tried = [(name, rate) for name in arms for rate in options.rates]
-            first = list(pool.map(lambda run: start(run[0], task, 0, run[1], options), tried))  # noqa: B023
-            best = {
-                name: max((each for each in first if each["arm"] == name), key=lambda r: mean_of_curve(r, options))
-                for name in arms
-            }
-            others = [(name, seed) for seed in range(1, options.seeds) for name in arms]
-            rest = list(pool.map(lambda run: start(run[0], task, run[1], best[run[0]]["rate"], options), others))  # noqa: B023
-            results[task] = {name: [best[name], *(each for each in rest if each["arm"] == name)] for name in arms}
+            runs = list(product(arms, [task], range(options.seeds), options.rates))
+            found = dict(zip(runs, pool.map(lambda run: start(*run, options), runs), strict=True))
+            results[task] = {}
+            for name in arms:
+                by_rate = [[found[name, task, seed, rate] for seed in range(options.seeds)] for rate in options.rates]
+                results[task][name] = max(by_rate, key=lambda each: sum(mean_of_curve(run, options) for run in each))
     return results
 
 

@@ -8,6 +8,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from .engines import SamplingOptions
 from .field_checks import Ranges, check_fields
 from .grpo_fields import check_grpo_fields
+from .sampling.branching import BranchSchedule
 from .sampling.config import TreeSamplingConfig
 from .update.advantages import AdvantageEstimator
 from .update.packing import TreePacking
@@ -43,6 +44,10 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
     if TYPE_CHECKING:  # optional in GRPOConfig, but always set after its own __post_init__
         steps_per_generation: int = 1
 
+    branch_schedule: BranchSchedule = field(
+        default="sqrt",  # lengths are known from the batch before, and a gradient has noise
+        metadata=dict(TreeSamplingConfig.__dataclass_fields__["branch_schedule"].metadata),
+    )
     advantage_estimator: AdvantageEstimator = field(
         default="optimal_baseline",
         metadata={
