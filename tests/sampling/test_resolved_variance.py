@@ -57,6 +57,17 @@ def test_by_hand() -> None:
     assert (seen.alive, seen.tokens) == ([1.0, 1.0, 0.0], [1.5, 1.0, 0.0])
 
 
+def test_what_a_fallback_adds_is_left_out() -> None:
+    """It is there because of how the others ended."""
+    seen, without = DepthStatistics.of_depth(4), DepthStatistics.of_depth(4)
+    tree, rewards = random_tree(random.Random(1), [0.5, 1.0, 0.2, 0.3])
+    without.add(tree, rewards)
+    for stem in (None, 0):
+        tree.add(tree.add(stem, [7], wave=1), [8], finish_reason="stop", wave=1)
+    seen.add(tree, [*rewards, 5.0, -5.0])
+    assert seen == without
+
+
 def test_leaves_without_a_reward_are_left_out() -> None:
     tree = SegmentTree([0])
     for _ in range(4):

@@ -109,27 +109,6 @@ def test_a_fallback_to_a_stem_adds_the_gradient_behind_it() -> None:
     assert (each.mean(0) / deviation)[deviation > 0].abs().max() < 4.5
 
 
-def test_earlier_paths_are_judged_without_a_fallback() -> None:
-    """Neither advantages nor weights of the first leaves change with what a fallback adds, whatever its rewards."""
-    tree, alone = SegmentTree([9]), SegmentTree([9])
-    for each in (tree, alone):
-        first = each.add(None, [1])
-        for token in (1, 2):
-            each.add(first, [token], finish_reason="stop")
-        each.add(None, [2], finish_reason="stop")
-    tree.add(0, [3], finish_reason="stop", wave=1)
-    tree.add(None, [3], finish_reason="stop", wave=1)
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0, 0.0]])
-    values = weighted_advantages([tree], leaf_paths([tree])[0], rewards, "leave_one_out")[0]
-    before = weighted_advantages([alone], leaf_paths([alone])[0], rewards[:, :3], "leave_one_out")[0]
-    torch.testing.assert_close(values[:3], before)
-    # The stem gets nothing; behind it 1 / 5 of 1 - (1 + 0 + 3 others' weights): near relatives count twice.
-    assert values[3, 0] == 0
-    of_others = (2 * (0.25 * 1 + 0.25 * 0) + 0.5 * 0 + 0.2 * 0) / (2 * 0.5 + 0.5 + 0.2)
-    assert values[3, 1].item() == pytest.approx(0.2 * (1 - of_others))
-    assert values[4, 0].item() == pytest.approx(0.2 * (0 - (0.25 + 0.2) / (0.25 + 0.25 + 0.5 + 0.2)))
-
-
 def test_uniform_weights_have_the_gradient_of_another_distribution() -> None:
     scores, _ = z_scores("leave_one_out", "uniform")
     assert scores.abs().max() > 8
