@@ -119,8 +119,8 @@ class TreeSamplingConfig:
     branch_schedule: BranchSchedule = field(
         default="early",
         metadata={
-            "help": "When a tree branches. Default: `sqrt` in training, `early` for sampling alone. `sqrt` opens paths "
-            "with the square root of the depth, which has the least noise per decoded token as long as nothing is "
+            "help": "When a tree branches. Default: `sqrt` in training, `early` for sampling alone. `sqrt` opens "
+            "paths with the square root of the depth, which has the least noise per decoded token while nothing is "
             "known about the task. It takes lengths from the last batches, and of `branching_factor` only whether it "
             "is above 1. `early` branches as soon as it can, as the paper does. `spread` opens the branches evenly "
             "over the expected length. These two share more tokens, and their gradients lose more signal than that "
