@@ -26,6 +26,7 @@ import random
 import statistics
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -74,8 +75,8 @@ class Wrapped(SegmentEngine):
     def submit(self, requests: list[SegmentRequest]) -> None:
         self.engine.submit(requests)
 
-    def collect(self) -> list[SegmentResult]:
-        return self.engine.collect()
+    def collect(self, wake: Callable[[], bool] | None = None) -> list[SegmentResult]:
+        return self.engine.collect(wake)
 
     def abort(self) -> None:
         self.engine.abort()
@@ -96,10 +97,10 @@ class BarrierEngine(Wrapped):
         self.in_flight += len(requests)
         self.engine.submit(requests)
 
-    def collect(self) -> list[SegmentResult]:
+    def collect(self, wake: Callable[[], bool] | None = None) -> list[SegmentResult]:
         results: list[SegmentResult] = []
         while self.in_flight:
-            new = self.engine.collect()
+            new = self.engine.collect(wake)
             self.in_flight -= len(new)
             results += new
         return results
@@ -136,9 +137,9 @@ class RaggedEngine(Wrapped):
             changed.append(request)
         self.engine.submit(changed)
 
-    def collect(self) -> list[SegmentResult]:
+    def collect(self, wake: Callable[[], bool] | None = None) -> list[SegmentResult]:
         results = []
-        for result in self.engine.collect():
+        for result in self.engine.collect(wake):
             if result.request_id in self.ending:
                 self.ending.remove(result.request_id)
                 tokens = [*result.token_ids[:-1], self.eos]

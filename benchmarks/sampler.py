@@ -14,6 +14,7 @@ take 28 and 24 bytes each where they are not shared.
 import gc
 import random
 import tracemalloc
+from collections.abc import Callable
 
 from benchmarks.common import make_parser, table_head, table_row
 from treepo_trl import TreeSampler, TreeSamplingConfig
@@ -43,7 +44,7 @@ class InstantEngine(SegmentEngine):
     def submit(self, requests: list[SegmentRequest]) -> None:
         self.pending.extend(requests)
 
-    def collect(self) -> list[SegmentResult]:
+    def collect(self, wake: Callable[[], bool] | None = None) -> list[SegmentResult]:
         results = []
         for request in self.pending:
             length = int(self.rng.expovariate(self.stop_probability)) + 1

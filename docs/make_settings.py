@@ -84,6 +84,7 @@ THEMES: dict[str, tuple[str, ...]] = {
         "vllm_sleep_keeps_weights",
     ),
     "Reward functions": ("reward_timeout",),
+    "Tools and environments": ("tool_workers", "tool_timeout", "max_tool_answer_tokens", "environment_forking"),
     "Logs": ("log_trees",),
 }
 

@@ -14,13 +14,17 @@ PACKAGE = Path(treepo_trl.__file__).parent
 
 # From the ground up: a room imports from its own floor's folder and from floors below, never from beside or above.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("model_support", "trl_seams", "field_checks", "file_lock"),
+    ("model_support", "trl_seams", "field_checks", "file_lock", "model_card"),
     ("engines", "grpo_fields", "checkpoints"),
     ("sampling",),
+    ("turns",),
     ("update",),
     ("treepo_config",),
+    ("turn_checks",),
     ("policy", "metrics", "tree_log", "prompt_stream", "checks", "reward_watch"),
     ("tree_batch", "resume_point", "width_schedule"),
+    ("trainer_turns",),
+    ("batch_sampler",),
     ("dynamic_sampling",),
     ("memory",),
     ("treepo_trainer",),
@@ -34,6 +38,7 @@ HEAVY = {"torch", "transformers", "trl", "vllm", "accelerate", "peft", "datasets
 # Heavy packages that a room may name at all, in functions included.
 HEAVY_ALLOWED = {
     "sampling": set(),
+    "turns": set(),
     "engines.base": set(),
     "engines.vllm": {"vllm", "numpy"},
     "update.advantages": {"torch"},
@@ -115,6 +120,7 @@ def test_rooms_without_a_model_name_no_heavy_package(room: str) -> None:
     [
         ("treepo_trl", set()),
         ("treepo_trl.sampling", set()),
+        ("treepo_trl.turns", set()),
         ("treepo_trl.engines", set()),
         ("treepo_trl.update.advantages", {"torch"}),
         ("treepo_trl.update.packing", {"torch"}),

@@ -12,6 +12,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from .engines import SamplingOptions
 from .treepo_config import TreePOConfig
+from .turn_checks import check_text_prompt, check_turns
 
 
 _SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingOptions))
@@ -55,16 +56,7 @@ def check_arguments(
         raise TypeError(
             f"`args` is a `{type(args).__name__}`. Pass a `TreePOConfig`, which takes all fields of `GRPOConfig`."
         )
-    for name, value in (
-        ("tools", tools),
-        ("environment_factory", environment_factory),
-        ("rollout_func", rollout_func),
-    ):
-        if value:
-            raise ValueError(
-                f"`{name}` is not supported yet by `TreePOTrainer`: a tree's segments continue one model turn. "
-                "Leave it out, or use `GRPOTrainer`."
-            )
+    check_turns(args, tools, rollout_func, environment_factory)
     options = args.generation_options()
     if args.use_vllm:
         _check_vllm(args, options)
@@ -119,6 +111,7 @@ def check_datasets(
     base_class: type[GRPOTrainer],
     train_dataset: object,
     eval_dataset: object,
+    has_environments: bool = False,
 ) -> None:
     """
     Raise for datasets that cannot be trained or evaluated on, before a model is loaded.
@@ -133,6 +126,8 @@ def check_datasets(
             Class of the trainer, and the one whose order of prompts is known here.
         train_dataset, eval_dataset:
             As the trainer takes them; the second may be a dictionary of datasets.
+        has_environments (`bool`):
+            Whether environments give the prompts, so that the dataset needs none.
 
     Raises:
         ValueError: naming the dataset's columns or size.
@@ -145,7 +140,7 @@ def check_datasets(
             "keeps that order), or set `dynamic_sampling_rounds=0`."
         )
     for dataset in (train_dataset, *_all_of(eval_dataset)):
-        _check_columns(dataset)
+        _check_columns(dataset, has_environments)
     if isinstance(train_dataset, Dataset) and not changed:  # another order may repeat prompts
         _check_size(args, len(train_dataset))
     if any(isinstance(dataset, Dataset) and len(dataset) == 0 for dataset in _all_of(eval_dataset)):
@@ -160,13 +155,13 @@ def _all_of(dataset: object) -> Iterable[object]:
     return dataset.values() if isinstance(dataset, dict) else (dataset,)
 
 
-def _check_columns(dataset: object) -> None:
+def _check_columns(dataset: object, has_environments: bool) -> None:
     if not isinstance(dataset, Dataset | IterableDataset) or dataset.column_names is None:
         return
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":  # rows have the columns of a transform
         return
     columns = dataset.column_names
-    if "prompt" not in columns:
+    if "prompt" not in columns and not has_environments:
         raise _no_prompt(columns)
     images = sorted({"image", "images"} & set(columns))
     if images:
@@ -278,9 +273,12 @@ def check_rows(trainer: GRPOTrainer, rows: Iterable[Mapping[str, object]]) -> No
         return
     for row in rows:
         if "prompt" not in row:
+            if trainer.environment_factories is not None:
+                continue
             raise _no_prompt(row)
         prompt = row["prompt"]
         if isinstance(prompt, str):
+            check_text_prompt(trainer, prompt)
             continue
         if not _is_conversation(prompt):
             raise ValueError(

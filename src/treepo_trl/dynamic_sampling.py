@@ -22,9 +22,11 @@ from .checkpoints import saved_values
 from .checks import check_rows
 from .prompt_stream import EndlessPlaceholders, Example, Placeholders, PromptStream
 from .sampling import SegmentTree
+from .trainer_turns import TrainerTurns
 from .tree_batch import TreeBatch
 from .treepo_config import TreePOConfig
 from .trl_seams import metrics_aside
+from .turns.conversations import Conversation
 from .update.rewards import combine_rewards
 
 
@@ -42,7 +44,16 @@ class Candidate:
 
     example: Example
     tree: SegmentTree | None = None
+    prompt: object = None
+    """With what an environment shows."""
+    conversation: Conversation | None = None
+    """What the tree's turns may call."""
     extra: dict[str, list] = field(default_factory=dict)
+
+    def give_up(self) -> None:
+        """Another example takes this one's place."""
+        if self.conversation is not None and self.conversation.environment is not None:
+            self.conversation.environment.release()
 
 
 @dataclass
@@ -173,6 +184,7 @@ def fill_batch(
         # that they keep, whose trees are there and whose rewards are not used again.
         places = is_replaced.byte().argsort(dim=1, descending=True, stable=True)[:, : max(counts)]
         for place, example in zip(places[process_index, : len(fresh)].tolist(), fresh, strict=True):
+            batch[place].give_up()
             batch[place] = Candidate(example)
         new = score([batch[place] for place in places[process_index].tolist()], used)
         for process, count in enumerate(counts):
@@ -212,15 +224,20 @@ class DynamicSampling:
     Args:
         trainer ([`TreePOTrainer`]):
             Scores completions, and has the dataset and the state of the training.
-        sample (`Callable[[TreeBatch, list[list[int]], int], list[SegmentTree]]`):
-            Samples the trees of this process's prompts for a batch, given the round.
+        sample (`Callable[[TreeBatch, list[list[int]], list[Conversation], int], list[SegmentTree]]`):
+            Samples the trees of this process's prompts for a batch, given what they may call and the round.
+        turns ([`TrainerTurns`]):
+            Tools and environments.
     """
 
     def __init__(
-        self, trainer: GRPOTrainer, sample: Callable[[TreeBatch, list[list[int]], int], list[SegmentTree]]
+        self,
+        trainer: GRPOTrainer,
+        sample: Callable[[TreeBatch, list[list[int]], list[Conversation], int], list[SegmentTree]],
+        turns: TrainerTurns,
     ) -> None:
         self.args = cast(TreePOConfig, trainer.args)
-        self._trainer, self._sample = trainer, sample
+        self._trainer, self._sample, self._turns = trainer, sample, turns
         self._num_generations = cast(int, trainer.num_generations)
         self._stream: PromptStream | None = None
         self._state: TrainerState | None = None  # of the training that the stream belongs to
@@ -248,6 +265,7 @@ class DynamicSampling:
         )
         saved_values(trainer.state)[_PROMPTS_DRAWN] = stream.position
         batch.give(chosen.trees, chosen.rewards)
+        self._turns.show(conversations_of(chosen.candidates))
         for column, values in chosen.extra_columns(self._num_generations).items():
             trainer._pending_extra_logs[column] += values
         for name, value in chosen.metrics().items():
@@ -261,13 +279,18 @@ class DynamicSampling:
         prompt_ids: list[list[int]] = []
         check_rows(trainer, [candidate.example for candidate in missing])
         if missing:
-            prompt_ids, _, _ = trainer._tokenize_prompts([candidate.example["prompt"] for candidate in missing])
+            opened = self._turns.open(self._rows(missing)[:: self._num_generations])
+            for candidate, prompt, conversation in zip(missing, *opened, strict=True):
+                candidate.prompt, candidate.conversation = prompt, conversation
+            prompt_ids, _, _ = trainer._tokenize_prompts([candidate.prompt for candidate in missing])
         # Also without any: processes that share an engine sample together.
-        for candidate, tree in zip(missing, self._sample(batch, prompt_ids, round_number), strict=True):
+        trees = self._sample(batch, prompt_ids, conversations_of(missing), round_number)
+        for candidate, tree in zip(missing, trees, strict=True):
             candidate.tree = tree
         batch.give([candidate.tree for candidate in candidates if candidate.tree is not None])
+        self._turns.show(conversations_of(candidates))
         rows = self._rows(candidates)
-        prompts = [row["prompt"] for row in rows]
+        prompts = [copy.deepcopy(each.prompt) for each in candidates for _ in range(self._num_generations)]
         num_tokens_seen = trainer.state.num_input_tokens_seen
         with metrics_aside(trainer):
             _, completion_ids, _, completions, *_ = trainer._generate(prompts)
@@ -315,6 +338,11 @@ class DynamicSampling:
             self._stream = PromptStream(self._dataset, shuffle, self.args.seed, (number, row))
             self._state = state
         return self._stream
+
+
+def conversations_of(candidates: list[Candidate]) -> list[Conversation]:
+    """What the trees of candidates may call, as far as they were prepared."""
+    return [candidate.conversation for candidate in candidates if candidate.conversation is not None]
 
 
 def forget_stream(state: TrainerState) -> None:

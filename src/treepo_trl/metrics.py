@@ -13,6 +13,10 @@ from accelerate import Accelerator
 from .sampling import FinishReason, SamplingStats, SegmentTree
 
 
+_OF_TURNS: tuple[FinishReason, ...] = ("turns", "overlong", "timeout")
+_WITHOUT_TURNS = tuple(reason for reason in get_args(FinishReason) if reason not in _OF_TURNS)
+
+
 def tree_totals(trees: list[SegmentTree], stats: SamplingStats, processes_per_engine: int = 1) -> dict[str, float]:
     """
     Sums over the trees of one process; sums of several processes add up.
@@ -25,7 +29,8 @@ def tree_totals(trees: list[SegmentTree], stats: SamplingStats, processes_per_en
         processes_per_engine (`int`):
             Processes that share an engine by tensor parallelism: `stats` counts the trees of all of them.
     """
-    reasons = Counter(tree.nodes[leaf].finish_reason for tree in trees for leaf in tree.leaves)
+    leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves]
+    reasons = Counter(tree.nodes[leaf].finish_reason for tree, leaf in leaves)
     subgroup_sizes = [size for tree in trees for size in _subgroup_sizes(tree)]
     return {
         "trees": len(trees),
@@ -42,6 +47,11 @@ def tree_totals(trees: list[SegmentTree], stats: SamplingStats, processes_per_en
         "sampler_seconds": stats.seconds - stats.engine_seconds,
         "engine_seconds": stats.engine_seconds,
         "processes": 1,
+        "tool_seconds": stats.tool_seconds,
+        "executed_calls": sum(node.num_calls for tree in trees for node in tree.nodes),
+        "leaf_calls": sum(tree.nodes[node].num_calls for tree, leaf in leaves for node in tree.path(leaf)),
+        "turns": sum(tree.nodes[leaf].num_turns + 1 for tree, leaf in leaves),
+        "answer_tokens": sum(tree.num_answer_tokens for tree in trees),
     }
 
 
@@ -58,7 +68,7 @@ def tree_metrics(totals: dict[str, float]) -> dict[str, float]:
         "tree/depth_mean": totals["depth"] / leaves,
         "tree/mean_length": totals["mean_lengths"] / totals["trees"],
     }
-    for reason in get_args(FinishReason):
+    for reason in _WITHOUT_TURNS:
         metrics[f"tree/finish_{reason}_frac"] = totals[f"finish_{reason}"] / leaves
     metrics["tree/fallback_frac"] = totals["fallback_leaves"] / leaves
     for name in ("decoded_tokens", "unique_tokens", "leaf_tokens"):
@@ -67,6 +77,26 @@ def tree_metrics(totals: dict[str, float]) -> dict[str, float]:
     metrics["tree/subgroup_size_mean"] = totals["subgroup_sizes"] / max(totals["subgroups"], 1)
     for name in ("sampler_seconds", "engine_seconds"):
         metrics[f"tree/{name}"] = totals[name] / totals["processes"]
+    return metrics
+
+
+def turn_metrics(totals: dict[str, float]) -> dict[str, float]:
+    """
+    Metrics of trees whose turns can call something, from totals over all processes.
+
+    Calls and answer tokens as sums over the batch; `calls_per_executed` in calls on the paths of leaves;
+    `turns_mean` per leaf; `tool_seconds` as mean over processes; what environments have cost as sums.
+    """
+    leaves, executed = totals["leaves"], totals["executed_calls"]
+    metrics = {f"tree/finish_{reason}_frac": totals[f"finish_{reason}"] / leaves for reason in _OF_TURNS}
+    metrics["tree/tool_calls"] = executed
+    metrics["tree/calls_per_executed"] = totals["leaf_calls"] / max(executed, 1)
+    metrics["tree/turns_mean"] = totals["turns"] / leaves
+    metrics["tree/answer_tokens"] = totals["answer_tokens"]
+    metrics["tree/tool_seconds"] = totals["tool_seconds"] / totals["processes"]
+    for name in ("resets", "forks", "replayed_calls"):
+        if f"environment_{name}" in totals:
+            metrics[f"environment/{name}"] = totals[f"environment_{name}"]
     return metrics
 
 

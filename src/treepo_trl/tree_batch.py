@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from .metrics import add_totals
-from .sampling import SegmentTree
+from .metrics import add_totals, tree_totals
+from .sampling import SamplingStats, SegmentTree
 from .tree_log import TreeLogLine
 from .treepo_config import TreePOConfig
+from .turns.conversations import first_turn
 from .update.advantages import expand_to_tokens, leaf_paths, leaf_scores, tree_advantages
 from .update.rewards import combine_rewards
 from .update.weighted_advantages import weighted_advantages
@@ -83,6 +85,11 @@ class TreeBatch:
             self.num_sampled += 1
         return self.trees
 
+    def adopt(self, trees: list[SegmentTree]) -> None:
+        """Take trees that something else has sampled."""
+        self.take(lambda: trees)
+        self.totals.append(tree_totals(trees, SamplingStats(sum(tree.num_unique_tokens for tree in trees))))
+
     def keeping_rewards(self, calculate_rewards: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """`calculate_rewards` that keeps its result, and returns the rewards that were given if there are any."""
 
@@ -98,6 +105,11 @@ class TreeBatch:
     def leaves(self) -> Iterator[tuple[SegmentTree, int]]:
         """Tree and node id of each row."""
         return ((tree, leaf) for tree in self.trees for leaf in tree.leaves)
+
+    def first_turns(self) -> tuple[list[list[int]], list[list[float]]]:
+        """Tokens and log-probabilities of the first turn of each row, which TRL reads as one message."""
+        turns = [first_turn(tree, leaf) for tree, leaf in self.leaves()]
+        return [token_ids for token_ids, _ in turns], [logprobs for _, logprobs in turns]
 
     def completion_ids(self) -> list[list[int]]:
         """Completion tokens of each row."""
@@ -160,9 +172,12 @@ class TreeBatch:
         return expand_to_tokens(advantages, lengths, num_tokens).to(rewards.device)
 
     def mean_advantages(self, advantages: torch.Tensor) -> torch.Tensor:
-        """Mean `(B,)` of advantages `(B, T)` over each row's tokens."""
+        """Mean `(B,)` of advantages `(B, T)` over the sampled tokens of each row."""
         # TRL clears the completion mask of truncated completions, whose advantages are logged all the same.
-        return advantages.sum(1) / torch.tensor(self.lengths(), device=advantages.device)
+        masks = [torch.tensor(tree.sampled_mask(leaf)) for tree, leaf in self.leaves()]
+        mask = torch.nn.functional.pad(pad_sequence(masks, batch_first=True), (0, advantages.size(1)))
+        is_sampled = mask[:, : advantages.size(1)].to(advantages.device)
+        return (advantages * is_sampled).sum(1) / is_sampled.sum(1).clamp(min=1)
 
     # Logs
 
@@ -202,6 +217,19 @@ class TreeBatch:
                 }
             )
         return records
+
+
+def prompts_of_trees(prompt_ids: list[list[int]], num_generations: int) -> list[list[int]]:
+    """
+    The prompt of each tree, from those of its rows.
+
+    Raises:
+        RuntimeError: if the rows of a tree have different prompts.
+    """
+    prompts = prompt_ids[::num_generations]
+    if any(ids != prompts[i // num_generations] for i, ids in enumerate(prompt_ids)):
+        raise RuntimeError("A group of `num_generations` rows holds different prompts: a tree has only one.")
+    return prompts
 
 
 def shuffle_trees(batch: dict[str, object], num_generations: int) -> dict[str, object]:

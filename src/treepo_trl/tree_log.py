@@ -18,7 +18,8 @@ from .sampling.json_lines import (
     or_null,
     parse_line,
 )
-from .sampling.tree import SegmentTree, TreeRecord
+from .sampling.nodes import TreeRecord
+from .sampling.tree import SegmentTree
 
 
 logger = logging.getLogger(__name__)

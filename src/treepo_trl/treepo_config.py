@@ -10,6 +10,7 @@ from .field_checks import Ranges, check_fields
 from .grpo_fields import check_grpo_fields
 from .sampling.branching import BranchSchedule
 from .sampling.config import TreeSamplingConfig
+from .turns import EnvironmentForking
 from .update.advantages import AdvantageEstimator
 from .update.packing import TreePacking
 
@@ -24,6 +25,9 @@ _WITH_SUBGROUPS = ("treepo", "treepo_size_weighted", "treepo_segment")
 
 _RANGES: Ranges = {
     "reward_timeout": (lambda value: value > 0, "above 0; leave it out for no limit"),
+    "tool_workers": (lambda value: value >= 0, "0 (calls run in the main thread, one after another) or more"),
+    "tool_timeout": (lambda value: value > 0, "above 0; leave it out for no limit"),
+    "max_tool_answer_tokens": (lambda value: value >= 1, "at least 1; leave it out for no limit"),
     "dynamic_sampling_rounds": (lambda value: value >= 0, "0 (train on every prompt as it comes) or more"),
     "max_tokens_per_micro_batch": (
         lambda value: value >= 1,
@@ -156,6 +160,39 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "it awaits, and a reward model never."
         },
     )
+    tool_workers: int = field(
+        default=16,
+        metadata={
+            "help": "Turns whose tool calls run at once, each in a thread, while other paths are sampled. 0 runs them "
+            "in the main thread, one after another, as GRPOTrainer does. Set 0 if a tool or an environment works in "
+            "one thread alone, as sqlite, `signal` and Playwright do."
+        },
+    )
+    tool_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that one tool call may take. Then its answer is an error. On an environment, whose state "
+            "nobody knows then, the path ends and has no reward. A call that is not asynchronous goes on in its "
+            "thread, because nothing can stop it. Default: no limit. Not with `tool_workers=0`."
+        },
+    )
+    max_tool_answer_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest answer of one tool call in tokens; what is longer is cut off, with a mark at its end. "
+            "Default: no limit. An answer that leaves no room for a token in `max_completion_length` ends its path."
+        },
+    )
+    environment_forking: EnvironmentForking = field(
+        default="auto",
+        metadata={
+            "help": "What a path gets that parts from another one behind a call on an environment. `auto`: "
+            "`_fork()` of the environment if it has that method, else a deep copy if it has `__deepcopy__`, else "
+            "`none`. `deepcopy`: a deep copy. `replay`: a fresh environment, in which the calls so far are run again; "
+            "other answers than before are an error. `none`: paths part at the prompt alone, and each has its own "
+            "environment, as in GRPOTrainer."
+        },
+    )
     log_trees: bool = field(
         default=False,
         metadata={
@@ -177,6 +214,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         self._check_batches()
         self._check_micro_batches()
         self._check_supported()
+        self._check_tools()
         self._check_shared_base()
         self._check_sleep()
 
@@ -274,6 +312,13 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             raise ValueError(
                 "`use_transformers_continuous_batching=True` is not supported, nor is `use_transformers_paged`, its "
                 "old name: trees are sampled by an engine of their own. Leave it out, or set `use_vllm=True`."
+            )
+
+    def _check_tools(self) -> None:
+        if self.tool_workers == 0 and self.tool_timeout is not None:
+            raise ValueError(
+                f"`tool_timeout={self.tool_timeout}` needs threads: a call in the main thread cannot be left. Set "
+                "`tool_workers` to 1 or more, or leave `tool_timeout` out."
             )
 
     def _check_adapter_engine(self, name: str) -> None:

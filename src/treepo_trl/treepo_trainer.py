@@ -5,13 +5,11 @@ The only file that overrides private methods of `GRPOTrainer`; `tests/trainer/te
 What the steps are made of lies in the rooms; what TRL has no argument for is replaced in `trl_seams`.
 """
 
-import textwrap
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
@@ -22,28 +20,29 @@ from trl.trainer.grpo_trainer import GRPOTrainer, RewardFunc
 from trl.trainer.utils import get_config_model_id
 
 from . import trl_seams
+from .batch_sampler import BatchSampler
 from .checkpoints import checkpoint_to_resume, only_training_in
 from .checks import NoStepIsAnError, check_arguments, check_datasets, check_rows, check_tokenizer
 from .dynamic_sampling import DynamicSampling, Rows, forget_stream
-from .metrics import reduce_totals, replace_last, tree_metrics, tree_totals
+from .metrics import replace_last
+from .model_card import PAPER
 from .policy.engine import policy_engine_for
 from .resume_point import ResumePoint
 from .reward_watch import RewardWatch
 from .sampling import SegmentTree, TreeSampler, text_decoder
-from .tree_batch import TreeBatch, shuffle_trees
+from .sampling.turns import TurnHandler
+from .trainer_turns import TrainerTurns
+from .tree_batch import TreeBatch, prompts_of_trees, shuffle_trees
 from .tree_log import write_trees
 from .treepo_config import TreePOConfig
-from .update.packable import packed_forward_for
-from .update.packed_forward import PackedForward
-from .width_schedule import WidthSchedule
+from .turn_checks import check_tools
+from .turns import TreeRollout
+from .update.packable import packed_forward_or_none
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig
-
-
-logger = get_logger(__name__)
 
 
 class TreePOTrainer(GRPOTrainer):
@@ -53,10 +52,8 @@ class TreePOTrainer(GRPOTrainer):
 
     [`~trl.GRPOTrainer`] with three changes: in training each prompt's completions grow as a tree of segments, the
     group advantages become tree segment advantages, and shared prefixes are forwarded once per unique token.
-    Evaluation samples plain independent completions. Everything else, arguments included, is GRPOTrainer's.
-
-    Not supported yet, with an error at construction: tools, environments, `rollout_func`, image prompts and vLLM
-    server mode.
+    Evaluation samples plain independent completions. Everything else, arguments included, is GRPOTrainer's, but for
+    image prompts and vLLM server mode, which are an error at construction.
 
     Example:
 
@@ -82,20 +79,7 @@ class TreePOTrainer(GRPOTrainer):
 
     _tag_names: ClassVar = ["trl", "treepo"]
     _name = "TreePO"
-    _paper: ClassVar = {
-        "title": "TreePO: Bridging the Gap of Policy Optimization and Efficacy and Inference Efficiency with "
-        "Heuristic Tree-based Modeling",
-        "id": "2508.17445",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{li2025treepo,
-                title        = {{TreePO: Bridging the Gap of Policy Optimization and Efficacy and Inference Efficiency
-                                with Heuristic Tree-based Modeling}},
-                author       = {Yizhi Li and others},
-                year         = 2025,
-                eprint       = {arXiv:2508.17445},
-            }"""),
-    }
+    _paper: ClassVar = PAPER
 
     def __init__(
         self,
@@ -116,14 +100,14 @@ class TreePOTrainer(GRPOTrainer):
         quantization_config: "BitsAndBytesConfig | None" = None,
         peft_config: "PeftConfig | None" = None,
         tools: list[Callable[..., object]] | None = None,
-        rollout_func: Callable[..., object] | None = None,
+        rollout_func: Callable[..., dict[str, Any]] | None = None,
         environment_factory: object = None,
     ) -> None:
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TreePOConfig(f"{model_name.split('/')[-1]}-TreePO")
         check_arguments(args, tools, rollout_func, environment_factory)
-        check_datasets(args, type(self), TreePOTrainer, train_dataset, eval_dataset)
+        check_datasets(args, type(self), TreePOTrainer, train_dataset, eval_dataset, bool(environment_factory))
         self.policy_engine = policy_engine_for(args, model, peft_config)
         with self.policy_engine.construction():
             super().__init__(
@@ -138,25 +122,24 @@ class TreePOTrainer(GRPOTrainer):
                 optimizers=optimizers,
                 quantization_config=quantization_config,
                 peft_config=peft_config,
+                tools=cast(Any, tools),
+                rollout_func=None if rollout_func is None else TreeRollout(rollout_func, self._take_rollout),
+                environment_factory=cast(Any, environment_factory),
             )
         check_tokenizer(self)
+        check_tools(self)
         self._reward_watch = RewardWatch(self)
         self.policy_engine.connect(self)
         self._decode = text_decoder(self._tokenizer)
         self.sampler = TreeSampler(self.policy_engine.engine, args, self.eos_token_ids, self._decode)
-        self._width_schedule = WidthSchedule(args)
-        self.dynamic_sampling = DynamicSampling(self, self._sample) if args.dynamic_sampling_rounds > 0 else None
-        self._packed_forward = self._build_packed_forward()
+        self._turns = TrainerTurns(self)
+        self._batch_sampler = BatchSampler(self, self.sampler, self.policy_engine, self._turns)
+        sample, rounds = self._batch_sampler.sample, args.dynamic_sampling_rounds
+        self.dynamic_sampling = DynamicSampling(self, sample, self._turns) if rounds > 0 else None
+        self._packed_forward = packed_forward_or_none(self.model, args, self.accelerator, self.aux_loss_enabled)
         self._batch = TreeBatch(step=-1)  # under way, or the last one: GRPOTrainer's methods cannot hand it on
         self._resume_point = ResumePoint(self)
         self.add_callback(self._resume_point)
-
-    def _build_packed_forward(self) -> PackedForward | None:
-        packed = packed_forward_for(self.model, self.args, self.accelerator, self.aux_loss_enabled)
-        if isinstance(packed, str):
-            logger.warning(f"{packed} Training forwards plain rows, as GRPOTrainer does.")
-            return None
-        return packed
 
     # A training from its start or a checkpoint
 
@@ -183,7 +166,13 @@ class TreePOTrainer(GRPOTrainer):
             return super()._generate_and_score_completions(inputs)
         batch, calculated = self._batch.next(self.state.global_step), trl_seams.calculated_rewards
         self._batch = batch
-        with batch.opened(), calculated(self, self._reward_watch.usable), calculated(self, batch.keeping_rewards):
+        with (
+            batch.opened(),
+            self._turns.opened(),
+            calculated(self, self._reward_watch.usable),
+            calculated(self, partial(self._turns.without_lost, batch)),
+            calculated(self, batch.keeping_rewards),
+        ):
             if self.dynamic_sampling is None:
                 forget_stream(self.state)
             else:
@@ -210,37 +199,53 @@ class TreePOTrainer(GRPOTrainer):
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         if not self.model.training:
+            given = prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             with self.policy_engine.evaluation():
-                return super()._generate_single_turn(
-                    prompt_ids, images, multimodal_fields, num_generations, has_tool_images=has_tool_images
-                )
+                return super()._generate_single_turn(*given)
         if images is not None:
             raise ValueError("Image prompts are not supported yet by `TreePOTrainer`. Use text prompts.")
-        prompts = prompt_ids[::num_generations]
-        if any(ids != prompts[i // num_generations] for i, ids in enumerate(prompt_ids)):
-            raise RuntimeError("A group of `num_generations` rows holds different prompts: a tree has only one.")
-        if not self._batch.is_open:  # a subclass samples for itself
-            self._batch = self._batch.next(self.state.global_step)
-        batch = self._batch
-        batch.take(lambda: self._sample(batch, prompts))
-        return batch.completion_ids(), batch.logprobs() if self.policy_engine.gives_logprobs else None
+        prompts = prompts_of_trees(prompt_ids, num_generations)
+        batch, conversations = self._open_batch(), self._turns.of_rows(len(prompts))
+        self._turns.sampled(batch.take(lambda: self._batch_sampler.sample(batch, prompts, conversations)))
+        completion_ids, logprobs = batch.first_turns()
+        return completion_ids, logprobs if self.policy_engine.gives_logprobs else None
 
-    def _sample(self, batch: TreeBatch, prompts: list[list[int]], round_number: int = 0) -> list[SegmentTree]:
-        """Sample the trees of this process's prompts, together with those of processes that share its engine."""
-        num_processes = self.policy_engine.processes_per_engine
-        seed = f"{self.args.seed}/{batch.name}/{self.accelerator.process_index // num_processes}"
-        seed += f"/{round_number}" if round_number > 0 else ""
-        prompts, own = self.policy_engine.gather(prompts)
-        with self.policy_engine.ready(seed):
-            trees = self.sampler.sample(
-                prompts,
-                seed,
-                progress=self.state.global_step / max(self.state.max_steps, 1),
-                expected_length=self._width_schedule.expected_length(self.state),
-                widths=self._width_schedule.widths(self.state),
-            )[own]
-        batch.totals.append(tree_totals(trees, self.sampler.stats, num_processes))
-        return trees
+    def _tool_call_loop(
+        self,
+        prompts: list[object],
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        completions: list[object],
+        logprobs: list[list[float]] | None,
+        images: list[object] | None,
+        multimodal_fields: dict[str, object],
+    ) -> tuple[object, ...]:
+        given = prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields
+        if not self.model.training:
+            return super()._tool_call_loop(*given)
+        batch, rows = self._batch, self._turns.rows(self._batch.trees)
+        sampled = batch.completion_ids(), None if logprobs is None else batch.logprobs()
+        return rows.masks, rows.completions, *sampled, rows.num_calls, rows.num_failures, [[] for _ in rows.masks]
+
+    def sample_trees(self, prompt_ids: list[list[int]], turns: TurnHandler | None = None) -> list[SegmentTree]:
+        """
+        Sample trees from the current policy, for a `rollout_func`: one per prompt, of `num_generations` leaves.
+
+        Args:
+            prompt_ids (`list[list[int]]`):
+                Token ids of the prompts, each once.
+            turns ([`~treepo_trl.sampling.turns.TurnHandler`], *optional*):
+                Answers turns; without it an EOS token ends a path.
+        """
+        return self._batch_sampler.sample_for_user(self._open_batch(), prompt_ids, turns)
+
+    def _take_rollout(self, trees: list[SegmentTree]) -> None:
+        self._open_batch().adopt(trees)
+
+    def _open_batch(self) -> TreeBatch:
+        if not self._batch.is_open:  # a subclass or a user samples on their own
+            self._batch = self._batch.next(self.state.global_step)
+        return self._batch
 
     def _calculate_rewards(
         self, inputs: Rows, prompts: list[object], completions: list[object], completion_ids_list: list[list[int]]
@@ -289,11 +294,6 @@ class TreePOTrainer(GRPOTrainer):
     def _log_metrics(self, batch: TreeBatch, scaled_rewards: torch.Tensor) -> None:
         """Log what the batch has cost and shown; tell how far the engine was from the policy."""
         logged = self._metrics["train"]
-        totals = reduce_totals(batch.summed_totals(), self.accelerator)
-        metrics = tree_metrics(totals)
-        if self.dynamic_sampling is not None:
-            metrics["dynamic_sampling/discarded_tokens"] = totals["unique_tokens"] - totals["kept_tokens"]
-        learn = partial(self._width_schedule.learn, self.state, metrics["tree/mean_length"], batch.trees)
-        for name, value in (metrics | learn(scaled_rewards, self.accelerator)).items():
+        for name, value in self._batch_sampler.metrics(batch, scaled_rewards).items():
             logged[name].append(value)
         self.policy_engine.compare(logged.get("sampling/sampling_logp_difference/mean", []))

@@ -54,6 +54,16 @@ def engine_class(llm: type) -> AbstractContextManager[None]:
     return replaced(vllm_generation, "LLM", llm)
 
 
+def environment_pools(trainer: GRPOTrainer, pools: object) -> AbstractContextManager[None]:
+    """
+    Where `GRPOTrainer._generate_and_score_completions` takes the environment of each row from.
+
+    Why: it resets one per row; a tree is reset once, and its paths get environments when they part.
+    No upstream request is open. A method that gives a row its environment would end it.
+    """
+    return replaced(trainer, "_environment_pool", pools)
+
+
 def row_shuffle(shuffle: Callable[[dict[str, object]], dict[str, object]]) -> AbstractContextManager[None]:
     """
     How `GRPOTrainer._prepare_inputs` shuffles the rows of a generation batch.

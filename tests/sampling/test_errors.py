@@ -46,9 +46,9 @@ class FailingEngine(FakeEngine):
         super().submit(requests)
         self._count()
 
-    def collect(self) -> list[SegmentResult]:
+    def collect(self, wake: Callable[[], bool] | None = None) -> list[SegmentResult]:
         self._count()
-        return super().collect()
+        return super().collect(wake)
 
     def abort(self) -> None:
         super().abort()

@@ -1,6 +1,7 @@
 """The sampler's laws over engines without a model: what may never happen, whatever the engine answers and when."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -267,10 +268,10 @@ def test_entropies_of_tokens_that_are_cut_do_not_count() -> None:
     class Engine(ScriptedEngine):
         reports_entropies = True
 
-        def collect(self) -> list[SegmentResult]:
+        def collect(self, wake: Callable[[], bool] | None = None) -> list[SegmentResult]:
             return [
                 SegmentResult(r.request_id, r.token_ids, r.logprobs, r.finish_reason, [1.0, 3.0, 100.0])
-                for r in super().collect()
+                for r in super().collect(wake)
             ]
 
     engine = Engine([[5, EOS, 7], [5, 6, EOS]])

@@ -27,7 +27,7 @@ class QueueEngine(SegmentEngine):
         self.num_submits += 1
         self._pending.extend(requests)
 
-    def collect(self) -> list[SegmentResult]:
+    def collect(self, wake: Callable[[], bool] | None = None) -> list[SegmentResult]:
         assert self._pending, "collect() without a request in flight would block for ever"
         done, self._pending = self._pending, []
         return [self.answer(request) for request in done]
@@ -71,13 +71,13 @@ class FakeEngine(QueueEngine):
         self.requests.extend(requests)
         self.num_prompt_tokens += sum(len(request.token_ids) for request in requests)
 
-    def collect(self) -> list[SegmentResult]:
+    def collect(self, wake: Callable[[], bool] | None = None) -> list[SegmentResult]:
         later: list[SegmentRequest] = []
         if self.arrival is not None and self._pending:
             self.arrival.shuffle(self._pending)
             count = self.arrival.randint(1, len(self._pending))
             self._pending, later = self._pending[:count], self._pending[count:]
-        results = super().collect()
+        results = super().collect(wake)
         self._pending = later
         self.results.extend(results)
         return results
@@ -138,13 +138,13 @@ class RecordingEngine(FakeEngine):
         self.events.append(("submit", list(requests)))
         super().submit(requests)
 
-    def collect(self) -> list[SegmentResult]:
+    def collect(self, wake: Callable[[], bool] | None = None) -> list[SegmentResult]:
         held: list[SegmentRequest] = []
         if self.withhold is not None:
             held = [request for request in self._pending if self.withhold(request)]
             free = [request for request in self._pending if not self.withhold(request)]
             self._pending, held = (free, held) if free else (held[:1], held[1:])
-        results = super().collect()
+        results = super().collect(wake)
         self._pending.extend(held)
         self.events.append(("collect", list(results)))
         return results

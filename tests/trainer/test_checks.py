@@ -39,32 +39,12 @@ def test_plain_grpo_config(tmp_path: Path) -> None:
         build(TreePOTrainer, make_model(), GRPOConfig(output_dir=str(tmp_path), **SETTINGS))
 
 
-def a_tool(x: int) -> int:
-    """
-    A tool.
-
-    Args:
-        x: A number.
-    """
-    return x
-
-
-class Environment:
-    def reset(self, **kwargs: Any) -> None:
-        return None
-
-
-NO_TURNS = "is not supported yet .*Leave it out, or use `GRPOTrainer`"
 IMAGES = "image prompts are not supported yet.*Remove the column"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tools": [a_tool]}, f"`tools` {NO_TURNS}"),
-        ({"environment_factory": Environment}, f"`environment_factory` {NO_TURNS}"),
-        ({"environment_factory": {"one": Environment}}, f"`environment_factory` {NO_TURNS}"),
-        ({"rollout_func": lambda prompts, trainer: {}}, f"`rollout_func` {NO_TURNS}"),
         ({"train_dataset": PROMPTS.add_column("image", [None] * 8)}, f"column 'image': {IMAGES}"),
         ({"train_dataset": PROMPTS.add_column("images", [None] * 8)}, f"column 'images': {IMAGES}"),
         ({"train_dataset": None}, "`train_dataset` is required"),  # TRL's error

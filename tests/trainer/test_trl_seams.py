@@ -27,6 +27,7 @@ from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
 # Parameters as in a definition, without annotations.
 SIGNATURES = {
     "_generate_single_turn": "self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False",
+    "_tool_call_loop": ("self, prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields"),
     "_generate_and_score_completions": "self, inputs",
     "_get_per_token_logps_and_entropies": (
         "self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, "
@@ -40,12 +41,13 @@ SIGNATURES = {
     "get_train_dataloader": "self",
     "train": "self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None",
 }
-# What dynamic sampling calls, or replaces for a call.
+# What dynamic sampling and turns call, or replace for a call.
 CALLED = {
     "_generate": "self, prompts",
     "_tokenize_prompts": "self, prompts",
     "_get_train_sampler": "self, dataset=None",
     "_get_collator_with_removed_columns": "self, data_collator, description=None",
+    "_get_tool_suffix_ids": "self, tool_messages",
 }
 INIT_PARAMETERS = (
     "self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, processing_class=None, "
@@ -103,6 +105,16 @@ def test_results_of_what_is_called() -> None:
     assert "return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields" in source
 
 
+def test_results_of_the_tool_loop() -> None:
+    """Seven, in this order, as `TreePOTrainer` gives them; asked for only where there are tools."""
+    source = inspect.getsource(GRPOTrainer._tool_call_loop)
+    assert (
+        "return tool_mask, completions, completion_ids, logprobs, tool_call_count, tool_failure_count, tool_images"
+        in source
+    )
+    assert "if self.tools:\n            (\n                tool_mask," in inspect.getsource(GRPOTrainer._generate)
+
+
 def test_init_takes_what_trl_takes() -> None:
     assert written(TreePOTrainer.__init__) == INIT_PARAMETERS
 
@@ -135,6 +147,20 @@ def test_names_are_replaced_in_one_file() -> None:
     package = Path(treepo_trl.__file__).parent
     using = {path.name for path in package.rglob("*.py") if re.search(r"\b(replaced|setattr)\(", path.read_text())}
     assert using == {"trl_seams.py"}
+
+
+def test_environments_come_from_the_pool() -> None:
+    """By length and index alone, before anything is sampled; rewards read them from the trainer afterwards."""
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    for line in (
+        "pool = self._environment_pool[name]",
+        "if index == len(pool):",
+        "self.environments.append(pool[index])",
+        "observation = environment.reset(**reset_kwargs)",
+    ):
+        assert source.index(line) < source.index("self._generate(prompts)"), line
+    assert 'reward_kwargs["environments"] = self.environments' in inspect.getsource(GRPOTrainer._calculate_rewards)
+    assert "self._batch_environments" in inspect.getsource(GRPOTrainer._tokenize_prompts)
 
 
 def test_replaced_attributes_are_read_from_the_trainer() -> None:
@@ -186,7 +212,9 @@ def test_attributes_that_the_trainer_reads() -> None:
     source = inspect.getsource(GRPOTrainer.__init__)
     names = (
         "_last_loaded_step vllm_generation generation_kwargs _dist _logs _metrics _pending_extra_logs _step "
-        "_tokenizer eos_token_ids reward_weights scale_rewards multi_objective_aggregation num_generations use_vllm"
+        "_tokenizer eos_token_ids reward_weights scale_rewards multi_objective_aggregation num_generations use_vllm "
+        "tools _standalone_tools _env_tools _environment_pool environment_factories environments _multi_environment "
+        "max_tool_calling_iterations num_generations_eval"
     )
     for name in names.split():
         assert f"self.{name} = " in source or f"self.{name}:" in source, name

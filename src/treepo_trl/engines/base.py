@@ -1,7 +1,7 @@
 """What the sampler asks of an engine: continue token sequences by at most one segment."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -122,8 +122,15 @@ class SegmentEngine(ABC):
         """Queue requests. Returns at once."""
 
     @abstractmethod
-    def collect(self) -> list[SegmentResult]:
-        """Block until at least one queued request is done; return what is done, each result once."""
+    def collect(self, wake: Callable[[], bool] | None = None) -> list[SegmentResult]:
+        """
+        Block until at least one queued request is done; return what is done, each result once.
+
+        Args:
+            wake (`Callable[[], bool]`, *optional*):
+                Something else has happened once it returns `True`: an engine that asks now and then may return early,
+                with nothing. Given only where turns are answered.
+        """
 
     @abstractmethod
     def abort(self) -> None:

@@ -5,7 +5,7 @@ Keys and values are kept per segment in a tree of blocks and copied into a batch
 prefix is computed once. Rows join and leave the running batch one by one, each with its own length.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
@@ -145,13 +145,13 @@ class TransformersEngine(SegmentEngine):
         self._pending.extend(requests)
 
     @torch.no_grad()
-    def collect(self) -> list[SegmentResult]:
-        """Decode until at least one queued segment is done; returns the finished ones."""
+    def collect(self, wake: Callable[[], bool] | None = None) -> list[SegmentResult]:
+        """Decode until at least one queued segment is done, or `wake` is true; returns the finished ones."""
         results: list[SegmentResult] = []
         with self._row_attention():
             if self._pending:
                 self._admit()
-            while self._rows and not results:
+            while self._rows and not results and not (wake is not None and wake()):
                 results = self._step()
         return results
 

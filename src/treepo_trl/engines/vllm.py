@@ -6,6 +6,7 @@ different times, and submitting each child at once would add a prefill to almost
 than it saves.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -115,15 +116,19 @@ class VLLMEngine(SegmentEngine):
                 raise SegmentEngineError(request.request_id, f"vLLM refuses a request: {error}") from error
             self._in_flight[request_id] = request.max_tokens
 
-    def collect(self) -> list[SegmentResult]:
+    def collect(self, wake: Callable[[], bool] | None = None) -> list[SegmentResult]:
         """
         Step the engine until at least one segment is done and either a burst of steps has passed or nothing runs.
+
+        With `wake` also until that is true at the end of a burst.
         """
         results: list[SegmentResult] = []
         longest = max(self._in_flight.values(), default=0)
         burst = min(max(longest // 16, 1), _STEPS_PER_BURST)
         steps = 0
         while self._in_flight and not (results and steps >= burst):
+            if wake is not None and steps >= burst and steps % burst == 0 and wake():
+                break
             steps += 1
             for output in self.llm.llm_engine.step():
                 results.append(self._read(cast("RequestOutput", output)))

@@ -5,9 +5,10 @@ Decides who branches and when a path ends; knows no model and no torch.
 """
 
 from .config import TreeSamplingConfig
+from .nodes import FinishReason, SegmentNode
 from .sampler import SamplingStats, TreeSampler
 from .stopping import text_decoder
-from .tree import FinishReason, SegmentNode, SegmentTree
+from .tree import SegmentTree
 
 
 __all__ = [

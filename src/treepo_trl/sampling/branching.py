@@ -199,10 +199,11 @@ def fallback_stems(
         rng.shuffle(paths)
         for leaf in paths:
             path = tree.path(leaf)
+            cuts = [i for i, node in enumerate(path) if tree.nodes[node].is_sampled]  # never between call and answer
             if policy == "random":
-                cut = rng.randrange(len(path))
+                cut = cuts[rng.randrange(len(cuts))]
             elif policy == "low_prob":
-                cut = min(range(len(path)), key=lambda i: _mean_logprob(tree.nodes[path[i]]))
+                cut = min(cuts, key=lambda i: _mean_logprob(tree.nodes[path[i]]))
             else:
                 assert_never(policy)
             stem = path[cut - 1] if cut > 0 else None

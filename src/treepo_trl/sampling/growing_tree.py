@@ -8,9 +8,8 @@ tree.
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 from treepo_trl.engines.base import SegmentResult
 
@@ -23,33 +22,10 @@ from .branching import (
     level_budget,
     split_budget,
 )
-from .config import TreeSamplingConfig
-from .stopping import (
-    find_eos,
-    find_match_end,
-    is_repetitive,
-    join_text,
-    matching_tail,
-    text_change,
-    tokens_until,
-)
-from .tree import FinishReason, SegmentTree
+from .cutting import CutSegment, SegmentCutter, TreeRules
+from .tree import SegmentTree
+from .turns import Answer, PendingAnswer, TurnEnd, TurnHandler
 from .widths import heaviest_first
-
-
-@dataclass(frozen=True)
-class TreeRules:
-    """What holds for every tree of a sampler."""
-
-    config: TreeSamplingConfig
-    eos_token_ids: frozenset[int]
-    decode: Callable[[list[int]], str] | None
-    """Text of a list of tokens; `None` where no rule looks at text."""
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether a rule looks at text."""
-        return self.config.stop_pattern is not None or self.config.stop_repetition
 
 
 @dataclass
@@ -57,8 +33,8 @@ class GrowingTree:
     """
     A tree and the level of segments that it waits for.
 
-    The levels of a tree wait for each other: `advance` is called when every segment of the level has arrived. The
-    tree is done when the level is empty.
+    The levels of a tree wait for each other: `advance` is called when every segment of the level has arrived, and the
+    answer to every turn that ended in it. The tree is done when the level is empty.
     """
 
     rules: TreeRules
@@ -74,6 +50,10 @@ class GrowingTree:
     """Tokens per block of the engine's prefix cache."""
     widths: Sequence[float] | None = None
     """Paths per unit of leaf weight at each depth, where the schedule sets them."""
+    index: int = 0
+    """Number of the prompt."""
+    turns: TurnHandler | None = None
+    """Answers turns; without it a path ends with its first."""
     level: list[int | None] = field(default_factory=list[int | None])
     """Parents of the level's segments."""
     num_taken: int = 0
@@ -82,15 +62,20 @@ class GrowingTree:
     """Leaves that a fallback asked for."""
     num_decoded_tokens: int = 0
     """Tokens that were sampled for this tree, those cut off behind a stop pattern included."""
+    num_answer_tokens: int = 0
+    """Tokens of answers."""
+    pending: dict[int, PendingAnswer] = field(default_factory=dict[int, PendingAnswer])
+    """Position in the level -> what answers the turn that ended there."""
     _max_tokens: int = 0
     _wave: int = 0
     """Fallbacks so far."""
     _weights: dict[int | None, float] = field(default_factory=lambda: {None: 1.0})
     """Weight of the nodes before the first fallback."""
     _prefixes: dict[int | None, list[int]] = field(default_factory=dict[int | None, list[int]])
-    _results: dict[int, SegmentResult] = field(default_factory=dict[int, SegmentResult])
-    _texts: dict[int, tuple[int, str]] = field(default_factory=dict[int, tuple[int, str]])
-    """How each node changes the path's text; only kept where a text rule needs it."""
+    _arrived: dict[int, CutSegment] = field(default_factory=dict[int, CutSegment])
+
+    def __post_init__(self) -> None:
+        self._cutter = SegmentCutter(self.rules, self.tree, self.max_length)
 
     def start(self) -> None:
         """Ask for the first level."""
@@ -98,6 +83,8 @@ class GrowingTree:
         initial = draw_initial_branching(config.first_width, config.num_generations, self.rng)
         if self.widths is not None:
             initial = min(max(self._rounded(self.widths[0]), 2), config.num_generations)
+        if self.turns is not None and not self.turns.may_branch(self.index):
+            initial = config.num_generations
         if config.max_tree_tokens is not None:
             initial = max(min(initial, config.max_tree_tokens // self._expected_rest(0)), 1)
         self._ask_for([None] * initial)
@@ -128,25 +115,33 @@ class GrowingTree:
         surplus = (num_before + num_tokens - 1) % self.block_size
         return num_tokens - surplus if surplus <= num_tokens // 2 else num_tokens
 
-    def receive(self, position: int, result: SegmentResult) -> bool:
-        """Keep an arrived segment; whether the level is complete with it."""
-        self._results[position] = result
+    def receive(self, position: int, result: SegmentResult) -> None:
+        """Keep what counts of an arrived segment; a turn that ends with it is answered from now on."""
+        parent = self.level[position]
+        segment = self._arrived[position] = self._cutter.cut(parent, result)
         self.num_decoded_tokens += len(result.token_ids)
-        return len(self._results) == len(self.level)
+        if self.turns is not None and segment.finish_reason == "stop":
+            room = self.max_length - self._end(parent) - len(segment.token_ids)
+            pending = self.turns.begin(TurnEnd(self.index, self.tree, parent, segment.token_ids, room))
+            if pending is not None:
+                self.pending[position] = pending
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether all segments of the level are there; answers may be missing."""
+        return len(self._arrived) == len(self.level)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of the level is there, answers included."""
+        return self.has_arrived and all(pending.future.done() for pending in self.pending.values())
 
     def advance(self) -> int:
         """Store the complete level and decide the next one; returns the number of paths that ended."""
         tree = self.tree
         num_leaves = len(tree.leaves)
-        parent_texts: dict[int | None, str] = {}
-        if self.rules.needs_text:
-            parent_texts = {
-                parent: join_text(self._texts[node] for node in tree.path(parent)) for parent in set(self.level)
-            }
-        nodes = [
-            self._store(parent, self._results[i], parent_texts.get(parent, "")) for i, parent in enumerate(self.level)
-        ]
         counts = Counter(self.level)
+        nodes = [self._store(position) for position in range(len(self.level))]
         for node, parent in zip(nodes, self.level, strict=True):
             self._weights[node] = self._weights[parent] / counts[parent]
         live = [node for node in nodes if tree.nodes[node].finish_reason is None]
@@ -155,11 +150,48 @@ class GrowingTree:
                 tree.finish(node, "length")
             live = []
         if live:
-            children = self._children(live, self._level_size(live, len(nodes) - len(live)))
+            children = self._children(self._segments_of(live), self._level_size(live, len(nodes) - len(live)))
             self._ask_for([node for node, count in zip(live, children, strict=True) for _ in range(count)])
         else:
             self._ask_for(self._fall_back())
         return len(tree.leaves) - num_leaves
+
+    def _store(self, position: int) -> int:
+        """Add a segment to the tree, and what answers it; returns the node where the path goes on or ends."""
+        parent, segment, pending = self.level[position], self._arrived[position], self.pending.get(position)
+        answer = None if pending is None else pending.result()
+        reason = segment.finish_reason
+        if answer is not None:
+            reason = None if answer.token_ids else answer.finish_reason
+        node = self.tree.add(parent, segment.token_ids, segment.logprobs, reason, segment.entropy, self._wave)
+        self._cutter.keep(node, segment)
+        return node if answer is None else self._answer(node, answer)
+
+    def _answer(self, node: int, answer: Answer) -> int:
+        """Add the answer to a segment; returns the node where the path goes on or ends."""
+        tree, assigned = self.tree, self.tree.nodes[node]
+        assigned.num_calls, assigned.num_failures = answer.num_calls, answer.num_failures
+        if answer.turn_message is not None:
+            assigned.messages = (answer.turn_message,)
+        last = node
+        if answer.token_ids:
+            last = tree.add(node, answer.token_ids, wave=assigned.wave, is_sampled=False)
+            tree.nodes[last].messages = tuple(answer.messages)
+            self.num_answer_tokens += len(answer.token_ids)
+        assert self.turns is not None, "it has given the answer"
+        self.turns.stored(self.index, node, answer)
+        return last
+
+    def _segments_of(self, live: list[int]) -> list[int]:
+        """The last segment of each path, which may end in an answer, with the path's weight."""
+        segments: list[int] = []
+        for node in live:
+            parent = self.tree.nodes[node].parent
+            if not self.tree.nodes[node].is_sampled and parent is not None:
+                self._weights[parent] = self._weights[node]
+                node = parent
+            segments.append(node)
+        return segments
 
     def _children(self, live: list[int], total: int) -> list[int]:
         """How many of the next level's segments each live path gets."""
@@ -189,18 +221,19 @@ class GrowingTree:
             )
             expected = self.max_length if self.expected_length is None else min(self.expected_length, self.max_length)
             scheduled_width = SCHEDULED_WIDTH[config.branch_schedule]
-            end = nodes[live[0]].end + self._segment_length
+            end = min(nodes[node].sampled_end for node in live) + self._segment_length
             size = min(budget, scheduled_width(end, expected, config.num_generations) - num_finished)
         if config.max_tree_tokens is not None:
             size = min(size, self._tokens_left() // max(self._expected_rest(nodes[node].end) for node in live))
         return max(size, len(live))
 
     def _ask_for(self, parents: list[int | None]) -> None:
-        self.level, self.num_taken, self._results = parents, 0, {}
+        self.level, self.num_taken, self._arrived, self.pending = parents, 0, {}, {}
+        self._cutter.next_level()
         if parents:
             self._max_tokens = min(self._segment_length, self._tokens_left() // len(parents))
         else:
-            self._texts = {}  # nothing asks for them any more
+            self._cutter.forget()
 
     def _fall_back(self) -> list[int | None]:
         config = self.rules.config
@@ -228,11 +261,12 @@ class GrowingTree:
     # Lengths and budgets
 
     def working_tokens(self) -> int:
-        """Tokens of the prompt, of what was sampled, and of the level (before the start: of the first one)."""
+        """Tokens of the prompt, of segments and answers, and of the level (before the start: of the first one)."""
         num_segments = len(self.level) or (
             self.rules.config.first_width[-1] if self.widths is None else round(self.widths[0])
         )
-        return len(self.tree.prompt_ids) + self.num_decoded_tokens + num_segments * self._segment_length
+        num_tokens = len(self.tree.prompt_ids) + self.num_decoded_tokens + self.num_answer_tokens
+        return num_tokens + num_segments * self._segment_length
 
     def _end(self, node: int | None) -> int:
         return 0 if node is None else self.tree.nodes[node].end
@@ -251,55 +285,9 @@ class GrowingTree:
     def _expected_rest(self, end: int) -> int:
         """Tokens that a path of `end` tokens can be expected to need still."""
         if self.tree.leaves:
-            rest = self.tree.num_leaf_tokens // len(self.tree.leaves) - end
+            rest = sum(self.tree.nodes[leaf].end for leaf in self.tree.leaves) // len(self.tree.leaves) - end
         elif self.expected_length is not None:
             rest = self.expected_length - end
         else:
             rest = end + self._segment_length  # as long again as so far
         return min(max(rest, self._segment_length), max(self.max_length - end, 1))
-
-    # What arrived
-
-    def _store(self, parent: int | None, result: SegmentResult, parent_text: str) -> int:
-        """Add a segment to the tree, cut where its path ends; returns the node."""
-        token_ids, logprobs = result.token_ids, result.logprobs
-        reason: FinishReason | None = None
-        eos = find_eos(token_ids, self.rules.eos_token_ids)
-        if eos is not None:
-            token_ids, logprobs, reason = token_ids[: eos + 1], logprobs[: eos + 1], "stop"
-        change: tuple[int, str] | None = None
-        if self.rules.needs_text:
-            num_kept, text_reason, change = self._apply_text_rules(parent, token_ids, parent_text, reason)
-            token_ids, logprobs, reason = token_ids[:num_kept], logprobs[:num_kept], text_reason or reason
-        if reason is None and self._end(parent) + len(token_ids) >= self.max_length:
-            reason = "length"
-        entropies = result.entropies[: len(token_ids)] if result.entropies else None
-        entropy = sum(entropies) / len(entropies) if entropies else None
-        node = self.tree.add(parent, token_ids, logprobs, reason, entropy, self._wave)
-        if reason is None and change is not None:  # leaves are never continued
-            self._texts[node] = change
-        return node
-
-    def _apply_text_rules(
-        self, parent: int | None, token_ids: list[int], parent_text: str, reason: FinishReason | None
-    ) -> tuple[int, FinishReason | None, tuple[int, str]]:
-        """Number of tokens to keep, why the path ends by its text if it does, and the change of the path's text."""
-        decode, pattern = self.rules.decode, self.rules.config.stop_pattern
-        assert decode is not None, "checked at construction"
-        tail_ids = matching_tail(parent_text, partial(self.tree.tail_ids, parent), decode)
-
-        def text_after(ids: list[int]) -> str:
-            num_dropped, added = text_change(parent_text, tail_ids, ids, decode)
-            return parent_text[: len(parent_text) - num_dropped] + added
-
-        change = text_change(parent_text, tail_ids, token_ids, decode)
-        text = parent_text[: len(parent_text) - change[0]] + change[1]
-        match_end = None if pattern is None else find_match_end(pattern, text)
-        if match_end is not None:
-            kept = tokens_until(match_end, token_ids, text_after)
-            # A match that the EOS token follows directly is an ordinary end.
-            if reason is None or kept < len(token_ids) - 1:
-                return kept, "pattern", change
-        if reason is None and self.rules.config.stop_repetition and is_repetitive(text):
-            return len(token_ids), "repetition", change
-        return len(token_ids), None, change

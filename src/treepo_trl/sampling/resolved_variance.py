@@ -76,7 +76,7 @@ class DepthStatistics:
 
     def add(self, tree: SegmentTree, rewards: Sequence[float | None]) -> None:
         """
-        Count a tree.
+        Count a tree. An answer belongs to its segment; segments below the last depth count as noise of that one.
 
         Args:
             tree ([`SegmentTree`]):
@@ -95,10 +95,13 @@ class DepthStatistics:
             each = tree.nodes[node]
             if each.wave:
                 continue
-            self.alive[each.depth] += shares[node]
-            self.tokens[each.depth] += shares[node] * len(each.token_ids)
-            if each.children:
-                children = [child for child in each.children if not tree.nodes[child].wave]
+            if each.is_sampled and each.depth < len(self.alive):
+                self.alive[each.depth] += shares[node]
+                self.tokens[each.depth] += shares[node] * len(each.token_ids)
+            children = [child for child in each.children if not tree.nodes[child].wave]
+            if len(children) == 1 and not tree.nodes[children[0]].is_sampled:
+                values[node], below[node] = values[children[0]], below[children[0]]
+            elif children:
                 values[node], below[node] = self._group(children, each.depth + 1, shares[node], values, below)
         self._group([child for child in tree.root_children if not tree.nodes[child].wave], 0, 1.0, values, below)
 
@@ -111,6 +114,8 @@ class DepthStatistics:
         if count == 0:
             return None, {}
         mean = sum(value for value, _ in known) / count
+        if depth >= len(self.alive):
+            return mean, {}
         sums: dict[int, float] = {}
         for _, shares in known:
             for deeper, share in shares.items():

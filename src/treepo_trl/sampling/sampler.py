@@ -11,14 +11,17 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
 
-from treepo_trl.engines.base import SegmentEngine, SegmentEngineError, SegmentRequest
+from treepo_trl.engines.base import SegmentEngine, SegmentEngineError, SegmentRequest, SegmentResult
 
 from .config import TreeSamplingConfig
-from .growing_tree import GrowingTree, TreeRules
+from .cutting import TreeRules
+from .growing_tree import GrowingTree
 from .resolved_variance import even_widths
 from .tree import SegmentTree
+from .turns import TurnHandler
 
 
 @dataclass
@@ -39,6 +42,8 @@ class SamplingStats:
     """Wall time of the call."""
     engine_seconds: float = 0.0
     """Part of `seconds` spent inside the engine."""
+    tool_seconds: float = 0.0
+    """Part of `seconds` in which the engine stood still because every tree waited for answers."""
 
 
 def completion_cap(engine: SegmentEngine, config: TreeSamplingConfig, prompt: list[int]) -> int:
@@ -60,6 +65,8 @@ class _Run:
     """Heap of the trees with segments that no slot was free for."""
     in_flight: dict[int, tuple[int, int, int]] = field(default_factory=dict[int, tuple[int, int, int]])
     """Request id -> (tree, position in its level, tokens of the sequence when it is done)."""
+    waiting: set[int] = field(default_factory=set[int])
+    """Trees whose level lacks nothing but answers."""
     current: int | None = None
     """Tree that is being looked at outside the engine."""
 
@@ -135,6 +142,7 @@ class TreeSampler:
         progress: float = 0.0,
         expected_length: int | None = None,
         widths: Sequence[float] | None = None,
+        turns: TurnHandler | None = None,
         on_leaves: Callable[[int], None] | None = None,
         on_tree: Callable[[int, SegmentTree], None] | None = None,
     ) -> list[SegmentTree]:
@@ -155,6 +163,8 @@ class TreeSampler:
             widths (sequence of `float`, *optional*):
                 Paths per unit of leaf weight at each depth, for the schedule `sqrt`; by default those of paths that
                 all have the expected length.
+            turns ([`~treepo_trl.sampling.turns.TurnHandler`], *optional*):
+                Answers turns, such as tools do; without it an EOS token ends a path.
             on_leaves (`Callable[[int], None]`, *optional*):
                 Called with the number of paths that have just ended.
             on_tree (`Callable[[int, SegmentTree], None]`, *optional*):
@@ -165,8 +175,8 @@ class TreeSampler:
 
         Raises:
             ValueError: if a prompt is empty or leaves no room for a completion in the engine's context. Whatever an
-                engine or a callback raises passes through, after everything in flight was aborted and with a note that
-                names the prompt.
+                engine, an answer or a callback raises passes through, after everything in flight was aborted and with
+                a note that names the prompt.
         """
         self.stats = SamplingStats()
         started = time.perf_counter()
@@ -185,18 +195,20 @@ class TreeSampler:
                     progress,
                     engine.block_size,
                     self._widths(widths, expected_length),
+                    index,
+                    turns,
                 )
                 for index, prompt in enumerate(prompts)
             ]
         )
         try:
             self._fill(run)
-            while run.in_flight:
-                for index in self._collect(run):
+            while run.in_flight or run.waiting:
+                for index in self._collect(run, turns is not None):
                     self._advance(run, index, on_leaves, on_tree)
                 self._fill(run)
         except BaseException as error:
-            self._abort(run, error)
+            self._abort(run, error, turns)
             raise
         self.stats.num_decoded_tokens = sum(grown.num_decoded_tokens for grown in run.trees)
         self.stats.num_fallback_leaves = sum(grown.num_fallback_leaves for grown in run.trees)
@@ -277,12 +289,16 @@ class TreeSampler:
         return run.ready[0] if run.ready[0] <= newest else None
 
     def _newest_that_fits(self, run: _Run) -> int:
-        """Newest tree that fits into the engine's cache beside all older ones; the oldest one always does."""
+        """
+        Newest tree that fits into the engine's cache beside all older ones; the oldest one always does.
+
+        Trees that wait for answers alone do not count: their part of the cache may be taken, and computed again.
+        """
         capacity = self.engine.num_cache_tokens
         if capacity is None:
             return len(run.trees) - 1
         newest, tokens = -1, 0
-        for index in (*sorted(run.unfinished), *range(run.num_started, len(run.trees))):
+        for index in (*sorted(run.unfinished - run.waiting), *range(run.num_started, len(run.trees))):
             tokens += run.trees[index].working_tokens()
             if tokens > capacity and newest >= 0:
                 break
@@ -291,17 +307,36 @@ class TreeSampler:
 
     # What comes back
 
-    def _collect(self, run: _Run) -> list[int]:
-        """Wait for segments; returns the trees whose level is complete, in order of their last segment."""
-        started = time.perf_counter()
-        results = self.engine.collect()
-        self.stats.engine_seconds += time.perf_counter() - started
+    def _collect(self, run: _Run, has_turns: bool) -> list[int]:
+        """Wait for segments or answers; returns the trees whose level is complete, in order of their last segment."""
         complete: list[int] = []
-        for result in results:
+        for result in self._results(run, has_turns):
             index, position, _ = run.in_flight.pop(result.request_id)
-            if run.trees[index].receive(position, result):
+            run.current = index
+            run.trees[index].receive(position, result)
+            run.current = None
+            if run.trees[index].is_complete:
                 complete.append(index)
-        return complete
+            elif run.trees[index].has_arrived:
+                run.waiting.add(index)
+        answered = [index for index in sorted(run.waiting) if run.trees[index].is_complete]
+        run.waiting.difference_update(answered)
+        return complete + answered
+
+    def _results(self, run: _Run, has_turns: bool) -> list[SegmentResult]:
+        """Segments that are done; none where an answer has come first, or where there is nothing to decode."""
+        started = time.perf_counter()
+        if not run.in_flight:
+            futures = [pending.future for index in run.waiting for pending in run.trees[index].pending.values()]
+            wait([future for future in futures if not future.done()], return_when=FIRST_COMPLETED)
+            self.stats.tool_seconds += time.perf_counter() - started
+            return []
+        if has_turns:
+            results = self.engine.collect(lambda: any(run.trees[index].is_complete for index in run.waiting))
+        else:
+            results = self.engine.collect()
+        self.stats.engine_seconds += time.perf_counter() - started
+        return results
 
     def _advance(
         self,
@@ -326,18 +361,20 @@ class TreeSampler:
 
     # Errors
 
-    def _abort(self, run: _Run, error: BaseException) -> None:
-        """Free the engine and add to the error which prompts were being sampled."""
+    def _abort(self, run: _Run, error: BaseException, turns: TurnHandler | None) -> None:
+        """Free the engine, end what answers turns, and add to the error which prompts were being sampled."""
         try:
             self.engine.abort()
         except Exception as abort_error:
             error.add_note(f"Aborting what the engine was running failed too: {abort_error!r}")
+        if turns is not None:
+            turns.abort()
         if run.current is not None:
             indices = [run.current]
         elif isinstance(error, SegmentEngineError) and error.request_id in run.in_flight:
             indices = [run.in_flight[error.request_id][0]]
         else:
-            indices = sorted({index for index, _, _ in run.in_flight.values()})
+            indices = sorted({index for index, _, _ in run.in_flight.values()} | run.waiting)
         if not indices:
             return
         names = ", ".join(map(str, indices[:8])) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")

@@ -7,86 +7,10 @@ prompt followed by the tokens along a path is exactly what the engine was given 
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NotRequired, TypedDict, get_args
+from itertools import groupby
 
-from .json_lines import COUNT, NUMBER, OBJECT, Kind, check_fields, check_list, check_value, or_null, shown
-
-
-FinishReason = Literal["stop", "pattern", "repetition", "length"]
-"""Why a path ended: an EOS token, the stop pattern, a repetition, or the cap on its length or on the tree's tokens."""
-
-
-@dataclass(slots=True)
-class SegmentNode:
-    """One segment of a tree: the tokens between two branching points."""
-
-    parent: int | None
-    """Node id of the parent; `None` for a child of the root (the prompt)."""
-    token_ids: tuple[int, ...]  # not a list: the garbage collector would visit every token again and again
-    """Tokens added by this node, never empty."""
-    logprobs: tuple[float, ...] | None = None
-    """Log-probability of each token under the distribution it was sampled from; `None` if the engine gave none."""
-    finish_reason: FinishReason | None = None
-    """Why the path ended here; `None` for an inner node."""
-    entropy: float | None = None
-    """Mean entropy in nats of the distributions that the tokens were drawn from; `None` if the engine gave none."""
-    depth: int = 0
-    """Number of ancestors below the root: 0 for a child of the root."""
-    end: int = 0
-    """Completion tokens on the path up to and including this node."""
-    wave: int = 0
-    """0, or the number of the fallback that asked for the path."""
-    children: list[int] = field(default_factory=list[int])
-    """Node ids of the children, in order of creation."""
-
-
-class NodeRecord(TypedDict):
-    """A node in `TreeRecord`, with the fields of [`SegmentNode`] that cannot be worked out."""
-
-    parent: int | None
-    token_ids: list[int]
-    logprobs: list[float] | None
-    finish_reason: FinishReason | None
-    entropy: NotRequired[float]
-    wave: NotRequired[int]
-
-
-class TreeRecord(TypedDict):
-    """A tree in a file."""
-
-    prompt_ids: list[int]
-    nodes: list[NodeRecord]
-    leaves: list[int]
-
-
-_FINISH_REASON = Kind(get_args(FinishReason).__contains__, f"one of {', '.join(get_args(FinishReason))}")
-
-
-def _check_node(record: NodeRecord, place: str) -> None:
-    """Raise unless a node of a file has the fields of `NodeRecord`, of their types."""
-    check_fields(record, f"`{place}`", NodeRecord.__required_keys__, NodeRecord.__optional_keys__)
-    check_value(record["parent"], f"{place}.parent", or_null(COUNT))
-    check_list(record["token_ids"], f"{place}.token_ids", COUNT)
-    if record["logprobs"] is not None:
-        check_list(record["logprobs"], f"{place}.logprobs", NUMBER)
-    check_value(record["finish_reason"], f"{place}.finish_reason", or_null(_FINISH_REASON))
-    check_value(record.get("entropy"), f"{place}.entropy", or_null(NUMBER))
-    check_value(record.get("wave", 0), f"{place}.wave", COUNT)
-
-
-def _node_record(node: SegmentNode) -> NodeRecord:
-    record: NodeRecord = {
-        "parent": node.parent,
-        "token_ids": list(node.token_ids),
-        "logprobs": None if node.logprobs is None else list(node.logprobs),
-        "finish_reason": node.finish_reason,
-    }
-    if node.entropy is not None:
-        record["entropy"] = node.entropy
-    if node.wave:
-        record["wave"] = node.wave
-    return record
+from .json_lines import COUNT, OBJECT, check_fields, check_list, shown
+from .nodes import FinishReason, SegmentNode, TreeRecord, check_node, node_record
 
 
 class SegmentTree:
@@ -133,6 +57,7 @@ class SegmentTree:
         finish_reason: FinishReason | None = None,
         entropy: float | None = None,
         wave: int = 0,
+        is_sampled: bool = True,
     ) -> int:
         """
         Append a segment below `parent` and return its node id. A segment with a `finish_reason` becomes a leaf.
@@ -150,6 +75,8 @@ class SegmentTree:
                 Mean entropy of the tokens' distributions, in nats.
             wave (`int`, *optional*, defaults to 0):
                 Number of the fallback that asked for the path; 0 for none. Never less than the parent's.
+            is_sampled (`bool`, *optional*, defaults to `True`):
+                `False` for an answer: what an environment has appended.
 
         Raises:
             ValueError: if the segment is empty, the log-probabilities do not match the tokens, the parent does not
@@ -159,7 +86,7 @@ class SegmentTree:
             raise ValueError("A segment needs at least one token.")
         if logprobs is not None and len(logprobs) != len(token_ids):
             raise ValueError(f"Got {len(logprobs)} log-probabilities for {len(token_ids)} tokens.")
-        depth, start = 0, 0
+        depth, start, sampled, turns = 0, 0, 0, 0
         siblings = self.root_children
         if parent is not None:
             if not 0 <= parent < len(self.nodes):
@@ -169,7 +96,8 @@ class SegmentTree:
                 raise ValueError(f"Parent {parent} is a finished path ({parent_node.finish_reason}).")
             if wave < parent_node.wave:
                 raise ValueError(f"Wave {wave} comes before that of parent {parent}, {parent_node.wave}.")
-            depth, start, siblings = parent_node.depth + 1, parent_node.end, parent_node.children
+            depth, siblings = parent_node.depth + is_sampled, parent_node.children
+            start, sampled, turns = parent_node.end, parent_node.sampled_end, parent_node.num_turns
         node_id = len(self.nodes)
         self.nodes.append(
             SegmentNode(
@@ -181,12 +109,52 @@ class SegmentTree:
                 depth=depth,
                 end=start + len(token_ids),
                 wave=wave,
+                sampled_end=sampled + len(token_ids) * is_sampled,
+                num_turns=turns + (not is_sampled),
+                is_sampled=is_sampled,
             )
         )
         siblings.append(node_id)
         if finish_reason is not None:
             self.leaves.append(node_id)
         return node_id
+
+    def add_path(
+        self,
+        parent: int | None,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float] | None = None,
+        mask: Sequence[int] | None = None,
+    ) -> int:
+        """
+        Append a path that is done below `parent`, and return its leaf.
+
+        Args:
+            parent (`int` or `None`):
+                Node id to grow from; `None` grows from the prompt.
+            token_ids (sequence of `int`):
+                Tokens of the path.
+            logprobs (sequence of `float`, *optional*):
+                One log-probability per token; those of tokens that were not sampled do not matter.
+            mask (sequence of `int`, *optional*):
+                1 for each token that was sampled and 0 for the others, which become answers. By default all were.
+
+        Raises:
+            ValueError: as `add`, and if the mask does not match the tokens.
+        """
+        flags = [True] * len(token_ids) if mask is None else [bool(flag) for flag in mask]
+        if len(flags) != len(token_ids):
+            raise ValueError(f"Got a mask of {len(flags)} values for {len(token_ids)} tokens.")
+        runs = [(is_sampled, len(list(run))) for is_sampled, run in groupby(flags)] or [(True, 0)]
+        start = 0
+        for i, (is_sampled, length) in enumerate(runs):
+            own = slice(start, start + length if i < len(runs) - 1 else None)
+            values = logprobs[own] if logprobs is not None and is_sampled else None
+            reason = "stop" if i == len(runs) - 1 else None
+            parent = self.add(parent, token_ids[own], values, reason, is_sampled=is_sampled)
+            start += length
+        assert parent is not None, "there was a run"
+        return parent
 
     def finish(self, node: int, finish_reason: FinishReason) -> None:
         """
@@ -208,10 +176,16 @@ class SegmentTree:
             node = self.nodes[node].parent
         return ids[::-1]
 
+    def turn_start(self, node: int | None) -> int | None:
+        """The answer that the turn of `node` follows, `node` itself if it is one; `None` in the first turn."""
+        while node is not None and self.nodes[node].is_sampled:
+            node = self.nodes[node].parent
+        return node
+
     def tail_ids(self, node: int | None, length: int) -> list[int]:
-        """The last `length` completion tokens on the path to `node`, fewer where the path is shorter."""
+        """The last `length` tokens of a turn up to and including `node`; fewer if they are not there."""
         tail: list[int] = []
-        while node is not None and len(tail) < length:
+        while node is not None and self.nodes[node].is_sampled and len(tail) < length:
             tail[:0] = self.nodes[node].token_ids[len(tail) - length :]
             node = self.nodes[node].parent
         return tail
@@ -231,7 +205,7 @@ class SegmentTree:
 
     def logprobs(self, leaf: int) -> list[float]:
         """
-        Sampling log-probability of each completion token on the path to `leaf`.
+        Sampling log-probability of each completion token on the path to `leaf`; 0 for tokens of answers.
 
         Raises:
             ValueError: if a segment of the path was stored without log-probabilities.
@@ -239,10 +213,17 @@ class SegmentTree:
         values: list[float] = []
         for node in self.path(leaf):
             logprobs = self.nodes[node].logprobs
+            if not self.nodes[node].is_sampled:
+                logprobs = (0.0,) * len(self.nodes[node].token_ids)
             if logprobs is None:
                 raise ValueError(f"Segment {node} was stored without log-probabilities.")
             values.extend(logprobs)
         return values
+
+    def sampled_mask(self, leaf: int) -> list[int]:
+        """1 for each completion token on the path to `leaf` that was sampled, 0 for those of answers."""
+        nodes = [self.nodes[node] for node in self.path(leaf)]
+        return [int(node.is_sampled) for node in nodes for _ in node.token_ids]
 
     def sort_leaves(self) -> None:
         """
@@ -281,26 +262,99 @@ class SegmentTree:
         return shares
 
     def mean_length(self) -> float:
-        """Mean completion tokens of a leaf under `leaf_weights`: that of independent samples."""
+        """Mean sampled tokens of a leaf under `leaf_weights`: that of independent samples."""
         # In order of the nodes, so that the last bit of the sum does not depend on the order of the leaves.
         pairs = zip(self.node_weights(), self.nodes, strict=True)
-        return sum(share * node.end for share, node in pairs if node.finish_reason is not None)
+        return sum(share * node.sampled_end for share, node in pairs if node.finish_reason is not None)
 
     @property
     def num_unique_tokens(self) -> int:
-        """Completion tokens of the tree, each node counted once."""
-        return sum(len(node.token_ids) for node in self.nodes)
+        """Sampled tokens of the tree, each node counted once."""
+        return sum(len(node.token_ids) for node in self.nodes if node.is_sampled)
 
     @property
     def num_leaf_tokens(self) -> int:
-        """Completion tokens of the leaves, each leaf counted in full."""
-        return sum(self.nodes[leaf].end for leaf in self.leaves)
+        """Sampled tokens of the leaves, each leaf counted in full."""
+        return sum(self.nodes[leaf].sampled_end for leaf in self.leaves)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Tokens of answers, each node counted once."""
+        return sum(len(node.token_ids) for node in self.nodes if not node.is_sampled)
+
+    @classmethod
+    def from_rows(
+        cls,
+        prompt_ids: list[int],
+        completion_ids: Sequence[Sequence[int]],
+        logprobs: Sequence[Sequence[float]] | None = None,
+        masks: Sequence[Sequence[int]] | None = None,
+    ) -> "SegmentTree":
+        """
+        The tree of completions that a search of one's own has sampled: equal prefixes become shared segments.
+
+        `leaves` has the order of the completions. The last token of a completion is always its own, so that equal
+        completions are different leaves.
+
+        Args:
+            prompt_ids (`list[int]`):
+                Tokens of the prompt.
+            completion_ids (sequence of sequences of `int`):
+                Tokens of each completion.
+            logprobs (sequence of sequences of `float`, *optional*):
+                A log-probability per token; shared tokens get those of the first completion.
+            masks (sequence of sequences of `int`, *optional*):
+                1 for each token that was sampled, 0 for those of an environment.
+
+        Raises:
+            ValueError: if a completion is empty, or values do not match the tokens.
+
+        Example:
+
+        ```python
+        >>> tree = SegmentTree.from_rows([5], [[7, 8, 9], [7, 8, 10], [11]])
+        >>> [tree.nodes[node].token_ids for node in tree.path(tree.leaves[1])]
+        [(7, 8), (10,)]
+
+        ```
+        """
+        tree = cls(prompt_ids)
+        flags = [[1] * len(row) for row in completion_ids] if masks is None else masks
+        leaves: dict[int, int] = {}
+        todo: list[tuple[int | None, list[int], int]] = [(None, list(range(len(completion_ids))), 0)]
+        while todo:
+            parent, rows, start = todo.pop()
+            groups: dict[object, list[int]] = {}
+            for row in rows:
+                is_last = start >= len(completion_ids[row]) - 1
+                key = row if is_last else (completion_ids[row][start], bool(flags[row][start]))
+                groups.setdefault(key, []).append(row)
+            for first, *others in groups.values():
+                token_ids, mask = completion_ids[first], flags[first]
+                values = None if logprobs is None else logprobs[first]
+                if not others:
+                    rest = None if values is None else values[start:]
+                    leaves[first] = tree.add_path(parent, token_ids[start:], rest, mask[start:])
+                    continue
+                end = start + 1
+                while all(
+                    end < len(completion_ids[row]) - 1
+                    and completion_ids[row][end] == token_ids[end]
+                    and bool(flags[row][end]) == bool(mask[end]) == bool(mask[start])
+                    for row in (first, *others)
+                ):
+                    end += 1
+                own = values[start:end] if values is not None and mask[start] else None
+                node = tree.add(parent, token_ids[start:end], own, is_sampled=bool(mask[start]))
+                todo.append((node, [first, *others], end))
+        tree.leaves = [leaves[row] for row in range(len(completion_ids))]
+        return tree
 
     def to_dict(self) -> TreeRecord:
         """The tree as plain JSON types; `from_dict` reads it back."""
         return {
             "prompt_ids": self.prompt_ids,
-            "nodes": [_node_record(node) for node in self.nodes],
+            "nodes": [node_record(node) for node in self.nodes],
             "leaves": self.leaves,
         }
 
@@ -321,18 +375,14 @@ class SegmentTree:
         check_list(d["leaves"], "leaves", COUNT)
         tree = cls(d["prompt_ids"])
         for i, node in enumerate(d["nodes"]):
-            _check_node(node, f"nodes[{i}]")
+            check_node(node, f"nodes[{i}]")
+            values = node["parent"], node["token_ids"], node["logprobs"], node["finish_reason"]
             try:
-                tree.add(
-                    node["parent"],
-                    node["token_ids"],
-                    node["logprobs"],
-                    node["finish_reason"],
-                    node.get("entropy"),
-                    node.get("wave", 0),
-                )
+                tree.add(*values, node.get("entropy"), node.get("wave", 0), node.get("is_sampled", True))
             except ValueError as error:
                 raise ValueError(f"`nodes[{i}]`: {error}") from error
+            tree.nodes[i].messages = tuple(node.get("messages", ()))
+            tree.nodes[i].num_calls, tree.nodes[i].num_failures = node.get("num_calls", 0), node.get("num_failures", 0)
         if sorted(tree.leaves) != sorted(d["leaves"]):
             leaves, finished = shown(d["leaves"]), shown(tree.leaves)
             raise ValueError(f"`leaves` is {leaves}; it must be the nodes with a finish reason, {finished}.")

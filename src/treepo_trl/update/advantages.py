@@ -280,21 +280,43 @@ def leaf_paths(trees: list[SegmentTree]) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Node ids and lengths in tokens of the segments on each leaf's path, leaves in the trees' order.
 
+    An answer is no decision: its tokens count with the segment that called for it.
+
     Two int64 tensors `(num_trees, num_leaves, max_tree_depth)`: -1 and 0 past the leaf. All trees have as many leaves.
     """
-    paths = [tree.path(leaf) for tree in trees for leaf in tree.leaves]
+    answers = [answers_of(tree) for tree in trees]
+    paths = [
+        [node for node in tree.path(leaf) if node not in own]
+        for tree, own in zip(trees, answers, strict=True)
+        for leaf in tree.leaves
+    ]
     depth = max(map(len, paths))
     ids = torch.tensor([path + [-1] * (depth - len(path)) for path in paths]).view(len(trees), -1, depth)
     lengths = torch.zeros_like(ids)
-    for tree, tree_ids, tree_lengths in zip(trees, ids, lengths, strict=True):
-        of_node = torch.tensor([len(node.token_ids) for node in tree.nodes] + [0])  # the last is what -1 finds
-        torch.take(of_node, tree_ids, out=tree_lengths)
+    for tree, own, tree_ids, tree_lengths in zip(trees, answers, ids, lengths, strict=True):
+        sizes = [len(node.token_ids) for node in tree.nodes]
+        for answer, segment in own.items():
+            sizes[segment] += len(tree.nodes[answer].token_ids)
+        torch.take(torch.tensor([*sizes, 0]), tree_ids, out=tree_lengths)  # the last is what -1 finds
     return ids, lengths
+
+
+def answers_of(tree: SegmentTree) -> dict[int, int]:
+    """
+    Each answer of a tree, and the segment that it belongs to.
+
+    An answer to nothing is left out, and so are different answers to one segment: they count as segments.
+    """
+    found: dict[int, int] = {}
+    for node, each in enumerate(tree.nodes):
+        if not each.is_sampled and each.parent is not None and len(tree.nodes[each.parent].children) == 1:
+            found[node] = found.get(each.parent, each.parent)
+    return found
 
 
 def leaf_scores(trees: list[SegmentTree]) -> torch.Tensor:
     """
-    `(num_trees, num_leaves)`: sum of 1 - p over the completion tokens of each leaf.
+    `(num_trees, num_leaves)`: sum of 1 - p over the sampled tokens of each leaf.
 
     Its expectation is that of the squared norm of the score in the space of the logits, `sum (1 - p_t)`. Segments that
     were stored without log-probabilities count their tokens.
@@ -303,7 +325,7 @@ def leaf_scores(trees: list[SegmentTree]) -> torch.Tensor:
     for tree in trees:
         totals: list[float] = []
         for node in tree.nodes:  # parents come before children
-            own = float(len(node.token_ids))
+            own = float(len(node.token_ids)) if node.is_sampled else 0.0
             if node.logprobs is not None:
                 own -= float(torch.tensor(node.logprobs, dtype=torch.float64).exp().sum())
             totals.append(own + (0.0 if node.parent is None else totals[node.parent]))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
@@ -24,6 +25,8 @@ from .tree_attention import serve_trees
 if TYPE_CHECKING:
     from peft import PeftModel
 
+
+logger = get_logger(__name__)
 
 _ALIBI = "it has ALiBi biases, which count packed positions instead of depths"
 _RECURRENT = "it is recurrent"
@@ -89,6 +92,17 @@ def packed_forward_for(
     if args.max_tokens_per_micro_batch is not None:
         raise ValueError(f"`max_tokens_per_micro_batch` counts tokens of packed rows, but {message} Leave it out.")
     return message
+
+
+def packed_forward_or_none(
+    model: "PreTrainedModel | PeftModel", args: PackingSettings, accelerator: Accelerator, has_aux_loss: bool
+) -> PackedForward | None:
+    """[`packed_forward_for`]; with a warning where rows stay plain that could be wanted otherwise."""
+    packed = packed_forward_for(model, args, accelerator, has_aux_loss)
+    if isinstance(packed, str):
+        logger.warning(f"{packed} Training forwards plain rows, as GRPOTrainer does.")
+        return None
+    return packed
 
 
 def _base_of(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:

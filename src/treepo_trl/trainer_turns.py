@@ -1,0 +1,263 @@
+"""
+Tools and environments of a trainer, in the trees of its batches.
+
+`GRPOTrainer` calls tools in a loop over rows, after their first turn. Here they run while trees grow, and
+`_tool_call_loop` hands out what that loop would give for the same turns.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from accelerate.logging import get_logger
+from trl.chat_template_utils import parse_response
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from .sampling import SegmentTree
+from .sampling.nodes import Message
+from .tree_batch import TreeBatch
+from .treepo_config import TreePOConfig
+from .trl_seams import environment_pools
+from .turns import EnvironmentPool, EnvironmentTree, ToolRunner, ToolTurns, forking_of
+from .turns.conversations import Conversation, Rows
+from .turns.environments import Forking, ForkingCounts
+from .turns.tool_runner import Tool, tools_by_name
+
+
+logger = get_logger(__name__)
+
+
+class _RowEnvironment:
+    """What `GRPOTrainer` resets for each row of a tree: they share one reset."""
+
+    def __init__(self, tree: EnvironmentTree) -> None:
+        self._tree = tree
+
+    def reset(self, **kwargs: object) -> object:
+        """The observation of the tree's one reset."""
+        return self._tree.observation(kwargs)
+
+
+class _TreePool:
+    """
+    Stands in for a list of environments in `GRPOTrainer._environment_pool`: row by row, a tree's own.
+
+    Args:
+        make (`Callable[[], EnvironmentTree]`):
+            Makes the environments of a tree.
+        num_generations (`int`):
+            Rows per tree.
+    """
+
+    def __init__(self, make: Callable[[], EnvironmentTree], num_generations: int) -> None:
+        self._make, self._num_generations = make, num_generations
+        self.trees: list[EnvironmentTree] = []
+
+    def __len__(self) -> int:
+        return 2**62  # GRPOTrainer never makes an instance itself
+
+    def __getitem__(self, row: int) -> _RowEnvironment:
+        index = row // self._num_generations
+        if index == len(self.trees):
+            self.trees.append(self._make())
+        return _RowEnvironment(self.trees[index])
+
+
+class TrainerTurns:
+    """
+    What the turns of a trainer's paths may call.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            Has the tools, the environments and the chat template.
+    """
+
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        self._trainer = trainer
+        self._args = cast(TreePOConfig, trainer.args)
+        loop = getattr(trainer, "async_loop", None)  # GRPOTrainer has one only if something is asynchronous
+        self._runner = ToolRunner(self._args.tool_workers, self._args.tool_timeout, loop)
+        self._num_generations = cast(int, trainer.num_generations)
+        self._standalone = cast("list[Tool]", trainer._standalone_tools)
+        self._open: list[EnvironmentTree] = []
+        self._conversations: list[Conversation] = []
+        self._rows_of: dict[str | None, _TreePool] = {}
+        self._pools: dict[str | None, EnvironmentPool] = {}
+        self._unchecked: set[str | None] = set()  # environments whose reset was not seen to repeat itself
+        if trainer.environment_factories is not None:
+            factories = cast("Mapping[str | None, Callable[[], Any]]", trainer.environment_factories)
+            idle = cast("Mapping[str | None, list[Any]]", trainer._environment_pool)
+            self._pools = {name: EnvironmentPool(factory, idle[name]) for name, factory in factories.items()}
+            self._forkings = dict[str | None, Forking]()
+            for name in factories:
+                self._forkings[name] = self._forking(type(idle[name][0]))
+            self._unchecked = set(factories)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether turns can call something."""
+        return bool(self._trainer.tools)
+
+    def _forking(self, environment: type) -> Forking:
+        forking = forking_of(environment, self._args.environment_forking)
+        if forking == "none" and self._args.environment_forking == "auto":
+            logger.warning(
+                f"{environment.__name__} has no `_fork`: the paths of a tree share its prompt alone, and each has an "
+                "environment of its own. Define `_fork(self)`, which returns a copy in the same state, or set "
+                "`environment_forking` to 'deepcopy' or 'replay' if that is right for it."
+            )
+        return forking
+
+    # A batch
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Context in which `GRPOTrainer` prepares a batch: rows of a tree share a reset, and all is released after."""
+        is_failed = True
+        for pool in self._pools.values():
+            pool.counts = ForkingCounts()
+        self._rows_of = {name: _TreePool(self._maker(name), self._num_generations) for name in self._pools}
+        try:
+            with environment_pools(self._trainer, self._rows_of) if self._pools else nullcontext():
+                yield
+            is_failed = False
+        finally:
+            self._runner.end()
+            for tree in self._open:
+                tree.release(is_failed)
+            self._open, self._conversations = [], []
+            self._trainer.environments = None
+
+    def _maker(self, name: str | None) -> Callable[[], EnvironmentTree]:
+        def make() -> EnvironmentTree:
+            made = EnvironmentTree(self._pools[name], self._forkings[name], self._runner, self._standalone)
+            self._open.append(made)
+            return made
+
+        return make
+
+    def of_rows(self, num_trees: int) -> list[Conversation]:
+        """What the trees may call whose rows `GRPOTrainer` is about to sample."""
+        environments: list[EnvironmentTree | None] = [None] * num_trees
+        names: list[str | None] = [None] * num_trees
+        if self._pools:
+            rows = cast("list[_RowEnvironment]", self._trainer.environments)[:: self._num_generations]
+            names = cast("list[str | None]", self._trainer._batch_environments)[:: self._num_generations]
+            environments = [row._tree for row in rows]
+        self._conversations = [self._conversation(*pair) for pair in zip(names, environments, strict=True)]
+        return self._conversations
+
+    def _conversation(self, name: str | None, environment: EnvironmentTree | None) -> Conversation:
+        trainer = self._trainer
+        if environment is not None and name in self._unchecked:
+            self._unchecked.remove(name)
+            environment.check_reset()
+        schemas = trainer.tools if environment is None else trainer._env_tools[name]
+        return Conversation(cast("list[Tool]", schemas), tools_by_name(self._standalone), environment, name)
+
+    def handler(self, conversations: Sequence[Conversation]) -> ToolTurns | None:
+        """What answers the turns of some trees; `None` where they can call nothing."""
+        if not self.is_used:
+            return None
+        trainer = self._trainer
+        return ToolTurns(
+            conversations,
+            self._runner,
+            lambda token_ids, before, tools: parse_response(trainer._tokenizer, token_ids, before, list(tools)),
+            trainer._get_tool_suffix_ids,
+            self._shortened,
+            cast(int, trainer.max_tool_calling_iterations),
+        )
+
+    def _shortened(self, text: str) -> str:
+        limit, tokenizer = self._args.max_tool_answer_tokens, self._trainer._tokenizer
+        if limit is None or len(text) <= limit:  # a token has at least a character, but for parts of one
+            return text
+        token_ids = cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])
+        return text if len(token_ids) <= limit else f"{tokenizer.decode(token_ids[:limit])} [cut off]"
+
+    def sampled(self, trees: Sequence[SegmentTree]) -> None:
+        """Give `GRPOTrainer` the environments at the ends of the trees' paths, which its reward functions read."""
+        if self._pools:
+            self._trainer.environments = [
+                cast(EnvironmentTree, conversation.environment).leaf_environment(tree, leaf)
+                for tree, conversation in zip(trees, self._conversations, strict=True)
+                for leaf in tree.leaves
+            ]
+
+    def rows(self, trees: Sequence[SegmentTree]) -> Rows:
+        """The leaves of the trees that were sampled for rows, with their masks and messages."""
+        handler = self.handler(self._conversations)
+        assert handler is not None, "GRPOTrainer asks only where there are tools"
+        return handler.rows(trees)
+
+    def without_lost(
+        self, batch: TreeBatch, calculate_rewards: Callable[..., torch.Tensor]
+    ) -> Callable[..., torch.Tensor]:
+        """`calculate_rewards` in whose result leaves that have lost their environment have no reward."""
+        if self._args.tool_timeout is None or not self._pools:
+            return calculate_rewards
+
+        def calculate(*args: object, **kwargs: object) -> torch.Tensor:
+            rewards = calculate_rewards(*args, **kwargs)
+            is_lost = [tree.nodes[leaf].finish_reason == "timeout" for tree, leaf in batch.leaves()]
+            lost = self._trainer.accelerator.gather(torch.tensor(is_lost, device=rewards.device))
+            return rewards.masked_fill(cast(torch.Tensor, lost)[:, None], torch.nan)
+
+        return calculate
+
+    def totals(self) -> dict[str, float]:
+        """What the environments of the last batch have cost; nothing where there are none."""
+        if not self._pools:
+            return {}
+        counts = [pool.counts for pool in self._pools.values()]
+        return {
+            "environment_resets": sum(each.num_resets for each in counts),
+            "environment_forks": sum(each.num_forks for each in counts),
+            "environment_replayed_calls": sum(each.num_replayed_calls for each in counts),
+        }
+
+    # Dynamic sampling, which has prompts before it has rows
+
+    def open(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Conversation]]:
+        """Prompts with what their environments show, and what their trees may call, from a row of each."""
+        prompts = [row.get("prompt", [{"role": "user", "content": ""}]) for row in rows]
+        if not self._pools:
+            return prompts, [self._conversation(None, None) for _ in rows]
+        conversations: list[Conversation] = []
+        for i, row in enumerate(rows):
+            name = row.get("environment") if self._trainer._multi_environment else None
+            if name not in self._pools:
+                raise ValueError(
+                    f"An example has `environment={name!r}`, which is not among those of `environment_factory`: "
+                    f"{', '.join(map(str, self._pools))}. Correct the column, or add the environment."
+                )
+            kwargs = {key: value for key, value in row.items() if name is None or key != "environment"}
+            environment = self._maker(name)()
+            prompts[i] = _with_observation(prompts[i], environment.observation(kwargs))
+            conversations.append(self._conversation(name, environment))
+        self._trainer._batch_environments = [each.name for each in conversations]
+        return prompts, conversations
+
+    def show(self, conversations: Sequence[Conversation]) -> None:
+        """Let `GRPOTrainer` take rows of trees that are there, now or when it asks for environments."""
+        if not self._pools:
+            return
+        for name, pool in self._rows_of.items():
+            pool.trees = [cast(EnvironmentTree, each.environment) for each in conversations if each.name == name]
+        rows = [each for each in conversations for _ in range(self._num_generations)]
+        self._trainer._batch_environments = [each.name for each in rows]
+        self._trainer.environments = [_RowEnvironment(cast(EnvironmentTree, each.environment)) for each in rows]
+
+
+def _with_observation(prompt: list[Message], observation: object) -> list[Message]:
+    """A prompt with what an environment shows behind its last message, as `GRPOTrainer` puts it there."""
+    if observation is None:
+        return prompt
+    content = prompt[-1]["content"]
+    if isinstance(observation, list) and isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if isinstance(observation, str) and isinstance(content, list):
+        observation = [{"type": "text", "text": observation}]
+    return [*prompt[:-1], {**prompt[-1], "content": cast(Any, content) + observation}]
