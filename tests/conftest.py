@@ -28,6 +28,17 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def chat_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of the tiny model whose tokenizer can call tools."""
+    from tests.support.tools import make_chat_model, make_chat_tokenizer
+
+    folder = tmp_path_factory.mktemp("chat-model")
+    make_chat_model().save_pretrained(folder)
+    make_chat_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def small_model_dir() -> str:
     """Folder of SmolLM2-135M-Instruct; shared with the quickstart."""
     from treepo_trl.quickstart import small_model

@@ -191,7 +191,6 @@ TOOL_SETTINGS: dict[str, Any] = {
     "num_generations": WIDTH,
     "max_completion_length": 700,
     "max_tool_calling_iterations": 3,
-    "learning_rate": 1e-3,
 }
 TREE_SETTINGS: dict[str, Any] = {"segment_length": 40, "branching_factor": 2, "initial_branching_factor": [2]}
 
@@ -214,7 +213,8 @@ def tool_trainer(cls: type, config: Any, agent: QueueEngine | None = None, **cha
         "tools": TOOLS,
         **changes,
     }
-    trainer = build(cls, make_chat_model(), config, **arguments)
+    model = arguments.pop("model", None) or make_chat_model()
+    trainer = build(cls, model, config, **arguments)
     return trainer if agent is None else with_agent(trainer, agent)
 
 

@@ -1,0 +1,182 @@
+"""Calls of a turn: their order, failures, time limits and threads."""
+
+import asyncio
+import logging
+import sqlite3
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from tests.support.tools import add, boom, slow_mul
+from treepo_trl.turns.tool_runner import EnvironmentLostError, ToolRunner, ToolThreadError, tools_by_name
+from treepo_trl.turns.workers import Workers
+
+
+def calls(*wanted: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": name, "arguments": values}} for name, values in wanted]
+
+
+TOOLS = tools_by_name([add, slow_mul, boom])
+
+
+def test_answers_have_the_order_of_the_calls() -> None:
+    wanted = calls(
+        ("slow_mul", {"a": 2, "b": 3}),
+        ("add", {"a": 1, "b": 1}),
+        ("boom", {}),
+        ("slow_mul", {"a": 4, "b": 5}),
+        ("slow_mul", {"a": 6, "b": 7}),
+        ("nope", {}),
+        ("add", {"a": 1}),
+        ("slow_mul", {"c": 1}),
+    )
+    found = ToolRunner(2).run([*wanted, {"type": "retrieval", "name": "search"}], TOOLS)
+    assert [name for name, _ in found.results] == [
+        *("slow_mul", "add", "boom", "slow_mul", "slow_mul", "nope", "add", "slow_mul", "search")
+    ]
+    values = [value for _, value in found.results]
+    assert values[:2] + values[3:5] == [6, 2, 20, 42]
+    assert [value["error"] for value in values[2:3] + values[5:6]] == ["out of order", "Tool nope not found."]
+    assert "missing 1 required" in values[6]["error"]
+    assert "unexpected keyword" in values[7]["error"]
+    assert values[8] == {"error": "Unsupported tool call type: retrieval"}
+    assert found.num_failures == 5
+
+
+def test_asynchronous_calls_that_follow_each_other_run_together() -> None:
+    running, most = [0], [0]
+
+    async def wait() -> None:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        await asyncio.sleep(0.01)
+        running[0] -= 1
+
+    ToolRunner(1).run(
+        calls(("wait", {}), ("wait", {}), ("add", {"a": 1, "b": 1}), ("wait", {})), {"wait": wait, "add": add}
+    )
+    assert most == [2]
+
+
+def test_the_loop_that_is_given_is_used() -> None:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def which() -> bool:
+        return asyncio.get_running_loop() is loop
+
+    try:
+        assert ToolRunner(1, loop=loop).run(calls(("which", {})), {"which": which}).results == [("which", True)]
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def test_the_first_failure_of_a_tool_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    runner = ToolRunner(1)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            runner.run(calls(("boom", {}), ("nope", {})), TOOLS)
+    (record,) = caplog.records
+    assert "'boom' has failed: RuntimeError('out of order')" in record.getMessage()
+    assert record.exc_info is not None
+    assert "in boom" in caplog.text
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_call_that_takes_too_long(is_async: bool) -> None:
+    let_go = threading.Event()
+
+    def hang() -> None:
+        let_go.wait(20)
+
+    async def hang_async() -> None:
+        await asyncio.sleep(20)
+
+    tools = {"hang": hang_async if is_async else hang, "add": add}
+    runner = ToolRunner(1, timeout=0.02)
+    try:
+        found = runner.run(calls(("hang", {}), ("add", {"a": 1, "b": 2})), tools)
+        assert found.results == [("hang", {"error": "Tool hang took longer than 0.02 seconds."}), ("add", 3)]
+        with pytest.raises(EnvironmentLostError, match="Tool hang took longer"):
+            runner.run(calls(("hang", {})), tools, fragile=["hang"])
+    finally:
+        let_go.set()
+
+
+def test_a_timeout_of_the_tool_itself_is_an_answer() -> None:
+    def give_up() -> None:
+        raise TimeoutError("no connection")
+
+    found = ToolRunner(1, timeout=5).run(calls(("give_up", {})), {"give_up": give_up}, fragile=["give_up"])
+    assert found.results == [("give_up", {"error": "no connection"})]
+
+
+def test_a_tool_that_needs_the_main_thread() -> None:
+    """The model would see errors and nobody else."""
+    database = sqlite3.connect(":memory:")
+
+    def look_up() -> list[Any]:
+        return database.execute("select 1").fetchall()
+
+    wanted, tools = calls(("look_up", {})), {"look_up": look_up}
+    threads = ToolRunner(2)
+    with pytest.raises(
+        ToolThreadError, match=r"'look_up' was called in a thread and failed: SQLite.*`tool_workers=0`"
+    ):
+        threads.submit(lambda: threads.run(wanted, tools)).result(20)
+    threads.end()
+    here = ToolRunner(0)
+    assert here.submit(lambda: here.run(wanted, tools)).result(0).results == [("look_up", [(1,)])]
+
+
+# Threads
+
+
+def test_as_many_threads_as_workers() -> None:
+    workers = Workers(3)
+    lock, running, most = threading.Lock(), [0], [0]
+
+    def work() -> int:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.01)
+        with lock:
+            running[0] -= 1
+        return threading.get_ident()
+
+    futures = [workers.submit(work) for _ in range(12)]
+    idents = {future.result(20) for future in futures}
+    assert most == [3]
+    assert len(idents) <= 3
+    assert threading.get_ident() not in idents
+    assert workers.end(5)
+    assert workers.submit(lambda: 7).result(20) == 7  # it can go on
+    assert workers.end(5)
+
+
+def test_the_end_cancels_what_waits_and_leaves_no_thread() -> None:
+    before = threading.active_count()
+    workers, go = Workers(1), threading.Event()
+    first, second = workers.submit(lambda: go.wait(20)), workers.submit(lambda: 1)
+    while not first.running():
+        time.sleep(0.001)
+    threading.Timer(0.02, go.set).start()
+    assert workers.end(20)
+    assert second.cancelled()
+    assert first.result(0) is True
+    assert threading.active_count() <= before + 1  # the timer
+
+
+def test_the_end_waits_for_no_call_for_ever() -> None:
+    workers, go = Workers(1), threading.Event()
+    future = workers.submit(lambda: go.wait(20))
+    while not future.running():
+        time.sleep(0.001)
+    assert not workers.end(0.01)
+    go.set()
