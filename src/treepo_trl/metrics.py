@@ -11,10 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from .sampling import FinishReason, SamplingStats, SegmentTree
-
-
-_OF_TURNS: tuple[FinishReason, ...] = ("turns", "overlong", "timeout")
-_WITHOUT_TURNS = tuple(reason for reason in get_args(FinishReason) if reason not in _OF_TURNS)
+from .sampling.nodes import AnswerReason, TokenReason
 
 
 def tree_totals(trees: list[SegmentTree], stats: SamplingStats, processes_per_engine: int = 1) -> dict[str, float]:
@@ -68,7 +65,7 @@ def tree_metrics(totals: dict[str, float]) -> dict[str, float]:
         "tree/depth_mean": totals["depth"] / leaves,
         "tree/mean_length": totals["mean_lengths"] / totals["trees"],
     }
-    for reason in _WITHOUT_TURNS:
+    for reason in get_args(TokenReason):
         metrics[f"tree/finish_{reason}_frac"] = totals[f"finish_{reason}"] / leaves
     metrics["tree/fallback_frac"] = totals["fallback_leaves"] / leaves
     for name in ("decoded_tokens", "unique_tokens", "leaf_tokens"):
@@ -88,7 +85,7 @@ def turn_metrics(totals: dict[str, float]) -> dict[str, float]:
     `turns_mean` per leaf; `tool_seconds` as mean over processes; what environments have cost as sums.
     """
     leaves, executed = totals["leaves"], totals["executed_calls"]
-    metrics = {f"tree/finish_{reason}_frac": totals[f"finish_{reason}"] / leaves for reason in _OF_TURNS}
+    metrics = {f"tree/finish_{reason}_frac": totals[f"finish_{reason}"] / leaves for reason in get_args(AnswerReason)}
     metrics["tree/tool_calls"] = executed
     metrics["tree/calls_per_executed"] = totals["leaf_calls"] / max(executed, 1)
     metrics["tree/turns_mean"] = totals["turns"] / leaves

@@ -60,6 +60,69 @@ def make_chat_model(**changes: object) -> Qwen3ForCausalLM:
     return model
 
 
+CHARACTERS = "\nasitnuer12"
+
+
+def make_letter_tokenizer() -> PreTrainedTokenizerFast:
+    """
+    A token per character, of which there are few: a random model with it writes tool calls now and then.
+
+    What stands between `<tool_call>` and `</tool_call>` is the argument of `echo`.
+    """
+    vocabulary = ["<unk>", *CHARACTERS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in ("<tool_call>", "</tool_call>")])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
+    fast.clean_up_tokenization_spaces = False
+    fast.chat_template = qwen3_chat_template
+    fast.response_template = {
+        "defaults": {"role": "assistant"},
+        "start_anchor": "<|im_start|>assistant\n",
+        "fields": {
+            "tool_calls": {
+                "open": "<tool_call>",
+                "close_pattern": r"</tool_call>\s*",
+                "repeats": True,
+                "content": "text",
+                "transform": {"type": "function", "function": {"name": "echo", "arguments": {"text": "{content}"}}},
+            },
+            "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"},
+        },
+    }
+    return fast
+
+
+def make_letter_model(**changes: object) -> Qwen3ForCausalLM:
+    """A tiny model with this tokenizer's vocabulary, whose turns are short."""
+    tokenizer = make_letter_tokenizer()
+    settings = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "initializer_range": 0.15}
+    settings |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = make_model(**{**settings, **changes})
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def echo(text: str) -> str:
+    """
+    Says it twice.
+
+    Args:
+        text: What to say.
+    """
+    return text + text
+
+
 # Tools
 
 

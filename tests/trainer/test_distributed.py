@@ -12,7 +12,7 @@ from tests.support.distributed import PROMPTS, SCRIPT, make_trainer
 from tests.support.processes import run_in_two_processes
 from tests.support.trainers import ReplayTrainer, assert_same_parameters, change, logs_of, parameters_of, parity_reward
 from treepo_trl import SegmentTree
-from treepo_trl.sampling import FinishReason
+from treepo_trl.sampling.nodes import TokenReason
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_two_processes_update_as_one(tmp_path: Path, tiny_model_dir: str, change
         assert log["tree/leaf_tokens"] == first[0] + second[0]
         assert log["tree/unique_tokens"] == log["tree/decoded_tokens"] == first[1] + second[1]
         assert log["tree/leaf_unique_ratio"] == pytest.approx((first[0] + second[0]) / (first[1] + second[1]))
-        reasons = [log[f"tree/finish_{reason}_frac"] for reason in get_args(FinishReason)]
+        reasons = [log[f"tree/finish_{reason}_frac"] for reason in get_args(TokenReason)]
         assert sum(reasons) == pytest.approx(1)
 
     # The tree log has the trees of both.

@@ -20,6 +20,7 @@ from tests.support.trainers import (
     logs_of,
     make_config,
     parity_reward,
+    plain_prompts,
     trained,
 )
 from treepo_trl import SegmentTree, TreePOTrainer
@@ -108,9 +109,8 @@ def test_rows_of_a_search_of_ones_own(tmp_path: Path) -> None:
         return {"trees": trees}
 
     config = make_config(tmp_path, max_steps=1)
-    trainer = trained(SpyTrainer, make_model(), config, rollout_func=rollout)
-    (generation,) = trainer.generations
-    assert generation["output"]["completion_ids"][:2].tolist() == [[10, 11, 12, 0], [10, 11, 12, 1]]
+    trainer = trained(TreePOTrainer, make_model(), config, rollout_func=rollout)
+    assert trainer._batch.completion_ids()[4:] == [[10, 11, 12, 0], [10, 11, 12, 1], [10, 20, 0], [10, 20, 1]]
     assert logs_of(trainer, "tree/unique_tokens") == [2 * (1 + 2 + 2 + 1 + 2)]
 
 
@@ -127,8 +127,6 @@ def test_evaluation_takes_rows_and_trees(tmp_path: Path) -> None:
     trainer = build(
         TreePOTrainer, make_model(), config, rollout_func=rollout, reward_funcs=row_reward, eval_dataset=None
     )
-    from tests.support.trainers import plain_prompts
-
     metrics = trainer.evaluate(plain_prompts(4))
     assert metrics["eval_completions/mean_length"] == 2
     assert trainer._batch.trees == []
@@ -159,12 +157,12 @@ def _change(**changes: Any) -> Callable[..., dict[str, Any]]:
         (_drop(4), "has returned 4 rows for 8 prompts. It is given each prompt 4 times"),
         (_change(env_mask=lambda columns: columns["env_mask"][:3]), "has returned 8 `prompt_ids` and 3 `env_mask`"),
         (
-            _change(prompt_ids=lambda columns: columns["prompt_ids"][::-1][1:] + [[5]]),
+            _change(prompt_ids=lambda columns: [*columns["prompt_ids"][:0:-1], [5]]),
             "has returned different `prompt_ids` for rows 0 to 3",
         ),
         (
             _change(completion_ids=lambda columns: [[], *columns["completion_ids"][1:]]),
-            "mask of 4 values for 0 tokens",
+            "4 values for 0 tokens",
         ),
         (lambda prompts, trainer: {"prompt_ids": [], "logprobs": []}, "must return keys"),  # TRL's error
         (

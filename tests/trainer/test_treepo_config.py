@@ -43,6 +43,10 @@ OTHER: dict[str, Any] = {
     "vllm_lora_sync": "merge",
     "vllm_base_weights": "dequantized",
     "reward_timeout": 60.0,
+    "tool_workers": 4,
+    "tool_timeout": 30.0,
+    "max_tool_answer_tokens": 256,
+    "environment_forking": "replay",
     "log_trees": True,
 }
 # What only the engine of an adapter has, and `vllm_lora_sync="merge"` not.

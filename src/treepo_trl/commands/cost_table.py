@@ -10,8 +10,9 @@ from typing import get_args
 
 from treepo_trl.engines import SegmentEngine, SegmentRequest
 from treepo_trl.sampling.config import TreeSamplingConfig
+from treepo_trl.sampling.nodes import TokenReason
 from treepo_trl.sampling.sampler import SamplingStats, completion_cap
-from treepo_trl.sampling.tree import FinishReason, SegmentTree
+from treepo_trl.sampling.tree import SegmentTree
 
 
 def sample_independent(
@@ -92,7 +93,7 @@ def report(trees: Sequence[SegmentTree], stats: SamplingStats) -> RolloutReport:
     return RolloutReport(
         prompts=len(trees),
         leaves=reasons.total(),
-        finish_reasons={reason: reasons[reason] for reason in get_args(FinishReason) if reasons[reason]},
+        finish_reasons={reason: reasons[reason] for reason in get_args(TokenReason) if reasons[reason]},
         decoded_tokens=stats.num_decoded_tokens,
         unique_tokens=sum(tree.num_unique_tokens for tree in trees),
         leaf_tokens=sum(tree.num_leaf_tokens for tree in trees),
@@ -107,7 +108,7 @@ _ROWS: dict[str, Callable[[RolloutReport], float]] = {
     "trajectories (leaves)": lambda r: r.leaves,
     **{
         f"  ended by {reason}": lambda r, reason=reason: r.finish_reasons.get(reason, 0)
-        for reason in get_args(FinishReason)
+        for reason in get_args(TokenReason)
     },
     "decoded tokens": lambda r: r.decoded_tokens,
     "decoded tokens / trajectory": lambda r: r.decoded_tokens_per_leaf,

@@ -6,11 +6,12 @@ from typing import Any, Literal, NotRequired, TypedDict, get_args
 from .json_lines import COUNT, FLAG, NUMBER, OBJECT, Kind, check_fields, check_list, check_value, or_null
 
 
-FinishReason = Literal["stop", "pattern", "repetition", "length", "turns", "overlong", "timeout"]
-"""
-Why a path ended: an EOS token, the stop pattern, a repetition, or the cap on its length or on the tree's tokens. Or a
-call that may not be made any more, an answer that does not fit, or one that did not come in time.
-"""
+TokenReason = Literal["stop", "pattern", "repetition", "length"]
+"""An EOS token, the stop pattern, a repetition, or the cap on a path's length or on the tree's tokens."""
+AnswerReason = Literal["turns", "overlong", "timeout"]
+"""A call that may not be made any more, an answer that does not fit, or one that did not come in time."""
+FinishReason = Literal[TokenReason, AnswerReason]
+"""Why a path ended."""
 
 Message = dict[str, Any]
 """A message of a conversation, as chat templates take it."""
