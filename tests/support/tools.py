@@ -67,7 +67,7 @@ def make_letter_tokenizer() -> PreTrainedTokenizerFast:
     """
     A token per character, of which there are few: a random model with it writes tool calls now and then.
 
-    What stands between `<tool_call>` and `</tool_call>` is the argument of `echo`.
+    What stands between one of `asi` and one of `nue` is the argument of `echo`.
     """
     vocabulary = ["<unk>", *CHARACTERS]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
@@ -75,7 +75,6 @@ def make_letter_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Fuse()
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
-    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in ("<tool_call>", "</tool_call>")])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -90,8 +89,8 @@ def make_letter_tokenizer() -> PreTrainedTokenizerFast:
         "start_anchor": "<|im_start|>assistant\n",
         "fields": {
             "tool_calls": {
-                "open": "<tool_call>",
-                "close_pattern": r"</tool_call>\s*",
+                "open_pattern": "[asi]",
+                "close_pattern": "[nue]",
                 "repeats": True,
                 "content": "text",
                 "transform": {"type": "function", "function": {"name": "echo", "arguments": {"text": "{content}"}}},

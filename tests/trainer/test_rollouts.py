@@ -158,7 +158,7 @@ def _change(**changes: Any) -> Callable[..., dict[str, Any]]:
         (_change(env_mask=lambda columns: columns["env_mask"][:3]), "has returned 8 `prompt_ids` and 3 `env_mask`"),
         (
             _change(prompt_ids=lambda columns: [*columns["prompt_ids"][:0:-1], [5]]),
-            "has returned different `prompt_ids` for rows 0 to 3",
+            "has returned different `prompt_ids` for rows 4 to 7",
         ),
         (
             _change(completion_ids=lambda columns: [[], *columns["completion_ids"][1:]]),
