@@ -41,7 +41,7 @@ from treepo_trl.tree_log import read_trees
 
 
 LETTERS: dict[str, Any] = {
-    "max_completion_length": 120,
+    "max_completion_length": 360,
     "segment_length": 8,
     "max_tool_calling_iterations": 4,
     "stop_repetition": False,

@@ -151,7 +151,8 @@ class SegmentTree:
             own = slice(start, start + length if i < len(runs) - 1 else None)
             values = logprobs[own] if logprobs is not None and is_sampled else None
             reason = "stop" if i == len(runs) - 1 else None
-            parent = self.add(parent, token_ids[own], values, reason, is_sampled=is_sampled)
+            wave = 0 if parent is None else self.nodes[parent].wave
+            parent = self.add(parent, token_ids[own], values, reason, wave=wave, is_sampled=is_sampled)
             start += length
         assert parent is not None, "there was a run"
         return parent
