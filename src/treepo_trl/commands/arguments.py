@@ -40,11 +40,27 @@ class TreePOScriptArguments(GRPOScriptArguments):
         },
     )
 
+    tools: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tools that the model may call, as `module:function`. A function needs type hints and a docstring "
+            "with a line for each argument."
+        },
+    )
+    environment: str | None = field(
+        default=None,
+        metadata={
+            "help": "Environment of each completion, as `module:Class`. With a `get_reward` it needs no reward "
+            "function, and with `max_steps` no dataset."
+        },
+    )
+
     def __post_init__(self) -> None:
-        rewards = cast(object, self.reward_funcs)  # in a config file one needs no list
-        self.reward_funcs = [rewards] if isinstance(rewards, str) else self.reward_funcs
-        for name in self.reward_funcs or []:
-            check_text("reward_funcs", name)
+        for option in ("reward_funcs", "tools"):
+            given = cast(object, getattr(self, option))  # in a config file one needs no list
+            setattr(self, option, [given] if isinstance(given, str) else given)
+            for name in getattr(self, option) or []:
+                check_text(option, name)
 
 
 @dataclass

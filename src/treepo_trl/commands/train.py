@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import torch
-from datasets import DatasetDict, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 
 from treepo_trl.checkpoints import checkpoint_to_resume
@@ -45,12 +45,10 @@ def train(
             _true_or_folder(training_args.resume_from_checkpoint), _output_dir(training_args)
         )
         check_memory(training_args, model_args)
+        tools = [imported("--tools", name, ":") for name in script_args.tools or []]
+        environment = imported("--environment", script_args.environment, ":") if script_args.environment else None
         reward_funcs = load_reward_funcs(script_args, training_args)
-        dataset = load_train_and_test(script_args, dataset_args)
-        train_dataset = take_split(dataset, script_args.dataset_train_split, "--dataset_train_split")
-        eval_dataset = None
-        if training_args.eval_strategy != "no":
-            eval_dataset = take_split(dataset, script_args.dataset_test_split, "--dataset_test_split")
+        train_dataset, eval_dataset = load_splits(script_args, training_args, dataset_args)
         training_args.model_init_kwargs = {
             "revision": model_args.model_revision,
             "trust_remote_code": training_args.trust_remote_code,
@@ -66,6 +64,8 @@ def train(
             eval_dataset=eval_dataset,
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
+            tools=tools,
+            environment_factory=environment,
         )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
@@ -131,9 +131,10 @@ def load_reward_funcs(script_args: TreePOScriptArguments, training_args: TreePOC
         rewards.append(script_args.reward_model_name_or_path)
     for name in script_args.reward_funcs or []:
         rewards.append(_trl_reward(name, training_args) if name in TRL_REWARDS else _imported_reward(name))
-    if not rewards:
+    if not rewards and not script_args.environment:  # which may have a reward of its own
         raise ValueError(
-            "No reward: give `--reward_funcs` (TRL's names or import paths) or `--reward_model_name_or_path`."
+            "No reward: give `--reward_funcs` (TRL's names or import paths), `--reward_model_name_or_path`, or an "
+            "`--environment` with a `get_reward`."
         )
     return rewards
 
@@ -150,24 +151,57 @@ def _trl_reward(name: str, training_args: TreePOConfig) -> Callable[..., list[fl
 
 
 def _imported_reward(name: str) -> Callable[..., list[float | None]]:
-    module_name, _, attribute = name.rpartition(".")
-    if not module_name or not all(part.isidentifier() for part in name.split(".")):
+    if "." not in name or not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(
             f"`--reward_funcs {name}` is no reward of TRL. Choose from {', '.join(TRL_REWARDS)}, or give an import "
             "path such as `my_package.rewards.my_reward`."
         )
+    return cast("Callable[..., list[float | None]]", imported("--reward_funcs", name, "."))
+
+
+def imported(option: str, path: str, separator: str) -> Callable[..., object]:
+    """
+    The function or class that an option names.
+
+    Args:
+        option (`str`):
+            Its name in errors.
+        path (`str`):
+            Import path of a module, separator, and the name in it.
+        separator (`str`):
+            What stands between the two.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    module_name, _, attribute = path.rpartition(separator)
+    if not module_name or not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+        raise ValueError(f"`{option} {path}` is no import path. Give one such as `my_package.file{separator}name`.")
     if os.getcwd() not in sys.path:  # as in TRL's script: a module beside the run is found
         sys.path.insert(0, os.getcwd())
     try:
-        reward = getattr(importlib.import_module(module_name), attribute)
+        found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"`--reward_funcs {name}` could not be loaded: {error}. Check the path, and that {os.getcwd()} or the "
+            f"`{option} {path}` could not be loaded: {error}. Check the path, and that {os.getcwd()} or the "
             "installed packages hold it."
         ) from error
-    if not callable(reward):
-        raise ValueError(f"`--reward_funcs {name}` is a {type(reward).__name__}; give a function.")
-    return cast(Callable[..., list[float | None]], reward)
+    if not callable(found):
+        raise ValueError(f"`{option} {path}` is a {type(found).__name__}; give a function or class.")
+    return found
+
+
+def load_splits(
+    script_args: TreePOScriptArguments, training_args: TreePOConfig, dataset_args: DatasetMixtureConfig
+) -> tuple[Dataset | IterableDataset | None, Dataset | IterableDataset | None]:
+    """The splits to train and to evaluate on; none where an environment gives the prompts."""
+    if script_args.environment and not script_args.dataset_name and not dataset_args.datasets:
+        return None, None
+    dataset = load_train_and_test(script_args, dataset_args)
+    train_dataset = take_split(dataset, script_args.dataset_train_split, "--dataset_train_split")
+    if training_args.eval_strategy == "no":
+        return train_dataset, None
+    return train_dataset, take_split(dataset, script_args.dataset_test_split, "--dataset_test_split")
 
 
 def load_train_and_test(

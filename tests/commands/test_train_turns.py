@@ -1,0 +1,125 @@
+"""`treepo-trl train` with tools and environments of the user's own."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from tests.support.sample_runs import as_flags
+from tests.support.tools import make_letter_model, make_letter_tokenizer, questions
+from treepo_trl.commands.train import main
+from treepo_trl.tree_log import read_trees
+
+
+MODULE = '''
+def echo(text: str) -> str:
+    """
+    Says it twice.
+
+    Args:
+        text: What to say.
+    """
+    return text + text
+
+
+class Echoes:
+    number = 0
+
+    def reset(self, **kwargs):
+        Echoes.number += 1
+        self.said = []
+        return f"Say {Echoes.number}."
+
+    def echo(self, text: str) -> str:
+        """
+        Says it twice.
+
+        Args:
+            text: What to say.
+        """
+        self.said.append(text)
+        return text + text
+
+    def get_reward(self) -> float:
+        return float(len(self.said))
+
+    def _fork(self):
+        other = Echoes()
+        other.said = list(self.said)
+        return other
+
+
+def length(completions, **kwargs):
+    return [float(len(each)) for each in completions]
+
+
+calls = 3
+'''
+FLAGS: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "max_steps": 1,
+    "per_device_train_batch_size": 4,
+    "num_generations": 4,
+    "max_completion_length": 360,
+    "segment_length": 20,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "gradient_checkpointing": False,
+    "dtype": "float32",
+    "disable_tqdm": True,
+    "log_trees": True,
+    "output_dir": "out",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A user's working folder: a model that can call, a dataset, and a module."""
+    make_letter_model().save_pretrained(tmp_path / "model")
+    make_letter_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "my_game.py").write_text(MODULE)
+    Dataset.from_list(list(questions())).to_json(tmp_path / "data.jsonl")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_game", raising=False)
+    yield tmp_path
+    sys.modules.pop("my_game", None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tools": ["my_game:echo"], "reward_funcs": ["my_game.length"], "dataset_name": "data.jsonl"},
+        {"environment": "my_game:Echoes"},
+    ],
+    ids=["tools", "environment"],
+)
+def test_a_training_from_the_command_line(folder: Path, options: dict[str, Any]) -> None:
+    main(as_flags({"model_name_or_path": "model", **FLAGS, **options}))
+    (line, *_) = read_trees(folder / "out/trees/trees_000000.jsonl")
+    assert any(not node.get("is_sampled", True) for node in line["tree"]["nodes"])
+    assert (folder / "out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"tools": ["my_game.echo"]},
+            "`--tools my_game.echo` is no import path. Give .*`my_package.file:name`",
+        ),
+        ({"tools": ["my_game:nothing"]}, "`--tools my_game:nothing` could not be loaded: .*no attribute 'nothing'"),
+        ({"environment": "no_game:Game"}, "`--environment no_game:Game` could not be loaded: No module named"),
+        ({"environment": "my_game:calls"}, "`--environment my_game:calls` is a int; give a function or class"),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_what_is_no_tool_or_environment(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(as_flags({"model_name_or_path": "model", **FLAGS, **options}))
