@@ -6,8 +6,8 @@ Teach SmolLM2-135M-Instruct to multiply with a calculator: a tool in trees, with
     python examples/scripts/calculator.py --max_steps 20
 
 A shared call runs once, its answer is prefilled once, and the segments before and behind it get advantages of their
-own. Writes the adapter and the trees to `--output_dir`. The model has no template for tools of its own, so it gets that
-of Qwen2.5, and one worked example in the prompt.
+own. Writes the model and the trees to `--output_dir`. The model was not trained on tools: it gets the chat template of
+Qwen2.5, and worked examples in its prompts.
 """
 
 import random
@@ -56,15 +56,17 @@ def multiply(a: int, b: int) -> int:
 
 
 def question(a: int, b: int) -> list[dict[str, Any]]:
-    """A prompt with one worked example."""
-    worked = {"type": "function", "function": {"name": "multiply", "arguments": {"a": 31, "b": 27}}}
-    return [
-        {"role": "user", "content": "What is 31 times 27?"},
-        {"role": "assistant", "content": "", "tool_calls": [worked]},
-        {"role": "tool", "name": "multiply", "content": "837"},
-        {"role": "assistant", "content": "837"},
-        {"role": "user", "content": f"What is {a} times {b}?"},
-    ]
+    """A prompt with worked examples."""
+    messages: list[dict[str, Any]] = []
+    for x, y in ((31, 27), (45, 62), (18, 93)):
+        called = {"type": "function", "function": {"name": "multiply", "arguments": {"a": x, "b": y}}}
+        messages += [
+            {"role": "user", "content": f"What is {x} times {y}?"},
+            {"role": "assistant", "content": "", "tool_calls": [called]},
+            {"role": "tool", "name": "multiply", "content": str(x * y)},
+            {"role": "assistant", "content": str(x * y)},
+        ]
+    return [*messages, {"role": "user", "content": f"What is {a} times {b}?"}]
 
 
 def tasks(count: int, seed: int) -> Dataset:

@@ -83,15 +83,17 @@ class GuessingGame:
 def games(count: int, seed: int) -> Dataset:
     """Games with the columns `prompt` and `number`; `reset` gets the row and says the rest of the prompt."""
     rng = random.Random(seed)
-    worked: list[dict[str, Any]] = [
-        {"role": "user", "content": "I think of a number between 1 and 9. Guess it."},
-        _guess(5),
-        {"role": "tool", "name": "guess", "content": "It is larger."},
-        _guess(7),
-        {"role": "tool", "name": "guess", "content": "Yes."},
-        {"role": "assistant", "content": "It is 7."},
-    ]
-    prompt = [*worked, {"role": "user", "content": ""}]
+    prompt: list[dict[str, Any]] = []
+    for number, middle, answer in ((7, 5, "It is larger."), (3, 8, "It is smaller."), (12, 6, "It is larger.")):
+        prompt += [
+            {"role": "user", "content": f"I think of a number between 1 and {LARGEST}. Guess it."},
+            _guess(middle),
+            {"role": "tool", "name": "guess", "content": answer},
+            _guess(number),
+            {"role": "tool", "name": "guess", "content": "Yes."},
+            {"role": "assistant", "content": f"It is {number}."},
+        ]
+    prompt.append({"role": "user", "content": ""})
     return Dataset.from_list([{"prompt": prompt, "number": rng.randint(1, LARGEST)} for _ in range(count)])
 
 

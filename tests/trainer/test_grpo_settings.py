@@ -78,7 +78,6 @@ OTHER_VALUES: dict[str, Any] = {
     "vllm_server_timeout": 1.0,
     "vllm_group_port": 2,
     "transformers_continuous_batching_config": {"max_memory_percent": 0.1},
-    "max_tool_calling_iterations": 1,
     "log_multimodal": False,
     "cache_implementation": "static",
     "dataloader_num_workers": 1,
