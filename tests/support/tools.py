@@ -254,7 +254,13 @@ TOOL_SETTINGS: dict[str, Any] = {
     "max_completion_length": 700,
     "max_tool_calling_iterations": 3,
 }
-TREE_SETTINGS: dict[str, Any] = {"segment_length": 40, "branching_factor": 2, "initial_branching_factor": [2]}
+TREE_SETTINGS: dict[str, Any] = {
+    "segment_length": 40,
+    "branch_schedule": "early",
+    "fallback_policy": "random",
+    "advantage_estimator": "treepo",
+    "leaf_weighting": "uniform",
+}
 
 
 def tool_config(folder: Path, **changes: Any) -> TreePOConfig:

@@ -85,13 +85,13 @@ def test_trees_give_advantages_per_segment(tmp_path: Path) -> None:
         nodes.append(node)
         return parity_reward(completion_ids)
 
-    config = make_config(tmp_path, advantage_estimator="value_difference", initial_branching_factor=2)
+    config = make_config(tmp_path, advantage_estimator="value_difference", leaf_weighting="uniform")
     trainer = trained(SpyTrainer, make_model(), config, rollout_func=rollout, reward_funcs=reward)
     assert change(trainer) > 1e-3
     assert nodes == [[leaf for tree in trees for leaf in tree.leaves] for trees in sampled]
     for generation, trees in zip(trainer.generations, sampled, strict=True):
         generation["trees"] = trees
-        expected = expected_advantages(generation, "group", "value_difference")
+        expected = expected_advantages(generation, "group", "value_difference", weighting="uniform")
         torch.testing.assert_close(generation["output"]["advantages"], expected, atol=1e-5, rtol=1e-4)
     seeds = [told["seed"] for told in trainer.told]
     assert len(set(seeds)) == len(seeds)

@@ -122,7 +122,7 @@ def test_without_branching_equals_stock_grpo(
 ) -> None:
     """Losses, entropies, clip ratios and importance ratios see sampled tokens alone, as in TRL."""
     shared = {**TOOL_SETTINGS, **changes, "loss_type": loss_type, "max_steps": changes.get("num_iterations", 1)}
-    settings = {**shared, "branching_factor": 1, "initial_branching_factor": None, "tree_packing": "off"}
+    settings = {**shared, "branching_factor": 1, "tree_packing": "off"}
     ours = tool_trainer(
         ReplayedTrainer, tool_config(tmp_path / "tree", **settings), ScriptedAgent(3), model=chat_model_dir
     )

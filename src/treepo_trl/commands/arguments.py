@@ -56,10 +56,11 @@ class TreePOScriptArguments(GRPOScriptArguments):
     )
 
     def __post_init__(self) -> None:
-        for option in ("reward_funcs", "tools"):
-            given = cast(object, getattr(self, option))  # in a config file one needs no list
-            setattr(self, option, [given] if isinstance(given, str) else given)
-            for name in getattr(self, option) or []:
+        rewards, tools = cast("tuple[object, object]", (self.reward_funcs, self.tools))
+        self.reward_funcs = [rewards] if isinstance(rewards, str) else self.reward_funcs  # in a file one needs no list
+        self.tools = [tools] if isinstance(tools, str) else self.tools
+        for option, names in (("reward_funcs", self.reward_funcs), ("tools", self.tools)):
+            for name in names or []:
                 check_text(option, name)
 
 
