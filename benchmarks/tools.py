@@ -41,13 +41,14 @@ SETTINGS: dict[str, Any] = {
     "seed": 0,
 }
 SHAPES: dict[str, dict[str, Any]] = {
-    "trees, early, segments of 40": {"segment_length": 40},
+    "trees, early, segments of 40": {"segment_length": 40, "branch_schedule": "early"},
+    "trees, sqrt, segments of 40": {"segment_length": 40, "branch_schedule": "sqrt"},
     "trees, spread, segments of 40": {
         "segment_length": 40,
         "branch_schedule": "spread",
         "expected_completion_length": 300,
     },
-    "trees, a segment per turn": {"segment_length": 1200},
+    "trees, early, a segment per turn": {"segment_length": 1200, "branch_schedule": "early"},
 }
 
 
@@ -157,7 +158,9 @@ def play(environment: Any, forking: str | None) -> tuple[int, int, int, int]:
     environment.step = counted
     cls: Any = TimedStock if forking is None else TimedTrees
     config: Any = GRPOConfig if forking is None else TreePOConfig
-    shape = {} if forking is None else {"segment_length": 40, "environment_forking": forking}
+    shape = (
+        {} if forking is None else {"segment_length": 40, "branch_schedule": "early", "environment_forking": forking}
+    )
     with tempfile.TemporaryDirectory() as folder:
         trainer = cls(
             model=make_chat_model(),

@@ -1,5 +1,6 @@
 """`treepo-trl train` with tools and environments of the user's own."""
 
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from tests.support.paths import ROOT
 from tests.support.sample_runs import as_flags
 from tests.support.tools import make_letter_model, make_letter_tokenizer, questions
 from treepo_trl.commands.train import main
@@ -105,6 +107,16 @@ def test_a_training_from_the_command_line(folder: Path, options: dict[str, Any])
     (line, *_) = read_trees(folder / "out/trees/trees_000000.jsonl")
     assert any(not node.get("is_sampled", True) for node in line["tree"]["nodes"])
     assert (folder / "out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("script", ["calculator.py", "guessing_game.py"])
+def test_the_examples_run(script: str, chat_model_dir: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of a random model, on prompts that fit its context."""
+    settings = {"model_name_or_path": chat_model_dir, "max_steps": 1, "output_dir": "out", "use_cpu": True}
+    settings |= {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 64, "bf16": False}
+    monkeypatch.setattr(sys, "argv", [script, *as_flags(settings)])
+    runpy.run_path(str(ROOT / "examples/scripts" / script), run_name="__main__")
+    assert (folder / "out/trees/trees_000000.jsonl").exists()
 
 
 @pytest.mark.parametrize(
