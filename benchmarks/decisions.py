@@ -1,4 +1,4 @@
-"""Prompts of six decisions with shared weights, and trees of them: what `benchmarks.learning_proxy` learns on."""
+"""Prompts of six decisions with shared weights, and trees of them: what the learning proxies learn on."""
 
 import math
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ FAMILIES = {
     "late": [3.6, 3.6, 3.6, 3.6, 0.9, 0.9],
 }
 """How much likelier the right option is at first, by level: a task is decided where that is little."""
+POPULATIONS = {"hopeless": (0.3, 0.5), "middle": (2.0, 2.0), "solved": (0.5, 0.2)}
+"""Parameters of the beta distributions that the first pass rates of prompts come from."""
 
 
 def softmax(logits: Array) -> Array:
@@ -26,9 +28,9 @@ def softmax(logits: Array) -> Array:
 
 
 class World:
-    """Prompts and the features of their options, drawn from a seed."""
+    """Prompts and the features of their options, drawn from a seed; their first pass rates from a population."""
 
-    def __init__(self, family: str, seed: int) -> None:
+    def __init__(self, family: str, seed: int, population: str | None = None) -> None:
         rng = np.random.default_rng(1000 + seed)
 
         def directions(*shape: int) -> Array:
@@ -44,6 +46,9 @@ class World:
         self.contexts = rng.integers(0, CONTEXTS, (PROMPTS, LEVELS))
         self.others = rng.integers(0, OTHERS, (PROMPTS, LEVELS, UNSURE))
         self.difficulty_noise = rng.normal(0, 0.7, PROMPTS)
+        self.ease = np.zeros(PROMPTS)
+        if population is not None:
+            self._ease_to(rng.beta(*POPULATIONS[population], PROMPTS).clip(1e-4, 1 - 1e-4))
 
     def policy(self, weights: Array) -> tuple[Array, Array]:
         """Probabilities `(LEVELS, CONTEXTS, OPTIONS)` of the decisions and `(OTHERS, OPTIONS)` of the others."""
@@ -51,7 +56,23 @@ class World:
 
     def right(self, probabilities: Array) -> Array:
         """`(PROMPTS, LEVELS)`: probability of each right decision."""
-        return probabilities[np.arange(LEVELS), self.contexts, 0]
+        p = probabilities[np.arange(LEVELS), self.contexts, 0]
+        return p / (p + (1 - p) * np.exp(-self.ease)[:, None])
+
+    def decision(self, probabilities: Array, prompts: Array, depth: int) -> Array:
+        """`(T, OPTIONS)`: probabilities of the options of T prompts at a depth."""
+        p = probabilities[depth, self.contexts[prompts, depth]]
+        p[:, 0] *= np.exp(self.ease[prompts])
+        return p / p.sum(1, keepdims=True)
+
+    def _ease_to(self, rates: Array) -> None:
+        """Make every right option of a prompt likelier by what gives the prompt its rate, found by bisection."""
+        low, high = np.full(PROMPTS, -30.0), np.full(PROMPTS, 30.0)
+        start = self.policy(np.zeros(WEIGHTS))[0]
+        for _ in range(50):
+            self.ease = (low + high) / 2
+            is_low = self.right(start).prod(1) < rates
+            low, high = np.where(is_low, self.ease, low), np.where(is_low, high, self.ease)
 
 
 @dataclass
@@ -96,16 +117,17 @@ def grow(
     widths: list[int],
     heaviest: bool,
     rng: np.random.Generator,
+    start: int = 0,
 ) -> list[Level]:
-    """A tree for each of T prompts."""
+    """A tree for each of T prompts, below `start` right decisions that are given."""
     levels: list[Level] = []
     weight, is_right = np.ones((len(prompts), 1)), np.ones((len(prompts), 1), bool)
     rows = np.arange(len(prompts))[:, None]
-    for depth, width in enumerate(widths):
+    for depth, width in list(enumerate(widths))[start:]:
         counts = split(weight, max(width, weight.shape[1]), heaviest, rng)
         parent = np.repeat(np.tile(np.arange(weight.shape[1]), len(prompts)), counts.ravel()).reshape(len(prompts), -1)
         weight = weight[rows, parent] / counts[rows, parent]
-        p = policy[0][depth, world.contexts[prompts, depth]]
+        p = world.decision(policy[0], prompts, depth)
         option = (rng.random((*parent.shape, 1)) > p.cumsum(-1)[:, None, :-1]).sum(-1)
         is_right = is_right[rows, parent] & (option == 0)
         q = policy[1][world.others[prompts, depth]]
@@ -118,14 +140,14 @@ def grow(
 
 
 def gradient(
-    world: World, policy: tuple[Array, Array], prompts: Array, levels: list[Level], values: list[Array]
+    world: World, policy: tuple[Array, Array], prompts: Array, levels: list[Level], values: list[Array], start: int = 0
 ) -> Array:
     """Sum over the nodes of their values times the gradient of their log-probabilities."""
     main, other = np.zeros_like(world.bias), np.zeros_like(world.other_bias)
-    for depth, (level, value) in enumerate(zip(levels, values, strict=True)):
+    for depth, (level, value) in enumerate(zip(levels, values, strict=True), start):
         context = world.contexts[prompts, depth]
         np.add.at(main, (depth, context[:, None], level.option), value)
-        np.add.at(main, (depth, context), -value.sum(1)[:, None] * policy[0][depth, context])
+        np.add.at(main, (depth, context), -value.sum(1)[:, None] * world.decision(policy[0], prompts, depth))
         taken = value[:, :, None] * level.is_taken
         which = world.others[prompts, depth]
         np.add.at(other, (which[:, None], level.others), taken)

@@ -54,7 +54,12 @@ def worked(name: str, example: tuple[str, str], **options: int) -> Callable[[int
 FAMILIES: dict[str, Callable[[int], Dataset]] = {
     "addition": additions,
     "chain_sum": worked(
-        "chain_sum", ("31 + 25", "30 + 20 = 50, 1 + 5 = 6, 50 + 6 = 56"), min_terms=2, max_terms=2, min_digits=2
+        "chain_sum",
+        ("31 + 25", "30 + 20 = 50, 1 + 5 = 6, 50 + 6 = 56"),
+        min_terms=2,
+        max_terms=2,
+        min_digits=2,
+        max_digits=2,
     ),
     "products": worked("products", ("3 * 4", "3 + 3 + 3 + 3 = 12"), min_terms=2, max_terms=2, max_digits=1),
 }
@@ -173,6 +178,9 @@ def noise(data: Completions, baseline: str, width: int, shuffles: int = 20) -> N
 
 def print_tables(family: str, data: Completions) -> None:
     """What the completions are like, and the noise of every baseline and width."""
+    if data.rewards.min() == data.rewards.max():
+        print(f"\n`{family}`: every completion has the reward {data.rewards.mean():.0f}, so there is no gradient.")
+        return
     norms = torch.einsum("pkpk->pk", data.products)
     right = data.rewards > 0
     reference = noise(data, "mean of the others", 16)
