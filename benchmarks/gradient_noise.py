@@ -2,7 +2,7 @@
 Noise of the policy gradient of SmolLM2-135M-Instruct: within a prompt, between prompts, by baseline and group width.
 
     python -m benchmarks.gradient_noise                              # three families; half an hour on a core
-    python -m benchmarks.gradient_noise --families addition --prompts 4 --completions 8  # a quick look
+    python -m benchmarks.gradient_noise --families addition --prompts 2  # a quick look
 
 For each prompt, independent completions at temperature 1, and the gradient of each one's log-probability in the
 weights of a fresh LoRA adapter: what the first step of a training sees. Groups of each width are drawn from them, all
@@ -183,6 +183,9 @@ def print_tables(family: str, data: Completions) -> None:
         return
     norms = torch.einsum("pkpk->pk", data.products)
     right = data.rewards > 0
+    if data.rewards.shape[1] < 2 * max(WIDTHS):
+        print(f"\n`{family}`: groups of {max(WIDTHS)} need {2 * max(WIDTHS)} completions; give `--completions`.")
+        return
     reference = noise(data, "mean of the others", 16)
     print(
         f"\n`{family}`: {data.rewards.shape[0]} prompts x {data.rewards.shape[1]}, reward {data.rewards.mean():.2f}; "

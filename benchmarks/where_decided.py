@@ -3,7 +3,7 @@ Where a task is decided: resolved variance by depth early and late in the traini
 
     python -m benchmarks.where_decided outputs/benchmarks/learning --arm sqrt-16 --plot where-decided.png
 
-A bar is the share of the outcome's variance that the segments of a depth decide, in the mean over the seeds of an arm:
+A bar is the share of the outcome's variance that the segments of a depth decide, in the mean over all runs of an arm:
 from the statistics of the first steps, and from those that the last step had.
 """
 
@@ -23,12 +23,12 @@ def shares(log: dict[str, float]) -> np.ndarray:
     """`(depth,)`: resolved variance of each depth over that of all; what chance made negative is 0."""
     values = {int(name.removeprefix(METRIC)): value for name, value in log.items() if name.startswith(METRIC)}
     row = np.array([max(values.get(depth, 0.0), 0.0) for depth in range(max(values) + 1)])
-    return row / row.sum()
+    return row / max(row.sum(), 1e-12)
 
 
 def mean_shares(results: list[dict], step: int) -> np.ndarray:
     """Mean over runs at a step of each."""
-    rows = [shares(result["log"][step]) for result in results]
+    rows = [shares(result["log"][min(step, len(result["log"]) - 1)]) for result in results]
     depth = max(map(len, rows))
     return np.mean([np.pad(row, (0, depth - len(row))) for row in rows], axis=0)
 

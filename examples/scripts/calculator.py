@@ -37,7 +37,6 @@ class CalculatorConfig(TreePOConfig):
     max_completion_length: int = field(default=96)
     segment_length: int | None = field(default=12)
     max_tool_calling_iterations: int | None = field(default=2)
-    advantage_estimator: str = field(default="value_difference")
     max_steps: int = field(default=20)
     logging_steps: float = field(default=1)
     report_to: str = field(default="none")

@@ -39,7 +39,6 @@ class GameConfig(TreePOConfig):
     max_completion_length: int = field(default=320)
     segment_length: int | None = field(default=16)
     max_tool_calling_iterations: int | None = field(default=4)
-    advantage_estimator: str = field(default="value_difference")
     max_steps: int = field(default=10)
     logging_steps: float = field(default=1)
     report_to: str = field(default="none")

@@ -159,7 +159,8 @@ class TreeBatch:
         # Small tensors and a few dozen operations: not on the device.
         ids, lengths = leaf_paths(self.trees)
         shape = ids.shape[:2]
-        of_leaves, estimator = rewards.cpu().view(shape), args.advantage_estimator
+        # In double: a baseline is a difference of sums, and one unsure completion may have nearly all of the sum.
+        of_leaves, estimator = rewards.cpu().double().view(shape), args.advantage_estimator
         if args.weights_leaves:
             advantages = weighted_advantages(self.trees, ids, of_leaves, estimator, args.subgroup_rejection)
             advantages = advantages * shape[1]  # the loss averages over leaves, so a weight of 1/W is neutral
@@ -169,7 +170,7 @@ class TreeBatch:
                 of_leaves, ids, estimator, subgroup_rejection=args.subgroup_rejection, leaf_scores=scores
             )
         advantages = advantages / torch.nan_to_num(divisors.cpu().view(*shape, 1), nan=1.0)
-        return expand_to_tokens(advantages, lengths, num_tokens).to(rewards.device)
+        return expand_to_tokens(advantages, lengths, num_tokens).to(rewards)
 
     def mean_advantages(self, advantages: torch.Tensor) -> torch.Tensor:
         """Mean `(B,)` of advantages `(B, T)` over the sampled tokens of each row."""

@@ -100,6 +100,7 @@ def configs(draw: st.DrawFn) -> TreeSamplingConfig:
     low = draw(st.integers(1, width))
     schedule = draw(st.sampled_from(get_args(BranchSchedule)))
     has_own_widths = schedule == "sqrt"
+    fallback = draw(st.sampled_from([policy for policy in get_args(FallbackPolicy) if policy != "none"]))
     initial = draw(st.sampled_from([None, [low, low], [low, draw(st.integers(low, width))]]))
     return make_config(
         width=width,
@@ -111,8 +112,8 @@ def configs(draw: st.DrawFn) -> TreeSamplingConfig:
         branching_temperature=draw(st.sampled_from([0.01, 2.0, 50.0])),
         branching_temperature_end=draw(st.sampled_from([None, 0.5])),
         branch_schedule=schedule,
-        fallback_policy=draw(st.sampled_from([policy for policy in get_args(FallbackPolicy) if policy != "none"])),
-        fallback_candidates=draw(st.sampled_from(get_args(FallbackCandidates))),
+        fallback_policy=fallback,
+        fallback_candidates="finished" if fallback == "root" else draw(st.sampled_from(get_args(FallbackCandidates))),
     )
 
 

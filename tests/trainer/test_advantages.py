@@ -14,6 +14,8 @@ from tests.support.trainers import (
     tables_of,
     trained,
 )
+from treepo_trl import SegmentTree
+from treepo_trl.tree_batch import TreeBatch
 
 
 def coarse_reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
@@ -62,6 +64,25 @@ def test_advantages_are_those_of_the_trees(
         simpler = expected_advantages(generation, scale, estimator if options else "grpo", weighting="uniform")
         differences.append((expected - simpler).abs().max())
     assert max(differences) > 0.01, "the option must make a difference for this test to see it"
+
+
+@pytest.mark.parametrize("estimator", ["leave_one_out", "optimal_baseline"])
+def test_rewards_in_single_precision_are_compared_in_double(tmp_path: Path, estimator: str) -> None:
+    """One unsure completion among sure ones has nearly all of the scores; what is left of a difference is noise."""
+    tree = SegmentTree([9])
+    tree.add(None, [1] * 900, [-0.36] * 900, "stop")
+    for _ in range(7):
+        tree.add(None, [1], [-1e-6], "stop")
+    config = make_config(tmp_path, advantage_estimator=estimator, num_generations=8)
+    batch = TreeBatch(step=0, trees=[tree])
+
+    def advantages(rewards: list[float]) -> torch.Tensor:
+        return batch.advantages(torch.tensor(rewards), torch.ones(8), config, 900)
+
+    assert advantages([12.3] * 8).abs().max() < 1e-6
+    values = advantages([0.0, *[1.0] * 7])
+    assert values.dtype == torch.float32
+    assert values[0, 0].item() == pytest.approx(-1, abs=1e-5)
 
 
 def test_logged_advantages_are_the_trees(tmp_path: Path, tiny_model_dir: str) -> None:

@@ -93,11 +93,12 @@ class TreeSamplingConfig:
     branching_policy: BranchingPolicy = field(
         default="uniform",
         metadata={
-            "help": "Which paths get more than one child. `uniform` splits evenly, as the paper does, and gives what "
-            "is left to the paths with the largest weight. `low_prob` and "
-            "`high_prob` prefer paths whose last segment has a low or a high mean log-probability per token. "
-            "`entropy` prefers paths whose last segment was drawn from distributions of high mean entropy. All but "
-            "`uniform` are experiments: the paper found no gain in the probabilities and did not try the entropy."
+            "help": "Which paths get more than one child. `uniform` goes by the weights of the paths alone: "
+            "equal ones split evenly, as in the paper, and the heaviest goes first. `low_prob` and `high_prob` "
+            "prefer paths whose last segment has a low or a high mean log-probability per token. `entropy` "
+            "prefers paths whose last segment was drawn from distributions of high mean entropy. All but "
+            "`uniform` are experiments: the paper found no gain in the probabilities and did not try the "
+            "entropy."
         },
     )
     branching_temperature: float = field(
@@ -130,9 +131,10 @@ class TreeSamplingConfig:
     expected_completion_length: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens over which `spread` opens the branches, from 1 to `max_completion_length`. Default: the "
-            "last batch's mean length in training, otherwise `max_completion_length`. Set it where lengths are known, "
-            "for example in sampling without training. A larger number shares more and favours long completions."
+            "help": "Tokens of a completion, from 1 to `max_completion_length`, over which `spread` opens the "
+            "branches and, in the first batch, `sqrt`. Default: the last batch's mean length in training, "
+            "otherwise `max_completion_length`. Set it where lengths are known, so that the first trees end with "
+            "few fallbacks. With `spread` a larger number shares more and favours long completions."
         },
     )
     fallback_policy: FallbackPolicy = field(
@@ -201,6 +203,7 @@ class TreeSamplingConfig:
         self._check_tree_shape()
         self._check_initial_branching()
         self._check_own_widths()
+        self._check_fallback()
         self._check_lengths()
         self._check_stop_pattern()
 
@@ -250,6 +253,13 @@ class TreeSamplingConfig:
                     f"`{name}` is {getattr(self, name)}, but `branch_schedule='sqrt'` sets the widths of a tree "
                     f"itself. Leave `{name}` out, or set `branch_schedule='early'`, as in the paper."
                 )
+
+    def _check_fallback(self) -> None:
+        if self.fallback_policy == "root" and self.fallback_candidates != "finished":  # the default
+            raise ValueError(
+                f"`fallback_candidates` is {self.fallback_candidates!r}, but `fallback_policy='root'` cuts no path. "
+                "Leave it out, or set `fallback_policy='random'`, as in the paper."
+            )
 
     def _check_lengths(self) -> None:
         expected, budget = self.expected_completion_length, self.max_tree_tokens
