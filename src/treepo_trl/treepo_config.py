@@ -66,7 +66,8 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "`optimal_baseline` weights these leaves by how unsure the model was, the sum of 1 - p over their "
             "tokens, which has less noise where right and wrong completions differ in that. With weighted leaves "
             "and `fallback_policy='root'` the mean of `leave_one_out` is the policy gradient, and that of "
-            "`optimal_baseline` up to the bias of a ratio, under 1 % where it was measured. Paper: `treepo`."
+            "`optimal_baseline` up to the bias of a ratio, below a hundredth where it was measured. Paper: "
+            "`treepo`."
         },
     )
     subgroup_rejection: bool = field(
