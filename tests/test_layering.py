@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("treepo_config",),
     ("turn_checks",),
     ("policy", "metrics", "tree_log", "prompt_stream", "checks", "reward_watch"),
-    ("tree_batch", "resume_point", "width_schedule"),
+    ("tree_batch", "resume_point", "width_schedule", "viewer"),
     ("trainer_turns",),
     ("batch_sampler",),
     ("dynamic_sampling",),
@@ -43,6 +43,7 @@ HEAVY_ALLOWED = {
     "engines.vllm": {"vllm", "numpy"},
     "update.advantages": {"torch"},
     "update.packing": {"torch", "numpy"},
+    "viewer": set(),
 }
 
 
