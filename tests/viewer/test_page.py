@@ -45,8 +45,25 @@ def packed(*runs: Path, text: Any = decode) -> tuple[Iterator[bytes], Index]:
 
 def open_page(browser: Chrome, path: Path, *runs: Path, text: Any = decode) -> None:
     write_page(path, *packed(*runs, text=text))
-    browser.get(path.as_uri())
+    load(browser, path.as_uri())
+
+
+def load(browser: Chrome, url: str) -> None:
+    """Open a page, and wait for its first tree and for the frame in which it gets its final size."""
+    browser.get(url)
     wait_for(browser, "document.querySelector('.node.selected')")
+    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+
+
+def attributes(browser: Chrome, selector: str, name: str) -> list[str]:
+    """An attribute of all elements, read at one time: the page may draw them anew at any other."""
+    script = "return [...document.querySelectorAll(arguments[0])].map((each) => each.getAttribute(arguments[1]))"
+    return browser.execute_script(script, selector, name)
+
+
+def texts(browser: Chrome, selector: str) -> list[str]:
+    script = "return [...document.querySelectorAll(arguments[0])].map((each) => each.textContent)"
+    return browser.execute_script(script, selector)
 
 
 @pytest.fixture
@@ -67,20 +84,20 @@ def press(browser: Chrome, *keys: str) -> None:
 
 
 def heading(browser: Chrome, pane: int = 0) -> str:
-    return browser.find_elements(By.CSS_SELECTOR, ".pane h2")[pane].text
+    return texts(browser, ".pane h2")[pane]
 
 
 def selected(browser: Chrome) -> int:
-    return int(browser.find_element(By.CSS_SELECTOR, ".node.selected").get_attribute("data-node"))
+    return int(attributes(browser, ".node.selected", "data-node")[0])
 
 
 def listed(browser: Chrome) -> list[int]:
-    return [int(row.get_attribute("data-tree")) for row in browser.find_elements(By.CSS_SELECTOR, ".row[data-tree]")]
+    return [int(number) for number in attributes(browser, ".row[data-tree]", "data-tree")]
 
 
 def segment_texts(browser: Chrome) -> list[str]:
-    """Texts of the path's segments, the prompt first, as they stand in the page."""
-    return [each.get_attribute("textContent") for each in browser.find_elements(By.CSS_SELECTOR, ".segment pre")]
+    """Texts of the path's segments, the prompt first."""
+    return texts(browser, ".segment pre")
 
 
 def search(browser: Chrome, text: str, expected: list[int]) -> None:
@@ -114,19 +131,17 @@ def test_every_node_is_drawn_as_long_as_its_tokens_and_as_high_as_its_leaves(pag
 def test_the_path_is_shown_with_its_values_and_its_end(page: Chrome) -> None:
     assert "step 0 · prompt 0" in heading(page)
     assert segment_texts(page) == ["Question 0", "Let us see:", " it is 12."]
-    facts = [each.text for each in page.find_elements(By.CSS_SELECTOR, ".segment .quiet")]
-    assert facts == [
+    assert texts(page, ".segment .quiet") == [
         "prompt",
-        "segment 1 · 2 tokens · 2 leaves below · value 0.5 · advantage below 0 · entropy 1.25 · log-probability -1",
+        "segment 1 · 2 tokens · 2 leaves below · value 0.5 · mean advantage 0 · entropy 1.25 · log-probability -1",
         "segment 2 · 2 tokens · reward 1 · advantage 0.5 · entropy 0.5 · log-probability -1.5",
     ]
-    assert page.find_element(By.CSS_SELECTOR, ".end").text == "Ended: stop (an end token)."
+    assert texts(page, ".end")[0] == "Ended: stop (an end token)."
 
 
 def test_colours_follow_values(page: Chrome) -> None:
     def fills() -> dict[str, str]:
-        nodes = page.find_elements(By.CSS_SELECTOR, ".node")
-        return {each.get_attribute("data-node"): each.get_attribute("fill") for each in nodes}
+        return dict(zip(attributes(page, ".node", "data-node"), attributes(page, ".node", "fill"), strict=True))
 
     value = fills()
     assert value["1"] != value["2"], "rewards 1 and 0"
@@ -145,13 +160,9 @@ def test_fallbacks_and_answers_of_tools_are_marked(browser: Chrome, tmp_path: Pa
     assert not list(trees)
     view["nodes"][0]["is_sampled"] = False
     write_page(tmp_path / "trees.html", [gzip.compress(json.dumps(view).encode())], index)
-    browser.get((tmp_path / "trees.html").as_uri())
-    wait_for(browser, "document.querySelector('.node.selected')")
-    marked = {
-        name: [each.get_attribute("data-node") for each in browser.find_elements(By.CSS_SELECTOR, f".node.{name}")]
-        for name in ("fallback", "given")
-    }
-    assert marked == {"fallback": ["3", "4"], "given": ["0"]}
+    load(browser, (tmp_path / "trees.html").as_uri())
+    assert attributes(browser, ".node.fallback", "data-node") == ["3", "4"]
+    assert attributes(browser, ".node.given", "data-node") == ["0"]
     assert "not sampled" in browser.find_element(By.ID, "path").text
 
 
@@ -165,7 +176,7 @@ def test_arrows_walk_the_tree(page: Chrome) -> None:
         walked.append(selected(page))
     assert walked == [1, 2, 4, 4, 3, 0, 1]
     press(page, Keys.ARROW_LEFT)
-    assert page.find_element(By.CSS_SELECTOR, ".end").text == "Goes on in 2 segments."
+    assert texts(page, ".end")[0] == "Goes on in 2 segments."
 
 
 def test_keys_go_to_other_prompts(page: Chrome) -> None:
@@ -194,7 +205,7 @@ def test_search_reads_prompts_and_completions(page: Chrome) -> None:
     search(page, "question 2", [2])
     search(page, "SEE: THIRTEEN", [0, 1, 2, 3])  # it runs over two segments
     wait_for(page, "document.querySelector('.node.found')")
-    assert [each.get_attribute("data-node") for each in page.find_elements(By.CSS_SELECTOR, ".node.found")] == ["2"]
+    assert attributes(page, ".node.found", "data-node") == ["2"]
     assert selected(page) == 2
     search(page, "no such text", [])
     search(page, "wrong", [0, 1, 2, 3])
@@ -211,15 +222,10 @@ def test_two_runs_stand_side_by_side(browser: Chrome, tmp_path: Path, run: Path)
     assert f"{run} · step 0 · prompt 0" in heading(browser, 0)
     assert f"{other} · step 0 · prompt 0" in heading(browser, 1)
     press(browser, "x", Keys.ARROW_DOWN)
-    assert [selected_in(browser, pane) for pane in (0, 1)] == ["1", "2"]
+    assert attributes(browser, ".node.selected", "data-node") == ["1", "2"]
     press(browser, "n")
     wait_for(browser, "document.querySelector('.row.current').dataset.tree === '1'")
     assert f"{other} · step 0 · prompt 1" in heading(browser, 1)
-
-
-def selected_in(browser: Chrome, pane: int) -> str | None:
-    element = browser.find_elements(By.CSS_SELECTOR, ".pane")[pane]
-    return element.find_element(By.CSS_SELECTOR, ".node.selected").get_attribute("data-node")
 
 
 def test_two_steps_stand_side_by_side(page: Chrome) -> None:
@@ -263,7 +269,7 @@ def test_what_a_model_writes_stays_text(browser: Chrome, tmp_path: Path, outside
     run = run_folder(tmp_path / "run", {0: REWARDS[:1]}, note=f" {evil}")
     open_page(browser, tmp_path / "trees.html", run, text=lambda ids: evil * len(ids))
     assert segment_texts(browser) == [f"Question 0 {evil}", evil * 2, evil * 2]
-    assert evil in browser.find_element(By.CSS_SELECTOR, ".row[data-tree]").text
+    assert evil in texts(browser, ".row[data-tree]")[0]
     assert browser.title == f"Trees of {run}"
     assert browser.find_elements(By.TAG_NAME, "img") == []
     assert asked == []
@@ -273,8 +279,7 @@ def test_the_policy_lets_nothing_out(page: Chrome, tmp_path: Path, outside: tupl
     url, asked = outside
     assert urllib.request.urlopen(f"{url}/check").status == 204
     requested_urls(page)
-    page.refresh()
-    wait_for(page, "document.querySelector('.node.selected')")
+    load(page, (tmp_path / "trees.html").as_uri())
     press(page, "n")
     wait_for(page, "document.querySelector('.row.current').dataset.tree === '1'")
     assert requested_urls(page) == [(tmp_path / "trees.html").as_uri()]
@@ -294,8 +299,7 @@ def test_the_page_of_the_server_is_the_same(browser: Chrome, run: Path) -> None:
     thread.start()
     try:
         requested_urls(browser)
-        browser.get(server.url)
-        wait_for(browser, "document.querySelector('.node.selected')")
+        load(browser, server.url)
         assert len(browser.find_elements(By.CSS_SELECTOR, ".node")) == NODES
         search(browser, "question 3", [])
         search(browser, "question 1", [1])

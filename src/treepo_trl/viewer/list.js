@@ -76,14 +76,13 @@ function outcome(rewards, [low, high]) {
 /** Items of the list: a head for each step, then its trees. */
 function listItems(index, numbers) {
   const items = [];
-  let name = null;
+  let head = null;
   for (const number of numbers) {
     const summary = index.trees[number];
     const group = groupName(index, summary);
-    if (group !== name) items.push({ head: group, summaries: [] });
-    name = group;
+    if (head?.head !== group) items.push((head = { head: group, summaries: [] }));
+    head.summaries.push(summary);
     items.push({ number });
-    items.findLast((item) => item.head).summaries.push(summary);
   }
   return items;
 }

@@ -35,7 +35,7 @@ function listRow(item) {
   row.title = `${summary.leaves} leaves, ${summary.tokens} tokens, mean reward ${shownNumber(meanReward(rewards))}`;
   row.dataset.tree = item.number;
   row.classList.toggle("current", item.number === state.current);
-  row.append(make("div", "", `${summary.number}  ${summary.prompt}`), bar);
+  row.append(make("div", "", make("span", "quiet", `#${summary.number} `), summary.prompt), bar);
   row.addEventListener("click", () => open(item.number));
   return row;
 }
@@ -107,6 +107,7 @@ async function open(number) {
   const item = list.items.findIndex((each) => each.number === number);
   list.show(Math.max(0, item));
   draw();
+  performance.mark("tree"); // for benchmarks and a browser's own tools
 }
 
 function firstLeaf(number, tree) {
@@ -147,7 +148,8 @@ function drawLegend() {
   }
   const bar = make("i");
   bar.style.backgroundImage = `linear-gradient(90deg, ${[0, 0.5, 1].map(paint).join(", ")})`;
-  byId("legend").replaceChildren(shownNumber(range[0]), bar, shownNumber(range[1]), explained);
+  const [low, high] = range.map((value) => make("span", "", shownNumber(value)));
+  byId("legend").replaceChildren(low, bar, high, make("span", "", explained));
 }
 
 function select(active, node) {

@@ -32,9 +32,9 @@ function marked(text, query) {
 
 function facts(node) {
   const found = [`${node.tokens} tokens`];
-  if (node.children.length) found.push(`${node.leaves} leaves below`);
+  if (node.children.length) found.push(`${node.leaves} ${node.leaves === 1 ? "leaf" : "leaves"} below`);
   if (isKnown(node.value)) found.push(`${node.children.length ? "value" : "reward"} ${shownNumber(node.value)}`);
-  if (isKnown(node.advantage)) found.push(`advantage ${node.children.length ? "below " : ""}${shownNumber(node.advantage)}`);
+  if (isKnown(node.advantage)) found.push(`${node.children.length ? "mean " : ""}advantage ${shownNumber(node.advantage)}`);
   if (isKnown(node.weight)) found.push(`weight ${shownNumber(node.weight)}`);
   if (isKnown(node.entropy)) found.push(`entropy ${shownNumber(node.entropy)}`);
   if (isKnown(node.logprob)) found.push(`log-probability ${shownNumber(node.logprob)}`);

@@ -20,7 +20,11 @@ class TreeServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, port: int, trees: Iterable[bytes], index: Index) -> None:
-        super().__init__((_HOST, port), _Handler)  # first: a port that is taken is said before the trees are read
+        try:  # first: a port that is taken is said before the trees are read
+            super().__init__((_HOST, port), _Handler)
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(f"`--port {port}` cannot be had: {reason}. Name another, or none for a free one.") from error
         self.secret = secrets.token_urlsafe(12)  # other users of this machine reach the port too
         try:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115  # it is closed with the server
@@ -111,8 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
         if host not in (_HOST, "localhost"):  # a name of another site that leads to this machine
             return "Open the address that the command has printed."
         origin = self.headers.get("Origin")
-        site = self.headers.get("Sec-Fetch-Site", "none")
-        if (origin is not None and origin.partition("://")[2] != self.headers.get("Host")) or site == "cross-site":
+        is_link = self.headers.get("Sec-Fetch-Mode", "navigate") == "navigate"  # in a notebook, for example
+        is_own = self.headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
+        if (origin is not None and origin.partition("://")[2] != self.headers.get("Host")) or not (is_own or is_link):
             return "Another page asks for the trees."
         return None
 

@@ -69,7 +69,7 @@ function shape(name, attributes) {
 
 /** Draws a tree into a box; tokens up to `end` have room. */
 function drawTree(box, tree, end, colourOf, found) {
-  const unit = Math.min(34, Math.max(9, Math.floor((box.clientHeight - 4) / tree.leaves)));
+  const unit = Math.min(48, Math.max(9, Math.floor((box.clientHeight - 4) / tree.leaves)));
   const width = Math.max(360, box.clientWidth - 4);
   const perToken = (width - PROMPT_WIDTH - LABEL_WIDTH) / end;
   const svg = shape("svg", { width, height: unit * tree.leaves, role: "img", "aria-label": "Tree of the segments" });
