@@ -14,7 +14,7 @@ from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.common.by import By
 
 from tests.support.browser import requested_urls, wait_for
-from tests.support.tree_logs import logged_line, small_tree, write_run
+from tests.support.tree_logs import logged_line, sampled_line, small_tree, write_lines, write_run
 from treepo_trl.commands.view import write_page
 from treepo_trl.viewer import Index, find_sources, make_server, packed_trees
 
@@ -166,6 +166,18 @@ def test_fallbacks_and_answers_of_tools_are_marked(browser: Chrome, tmp_path: Pa
     assert "not sampled" in browser.find_element(By.ID, "path").text
 
 
+def test_trees_without_rewards(browser: Chrome, tmp_path: Path) -> None:
+    lines = [sampled_line(small_tree(i), f"Question {i}", ["", "", ""], index=i) for i in range(2)]
+    open_page(browser, tmp_path / "trees.html", write_lines(tmp_path / "trees.jsonl", lines))
+    assert attributes(browser, "#colours [aria-pressed=true]", "data-name") == ["logprob"]
+    assert "weight 0.5" in texts(browser, ".segment.selected .quiet")[0]
+    assert listed(browser) == [0, 1]
+    page_texts = texts(browser, "body > :not(script)")
+    assert [word for word in ("NaN", "Infinity", "undefined", "null") if word in "".join(page_texts)] == []
+    browser.find_element(By.CSS_SELECTOR, '[data-name="mixed"]').click()
+    assert listed(browser) == []
+
+
 # Walking, filters, search
 
 
@@ -219,13 +231,13 @@ def test_two_runs_stand_side_by_side(browser: Chrome, tmp_path: Path, run: Path)
     other = run_folder(tmp_path / "other", {0: [REWARDS[1], REWARDS[1]], 5: [REWARDS[1]]})
     open_page(browser, tmp_path / "trees.html", run, other)
     assert len(browser.find_elements(By.CSS_SELECTOR, ".node")) == 2 * NODES
-    assert f"{run} · step 0 · prompt 0" in heading(browser, 0)
-    assert f"{other} · step 0 · prompt 0" in heading(browser, 1)
+    assert f"step 0 · {run} · prompt 0" in heading(browser, 0)
+    assert f"step 0 · {other} · prompt 0" in heading(browser, 1)
     press(browser, "x", Keys.ARROW_DOWN)
     assert attributes(browser, ".node.selected", "data-node") == ["1", "2"]
     press(browser, "n")
     wait_for(browser, "document.querySelector('.row.current').dataset.tree === '1'")
-    assert f"{other} · step 0 · prompt 1" in heading(browser, 1)
+    assert f"step 0 · {other} · prompt 1" in heading(browser, 1)
 
 
 def test_two_steps_stand_side_by_side(page: Chrome) -> None:

@@ -41,10 +41,10 @@ class List {
   }
 }
 
-/** Where a tree is from: its run, if there are several, and its step. */
+/** Where a tree is from: its step, and its run if there are several. */
 function groupName(index, { source, step }) {
-  const parts = index.sources.length > 1 ? [index.sources[source]] : [];
-  if (step !== null) parts.push(`step ${step}`);
+  const parts = step === null ? [] : [`step ${step}`];
+  if (index.sources.length > 1) parts.push(index.sources[source]);
   return parts.join(" · ") || "prompts";
 }
 

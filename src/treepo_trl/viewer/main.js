@@ -28,7 +28,8 @@ function listRow(item) {
   const rewards = item.head ? mergedRewards(item.summaries) : index.trees[item.number].rewards;
   bar.style.backgroundImage = rewardGradient(rewards, rewardRange);
   if (item.head) {
-    row.append(make("div", "", item.head, make("span", "", ` mean reward ${shownNumber(meanReward(rewards))}`)), bar);
+    const mean = make("span", "quiet", `mean reward ${shownNumber(meanReward(rewards))}`);
+    row.append(make("div", "", make("span", "", item.head), mean), bar);
     return row;
   }
   const summary = index.trees[item.number];
@@ -108,6 +109,14 @@ async function open(number) {
   list.show(Math.max(0, item));
   draw();
   performance.mark("tree"); // for benchmarks and a browser's own tools
+  requestAnimationFrame(() => setTimeout(loadNeighbours));
+}
+
+/** Reads the trees of the next and the previous prompt, so that they are there when they are asked for. */
+function loadNeighbours() {
+  const at = state.numbers.indexOf(state.current);
+  const numbers = [state.numbers[at + 1], state.numbers[at - 1]].filter(isKnown);
+  for (const number of numbers) loadTree(number).catch(() => {}); // it is tried again, and said, when it is opened
 }
 
 function firstLeaf(number, tree) {
@@ -133,7 +142,7 @@ function draw() {
     pane.title = `${treeName(index, summary)}${isOther}`;
     pane.element.querySelector("h2").textContent = `${pane.title} · ${summary.leaves} leaves · ${rewards}`;
     drawTree(pane.box, pane.tree, end, state.painter.colourOf, new Set(state.found?.get(pane.number)));
-    markPath(pane.tree, pane.node);
+    if (pane !== panes[state.active]) markPath(pane.tree, pane.node);
   }
   drawLegend();
   select(state.active, panes[state.active].node);

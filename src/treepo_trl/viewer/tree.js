@@ -104,8 +104,9 @@ function leafLabel(node, x, unit) {
 
 /** Marks the path to a node in a drawn tree and brings the node into view. */
 function markPath(tree, node) {
-  for (const each of tree.nodes) each.rect.classList.remove("on-path", "selected");
-  for (const each of pathTo(tree, node)) each.rect.classList.add("on-path");
+  for (const each of tree.marked ?? []) each.rect.classList.remove("on-path", "selected");
+  tree.marked = pathTo(tree, node);
+  for (const each of tree.marked) each.rect.classList.add("on-path");
   node.rect.classList.add("selected");
   node.rect.scrollIntoView({ block: "nearest", inline: "nearest" });
 }
