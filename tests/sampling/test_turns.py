@@ -141,6 +141,36 @@ def test_paths_part_at_the_prompt_alone_where_they_may_not_branch() -> None:
         assert all(len(node.children) <= 1 for node in tree.nodes)
 
 
+@pytest.mark.parametrize("policy", ["random", "low_prob"])
+def test_nor_do_they_part_where_a_budget_leaves_a_tree_fewer_paths_at_first(policy: str) -> None:
+    """60 tokens are 2 segments of 30, so a tree starts with 2 of 8 paths; further ones begin at the prompt too."""
+    changes = {"max_tree_tokens": 60, "segment_length": 30, "fallback_policy": policy}
+    for tree in sample(Turns(branches=False), 1, 0.3, **changes):
+        assert all(len(node.children) <= 1 for node in tree.nodes)
+        assert len(tree.leaves) > 2
+
+
+def test_what_a_path_still_needs_is_counted_in_sampled_tokens() -> None:
+    """
+    4 of 16 expected tokens are sampled, and an answer of 8 stands behind them: 12 are left, of which a budget of
+    32 - 4 pays for two paths. With the answer there would be 4 left, and 28 / 4 = 7 paths be opened.
+    """
+
+    class Told(Turns):
+        def begin(self, end: TurnEnd) -> Pending | None:
+            pending = super().begin(end)
+            if pending is not None:
+                pending.length = 8
+            return pending
+
+    shape = {"max_tree_tokens": 32, "expected_completion_length": 16, "fallback_policy": "none"}
+    shape |= {"initial_branching_factor": 1, "branching_factor": 8}
+    config = make_config(8, max_completion_length=32, segment_length=4, stop_repetition=False, **shape)
+    engine = ScriptedEngine([[5, 6, 7, EOS]] + [[8, EOS]] * 8)
+    (tree,) = TreeSampler(engine, config, [EOS]).sample([[1]], 0, turns=Told(most=1))
+    assert len(tree.leaves) == 2
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 10**6), st.sampled_from(["random", "low_prob"]), st.sampled_from(["finished", "all"]))
 def test_no_fallback_starts_at_a_call(seed: int, policy: Any, candidates: Any) -> None:

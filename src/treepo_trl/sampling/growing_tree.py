@@ -83,11 +83,16 @@ class GrowingTree:
         initial = draw_initial_branching(config.first_width, config.num_generations, self.rng)
         if self.widths is not None:
             initial = min(max(self._rounded(self.widths[0]), 2), config.num_generations)
-        if self.turns is not None and not self.turns.may_branch(self.index):
+        if not self._may_branch:
             initial = config.num_generations
         if config.max_tree_tokens is not None:
-            initial = max(min(initial, config.max_tree_tokens // self._expected_rest(0)), 1)
+            initial = max(min(initial, config.max_tree_tokens // self._expected_rest(None)), 1)
         self._ask_for([None] * initial)
+
+    @property
+    def _may_branch(self) -> bool:
+        """Whether paths may part behind the prompt."""
+        return self.turns is None or self.turns.may_branch(self.index)
 
     def take(self) -> tuple[int, list[int], int]:
         """Position, tokens to continue, and longest length of the next segment of the level to be sampled."""
@@ -209,8 +214,8 @@ class GrowingTree:
     def _level_size(self, live: list[int], num_finished_now: int) -> int:
         """Segments of the next level, at least one for each live path."""
         config, nodes, num_finished = self.rules.config, self.tree.nodes, len(self.tree.leaves)
-        if self.num_fallback_leaves:
-            return len(live)  # each of these paths stands for one missing leaf
+        if self.num_fallback_leaves or not self._may_branch:
+            return len(live)  # each of these paths stands for one leaf
         size = config.num_generations - num_finished
         if self.widths is not None:
             width = self.widths[min(nodes[live[0]].depth + 1, len(self.widths) - 1)]
@@ -224,7 +229,7 @@ class GrowingTree:
             end = min(nodes[node].sampled_end for node in live) + self._segment_length
             size = min(budget, scheduled_width(end, expected, config.num_generations) - num_finished)
         if config.max_tree_tokens is not None:
-            size = min(size, self._tokens_left() // max(self._expected_rest(nodes[node].end) for node in live))
+            size = min(size, self._tokens_left() // max(self._expected_rest(node) for node in live))
         return max(size, len(live))
 
     def _ask_for(self, parents: list[int | None]) -> None:
@@ -244,14 +249,14 @@ class GrowingTree:
             self.tree,
             num_missing,
             config.branching_factor,
-            config.fallback_policy,
+            "root" if config.fallback_policy != "none" and not self._may_branch else config.fallback_policy,
             self.rng,
             config.fallback_candidates,
         )
         if config.max_tree_tokens is not None:
             left, affordable = self._tokens_left(), 0
             for stem in stems:
-                left -= self._expected_rest(self._end(stem))
+                left -= self._expected_rest(stem)
                 affordable += left >= 0
             stems = stems[:affordable]
         self.num_fallback_leaves += len(stems)
@@ -282,12 +287,14 @@ class GrowingTree:
         assert segment_length is not None, "set by the config"
         return segment_length
 
-    def _expected_rest(self, end: int) -> int:
-        """Tokens that a path of `end` tokens can be expected to need still."""
-        if self.tree.leaves:
-            rest = sum(self.tree.nodes[leaf].end for leaf in self.tree.leaves) // len(self.tree.leaves) - end
+    def _expected_rest(self, node: int | None) -> int:
+        """Tokens that can be expected to be sampled still on a path that ends at a node; answers cost nothing."""
+        nodes, leaves = self.tree.nodes, self.tree.leaves
+        sampled = 0 if node is None else nodes[node].sampled_end
+        if leaves:
+            rest = sum(nodes[leaf].sampled_end for leaf in leaves) // len(leaves) - sampled
         elif self.expected_length is not None:
-            rest = self.expected_length - end
+            rest = self.expected_length - sampled
         else:
-            rest = end + self._segment_length  # as long again as so far
-        return min(max(rest, self._segment_length), max(self.max_length - end, 1))
+            rest = sampled + self._segment_length  # as long again as so far
+        return min(max(rest, self._segment_length), max(self.max_length - self._end(node), 1))
