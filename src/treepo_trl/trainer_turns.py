@@ -22,7 +22,7 @@ from .trl_seams import environment_pools
 from .turns import EnvironmentPool, EnvironmentTree, ToolRunner, ToolTurns, forking_of
 from .turns.conversations import Conversation, Rows
 from .turns.environments import Forking, ForkingCounts
-from .turns.tool_runner import Tool, tools_by_name
+from .turns.tool_runner import Tool, public_methods, tools_by_name
 
 
 logger = get_logger(__name__)
@@ -101,7 +101,7 @@ class TrainerTurns:
 
     def _forking(self, environment: type) -> Forking:
         forking = forking_of(environment, self._args.environment_forking)
-        if forking == "none" and self._args.environment_forking == "auto":
+        if forking == "none" and self._args.environment_forking == "auto" and public_methods(environment):
             logger.warning(
                 f"{environment.__name__} has no `_fork`: the paths of a tree share its prompt alone, and each has an "
                 "environment of its own. Define `_fork(self)`, which returns a copy in the same state, or set "

@@ -105,7 +105,7 @@ class ToolTurns:
     def may_branch(self, index: int) -> bool:
         """Not where a path cannot be given an environment in the state of its prefix."""
         environment = self.conversations[index].environment
-        return environment is None or environment.forking != "none"
+        return environment is None or environment.can_part
 
     def begin(self, end: TurnEnd) -> _Pending:
         """Start the calls of a turn."""

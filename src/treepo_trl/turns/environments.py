@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, cast
 from treepo_trl.sampling.nodes import Message
 from treepo_trl.sampling.tree import SegmentTree
 
-from .tool_runner import CallResults, Tool, ToolRunner, public_methods, tools_by_name
+from .tool_runner import CallResults, EnvironmentLostError, Tool, ToolRunner, public_methods, tools_by_name
 
 
 EnvironmentForking = Literal["auto", "none", "deepcopy", "replay"]
@@ -66,6 +66,8 @@ class Execution:
     """Before the calls."""
     calls: Sequence[Message]
     found: CallResults
+    texts: Sequence[str]
+    """What was answered then: a result may be an object that later calls change."""
     environment: Environment
     """After the calls."""
 
@@ -93,7 +95,13 @@ class EnvironmentPool:
             environment = self._idle.pop() if self._idle else None
         if environment is None:
             environment = self._factory()
-        return environment, environment.reset(**kwargs)
+        return environment, environment.reset(**copy.deepcopy(dict(kwargs)))  # it may use its row up
+
+    def count(self, forks: int = 0, replayed_calls: int = 0) -> None:
+        """Count what was done in threads."""
+        with self._lock:
+            self.counts.num_forks += forks
+            self.counts.num_replayed_calls += replayed_calls
 
     def release(self, environment: Environment) -> None:
         """Take an environment back."""
@@ -127,13 +135,18 @@ class EnvironmentTree:
     _executed: dict[int, Execution] = field(default_factory=dict[int, Execution])
     """Segment -> its calls on the environment."""
     _lost: set[int] = field(default_factory=set[int])
+    _unknown: set[State] = field(default_factory=set[State])
+    """States that were lost when they were replayed."""
     _pooled: list[Environment] = field(default_factory=list[Environment])
     _copies: list[Environment] = field(default_factory=list[Environment])
     _busy: list[Environment] = field(default_factory=list[Environment])
     """In a call, or left in one."""
     _spare: list[Environment] = field(default_factory=list[Environment])
     """After the reset, and nobody's yet."""
-    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    """Never held while code of an environment runs, which may take its time."""
+    _forked: dict[State, threading.Lock] = field(default_factory=dict[State, threading.Lock])
+    """An environment is forked by one thread at a time."""
     _methods: Collection[str] = ()
 
     def observation(self, kwargs: Mapping[str, object]) -> object:
@@ -145,6 +158,11 @@ class EnvironmentTree:
             self._instances[()] = environment
             self._methods = public_methods(type(environment))
         return copy.deepcopy(self._observation)
+
+    @property
+    def can_part(self) -> bool:
+        """Whether paths may part behind the prompt: each gets a state of its own, or there is nothing to change."""
+        return self.forking != "none" or not self._methods
 
     def is_called(self, calls: Sequence[Message]) -> bool:
         """Whether some of the calls are on the environment."""
@@ -164,29 +182,47 @@ class EnvironmentTree:
             RandomResetError: if a fresh environment has another task.
         """
         environment = self._to_change(state)
+        found = self._run(environment, calls, tools_by_name(self.standalone, environment))
+        return Execution(state, calls, found, [str(value) for _, value in found.results], environment)
+
+    def _run(self, environment: Environment, calls: Sequence[Message], tools: Mapping[str, Tool]) -> CallResults:
+        """Run calls on an environment. It stays busy if one is given up: nobody knows what goes on in it."""
         with self._lock:
             self._busy.append(environment)
-        found = self.runner.run(calls, tools_by_name(self.standalone, environment), self._methods)
+        found = self.runner.run(calls, tools, self._methods)
         with self._lock:
             self._busy = [each for each in self._busy if each is not environment]
-        return Execution(state, calls, found, environment)
+        return found
 
     def _to_change(self, state: State) -> Environment:
         """An environment in a state that nobody else has."""
+        if self.forking in ("fork", "deepcopy"):
+            return self._copy_of(state)
         with self._lock:
-            if self.forking in ("fork", "deepcopy"):
-                return self._copy_of(self._instances[state])
-            if state in self._instances:
-                return self._instances.pop(state)
-        return self._replayed(state)
+            environment = self._instances.pop(state, None)
+        return self._replayed(state) if environment is None else environment
 
-    def _copy_of(self, environment: Environment) -> Environment:
-        self.pool.counts.num_forks += 1
-        if self.forking == "fork":
-            made = cast(Environment, cast(Any, environment)._fork())
-        else:
-            made = copy.deepcopy(environment)
-        self._copies.append(made)
+    def _copy_of(self, state: State) -> Environment:
+        """
+        A fork or a copy of the environment in a state.
+
+        Raises:
+            TypeError: if the author's method has not returned another environment of the class.
+        """
+        with self._lock:
+            environment, turn = self._instances[state], self._forked.setdefault(state, threading.Lock())
+        with turn:
+            is_fork = self.forking == "fork"
+            made = cast(Any, environment)._fork() if is_fork else copy.deepcopy(environment)
+        if made is environment or type(made) is not type(environment):
+            name = type(environment).__name__
+            raise TypeError(
+                f"`{'_fork' if is_fork else '__deepcopy__'}` of {name} has returned "
+                f"{'itself' if made is environment else repr(made)}. Return another {name} in the same state."
+            )
+        self.pool.count(forks=1)
+        with self._lock:
+            self._copies.append(made)
         return made
 
     def _replayed(self, state: State) -> Environment:
@@ -197,16 +233,17 @@ class EnvironmentTree:
         tools = tools_by_name((), environment)
         for node in state:
             before = self._executed[node]
-            pairs = zip(before.calls, before.found.results, strict=True)
-            wanted = [(call, answer) for call, (_, answer) in pairs if self.is_called([call])]
-            found = self.runner.run([call for call, _ in wanted], tools, self._methods)
-            self.pool.counts.num_replayed_calls += len(wanted)
+            pairs = zip(before.calls, before.texts, strict=True)
+            wanted = [(call, text) for call, text in pairs if self.is_called([call])]
+            found = self._run(environment, [call for call, _ in wanted], tools)
+            self.pool.count(replayed_calls=len(wanted))
             for (call, then), (_, now) in zip(wanted, found.results, strict=True):
-                if str(now) != str(then):
+                if str(now) != then:
                     raise EnvironmentReplayError(
                         f"The call {call['function']} was run again on a fresh {type(environment).__name__}, and it "
-                        f"answered {now!r}; before it was {then!r}. `environment_forking='replay'` needs environments "
-                        "that repeat themselves: take the seed of what is random from the example, or define `_fork`."
+                        f"answered {str(now)!r}; before it was {then!r}. `environment_forking='replay'` needs "
+                        "environments that repeat themselves: take the seed of what is random from the example, or "
+                        "define `_fork`."
                     )
         return environment
 
@@ -217,9 +254,7 @@ class EnvironmentTree:
         Raises:
             RandomResetError: if its observation is another one.
         """
-        environment, observation = self.pool.acquire(self._kwargs)
-        with self._lock:
-            self._pooled.append(environment)
+        environment, observation = self._reset_again()
         if str(observation) != str(self._observation):
             raise RandomResetError(
                 f"`reset` of {type(environment).__name__} gave {observation!r}, and {self._observation!r} before with "
@@ -228,9 +263,15 @@ class EnvironmentTree:
             )
         return environment
 
+    def _reset_again(self) -> tuple[Environment, object]:
+        environment, observation = self.pool.acquire(self._kwargs)
+        with self._lock:
+            self._pooled.append(environment)
+        return environment, observation
+
     def check_reset(self) -> None:
         """Raise `RandomResetError` unless a second reset repeats the first, if paths need one."""
-        if self.forking in ("replay", "none"):
+        if self._methods and self.forking in ("replay", "none"):
             self._spare.append(self._fresh())
 
     def keep(self, node: int, execution: Execution) -> None:
@@ -249,15 +290,24 @@ class EnvironmentTree:
         """
         The environment at the end of a path. Leaves in one state share it.
 
-        Where it was lost, a fresh one, so that reward functions find something; the leaf has no reward.
+        Where it was lost, a fresh one, so that reward functions find something: the leaf ends by "timeout" and has no
+        reward.
         """
         state = self.state_of(tree, leaf)
-        if self._lost.intersection(state):
-            return self._fresh()
         with self._lock:
             environment = self._instances.get(state)
         if environment is None:
-            environment = self._instances[state] = self._replayed(state)
+            try:
+                if self._lost.intersection(state):
+                    raise EnvironmentLostError
+                environment = self._replayed(state)
+            except EnvironmentLostError:
+                environment, _ = self._reset_again()
+                self._unknown.add(state)
+            with self._lock:
+                self._instances[state] = environment
+        if state in self._unknown:
+            tree.nodes[leaf].finish_reason = "timeout"
         return environment
 
     def release(self, is_failed: bool = False) -> None:
