@@ -5,6 +5,7 @@ import logging
 import sqlite3
 import threading
 import time
+from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
@@ -132,6 +133,60 @@ def test_a_tool_that_needs_the_main_thread() -> None:
     threads.end()
     here = ToolRunner(0)
     assert here.submit(lambda: here.run(wanted, tools)).result(0).results == [("look_up", [(1,)])]
+
+
+@pytest.mark.parametrize("has_worked", [False, True])
+def test_words_of_the_model_are_no_proof_of_that(has_worked: bool) -> None:
+    """An error may repeat what the model asked for; and what has worked in a thread works in threads."""
+
+    def search(text: str) -> str:
+        if text == "signal":
+            raise ValueError("signal only works in main thread of the main interpreter")
+        if text != "cats":
+            raise ValueError(f"nothing found for {text}")
+        return "found"
+
+    runner = ToolRunner(2)
+    asked = ["cats", "signal"] if has_worked else ["the main thread of a story"]
+    found = [runner.run(calls(("search", {"text": text})), {"search": search}).results[0][1] for text in asked]
+    assert "error" in found[-1]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_turn_that_is_given_up_runs_none_of_its_further_calls(is_async: bool) -> None:
+    running, go, ran = threading.Event(), threading.Event(), []
+
+    def hang() -> None:
+        running.set()
+        go.wait(20)
+
+    async def hang_async() -> None:
+        running.set()
+        await asyncio.sleep(20)
+
+    async def note_async() -> None:
+        ran.append("async")
+
+    tools = {"hang": hang_async if is_async else hang, "note": lambda: ran.append("sync"), "note_async": note_async}
+    runner = ToolRunner(2)
+    future = runner.submit(
+        lambda: runner.run(calls(("hang", {}), ("note", {}), ("note_async", {}), ("note", {})), tools)
+    )
+    assert running.wait(20)
+    threading.Timer(0.05, go.set).start()
+    assert runner.end()
+    assert ran == []
+    with pytest.raises(CancelledError):
+        future.result(0)
+    assert runner.run(calls(("note", {})), tools).num_failures == 0  # later ones run
+
+
+def test_an_asynchronous_tool_that_cancels_itself() -> None:
+    async def give_up() -> None:
+        raise asyncio.CancelledError
+
+    found = ToolRunner(1).run(calls(("give_up", {}), ("add", {"a": 1, "b": 2})), {"give_up": give_up, "add": add})
+    assert found.results == [("give_up", {"error": "The tool was cancelled."}), ("add", 3)]
 
 
 # Threads

@@ -5,7 +5,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -61,16 +61,37 @@ class ToolRunner:
         self._timeout = timeout
         self._loop = loop
         self._told: set[str] = set()
+        self._worked: set[str] = set()
         self._awaited: set[Future[list[object]]] = set()
+        self._num_ends = 0
+        self._ends_before = threading.local()  # of the work that a thread does
         self._lock = threading.Lock()
 
     def submit(self, work: Callable[[], T]) -> "Future[T]":
         """Run something beside the sampler."""
-        return self._workers.submit(work)
+        num_ends = self._num_ends
+
+        def run() -> T:
+            self._ends_before.count = num_ends
+            try:
+                return work()
+            finally:
+                del self._ends_before.count
+
+        return self._workers.submit(run)
+
+    def _check_wanted(self) -> None:
+        """
+        Raises:
+            CancelledError: if this thread does what was submitted before the last `end`.
+        """
+        if getattr(self._ends_before, "count", self._num_ends) != self._num_ends:
+            raise CancelledError
 
     def end(self) -> bool:
         """Cancel what waits and end the threads, after a few seconds for calls that run; whether all have ended."""
         with self._lock:
+            self._num_ends += 1
             awaited = list(self._awaited)
         for future in awaited:
             future.cancel()
@@ -91,18 +112,22 @@ class ToolRunner:
         Raises:
             ToolThreadError: if a tool works in the main thread alone.
             EnvironmentLostError: if the time of a fragile tool is over.
+            CancelledError: if the calls were given up by `end`.
         """
         values: list[object] = [None] * len(calls)
         together: list[tuple[int, Awaitable[object]]] = []
         for i, call in enumerate(calls):
+            self._check_wanted()
             try:
                 tool, arguments = _tool_of(call, tools)
                 if inspect.iscoroutinefunction(tool):
                     together.append((i, tool(**arguments)))
                     continue
                 self._gather(together, values)
+                self._check_wanted()
                 values[i] = within(self._timeout, lambda tool=tool, arguments=arguments: tool(**arguments))
             except Exception as error:
+                self._check_wanted()
                 self._gather(together, values)
                 values[i] = _Failure(error)
         self._gather(together, values)
@@ -121,9 +146,11 @@ class ToolRunner:
                     if name in fragile:
                         raise EnvironmentLostError(str(error))
                 if name in tools:
-                    self._tell(name, value.error)
+                    self._tell(call, value.error)
                 found.num_failures += 1
                 value = {"error": str(error)}
+            else:
+                self._worked.add(name)
             found.results.append((name, value))
         return found
 
@@ -131,7 +158,8 @@ class ToolRunner:
         """Wait for asynchronous calls, and put their results to their places."""
         if not together:
             return
-        timeout = self._timeout
+        timeout, waiting = self._timeout, list(together)
+        together.clear()
 
         async def one(call: Awaitable[object]) -> object:
             limit = asyncio.timeout(timeout)
@@ -140,18 +168,26 @@ class ToolRunner:
                     return await call
             except TimeoutError as error:
                 return _Failure(WorkTimeoutError() if limit.expired() else error)
+            except asyncio.CancelledError:
+                if (task := asyncio.current_task()) is None or task.cancelling():
+                    raise
+                return _Failure(RuntimeError("The tool was cancelled."))  # by itself
             except Exception as error:
                 return _Failure(error)
 
         async def all_of_them() -> list[object]:
-            return await asyncio.gather(*(one(call) for _, call in together))
+            return await asyncio.gather(*(one(call) for _, call in waiting))
 
-        for (i, _), value in zip(together, self._on_loop(all_of_them()), strict=True):
+        for (i, _), value in zip(waiting, self._on_loop(all_of_them()), strict=True):
             values[i] = value
-        together.clear()
 
     def _on_loop(self, work: Coroutine[Any, Any, list[object]]) -> list[object]:
         with self._lock:
+            try:
+                self._check_wanted()
+            except CancelledError:
+                work.close()
+                raise
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=self._loop.run_forever, name="async tools", daemon=True).start()
@@ -166,9 +202,11 @@ class ToolRunner:
             with self._lock:
                 self._awaited.discard(future)
 
-    def _tell(self, name: str, error: Exception) -> None:
+    def _tell(self, call: Message, error: Exception) -> None:
         """Log the first failure of each tool: the model alone sees the others."""
-        if any(words in str(error) for words in _THREAD_WORDS) and self._workers.count > 0:
+        name, asked = _name_of(call), str(call)
+        about_threads = any(words in str(error) and words not in asked for words in _THREAD_WORDS)
+        if about_threads and name not in self._worked and self._workers.count > 0:
             raise ToolThreadError(
                 f"The tool '{name}' was called in a thread and failed: {error}. Set `tool_workers=0`, which calls "
                 "tools in the main thread, one after another."
