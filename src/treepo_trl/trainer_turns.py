@@ -20,7 +20,7 @@ from .tree_batch import TreeBatch
 from .treepo_config import TreePOConfig
 from .trl_seams import environment_pools
 from .turns import EnvironmentPool, EnvironmentTree, ToolRunner, ToolTurns, forking_of
-from .turns.conversations import Conversation, Rows
+from .turns.conversations import LONGEST_TOKEN, Conversation, Rows
 from .turns.environments import Forking, ForkingCounts
 from .turns.tool_runner import Tool, public_methods, tools_by_name
 
@@ -172,10 +172,13 @@ class TrainerTurns:
 
     def _shortened(self, text: str) -> str:
         limit, tokenizer = self._args.max_tool_answer_tokens, self._trainer._tokenizer
-        if limit is None or len(text) <= limit:  # a token has at least a character, but for parts of one
+        if limit is None or len(text.encode()) <= limit:  # a token has at least a byte
             return text
-        token_ids = cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])
-        return text if len(token_ids) <= limit else f"{tokenizer.decode(token_ids[:limit])} [cut off]"
+        start = text[: limit * LONGEST_TOKEN]
+        token_ids = cast("list[int]", tokenizer(start, add_special_tokens=False)["input_ids"])
+        if len(token_ids) <= limit and start == text:
+            return text
+        return f"{tokenizer.decode(token_ids[:limit])} [cut off]"
 
     def sampled(self, trees: Sequence[SegmentTree]) -> None:
         """Give `GRPOTrainer` the environments at the ends of the trees' paths, which its reward functions read."""

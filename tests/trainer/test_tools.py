@@ -1,7 +1,6 @@
 """Trainings with tools: the real engine of the policy, the logs, evaluation, dynamic sampling and checkpoints."""
 
 import itertools
-import json
 import random
 import threading
 from pathlib import Path
@@ -36,7 +35,7 @@ from tests.support.trainers import (
     logs_of,
     parameters_of,
 )
-from treepo_trl import SegmentTree, TreePOTrainer
+from treepo_trl import SegmentTree
 from treepo_trl.tree_log import read_trees
 
 
@@ -175,25 +174,6 @@ def test_trees_and_advantages_do_not_depend_on_the_time_that_tools_take(tmp_path
     assert_same_parameters(parameters_of(now), parameters_of(later), 0.0)
 
 
-def test_long_answers_are_cut_off(tmp_path: Path) -> None:
-    first = [call("long_text", words=50)]
-    trainer = tool_trainer(
-        RecordingTrainer,
-        tool_config(tmp_path, max_steps=1, max_tool_answer_tokens=20),
-        ScriptedAgent(0, first, ["Done."]),
-    )
-    trainer.train()
-    texts = {
-        message["content"]
-        for trees in trainer.all_trees
-        for tree in trees
-        for node in tree.nodes
-        for message in node.messages
-        if message["role"] == "tool"
-    }
-    assert texts == {"word word word word  [cut off]"}
-
-
 def test_rewards_may_change_the_conversations(tmp_path: Path) -> None:
     """Rows share nodes, and no messages."""
     seen = []
@@ -324,31 +304,3 @@ def test_after_an_error_of_the_engine_no_thread_is_left(tmp_path: Path, error: B
     trainer.train()
     assert trainer.state.global_step == 1
     assert len(trainer._batch.trees[0].leaves) == WIDTH
-
-
-def test_a_tool_that_returns_an_image(tmp_path: Path) -> None:
-    def look() -> list[dict[str, str]]:
-        """Looks."""
-        return [{"type": "image", "image": "x"}]
-
-    trainer = tool_trainer(
-        TreePOTrainer, tool_config(tmp_path), ScriptedAgent(0, [call("look")], ["Done."]), tools=[look]
-    )
-    with pytest.raises(ValueError, match=r"'look' has returned an image, which trees cannot train on.*Return text"):
-        trainer.train()
-
-
-def test_a_list_of_text_blocks_is_an_answer(tmp_path: Path) -> None:
-    def look() -> list[dict[str, str]]:
-        """Looks."""
-        return [{"type": "text", "text": "a cat"}]
-
-    trainer = tool_trainer(
-        SpyTrainer,
-        tool_config(tmp_path, max_steps=1, log_trees=True),
-        ScriptedAgent(0, [call("look")], ["Done."]),
-        tools=[look],
-    )
-    trainer.train()
-    (line, *_) = read_trees(tmp_path / "trees/trees_000000.jsonl")
-    assert json.dumps([{"type": "text", "text": "a cat"}]) in json.dumps(line["tree"])

@@ -19,6 +19,10 @@ from .environments import EnvironmentTree, Execution
 from .tool_runner import CallResults, EnvironmentLostError, Tool, ToolRunner
 
 
+LONGEST_TOKEN = 256
+"""Characters, and more than vocabularies have: to tokenize a long text takes seconds, in which the engine waits."""
+
+
 class Parse(Protocol):
     """A turn's tokens as the model's message; knows which tools the prompt has named."""
 
@@ -142,6 +146,8 @@ class ToolTurns:
         found = done.found if isinstance(done, Execution) else done
         messages = [_tool_message(name, value, self._shorten) for name, value in found.results]
         answer = _ToolAnswer([], [], message, "overlong", len(calls), found.num_failures, execution)
+        if sum(len(cast(str, each["content"])) for each in messages) > end.room * LONGEST_TOKEN:
+            return answer
         token_ids = self._suffix_ids(messages)
         if len(token_ids) < end.room:  # a sampled token follows
             answer.token_ids, answer.messages = token_ids, messages
@@ -196,12 +202,23 @@ def _tool_message(name: str, value: object, shorten: Callable[[str], str]) -> Me
     Raises:
         ValueError: for an answer that holds an image.
     """
-    if not isinstance(value, list):
-        return {"role": "tool", "name": name, "content": shorten(str(value))}
-    blocks = cast("list[object]", value)
-    if any(isinstance(block, dict) and cast(Message, block).get("type") == "image" for block in blocks):
+    return {"role": "tool", "name": _encodable(name), "content": shorten(_encodable(_text_of(name, value)))}
+
+
+def _text_of(name: str, value: object) -> str:
+    """An answer as text, lists too: templates of text models show nothing of them."""
+    blocks = cast("list[object]", value) if isinstance(value, list) else []
+    kinds = [cast(Message, block).get("type") if isinstance(block, dict) else None for block in blocks]
+    if "image" in kinds:
         raise ValueError(
             f"The tool '{name}' has returned an image, which trees cannot train on yet. Return text, or use "
             "`GRPOTrainer`."
         )
-    return {"role": "tool", "name": name, "content": blocks}
+    if kinds and all(kind == "text" for kind in kinds):
+        return "".join(str(cast(Message, block).get("text", "")) for block in blocks)
+    return str(value)
+
+
+def _encodable(text: str) -> str:
+    """Text without halves of surrogate pairs, which JSON can name and no tokenizer takes."""
+    return text.encode(errors="replace").decode()
