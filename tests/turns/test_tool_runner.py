@@ -89,7 +89,7 @@ def test_the_first_failure_of_a_tool_is_logged(caplog: pytest.LogCaptureFixture)
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_call_that_takes_too_long(is_async: bool) -> None:
+def test_a_call_that_takes_too_long(is_async: bool, caplog: pytest.LogCaptureFixture) -> None:
     let_go = threading.Event()
 
     def hang() -> None:
@@ -103,6 +103,7 @@ def test_a_call_that_takes_too_long(is_async: bool) -> None:
     try:
         found = runner.run(calls(("hang", {}), ("add", {"a": 1, "b": 2})), tools)
         assert found.results == [("hang", {"error": "Tool hang took longer than 0.02 seconds."}), ("add", 3)]
+        assert "'hang' has failed: TimeoutError('Tool hang took longer" in caplog.text
         with pytest.raises(EnvironmentLostError, match="Tool hang took longer"):
             runner.run(calls(("hang", {})), tools, fragile=["hang"])
     finally:

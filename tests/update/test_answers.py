@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from treepo_trl import SegmentTree
+from treepo_trl.sampling.resolved_variance import DepthStatistics
 from treepo_trl.update.advantages import ESTIMATORS, expand_to_tokens, leaf_paths, leaf_scores, tree_advantages
+from treepo_trl.update.weighted_advantages import weighted_advantages
 
 
 def tree_with_answers(with_answers: bool = True) -> SegmentTree:
@@ -44,6 +46,32 @@ def test_segments_have_the_advantages_that_they_have_without_answers(estimator: 
         ]
         values.append(rows)
     assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("estimator", ["treepo", "leave_one_out", "optimal_baseline"])
+def test_weights_are_those_without_answers(estimator: str) -> None:
+    """Of leaves, of segments with fallbacks behind them, and in what the depths decide."""
+    values = []
+    for with_answers in (True, False):
+        tree = tree_with_answers(with_answers)
+        stem = tree.nodes[tree.leaves[0]].parent
+        fallback = tree.add(stem, [11], [-0.9], wave=1)
+        if with_answers:
+            fallback = tree.add(fallback, [93, 94, 95], wave=1, is_sampled=False)
+        tree.add(fallback, [12], [-1.0], "stop", wave=1)
+        tree.sort_leaves()
+        ids, lengths = leaf_paths([tree])
+        rewards = torch.tensor([[1.0, 0.0, 0.25, 0.5]])
+        tokens = expand_to_tokens(weighted_advantages([tree], ids, rewards, estimator), lengths, 12)
+        rows = [
+            [value for value, flag in zip(row, tree.sampled_mask(leaf), strict=False) if flag]
+            for row, leaf in zip(tokens.tolist(), tree.leaves, strict=True)
+        ]
+        depths = DepthStatistics.of_depth(4)
+        depths.add(tree, rewards[0].tolist())
+        values.append((rows, tree.leaf_weights(), tree.mean_length(), depths))
+    assert values[0] == values[1]
+    assert any(any(row) for row in values[0][0])
 
 
 def test_value_difference_by_hand() -> None:

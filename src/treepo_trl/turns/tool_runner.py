@@ -146,7 +146,7 @@ class ToolRunner:
                     if name in fragile:
                         raise EnvironmentLostError(str(error))
                 if name in tools:
-                    self._tell(call, value.error)
+                    self._tell(call, error)
                 found.num_failures += 1
                 value = {"error": str(error)}
             else:
