@@ -1,6 +1,7 @@
 """Trainings that run in two processes, and what each process writes about its own. See `processes.py`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import distributed
 
+from tests.support.environments import GAME, GOES_ON, Counter, Forking, fresh
+from tests.support.tools import FIRST, LATER, ScriptedAgent, tool_config, tool_trainer
 from tests.support.trainers import RecordingTrainer, build, make_config, parameters_of, reward_by_kind, train
-from treepo_trl import TreePOTrainer
+from treepo_trl import SegmentTree, TreePOTrainer
 from treepo_trl.update import packed_forward
 
 
@@ -19,6 +22,8 @@ PROMPTS = [" ".join(f"w{(i + j) % 60}" for j in range(1 if i % 2 else 40)) for i
 # Four prompts per batch, two per process. First all of the second process's are replaced and one of the first's; then
 # none; then one place of the first process needs all four rounds.
 KINDS = "vcccvvv" + "vvvv" + "cvvvcccv"
+# Turns that call nothing.
+QUIET = ("It is 7.", "It is 12.", "No.", "I do not know that number.")
 # What each process runs: a function of this file, with its arguments.
 SCRIPT = """
 import sys
@@ -79,6 +84,45 @@ def train_dynamically_and_write(model: str, folder: str) -> None:
         "rewards": list(trainer._logs["rewards"]["reward_and_log"]),
     }
     _write(trainer, folder, result)
+
+
+def train_with_tools_and_write(folder: str) -> None:
+    """Train with tools that the model of the first process alone calls; write what the trees count."""
+    rank = int(os.environ["RANK"])
+    first = FIRST if rank == 0 else QUIET
+    config = tool_config(Path(folder), log_trees=True, shuffle_dataset=False, ddp_backend="gloo")
+    trainer = tool_trainer(RecordingTrainer, config, ScriptedAgent(rank, first, LATER))
+    trainer.train()
+    _write(trainer, folder, {"turns": [_turn_counts(trees) for trees in trainer.all_trees]})
+
+
+def play_and_write(folder: str, changes: str) -> None:
+    """Train in environments that the model of the first process alone calls; write what trees and they count."""
+    rank = int(os.environ["RANK"])
+    settings = {"log_trees": True, "shuffle_dataset": False, "ddp_backend": "gloo", **json.loads(changes)}
+    environment = fresh(Counter if settings.get("environment_forking") == "replay" else Forking)
+    agent = ScriptedAgent(rank, GAME if rank == 0 else QUIET, GOES_ON)
+    trainer = tool_trainer(
+        RecordingTrainer,
+        tool_config(Path(folder), **{"max_completion_length": 500, **settings}),
+        agent,
+        tools=None,
+        environment_factory=environment,
+        reward_funcs=[],
+    )
+    trainer.train()
+    counts = [_turn_counts(trees) for trees in trainer.all_trees]
+    _write(trainer, folder, {"turns": counts, "resets": len(environment.resets)})
+
+
+def _turn_counts(trees: list[SegmentTree]) -> dict[str, int]:
+    """Counted node by node: calls that ran, calls on the paths of leaves, tokens of answers, leaves."""
+    return {
+        "executed": sum(node.num_calls for tree in trees for node in tree.nodes),
+        "on_paths": sum(tree.nodes[i].num_calls for tree in trees for leaf in tree.leaves for i in tree.path(leaf)),
+        "answer_tokens": sum(len(n.token_ids) for tree in trees for n in tree.nodes if not n.is_sampled),
+        "leaves": sum(len(tree.leaves) for tree in trees),
+    }
 
 
 def resume_and_write(model: str, folder: str) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from tests.support.distributed import PROMPTS, SCRIPT, make_trainer
 from tests.support.processes import run_in_two_processes
+from tests.support.tools import WIDTH, ScriptedAgent, tool_config, tool_trainer
 from tests.support.trainers import ReplayTrainer, assert_same_parameters, change, logs_of, parameters_of, parity_reward
 from treepo_trl import SegmentTree
 from treepo_trl.sampling.nodes import TokenReason
@@ -107,3 +108,73 @@ def test_two_processes_fill_one_batch(tmp_path: Path, tiny_model_dir: str) -> No
         unique = sum(SegmentTree.from_dict(json.loads(line)["tree"]).num_unique_tokens for line in lines)
         assert len(lines) == 4
         assert log["tree/unique_tokens"] == unique + log["dynamic_sampling/discarded_tokens"]
+
+
+def test_two_processes_with_tools_update_as_one(tmp_path: Path) -> None:
+    """Totals are over both processes, also where the paths of one call nothing."""
+    ranks = run_in_two_processes(SCRIPT, tmp_path, "train_with_tools_and_write", str(tmp_path))
+    parameters = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    assert_same_parameters(*parameters, 0.0)
+    logs = [log for log in ranks[0]["logs"] if "loss" in log]
+    assert len(logs) == 2
+    for step, log in enumerate(logs):
+        counts = [rank["turns"][step] for rank in ranks]
+        assert counts[0]["executed"] > counts[1]["executed"] == 0
+        _check_turn_metrics(log, counts)
+
+    recorded = [_recorded_trees(tmp_path, step) for step in range(2)]
+    settings = {"per_device_train_batch_size": 2 * WIDTH, "shuffle_dataset": False}
+    single = tool_trainer(ReplayTrainer, tool_config(tmp_path / "single", **settings), ScriptedAgent())
+    single.recorded = list(recorded)
+    single.train()
+    assert change(single) > 1e-2
+    assert_same_parameters(parameters_of(single), parameters[0])
+    for key in ("grad_norm", "reward", "reward_std", "tools/call_frequency", "tools/failure_frequency"):
+        assert [log[key] for log in logs] == pytest.approx(logs_of(single, key), abs=1e-4), key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"environment_forking": "auto", "tool_timeout": 60.0},
+        # The second process has to replace all of its prompts, for nobody plays there.
+        {"environment_forking": "replay", "dynamic_sampling_rounds": 2},
+    ],
+    ids=["forks", "dynamic"],
+)
+def test_two_processes_with_environments(tmp_path: Path, changes: dict[str, Any]) -> None:
+    ranks = run_in_two_processes(SCRIPT, tmp_path, "play_and_write", str(tmp_path), json.dumps(changes))
+    parameters = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    assert_same_parameters(*parameters, 0.0)
+    logs = [log for log in ranks[0]["logs"] if "loss" in log]
+    assert len(logs) == 2
+    assert sum(log["environment/resets"] for log in logs) == ranks[0]["resets"] + ranks[1]["resets"]
+    if "dynamic_sampling_rounds" in changes:
+        assert [log["dynamic_sampling/rounds"] for log in logs] == [2, 2]
+        assert [log["dynamic_sampling/frac_without_signal"] for log in logs] == [0.5, 0.5]
+        executed = [sum(count["executed"] for count in rank["turns"]) for rank in ranks]
+        assert executed == [sum(log["tree/tool_calls"] for log in logs), 0]
+        return
+    for step, log in enumerate(logs):
+        counts = [rank["turns"][step] for rank in ranks]
+        assert counts[0]["executed"] > counts[1]["executed"] == 0
+        _check_turn_metrics(log, counts)
+        rewards = [value for record in _records(tmp_path, step) for value in record["rewards"]]
+        assert log["reward"] == pytest.approx(sum(rewards) / len(rewards))
+
+
+def _check_turn_metrics(log: dict[str, float], counts: list[dict[str, int]]) -> None:
+    total = {name: sum(count[name] for count in counts) for name in counts[0]}
+    assert log["tree/tool_calls"] == total["executed"]
+    assert log["tree/calls_per_executed"] == pytest.approx(total["on_paths"] / total["executed"])
+    assert log["tree/answer_tokens"] == total["answer_tokens"]
+    assert log["tools/call_frequency"] == pytest.approx(total["on_paths"] / total["leaves"])
+
+
+def _records(folder: Path, step: int) -> list[dict[str, Any]]:
+    lines = (folder / f"trees/trees_{step:06d}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _recorded_trees(folder: Path, step: int) -> list[SegmentTree]:
+    return [SegmentTree.from_dict(record["tree"]) for record in _records(folder, step)]
