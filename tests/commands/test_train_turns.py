@@ -109,9 +109,12 @@ def test_a_training_from_the_command_line(folder: Path, options: dict[str, Any])
     assert (folder / "out/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("script", ["calculator.py", "guessing_game.py"])
+@pytest.mark.parametrize("script", ["calculator.py", "guessing_game.py", "openenv_game.py"])
 def test_the_examples_run(script: str, chat_model_dir: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of a random model, on prompts that fit its context."""
+    if script == "openenv_game.py":
+        pytest.importorskip("openenv", reason="`pip install openenv-core`")
+        monkeypatch.syspath_prepend(str(ROOT / "examples/scripts"))
     settings = {"model_name_or_path": chat_model_dir, "max_steps": 1, "output_dir": "out", "use_cpu": True}
     settings |= {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 64, "bf16": False}
     monkeypatch.setattr(sys, "argv", [script, *as_flags(settings)])
