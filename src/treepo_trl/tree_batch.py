@@ -19,7 +19,7 @@ from .sampling import SamplingStats, SegmentTree
 from .tree_log import TreeLogLine
 from .treepo_config import TreePOConfig
 from .turns.conversations import first_turn
-from .update.advantages import expand_to_tokens, leaf_paths, leaf_scores, tree_advantages
+from .update.advantages import EXACT_ESTIMATORS, expand_to_tokens, leaf_paths, leaf_scores, tree_advantages
 from .update.rewards import combine_rewards
 from .update.weighted_advantages import weighted_advantages
 
@@ -159,8 +159,11 @@ class TreeBatch:
         # Small tensors and a few dozen operations: not on the device.
         ids, lengths = leaf_paths(self.trees)
         shape = ids.shape[:2]
-        # In double: a baseline is a difference of sums, and one unsure completion may have nearly all of the sum.
-        of_leaves, estimator = rewards.cpu().double().view(shape), args.advantage_estimator
+        of_leaves, estimator = rewards.cpu().view(shape), args.advantage_estimator
+        if args.weights_leaves or estimator in EXACT_ESTIMATORS:
+            # Their baselines are differences of sums, of which one unsure completion may have nearly all. The others
+            # round as GRPOTrainer does, whose clip ratios count the sign of what is left of equal rewards.
+            of_leaves = of_leaves.double()
         if args.weights_leaves:
             advantages = weighted_advantages(self.trees, ids, of_leaves, estimator, args.subgroup_rejection)
             advantages = advantages * shape[1]  # the loss averages over leaves, so a weight of 1/W is neutral

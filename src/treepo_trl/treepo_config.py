@@ -11,7 +11,7 @@ from .grpo_fields import check_grpo_fields
 from .sampling.branching import BranchSchedule
 from .sampling.config import TreeSamplingConfig
 from .turns import EnvironmentForking
-from .update.advantages import AdvantageEstimator
+from .update.advantages import EXACT_ESTIMATORS, AdvantageEstimator
 from .update.packing import TreePacking
 
 
@@ -19,8 +19,6 @@ LeafWeighting = Literal["auto", "uniform", "inverse_branching"]
 LoraSync = Literal["adapter", "merge"]
 BaseWeights = Literal["auto", "quantized", "dequantized"]
 
-_EXACT = ("leave_one_out", "optimal_baseline")
-"""Their mean is the policy gradient if weights undo the tilt of branching; that of the second up to a ratio's bias."""
 _WITH_SUBGROUPS = ("treepo", "treepo_size_weighted", "treepo_segment")
 
 _RANGES: Ranges = {
@@ -224,7 +222,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
     def weights_leaves(self) -> bool:
         """Whether leaves are weighted by the inverse of branching."""
         if self.leaf_weighting == "auto":
-            return self.advantage_estimator in _EXACT
+            return self.advantage_estimator in EXACT_ESTIMATORS
         return self.leaf_weighting == "inverse_branching"
 
     def generation_options(self) -> dict[str, object]:

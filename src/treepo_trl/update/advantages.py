@@ -37,6 +37,10 @@ AdvantageEstimator = Literal[
 """The keys of `ESTIMATORS`, for type checkers. A test holds the two together."""
 
 
+EXACT_ESTIMATORS = ("leave_one_out", "optimal_baseline")
+"""Their mean is the policy gradient if weights undo the tilt of branching; that of the second up to a ratio's bias."""
+
+
 @dataclass(frozen=True)
 class _Groups:
     """
