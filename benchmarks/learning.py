@@ -213,8 +213,9 @@ def settings(arm: Arm, task: str, seed: int, rate: float, options: argparse.Name
     )
 
 
-def train(name: str, task: str, seed: int, rate: float, options: argparse.Namespace, folder: Path) -> None:
+def train(name: str, task: str, seed: int, rate: float, options: argparse.Namespace) -> None:
     """One run; writes `result.json`."""
+    folder = run_folder(name, task, seed, rate, options)
     train_dataset, held_out = datasets_of(task, options.held_out, seed, options.model is None)
     own = small_model_folder() if task == "addition" else str(options.out / f"{task}-{WARM_START}")
     args = settings(ARMS[name], task, seed, rate, options, folder)
@@ -243,11 +244,15 @@ def train(name: str, task: str, seed: int, rate: float, options: argparse.Namesp
 
 def start(name: str, task: str, seed: int, rate: float, options: argparse.Namespace) -> dict[str, Any]:
     """Result of one run, which runs in a process of its own if it is not there yet."""
-    folder = options.out / f"{task}-{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
-    file = folder / "result.json"
+    file = run_folder(name, task, seed, rate, options) / "result.json"
     if not file.exists():
-        in_process(options, folder, name, task, str(seed), str(rate))
+        in_process(options, file.parent, name, task, str(seed), str(rate))
     return json.loads(file.read_text())
+
+
+def run_folder(name: str, task: str, seed: int, rate: float, options: argparse.Namespace) -> Path:
+    """Where a run keeps its files."""
+    return options.out / f"{task}-{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
 
 
 def in_process(options: argparse.Namespace, folder: Path, *run: str) -> None:
@@ -305,8 +310,9 @@ def print_table(task: str, runs: dict[str, list[dict]], options: argparse.Namesp
     for name, results in runs.items():
         curves = np.array([interpolate(result, points) for result in results])
         means = np.array([mean_of_curve(result, options) for result in results])
-        freedom = min(1, len(results) - 1)
-        cells = [f"{column.mean():.3f} ± {column.std(ddof=freedom):.3f}" for column in [*curves.T, means]]
+        cells = [
+            f"{column.mean():.3f} ± {column.std(ddof=min(1, len(results) - 1)):.3f}" for column in [*curves.T, means]
+        ]
         costs = [ratio(results, first, target, axis) for axis in ("tokens", "seconds")]
         steps = f"{np.mean([result['steps'] for result in results]):.0f}"
         print(table_row(name, f"{results[0]['rate']:g}", *cells, *costs, steps))
@@ -384,8 +390,7 @@ def main() -> None:
         warm_start(options.run[1], options.out / f"{options.run[1]}-{WARM_START}", options.warm_steps)
     elif options.run:
         name, task, seed, rate = options.run
-        folder = options.out / f"{task}-{name.replace(', ', '-').replace(' ', '-')}-{float(rate):g}-{seed}"
-        train(name, task, int(seed), float(rate), options, folder)
+        train(name, task, int(seed), float(rate), options)
     else:
         by_task = run_all(options)
         for task, arms in by_task.items():

@@ -298,13 +298,20 @@ def leaf_paths(trees: list[SegmentTree]) -> tuple[torch.Tensor, torch.Tensor]:
     ]
     depth = max(map(len, paths))
     ids = torch.tensor([path + [-1] * (depth - len(path)) for path in paths]).view(len(trees), -1, depth)
-    lengths = torch.zeros_like(ids)
-    for tree, own, tree_ids, tree_lengths in zip(trees, answers, ids, lengths, strict=True):
-        sizes = [len(node.token_ids) for node in tree.nodes]
+    sizes: list[list[int]] = []
+    for tree, own in zip(trees, answers, strict=True):
+        sizes.append([len(node.token_ids) for node in tree.nodes])
         for answer, segment in own.items():
-            sizes[segment] += len(tree.nodes[answer].token_ids)
-        torch.take(torch.tensor([*sizes, 0]), tree_ids, out=tree_lengths)  # the last is what -1 finds
-    return ids, lengths
+            sizes[-1][segment] += len(tree.nodes[answer].token_ids)
+    return ids, values_at(ids, sizes)
+
+
+def values_at(ids: torch.Tensor, of_nodes: list[list[int]]) -> torch.Tensor:
+    """Value of each node of `ids` `(T, W, D)`, int64, from a list of values per tree; 0 where the id is -1."""
+    values = torch.zeros_like(ids)
+    for tree_ids, own, out in zip(ids, of_nodes, values, strict=True):
+        torch.take(torch.tensor([*own, 0]), tree_ids, out=out)  # the last is what -1 finds
+    return values
 
 
 def answers_of(tree: SegmentTree) -> dict[int, int]:

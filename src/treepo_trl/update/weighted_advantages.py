@@ -10,7 +10,7 @@ import torch
 
 from treepo_trl.sampling.tree import SegmentTree
 
-from .advantages import leaf_scores, tree_advantages
+from .advantages import leaf_scores, tree_advantages, values_at
 
 
 def weighted_advantages(
@@ -25,8 +25,8 @@ def weighted_advantages(
 
     A leaf that branching made has its weight by [`SegmentTree.leaf_weights`] on its whole path. One of a fallback has
     1 / W behind its stem, 0 on it. With fallbacks to the prompt the mean is the policy gradient times 1 + (leaves of
-    fallbacks) / W in the mean, since they are independent trees whose number is known before they grow (Wald's
-    equation). With other stems the gradient at these prefixes comes on top.
+    fallbacks) / W in the mean, since they are independent trees whose number is known before they grow. With other
+    stems the gradient at these prefixes comes on top.
 
     Args:
         trees (`list[SegmentTree]`):
@@ -43,9 +43,7 @@ def weighted_advantages(
     """
     weights = torch.tensor([tree.leaf_weights() for tree in trees], dtype=rewards.dtype)
     scores = leaf_scores(trees) if estimator == "optimal_baseline" else None
-    node_waves = torch.zeros_like(ids)
-    for tree, tree_ids, tree_waves in zip(trees, ids, node_waves, strict=True):
-        torch.take(torch.tensor([*(node.wave for node in tree.nodes), 0]), tree_ids, out=tree_waves)
+    node_waves = values_at(ids, [[node.wave for node in tree.nodes] for tree in trees])
     waves = node_waves.amax(-1)  # along a path they never fall
     weights = torch.where(waves > 0, 1 / waves.size(1), weights)
     result = torch.zeros(ids.shape, dtype=rewards.dtype)
