@@ -144,11 +144,8 @@ class HeldOutReward:
             trees = TreeSampler(TransformersEngine(model, eos), config, eos).sample(self.prompts, seed=0)
         finally:
             model.train(was_training)
-        texts = [
-            self.tokenizer.decode(each.completion_ids(leaf), skip_special_tokens=True)
-            for each in trees
-            for leaf in each.leaves
-        ]
+        completions = [each.completion_ids(leaf) for each in trees for leaf in each.leaves]
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
         return float(np.mean(answer_reward(texts, self.answers)))
 
 
