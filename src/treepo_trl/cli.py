@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("fine-tune a model with TreePOTrainer", "train"),
     "plan": ("what a training would take of a GPU's memory", "plan"),
     "sample": ("sample trees of completions without training", "sample"),
+    "eval": ("how good a model and its adapters are", "eval"),
     "view": ("the trees of a run in a browser", "view"),
 }
 """A command's line of help, and the module in `commands` whose `main` takes the arguments after its name."""

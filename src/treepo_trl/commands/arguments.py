@@ -142,14 +142,25 @@ class SampleArguments:
             raise ValueError(
                 "`--resume` goes on from the trees in a file: give it as `--output`, or unset `--resume`."
             )
-        if isinstance(self.chat_template_kwargs, str):
-            with suppress(json.JSONDecodeError):
-                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
-        if not isinstance(self.chat_template_kwargs, dict | None):
-            raise ValueError(
-                f"`chat_template_kwargs` is {self.chat_template_kwargs!r}; give a JSON object such as "
-                """'{"enable_thinking": false}'."""
-            )
+        self.chat_template_kwargs = json_object(
+            "chat_template_kwargs", self.chat_template_kwargs, '{"enable_thinking": false}'
+        )
+
+
+def json_object(option: str, value: dict | str | None, example: str) -> dict | None:
+    """
+    A mapping that the command line gives as JSON and a file as it is.
+
+    Raises:
+        ValueError: if it is none, with an example.
+    """
+    parsed: object = value
+    if isinstance(value, str):
+        with suppress(json.JSONDecodeError):
+            parsed = json.loads(value)
+    if not isinstance(parsed, dict | None):
+        raise ValueError(f"`{option}` is {parsed!r}; give a JSON object such as '{example}'.")
+    return parsed
 
 
 def require_model(name: str | None) -> str:
@@ -167,7 +178,8 @@ def require_model(name: str | None) -> str:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(
             f"`--model_name_or_path {name}` is an adapter. Name the model that it belongs to. `sample` takes the "
-            "adapter as `--adapter_name_or_path`; `train` goes on from a checkpoint with `--resume_from_checkpoint`."
+            "adapter as `--adapter_name_or_path`, `eval` as `--adapters`; `train` goes on from a checkpoint with "
+            "`--resume_from_checkpoint`."
         )
     return name
 

@@ -20,11 +20,13 @@ def sample_independent(
     prompts: list[list[int]],
     config: TreeSamplingConfig,
     on_leaves: Callable[[int], None] | None = None,
+    on_tree: Callable[[int, SegmentTree], None] | None = None,
 ) -> tuple[list[SegmentTree], SamplingStats]:
     """
     Ordinary sampling with the same engine: `num_generations` completions of each prompt, all submitted at once.
 
-    Each completion is one request, as in `vllm.LLM.generate` with `n`; no early stop but EOS and the cap.
+    Each completion is one request, as in `vllm.LLM.generate` with `n`; no early stop but EOS and the cap. The
+    callbacks are those of [`TreeSampler.sample`].
 
     Returns:
         Trees without branches, and what they cost.
@@ -40,11 +42,14 @@ def sample_independent(
         requests += [SegmentRequest(first + j, prompt, cap) for j in range(config.num_generations)]
     with closing(engine.complete(requests)) as results:  # an error of the callback aborts too
         for result in results:
-            tree = trees[result.request_id // config.num_generations]
+            index = result.request_id // config.num_generations
+            tree = trees[index]
             tree.add(None, result.token_ids, result.logprobs, result.finish_reason)
             stats.num_decoded_tokens += len(result.token_ids)
             if on_leaves is not None:
                 on_leaves(1)
+            if on_tree is not None and len(tree.leaves) == config.num_generations:
+                on_tree(index, tree)
     stats.num_prompt_tokens = engine.num_prompt_tokens - num_prompt_tokens
     stats.num_cached_tokens = engine.num_cached_tokens - num_cached_tokens
     stats.seconds = stats.engine_seconds = time.perf_counter() - started
@@ -136,6 +141,11 @@ def format_table(columns: dict[str, list[RolloutReport]]) -> str:
         if len(names) == 2:
             cells.append(f"{values[0] / values[1]:.3f}" if values[1] else "-")
         rows.append([label, *cells])
+    return markdown_table(rows)
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """A Markdown table of cells with a head; the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
     rule = "|" + "-" * (widths[0] + 2) + "".join("|" + "-" * (width + 1) + ":" for width in widths[1:]) + "|"

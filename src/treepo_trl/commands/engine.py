@@ -1,6 +1,7 @@
 """Engines without a trainer: the model, its tokenizer and EOS tokens, and vLLM or transformers around it."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -108,15 +109,33 @@ def eos_token_ids(arguments: EngineArguments, tokenizer: "PreTrainedTokenizerBas
     return sorted(ids)
 
 
+def uses_vllm(arguments: EngineArguments) -> bool:
+    """
+    Whether the engine is vLLM.
+
+    Raises:
+        ImportError: if vLLM is asked for and not installed.
+    """
+    from trl.import_utils import is_vllm_available
+
+    if arguments.engine == "vllm" and not is_vllm_available():
+        raise ImportError(
+            "`engine='vllm'`, but vLLM is not installed. Run `pip install treepo-trl[vllm]`, or choose "
+            "`engine='transformers'`."
+        )
+    return arguments.engine != "transformers" and is_vllm_available()
+
+
 def build_engine(
     arguments: EngineArguments,
     eos_ids: list[int],
     options: SamplingOptions,
     with_entropies: bool = False,
     seed: int = 0,
+    adapters: Sequence[str] = (),
 ) -> SegmentEngine:
     """
-    The engine that `arguments` describe, with the model loaded.
+    The engine that `arguments` describe, with the model loaded. It samples with the first adapter, if there is one.
 
     Args:
         arguments ([`EngineArguments`]):
@@ -129,24 +148,26 @@ def build_engine(
             Whether results carry entropies.
         seed (`int`, *optional*):
             Seed of the engine's own draws.
+        adapters (sequence of `str`, *optional*):
+            Adapters between which `use_adapter` changes. Default: the one of `arguments`.
 
     Raises:
         ImportError: if vLLM is asked for and not installed.
     """
-    from trl.import_utils import is_vllm_available
-
-    if arguments.engine == "vllm" and not is_vllm_available():
-        raise ImportError(
-            "`engine='vllm'`, but vLLM is not installed. Run `pip install treepo-trl[vllm]`, or choose "
-            "`engine='transformers'`."
-        )
-    if arguments.engine == "vllm" or (arguments.engine == "auto" and is_vllm_available()):
-        return _vllm_engine(arguments, eos_ids, options, with_entropies, seed)
-    return _transformers_engine(arguments, eos_ids, options, with_entropies, seed)
+    if not adapters and arguments.adapter_name_or_path is not None:
+        adapters = [arguments.adapter_name_or_path]
+    if uses_vllm(arguments):
+        return _vllm_engine(arguments, eos_ids, options, with_entropies, seed, adapters)
+    return _transformers_engine(arguments, eos_ids, options, with_entropies, seed, adapters)
 
 
 def _vllm_engine(
-    arguments: EngineArguments, eos_ids: list[int], options: SamplingOptions, with_entropies: bool, seed: int
+    arguments: EngineArguments,
+    eos_ids: list[int],
+    options: SamplingOptions,
+    with_entropies: bool,
+    seed: int,
+    adapters: Sequence[str],
 ) -> SegmentEngine:
     # The engine's steps run in this process, as in training; standard output is for results.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -174,20 +195,25 @@ def _vllm_engine(
     }
     if on_cpu:
         settings["block_size"] = 32  # the default of 128 tokens is longer than many segments: nothing would be shared
-    adapter = arguments.adapter_name_or_path
-    if adapter is not None:
+    if adapters:
         from peft import LoraConfig, PeftConfig
 
-        settings |= lora_engine_options(cast(LoraConfig, PeftConfig.from_pretrained(adapter)).r)
+        ranks = [cast(LoraConfig, PeftConfig.from_pretrained(name)).r for name in adapters]
+        settings |= lora_engine_options(max(ranks))
     if arguments.vllm_max_num_seqs is not None:
         settings["max_num_seqs"] = arguments.vllm_max_num_seqs
     llm = LLM(model=require_model(arguments.model_name_or_path), **settings)
-    request = None if adapter is None else LoRARequest("adapter", 1, adapter)
+    request = LoRARequest(_name_of(0), 1, adapters[0]) if adapters else None
     return VLLMEngine(llm, eos_ids, options, lora_request=request, with_entropies=with_entropies)
 
 
 def _transformers_engine(
-    arguments: EngineArguments, eos_ids: list[int], options: SamplingOptions, with_entropies: bool, seed: int
+    arguments: EngineArguments,
+    eos_ids: list[int],
+    options: SamplingOptions,
+    with_entropies: bool,
+    seed: int,
+    adapters: Sequence[str],
 ) -> SegmentEngine:
     import torch
     from transformers import AutoModelForCausalLM, set_seed
@@ -203,11 +229,51 @@ def _transformers_engine(
         **extra,
     )
     model = cast(torch.nn.Module, loaded)
-    if arguments.adapter_name_or_path is not None:
+    if adapters:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, arguments.adapter_name_or_path)
+        model = PeftModel.from_pretrained(model, adapters[0], adapter_name=_name_of(0))
+        for position, name in enumerate(adapters[1:], start=1):
+            model.load_adapter(name, adapter_name=_name_of(position))
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     set_seed(seed)
     # A model with an adapter is called as the model that it wraps.
     return TransformersEngine(cast("PreTrainedModel", model), eos_ids, options, with_entropies=with_entropies)
+
+
+def _name_of(position: int) -> str:
+    return f"adapter-{position}"
+
+
+def use_adapter(engine: SegmentEngine, adapters: Sequence[str], position: int | None) -> None:
+    """
+    Sample with one of the adapters that an engine was built with, or without any.
+
+    Args:
+        engine ([`SegmentEngine`]):
+            From `build_engine` with these adapters. Nothing may be in flight.
+        adapters (sequence of `str`):
+            The same ones.
+        position (`int`, *optional*):
+            Which of them; `None` for the model alone.
+    """
+    from treepo_trl.engines.transformers import TransformersEngine
+    from treepo_trl.engines.vllm import VLLMEngine
+
+    if isinstance(engine, VLLMEngine):
+        from vllm.lora.request import LoRARequest
+
+        request = None if position is None else LoRARequest(_name_of(position), position + 1, adapters[position])
+        engine.lora_request = request
+    elif adapters:
+        from peft import PeftModel
+        from peft.tuners.tuners_utils import BaseTuner
+
+        model = cast(PeftModel, cast(TransformersEngine, engine).model)
+        layers = cast(BaseTuner, model.base_model)
+        if position is None:
+            layers.disable_adapter_layers()
+        else:
+            layers.enable_adapter_layers()
+            model.set_adapter(_name_of(position))
+    engine.reset_prefix_cache()  # the states of another adapter

@@ -33,11 +33,21 @@ def load_prompts(arguments: SampleArguments) -> list[object]:
         return read_prompts(sys.stdin, arguments.prompt_column or "prompt")[: arguments.max_prompts]
     splits = load_named_dataset(arguments.dataset_name, arguments.dataset_config, arguments.dataset_split)
     dataset = cast(Dataset, take_split(splits, arguments.dataset_split, "--dataset_split"))  # not streamed
+    return list(dataset[prompt_column(dataset, arguments.prompt_column)][: arguments.max_prompts])
+
+
+def prompt_column(dataset: Dataset, asked_for: str | None) -> str:
+    """
+    The column of the prompts: what is asked for, `prompt`, or the only one.
+
+    Raises:
+        ValueError: naming the columns, if there is none.
+    """
     columns = dataset.column_names
-    column = arguments.prompt_column or ("prompt" if "prompt" in columns or len(columns) != 1 else columns[0])
+    column = asked_for or ("prompt" if "prompt" in columns or len(columns) != 1 else columns[0])
     if column not in columns:
         raise ValueError(f"The dataset has no column {column!r}, only {', '.join(columns)}. Set `--prompt_column`.")
-    return list(dataset[column][: arguments.max_prompts])
+    return column
 
 
 def load_named_dataset(

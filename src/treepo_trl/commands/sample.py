@@ -1,7 +1,7 @@
 """`treepo-trl sample`: trees of completions for a dataset, a file or standard input, without any training."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from tqdm.auto import tqdm
@@ -26,7 +26,8 @@ def main(argv: list[str]) -> None:
                 "treepo-trl sample", SampleArguments, EngineArguments, SamplingOptions, TreeSamplingConfig
             )
             arguments, engine_arguments, options, config = parser.parse_args_and_config(argv)
-            stack.enter_context(_advice_to_resume(arguments))
+            can_resume = arguments.output is not None and arguments.compare is None
+            stack.enter_context(advice_to_resume(arguments.output, can_resume))
             tokenizer = load_tokenizer(engine_arguments)
             prompts = prompt_token_ids(load_prompts(arguments), tokenizer, arguments.chat_template_kwargs)
             output = stack.enter_context(opened_output(arguments.output, arguments.resume, prompts))
@@ -57,11 +58,12 @@ def build_sampler(
     config: TreeSamplingConfig,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
+    adapters: Sequence[str] = (),
 ) -> TreeSampler:
-    """A sampler over an engine with the model loaded; `seed` is that of the engine's draws."""
+    """A sampler over an engine with the model loaded; `seed` and `adapters` are as in `build_engine`."""
     eos_ids = eos_token_ids(engine_arguments, tokenizer)
     with_entropies = config.branching_policy == "entropy"
-    engine = build_engine(engine_arguments, eos_ids, options, with_entropies, seed)
+    engine = build_engine(engine_arguments, eos_ids, options, with_entropies, seed, adapters)
     return TreeSampler(engine, config, eos_ids, text_decoder(tokenizer))
 
 
@@ -109,10 +111,9 @@ def run(
 
 
 @contextmanager
-def _advice_to_resume(arguments: SampleArguments) -> Iterator[None]:
+def advice_to_resume(output: str | None, can_resume: bool) -> Iterator[None]:
     """Say how to go on where a run ends early: in one line after Ctrl-C or a full disk, as a note of other errors."""
-    can_resume = arguments.output is not None and arguments.compare is None
-    advice = f"`--resume` goes on from the trees in {arguments.output}." if can_resume else ""
+    advice = f"`--resume` goes on from the trees in {output}." if can_resume else ""
     try:
         yield
     except KeyboardInterrupt as interrupt:

@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 
 from treepo_trl.checkpoints import checkpoint_to_resume
+from treepo_trl.sampling import TreeSamplingConfig
 from treepo_trl.treepo_config import TreePOConfig
 
 from .arguments import TRL_REWARDS, TreePOScriptArguments, make_parser, require_model
@@ -130,7 +131,7 @@ def load_reward_funcs(script_args: TreePOScriptArguments, training_args: TreePOC
     if script_args.reward_model_name_or_path:
         rewards.append(script_args.reward_model_name_or_path)
     for name in script_args.reward_funcs or []:
-        rewards.append(_trl_reward(name, training_args) if name in TRL_REWARDS else _imported_reward(name))
+        rewards.append(reward_function(name, training_args))
     if not rewards and not script_args.environment:  # which may have a reward of its own
         raise ValueError(
             "No reward: give `--reward_funcs` (TRL's names or import paths), `--reward_model_name_or_path`, or an "
@@ -139,13 +140,23 @@ def load_reward_funcs(script_args: TreePOScriptArguments, training_args: TreePOC
     return rewards
 
 
-def _trl_reward(name: str, training_args: TreePOConfig) -> Callable[..., list[float | None]]:
+def reward_function(name: str, config: TreePOConfig | TreeSamplingConfig) -> Callable[..., list[float | None]]:
+    """
+    A reward function by TRL's name or by import path; `config` has the lengths of the overlong punishment.
+
+    Raises:
+        ValueError: for a name that is neither.
+    """
+    return _trl_reward(name, config) if name in TRL_REWARDS else _imported_reward(name)
+
+
+def _trl_reward(name: str, config: TreePOConfig | TreeSamplingConfig) -> Callable[..., list[float | None]]:
     from trl import rewards  # pyright: ignore
 
     if name == "get_soft_overlong_punishment":
-        assert training_args.segment_length is not None, "set in __post_init__"
+        assert config.segment_length is not None, "set in __post_init__"
         return rewards.get_soft_overlong_punishment(
-            max_completion_len=training_args.max_completion_length, soft_punish_cache=training_args.segment_length
+            max_completion_len=config.max_completion_length, soft_punish_cache=config.segment_length
         )
     return getattr(rewards, name)
 

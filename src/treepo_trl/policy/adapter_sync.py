@@ -41,14 +41,15 @@ _KEEPS_WEIGHTS = "treepo_trl.policy.keep_weights_worker.KeepWeightsWorker"
 _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def check_adapter(peft_config: "PeftConfig") -> None:
+def check_adapter(
+    peft_config: "PeftConfig", advice: str = "Change the adapter, or set `vllm_lora_sync='merge'`."
+) -> None:
     """
     Raise unless vLLM can serve an adapter with this [`~peft.PeftConfig`].
 
     Raises:
-        ValueError: naming the setting and what to do.
+        ValueError: naming the setting and, with `advice`, what to do.
     """
-    advice = "Change the adapter, or set `vllm_lora_sync='merge'`."
     if peft_config.peft_type != "LORA":
         kind = getattr(peft_config.peft_type, "value", peft_config.peft_type)
         raise ValueError(f"vLLM serves LoRA adapters, this one is {kind}. {advice}")

@@ -7,7 +7,6 @@ trees finish and free their part of it. Knows no model and no trainer.
 """
 
 import heapq
-import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -18,8 +17,8 @@ from treepo_trl.engines.base import SegmentEngine, SegmentEngineError, SegmentRe
 
 from .config import TreeSamplingConfig
 from .cutting import TreeRules
+from .first_widths import first_widths
 from .growing_tree import GrowingTree
-from .resolved_variance import even_widths
 from .tree import SegmentTree
 from .turns import TurnHandler
 
@@ -223,9 +222,7 @@ class TreeSampler:
             return None
         if widths is not None:
             return widths
-        assert config.segment_length is not None, "set by the config"
-        length = min(expected_length or config.max_completion_length, config.max_completion_length)
-        return even_widths(math.ceil(length / config.segment_length), config.num_generations)
+        return first_widths(config, expected_length)
 
     def check(self, prompts: list[list[int]]) -> None:
         """Raise the `ValueError` that `sample` would raise for these prompts, without sampling."""
