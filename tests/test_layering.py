@@ -17,7 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model_support", "trl_seams", "field_checks", "file_lock", "model_card"),
     ("engines", "grpo_fields", "checkpoints"),
     ("sampling",),
-    ("turns",),
+    ("turns", "evaluation"),
     ("update",),
     ("treepo_config",),
     ("turn_checks",),
@@ -44,6 +44,9 @@ HEAVY_ALLOWED = {
     "update.advantages": {"torch"},
     "update.packing": {"torch", "numpy"},
     "viewer": set(),
+    "evaluation.answers": set(),
+    "evaluation.estimators": set(),
+    "evaluation.intervals": {"numpy"},
 }
 
 
@@ -123,6 +126,7 @@ def test_rooms_without_a_model_name_no_heavy_package(room: str) -> None:
         ("treepo_trl.sampling", set()),
         ("treepo_trl.turns", set()),
         ("treepo_trl.engines", set()),
+        ("treepo_trl.evaluation", set()),
         ("treepo_trl.update.advantages", {"torch"}),
         ("treepo_trl.update.packing", {"torch"}),
     ],

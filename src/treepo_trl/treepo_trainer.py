@@ -24,6 +24,7 @@ from .batch_sampler import BatchSampler
 from .checkpoints import checkpoint_to_resume, only_training_in
 from .checks import NoStepIsAnError, check_arguments, check_datasets, check_rows, check_tokenizer
 from .dynamic_sampling import DynamicSampling, Rows, forget_stream
+from .evaluation.in_training import EvaluationMetrics
 from .metrics import replace_last
 from .model_card import PAPER
 from .policy.engine import policy_engine_for
@@ -129,6 +130,7 @@ class TreePOTrainer(GRPOTrainer):
         check_tokenizer(self)
         check_tools(self)
         self._reward_watch = RewardWatch(self)
+        self._evaluation_metrics = EvaluationMetrics(self)
         self.policy_engine.connect(self)
         self._decode = text_decoder(self._tokenizer)
         self.sampler = TreeSampler(self.policy_engine.engine, args, self.eos_token_ids, self._decode)
@@ -163,7 +165,8 @@ class TreePOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Rows) -> dict[str, torch.Tensor]:
         check_rows(self, filter(None, inputs))  # with dynamic sampling they are empty placeholders
         if not self.model.training:
-            return super()._generate_and_score_completions(inputs)
+            with trl_seams.calculated_rewards(self, self._evaluation_metrics.logging):
+                return super()._generate_and_score_completions(inputs)
         batch, calculated = self._batch.next(self.state.global_step), trl_seams.calculated_rewards
         self._batch = batch
         with (

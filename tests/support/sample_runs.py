@@ -46,9 +46,9 @@ def cells(table: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-def save_adapter(model: str, folder: str | Path) -> None:
+def save_adapter(model: str, folder: str | Path, seed: int = 1) -> None:
     """A random adapter, large enough to change what the model says."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     settings = LoraConfig(r=8, lora_alpha=512, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(model), settings).save_pretrained(str(folder))
 

@@ -127,9 +127,10 @@ def _rows(dataset: Dataset, arguments: EvalArguments) -> Dataset:
 def _math_set(
     prompts: list[object], answers: list[str], columns: dict[str, list[object]], has_rewards: bool
 ) -> EvalSet:
-    """Prompts whose answers math-verify compares; with reward functions it only tells answers apart, if it can."""
+    """Prompts whose answers math-verify compares; with reward functions it only tells wrong ones apart, if it can."""
     if has_rewards:
-        return EvalSet(prompts, columns, answer_of=math_answer if math_verify_is_available() else None)
+        can_be_told = math_verify_is_available() and all(math_answer(answer) is not None for answer in answers)
+        return EvalSet(prompts, columns, answer_of=math_answer if can_be_told else None)
     require_math_verify()
     for i, answer in enumerate(answers):
         if math_answer(answer) is None:

@@ -1,7 +1,7 @@
 """
 How good a model is on prompts with known answers: mean@k, pass@k and maj@k of its samples, and how sure they are.
 
-Takes scores and answers of completions, and knows no model and no torch.
+Takes scores and answers of completions, and knows no model and no torch; `in_training` has them from a trainer.
 """
 
 from .answers import Judgement

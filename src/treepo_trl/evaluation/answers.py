@@ -3,6 +3,7 @@
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -26,9 +27,7 @@ class Judgement:
 
 def math_verify_is_available() -> bool:
     """Whether answers can be read and compared."""
-    from trl.import_utils import is_math_verify_available
-
-    return is_math_verify_available()
+    return find_spec("math_verify") is not None
 
 
 def require_math_verify() -> None:

@@ -21,7 +21,9 @@ from .answers import Judgement
 
 
 _MAX_EXACT_CHOICES = 20_000
-"""Choices of completions that a vote of trees enumerates; with more of them it draws as many."""
+"""Choices of completions that a vote of trees enumerates at most."""
+_NUM_DRAWS = 20_000
+"""Choices that it draws where there are more."""
 _RIGHT = object()
 
 
@@ -113,7 +115,7 @@ def majority_at_k(subtrees: Sequence[Subtree], k: int, seed: int | str = 0) -> f
     if num_choices <= _MAX_EXACT_CHOICES:
         return _majority_of_all_choices(ballots, k)
     rng = random.Random(f"{seed}/{k}")
-    drawn = [[_vote(ballot, rng) for ballot in rng.sample(ballots, k)] for _ in range(_MAX_EXACT_CHOICES)]
+    drawn = [[_vote(ballot, rng) for ballot in rng.sample(ballots, k)] for _ in range(_NUM_DRAWS)]
     return math.fsum(map(_share_of_right, drawn)) / len(drawn)
 
 

@@ -1,0 +1,232 @@
+"""pass@k, maj@k and mean@k: hand arithmetic, and the exact values of a policy whose every tree can be enumerated."""
+
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from tests.support.fakes import EOS, FakeEngine, QueueEngine, memoryless
+from treepo_trl.engines import SegmentRequest, SegmentResult
+from treepo_trl.evaluation import (
+    Draw,
+    Judgement,
+    Subtree,
+    default_ks,
+    majority_at_k,
+    mean_score,
+    pass_at_k,
+    subtrees_of,
+)
+from treepo_trl.evaluation import estimators as estimators_module
+from treepo_trl.sampling import SegmentTree, TreeSampler, TreeSamplingConfig
+from treepo_trl.sampling.first_widths import num_first_branches
+
+
+def judgement(answer: str | None) -> Judgement:
+    return Judgement(1.0, "r") if answer == "r" else Judgement(0.0, answer)
+
+
+def independent(answers: Sequence[str | None]) -> list[Subtree]:
+    return [[Draw(1.0, judgement(answer))] for answer in answers]
+
+
+def test_hand_arithmetic_of_independent_completions() -> None:
+    """
+    r r a b: of the 4 choices of 3, two have both r (right), two have r a b (a tie of three). Of the 6 choices of 2,
+    one has no r (a b), one both, four are a tie of r and another.
+    """
+    subtrees = independent(["r", "r", "a", "b"])
+    assert mean_score(subtrees) == 0.5
+    assert pass_at_k(subtrees, 1) == 0.5
+    assert pass_at_k(subtrees, 2) == pytest.approx(1 - 1 / 6)
+    assert pass_at_k(subtrees, 3) == pass_at_k(subtrees, 4) == 1.0
+    assert majority_at_k(subtrees, 1) == 0.5
+    assert majority_at_k(subtrees, 2) == pytest.approx((1 + 4 * 0.5) / 6)
+    assert majority_at_k(subtrees, 3) == pytest.approx((1 + 1 + 1 / 3 + 1 / 3) / 4)
+    assert majority_at_k(subtrees, 4) == 1.0
+
+
+def test_hand_arithmetic_of_a_tree() -> None:
+    """
+    One child of the prompt has a right leaf and one that says a, of weight 1/2 each; the other says a. Two independent
+    completions are then r a (a tie) or a a, equally likely.
+    """
+    subtrees = [[Draw(0.5, judgement("r")), Draw(0.5, judgement("a"))], [Draw(1.0, judgement("a"))]]
+    assert mean_score(subtrees) == pass_at_k(subtrees, 1) == majority_at_k(subtrees, 1) == 0.25
+    assert pass_at_k(subtrees, 2) == 0.5
+    assert majority_at_k(subtrees, 2) == 0.25
+
+
+def test_a_completion_without_an_answer_has_no_vote() -> None:
+    assert majority_at_k(independent(["r", None, None]), 3) == 1.0
+    assert majority_at_k(independent([None, None]), 2) == 0.0
+    assert majority_at_k(independent(["r", "a", "a", None]), 4) == 0.0
+
+
+def test_a_partial_score_counts_for_the_mean_alone() -> None:
+    subtrees = [[Draw(1.0, Judgement(0.5, "a"))], [Draw(1.0, Judgement(1.0, "b"))]]
+    assert (mean_score(subtrees), pass_at_k(subtrees, 1), majority_at_k(subtrees, 2)) == (0.75, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("estimate", [pass_at_k, majority_at_k])
+@pytest.mark.parametrize("k", [0, 3])
+def test_k_beyond_the_independent_samples(estimate: Callable[[list[Subtree], int], float], k: int) -> None:
+    with pytest.raises(ValueError, match=f"k is {k}; it must be between 1 and the 2 independent samples"):
+        estimate(independent(["r", "a"]), k)
+
+
+def test_default_ks_are_powers_of_two() -> None:
+    assert [default_ks(n) for n in (1, 2, 5, 8)] == [[1], [1, 2], [1, 2, 4], [1, 2, 4, 8]]
+
+
+def share_of_right(votes: Sequence[str | None]) -> float:
+    """An election by hand: the right answer's part of the first place."""
+    counts = Counter(vote for vote in votes if vote is not None)
+    winners = [vote for vote in counts if counts[vote] == max(counts.values())]
+    return 1 / len(winners) if "r" in winners else 0.0
+
+
+def test_counts_of_answers_give_what_all_choices_give(rng: random.Random) -> None:
+    for _ in range(60):
+        votes = [rng.choice(["r", "r", "a", "b", "c", None]) for _ in range(rng.randint(1, 7))]
+        right = votes.count("r")
+        for k in range(1, len(votes) + 1):
+            choices = list(itertools.combinations(votes, k))
+            majority = sum(map(share_of_right, choices)) / len(choices)
+            assert majority_at_k(independent(votes), k) == pytest.approx(majority, abs=1e-12)
+            expected = 1 - math.comb(len(votes) - right, k) / math.comb(len(votes), k)
+            assert pass_at_k(independent(votes), k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_drawn_choices_are_close_to_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tree with too many choices, 4 x 8 here. The standard deviation of 20 000 draws is at most 0.004."""
+    answers = ["r", "a", "b", "r", "a", "r", None, "a"]
+    subtrees = [[Draw(0.5, judgement(answers[i])), Draw(0.5, judgement(answers[i + 1]))] for i in (0, 2, 4, 6)]
+    exact = majority_at_k(subtrees, 3)
+    monkeypatch.setattr(estimators_module, "_MAX_EXACT_CHOICES", 31)
+    drawn = [majority_at_k(subtrees, 3, seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn == pytest.approx([exact] * 3, abs=0.02)
+
+
+# Trees of a policy that can be enumerated
+
+POLICY = {
+    (): {EOS: 0.2, 1: 0.5, 2: 0.3},
+    (1,): {EOS: 0.1, 1: 0.6, 2: 0.3},
+    (2,): {EOS: 0.5, 1: 0.2, 2: 0.3},
+}
+ANSWERS = {(EOS,): None, (1, EOS): "a", (1, 1): "r", (1, 2): "b", (2, EOS): "r", (2, 1): "a", (2, 2): "r"}
+COMPLETIONS = {path: POLICY[()][path[0]] * (POLICY[path[:1]][path[1]] if len(path) > 1 else 1.0) for path in ANSWERS}
+
+
+class EnumeratingEngine(QueueEngine):
+    """Samples of `POLICY`, token by token: the choices of a run are given, and their probability is kept."""
+
+    def __init__(self, choices: Sequence[int]) -> None:
+        super().__init__()
+        self.choices, self.made, self.probability = list(choices), list[tuple[int, int]](), 1.0
+
+    def answer(self, request: SegmentRequest) -> SegmentResult:
+        options = list(POLICY[tuple(request.token_ids[1:])].items())
+        choice = self.choices[len(self.made)] if len(self.made) < len(self.choices) else 0
+        self.made.append((choice, len(options)))
+        token, probability = options[choice]
+        self.probability *= probability
+        return SegmentResult(
+            request.request_id, [token], [math.log(probability)], "stop" if token == EOS else "length"
+        )
+
+
+def all_trees(config: TreeSamplingConfig, seed: int) -> Iterator[tuple[float, SegmentTree]]:
+    """Every tree that the sampler can grow from `POLICY`, with its probability, for one seed of branching."""
+    choices: list[int] | None = []
+    while choices is not None:
+        engine = EnumeratingEngine(choices)
+        (tree,) = TreeSampler(engine, config, [EOS]).sample([[9]], seed)
+        yield engine.probability, tree
+        made = engine.made
+        while made and made[-1][0] == made[-1][1] - 1:
+            made.pop()
+        choices = [choice for choice, _ in made[:-1]] + [made[-1][0] + 1] if made else None
+
+
+def exact_pass_at_k(k: int) -> float:
+    return 1 - (1 - sum(p for path, p in COMPLETIONS.items() if ANSWERS[path] == "r")) ** k
+
+
+def exact_majority_at_k(k: int) -> float:
+    return sum(
+        math.prod(COMPLETIONS[path] for path in paths) * share_of_right([ANSWERS[path] for path in paths])
+        for paths in itertools.product(COMPLETIONS, repeat=k)
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "width", "changes"),
+    [
+        (2, 4, {"fallback_policy": "none"}),
+        (2, 3, {"fallback_policy": "root"}),
+        (3, 4, {"fallback_policy": "none", "branching_policy": "low_prob"}),
+        (3, 3, {"fallback_policy": "none"}),
+    ],
+)
+def test_trees_are_unbiased_up_to_the_children_of_the_prompt(first: int, width: int, changes: dict[str, str]) -> None:
+    """
+    The mean over all trees, by their probability, is the exact value of independent completions. Where paths end
+    decides how many children the others get, so the leaves of a tree are not independent: counted as if they were,
+    they are wrong, which shows that this test can fail.
+    """
+    config = TreeSamplingConfig(
+        num_generations=width,
+        max_completion_length=2,
+        segment_length=1,
+        initial_branching_factor=[first],
+        stop_repetition=False,
+        **changes,  # pyright: ignore
+    )
+    assert num_first_branches(config) == first
+    total, naive = 0.0, 0.0
+    sums: Counter[str] = Counter()
+    for probability, tree in all_trees(config, seed=1):
+        judgements = [judgement(ANSWERS[tuple(tree.completion_ids(leaf))]) for leaf in tree.leaves]
+        subtrees = subtrees_of(tree, judgements)
+        assert len(subtrees) == first
+        total += probability
+        sums["mean"] += probability * mean_score(subtrees)
+        for k in range(1, first + 1):
+            sums[f"pass@{k}"] += probability * pass_at_k(subtrees, k)
+            sums[f"maj@{k}"] += probability * majority_at_k(subtrees, k)
+        as_if = [[Draw(1.0, each)] for each in judgements]
+        naive += probability * pass_at_k(as_if, 2)
+    assert total == pytest.approx(1.0)
+    assert sums["mean"] == pytest.approx(exact_pass_at_k(1))
+    for k in range(1, first + 1):
+        assert sums[f"pass@{k}"] == pytest.approx(exact_pass_at_k(k))
+        assert sums[f"maj@{k}"] == pytest.approx(exact_majority_at_k(k))
+    if width > first:
+        assert abs(naive - exact_pass_at_k(2)) > 0.005
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"branch_schedule": "sqrt"},
+        {"branch_schedule": "sqrt", "expected_completion_length": 5},
+        {"branch_schedule": "spread"},
+        {"initial_branching_factor": [3, 6]},
+        {"branching_factor": 1},
+        {"fallback_policy": "random"},
+    ],
+)
+def test_every_tree_has_as_many_subtrees_as_is_promised(changes: dict[str, object]) -> None:
+    options = {"num_generations": 8, "max_completion_length": 40, "segment_length": 4, "stop_repetition": False}
+    config = TreeSamplingConfig(**{**options, **changes})  # pyright: ignore
+    trees = TreeSampler(FakeEngine(memoryless(0.1)), config, [EOS]).sample([[9]] * 40, seed=0)
+    for tree in trees:
+        subtrees = subtrees_of(tree, [judgement("r")] * len(tree.leaves))
+        assert len(subtrees) >= num_first_branches(config)
+        assert [sum(draw.weight for draw in subtree) for subtree in subtrees] == pytest.approx([1.0] * len(subtrees))
