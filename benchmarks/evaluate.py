@@ -15,11 +15,11 @@ import time
 from argparse import Namespace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from benchmarks.common import device_name, make_parser, small_model_folder
 from treepo_trl.commands.engine import EngineArguments
-from treepo_trl.commands.eval import Evaluation, prepared, sample_column, sampler_of, scored, settings_of
+from treepo_trl.commands.eval import Evaluation, evaluated, prepared, sampler_of, settings_of
 from treepo_trl.commands.eval_arguments import EvalArguments
 from treepo_trl.commands.eval_output import opened_folder
 from treepo_trl.commands.eval_table import results_table
@@ -62,18 +62,16 @@ def plain(evaluation: Evaluation, sampler: TreeSampler) -> Measured:
     return seconds, sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
 
 
-def evaluated(evaluation: Evaluation, sampler: TreeSampler) -> Measured:
+def whole(evaluation: Evaluation, sampler: TreeSampler) -> Measured:
     """All of `treepo-trl eval` behind the loading of the model."""
+    sampler.engine.reset_prefix_cache()
     started = time.perf_counter()
     with opened_folder(evaluation.arguments, settings_of(evaluation), evaluation.prompt_ids) as folder:
-        assert folder is not None
-        evaluation.trees = {column: {} for column in evaluation.columns}
-        seconds = {column: sample_column(evaluation, sampler, column, folder) for column in evaluation.columns}
-        results = scored(evaluation, seconds)
-        folder.write_results(results)
+        results = evaluated(evaluation, sampler, folder)
     results_table(results)
-    trees = evaluation.trees["base"].values()
-    return time.perf_counter() - started, sum(tree.num_unique_tokens for tree in trees)
+    seconds = time.perf_counter() - started
+    mean_length = cast(Any, results)["columns"]["base"]["metrics"]["tokens"]["value"]
+    return seconds, round(mean_length * len(evaluation.prompt_ids) * sampler.config.num_generations)
 
 
 def main() -> None:
@@ -87,14 +85,13 @@ def main() -> None:
     measured: dict[str, list[Measured]] = {"vLLM alone": [], "treepo-trl eval": []}
     with TemporaryDirectory() as scratch:
         first = evaluation_of(args, str(Path(scratch) / "0"))
-        first.trees = {column: {} for column in first.columns}
-        sampler = sampler_of(first)
+        sampler = sampler_of(first, None)
         assert sampler is not None
         plain(first, sampler)
         for repeat in range(1, args.repeats + 1):
             evaluation = evaluation_of(args, str(Path(scratch) / str(repeat)))
             measured["vLLM alone"].append(plain(evaluation, sampler))
-            measured["treepo-trl eval"].append(evaluated(evaluation, sampler))
+            measured["treepo-trl eval"].append(whole(evaluation, sampler))
     print(f"{args.prompts} prompts x {args.samples} samples of at most {args.length} tokens, {device_name()}")
     print("| | s | tokens | s / 1000 tokens |\n|---|---|---|---|")
     rates = {}

@@ -1,10 +1,9 @@
 """`treepo-trl eval`: mean@k, pass@k and maj@k of a model and its adapters, side by side."""
 
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -40,12 +39,6 @@ class Evaluation:
     prompt_ids: list[list[int]]
     columns: dict[str, int | None]
     """Which adapter each column of the table samples with, by its name; `None` for the model alone."""
-    trees: dict[str, dict[int, SegmentTree]] = field(default_factory=dict)
-    """Sampled trees by column and index of the prompt."""
-
-    def remaining(self, column: str) -> dict[int, list[int]]:
-        """Prompts by their index that a column has no tree of."""
-        return {i: ids for i, ids in enumerate(self.prompt_ids) if i not in self.trees[column]}
 
 
 def main(argv: list[str]) -> None:
@@ -56,17 +49,13 @@ def main(argv: list[str]) -> None:
                 "treepo-trl eval", EvalArguments, EngineArguments, SamplingOptions, TreeSamplingConfig
             )
             evaluation = prepared(*parser.parse_args_and_config(argv))
-            arguments = evaluation.arguments
-            stack.enter_context(advice_to_resume(arguments.output, can_resume=arguments.output is not None))
-            folder = stack.enter_context(opened_folder(arguments, settings_of(evaluation), evaluation.prompt_ids))
-            evaluation.trees = {
-                column: {} if folder is None else folder.trees(column) for column in evaluation.columns
-            }
-            sampler = sampler_of(evaluation)
-        seconds = {column: sample_column(evaluation, sampler, column, folder) for column in evaluation.columns}
-        results = scored(evaluation, seconds)
-        if folder is not None:
-            folder.write_results(results)
+            output = evaluation.arguments.output
+            stack.enter_context(advice_to_resume(output, can_resume=output is not None))
+            folder = stack.enter_context(
+                opened_folder(evaluation.arguments, settings_of(evaluation), evaluation.prompt_ids)
+            )
+            sampler = sampler_of(evaluation, folder)
+        results = evaluated(evaluation, sampler, folder)
     print(results_table(results))
 
 
@@ -107,73 +96,85 @@ def settings_of(evaluation: Evaluation) -> dict[str, object]:
     }
 
 
-def sampler_of(evaluation: Evaluation) -> TreeSampler | None:
+def sampler_of(evaluation: Evaluation, folder: EvalFolder | None) -> TreeSampler | None:
     """The sampler over an engine with the model loaded; `None` if no sample is missing."""
-    missing = [column for column in evaluation.columns if evaluation.remaining(column)]
-    if not missing:
-        return None
-    num_done = sum(map(len, evaluation.trees.values()))
+    arguments, total = evaluation.arguments, len(evaluation.columns) * len(evaluation.prompt_ids)
+    num_done = 0 if folder is None else sum(len(folder.done(column)) for column in evaluation.columns)
     if num_done:
-        total = len(evaluation.columns) * len(evaluation.prompt_ids)
-        print(f"{num_done} of {total} prompts are in {evaluation.arguments.output} already.", file=sys.stderr)
-    seed = evaluation.arguments.seed + num_done  # a resumed run does not repeat its first draws
+        print(f"{num_done} of {total} prompts are in {arguments.output} already.", file=sys.stderr)
+    if num_done == total:
+        return None
     sampler = build_sampler(
         evaluation.engine,
         evaluation.options,
         evaluation.config,
         evaluation.tokenizer,
-        seed,
-        evaluation.arguments.adapters or [],
+        arguments.seed + num_done,  # a resumed run does not repeat its first draws
+        arguments.adapters or [],
     )
     sampler.check(evaluation.prompt_ids)
     return sampler
 
 
-def sample_column(
+def evaluated(evaluation: Evaluation, sampler: TreeSampler | None, folder: EvalFolder | None) -> dict[str, object]:
+    """Sample, write and score a column after the other; returns the results, as results.json has them."""
+    # The trees of one column at a time are kept: those of all of them may be more than the memory.
+    values = {
+        column: scored(evaluation, sampled_column(evaluation, sampler, column, folder))
+        for column in evaluation.columns
+    }
+    adapters = evaluation.arguments.adapters or []
+    names = {column: None if i is None else adapters[i] for column, i in evaluation.columns.items()}
+    about = {"dataset_name": evaluation.arguments.dataset_name, "settings": settings_of(evaluation)}
+    with user_errors():
+        results = results_of(values, names, about)
+    if folder is not None:
+        folder.write_results(results)
+    return results
+
+
+def sampled_column(
     evaluation: Evaluation, sampler: TreeSampler | None, column: str, folder: EvalFolder | None
-) -> float:
-    """Sample and write what a column lacks; returns the seconds."""
-    prompts, trees = evaluation.remaining(column), evaluation.trees[column]
-    if not prompts:
-        return 0.0
-    assert sampler is not None, "it is there if a prompt is missing"
-    indices, token_ids = list(prompts), list(prompts.values())
+) -> list[SegmentTree]:
+    """The trees of a column, one for each prompt; those that its file lacks are sampled and written."""
+    trees = {} if folder is None else folder.trees(column)
+    missing = [i for i in range(len(evaluation.prompt_ids)) if i not in trees]
+    if missing:
+        assert sampler is not None, "it is there if a prompt is missing"
+        _sample(evaluation, sampler, column, missing, trees, folder)
+    return [trees[i] for i in range(len(evaluation.prompt_ids))]
+
+
+def _sample(
+    evaluation: Evaluation,
+    sampler: TreeSampler,
+    column: str,
+    indices: list[int],
+    trees: dict[int, SegmentTree],
+    folder: EvalFolder | None,
+) -> None:
+    """Sample the prompts of these indices into `trees` and the folder."""
+    arguments, prompts = evaluation.arguments, [evaluation.prompt_ids[i] for i in indices]
 
     def keep(position: int, tree: SegmentTree) -> None:
         trees[indices[position]] = tree
         if folder is not None:
             folder.write(column, indices[position], tree, evaluation.tokenizer)
 
-    started = time.perf_counter()
-    use_adapter(sampler.engine, evaluation.arguments.adapters or [], evaluation.columns[column])
+    use_adapter(sampler.engine, arguments.adapters or [], evaluation.columns[column])
     with progress_bar(len(prompts) * sampler.config.num_generations, column) as on_leaves:
-        if evaluation.arguments.completions == "trees":
-            seed = f"{evaluation.arguments.seed}/{column}"
-            sampler.sample(token_ids, seed, on_leaves=on_leaves, on_tree=keep)
+        if arguments.completions == "trees":
+            sampler.sample(prompts, f"{arguments.seed}/{column}", on_leaves=on_leaves, on_tree=keep)
         else:
-            sample_independent(sampler.engine, token_ids, sampler.config, on_leaves, keep)
-    return time.perf_counter() - started
+            sample_independent(sampler.engine, prompts, sampler.config, on_leaves, keep)
 
 
-def scored(evaluation: Evaluation, seconds: Mapping[str, float]) -> dict[str, object]:
-    """Results of all columns, as results.json has them."""
+def scored(evaluation: Evaluation, trees: list[SegmentTree]) -> list[dict[str, float] | None]:
+    """What is averaged over prompts, for each prompt."""
     decode = evaluation.tokenizer.decode
-    values = {}
-    for column, trees in evaluation.trees.items():
-        in_order = [trees[i] for i in range(len(evaluation.prompt_ids))]
-        texts = [
-            [str(decode(tree.completion_ids(leaf), skip_special_tokens=True)) for leaf in tree.leaves]
-            for tree in in_order
-        ]
-        values[column] = prompt_values(
-            Samples(in_order, texts),
-            evaluation.scorers,
-            evaluation.ks,
-            evaluation.config.num_generations,
-            with_majority=evaluation.eval_set.answer_of is not None,
-        )
-    adapters = evaluation.arguments.adapters or []
-    names = {column: None if i is None else adapters[i] for column, i in evaluation.columns.items()}
-    about = {"dataset_name": evaluation.arguments.dataset_name, "settings": settings_of(evaluation)}
-    with user_errors():
-        return results_of(values, names, seconds, about)
+    texts = [
+        [str(decode(tree.completion_ids(leaf), skip_special_tokens=True)) for leaf in tree.leaves] for tree in trees
+    ]
+    with_majority = evaluation.eval_set.answer_of is not None
+    num_samples = evaluation.config.num_generations
+    return prompt_values(Samples(trees, texts), evaluation.scorers, evaluation.ks, num_samples, with_majority)

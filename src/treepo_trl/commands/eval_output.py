@@ -35,6 +35,10 @@ class EvalFolder:
         self.path = path
         self._files = files
 
+    def done(self, column: str) -> set[int]:
+        """Indices of the prompts that a column's file had at the start."""
+        return self._files[column].done
+
     def trees(self, column: str) -> dict[int, SegmentTree]:
         """The trees that a column's file has, by the index of their prompt."""
         file = self._files[column]

@@ -16,7 +16,6 @@ PromptValues = Sequence[Mapping[str, float] | None]
 def results_of(
     values: Mapping[str, PromptValues],
     adapters: Mapping[str, str | None],
-    seconds: Mapping[str, float],
     about: Mapping[str, object],
 ) -> dict[str, Any]:
     """
@@ -29,8 +28,6 @@ def results_of(
             For each column a mapping per prompt, from the metrics to their values; `None` for an unscored prompt.
         adapters (mapping of `str` to `str` or `None`):
             Adapter of each column.
-        seconds (mapping of `str` to `float`):
-            What sampling took.
         about (mapping of `str` to `object`):
             Further entries.
 
@@ -48,7 +45,6 @@ def results_of(
         by_metric = {name: [row[name] for row in rows] for name in rows[0]}
         columns[column] = {
             "adapter": adapters[column],
-            "seconds": seconds[column],
             "metrics": {name: asdict(estimate) for name, estimate in estimates(by_metric).items()},
             "per_prompt": by_metric,
         }

@@ -49,6 +49,8 @@ class EvaluationMetrics:
 
     def _gathered_answers(self, inputs: list[dict[str, object]], completions: list[object]) -> list[str | None] | None:
         """Answers of all processes' completions, in the order of the rewards; `None` if they cannot be told."""
+        if cast(int, self._trainer.num_generations_eval) < 2:
+            return None  # no vote
         own = answers_of(inputs, completions)
         gathered = cast("list[tuple[bool, str | None]]", gather_object(own))
         return [answer for _, answer in gathered] if all(is_known for is_known, _ in gathered) else None
