@@ -27,6 +27,7 @@ from .dynamic_sampling import DynamicSampling, Rows, forget_stream
 from .metrics import replace_last
 from .model_card import PAPER
 from .policy.engine import policy_engine_for
+from .policy.starting_adapter import adapter_resumed_too, match_reference
 from .resume_point import ResumePoint
 from .reward_watch import RewardWatch
 from .sampling import SegmentTree, TreeSampler, text_decoder
@@ -126,6 +127,7 @@ class TreePOTrainer(GRPOTrainer):
                 rollout_func=None if rollout_func is None else TreeRollout(rollout_func, self._take_rollout),
                 environment_factory=cast(Any, environment_factory),
             )
+        match_reference(self.model)
         check_tokenizer(self)
         check_tools(self)
         self._reward_watch = RewardWatch(self)
@@ -157,6 +159,10 @@ class TreePOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         with self._resume_point.saved(trial):
             super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        with adapter_resumed_too(model or self.model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     # A batch: sampled, scored, its advantages taken from its trees
 
