@@ -61,7 +61,11 @@ def test_the_reference_is_the_policy_at_the_start(tmp_path: Path, tiny_model_dir
 def test_the_gradient_of_the_kl_term_is_that_to_the_starting_adapter(
     tmp_path: Path, tiny_model_dir: str, adapter: str
 ) -> None:
-    """By hand: mean over rows and their tokens of `exp(q - p) - (q - p) - 1` for log-probabilities p and q."""
+    """
+    By hand: mean over rows and their tokens of `exp(q - p) - (q - p) - 1` for log-probabilities p and q.
+
+    TRL multiplies it by the importance ratio (`use_bias_correction_kl`), which is 1 here and has a gradient.
+    """
     config = make_config(tmp_path, **KL, learning_rate=0.0, max_steps=1)
     trainer = build(RecordingTrainer, policy(tiny_model_dir, adapter), config, **NO_REWARD)
     reference = policy(tiny_model_dir, adapter, is_trainable=False)
@@ -83,7 +87,8 @@ def test_the_gradient_of_the_kl_term_is_that_to_the_starting_adapter(
                 each(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, completion[:, None])[:, 0]
                 for each in (by_hand, reference)
             )
-            total = total + ((q.detach() - p).exp() - (q.detach() - p) - 1).mean()
+            kl = (q.detach() - p).exp() - (q.detach() - p) - 1
+            total = total + (kl * (p - p.detach()).exp()).mean()
         (BETA * total / len(inputs["prompt_ids"])).backward()
         gradients.append({name: p.grad for name, p in by_hand.named_parameters() if p.grad is not None})
 

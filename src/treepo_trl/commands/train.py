@@ -120,9 +120,7 @@ def _output_dir(training_args: TreePOConfig) -> str:
     return folder
 
 
-def check_memory(
-    training_args: TreePOConfig, model_args: ModelConfig, adapter: "PeftConfig | None" = None
-) -> None:
+def check_memory(training_args: TreePOConfig, model_args: ModelConfig, adapter: "PeftConfig | None" = None) -> None:
     """
     Print the plan of a training on this machine's one GPU before anything is loaded.
 

@@ -175,8 +175,8 @@ def check_given_adapter(model: "PeftModel", beta: float) -> None:
         )
     if beta != 0 and model.active_adapter != _ADAPTER:
         raise ValueError(
-            f"`beta` is {beta}, and the model's adapter is called {model.active_adapter!r}: the reference is a copy of "
-            f"the one called {_ADAPTER!r}. Leave out `adapter_name` where it is loaded, or set `beta=0`."
+            f"`beta` is {beta}, and the model's adapter is called {model.active_adapter!r}: the reference is a copy "
+            f"of the one called {_ADAPTER!r}. Leave out `adapter_name` where it is loaded, or set `beta=0`."
         )
 
 
