@@ -27,6 +27,7 @@ from .dynamic_sampling import DynamicSampling, Rows, forget_stream
 from .metrics import replace_last
 from .model_card import PAPER
 from .policy.engine import policy_engine_for
+from .policy.four_bit_base import write_quantization
 from .policy.starting_adapter import adapter_resumed_too, match_reference
 from .resume_point import ResumePoint
 from .reward_watch import RewardWatch
@@ -163,6 +164,10 @@ class TreePOTrainer(GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         with adapter_resumed_too(model or self.model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        write_quantization(self.accelerator.unwrap_model(self.model), output_dir or str(self.args.output_dir))
 
     # A batch: sampled, scored, its advantages taken from its trees
 

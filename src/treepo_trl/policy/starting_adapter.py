@@ -114,7 +114,7 @@ def _differences(expected: Shapes, given: Shapes, in_base: Shapes) -> list[str]:
     """What does not fit, a layer each. Embeddings of the base that lie beside an adapter may be given too."""
     problems = []
     for name in sorted({*expected, *given}):
-        here = expected.get(name) or in_base.get(name)
+        here = expected.get(name) or in_base.get(name.replace(".base_layer.", "."))
         layer = name.removeprefix("base_model.model.")
         if name not in given:
             problems.append(f"{layer} is missing in it")
