@@ -33,7 +33,11 @@ class ExportArguments:
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the base."})
     dtype: WeightType = field(
-        default="auto", metadata={"help": "Precision of the weights that are written; auto is the base's in training."}
+        default="auto",
+        metadata={
+            "help": "Precision of the weights that are written; auto is that of the base's files, or with a 4-bit base "
+            "that of the training."
+        },
     )
     load_in_4bit: bool = field(
         default=False,
@@ -117,8 +121,7 @@ def _report(export: Export) -> str:
     ]
     if difference.is_lost_to_rounding:
         lines.append(
-            "That is not much more than what rounding changes: the export loses part of what was trained. "
-            "`--dtype float32` keeps it."
+            "Rounding is not small beside that: the export loses part of what was trained. `--dtype float32` keeps it."
         )
     lines.append(f"vllm serve {export.folder}    ollama create NAME -f {export.folder / 'Modelfile'}")
     return "\n".join(lines)

@@ -23,6 +23,7 @@ def model_card(source: AdapterSource, export: "Export") -> ModelCard:
     )
     dtype = str(export.dtype).removeprefix("torch.")
     base = Path(source.base).name if is_local else source.base
+    kind = getattr(source.peft_config.peft_type, "value", source.peft_config.peft_type)
     in_4bit = "\nThe base was in 4 bits in training, and is merged as the numbers that its weights stand for.\n"
     text = f"""\
 ---
@@ -31,7 +32,7 @@ def model_card(source: AdapterSource, export: "Export") -> ModelCard:
 
 # {export.folder.name}
 
-A {source.peft_config.peft_type} adapter merged into `{base}` by `treepo-trl export`, in {dtype}.
+A {kind} adapter merged into `{base}` by `treepo-trl export`, in {dtype}.
 {in_4bit if export.was_4bit else ""}
 On a few texts the log-probabilities of this model are {export.difference.mean:.2g} nats per token from those of the
 base with its adapter. The adapter itself moves them by {export.difference.of_adapter:.2g}.

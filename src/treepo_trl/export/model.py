@@ -5,6 +5,8 @@ What is compared is what was written: a merge that loses the adapter, weights th
 weight all show in the log-probabilities.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-BOUNDS = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-"""Mean distance in nats per token that rounding to each precision may make; it was seen to make a tenth of that."""
+BOUNDS = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
+"""Mean distance in nats per token that rounded weights may make; a fifth and less was seen (docs/export.md)."""
 
 _TEXTS = (
     "The river rises in the mountains and flows two hundred kilometres to the sea. In spring its water is cold.",
@@ -54,8 +56,8 @@ class Difference:
 
     @property
     def is_lost_to_rounding(self) -> bool:
-        """Whether the merge has moved the model by half as much as the adapter."""
-        return self.mean > 0.5 * self.of_adapter
+        """Whether the merge has moved the model by more than a quarter of what the adapter does."""
+        return self.mean > 0.25 * self.of_adapter
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def export_model(
     config = AutoConfig.from_pretrained(source.base, revision=revision, trust_remote_code=trust_remote_code)
     check_fits(str(source.folder), source.peft_config, source.base, config)
     tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code)
-    texts = _token_ids(tokenizer)
+    texts = _token_ids(tokenizer, source.tokenizer)
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype}
     with new_folder(out) as folder:
         policy = _load_policy(source, quantization or source.quantization, options)
@@ -134,27 +136,62 @@ def _load_policy(source: AdapterSource, quantization: BaseQuantization | None, o
     return PeftModel.from_pretrained(base, str(source.folder))
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _token_ids(tokenizer: PreTrainedTokenizerBase, name: str) -> list[list[int]]:
     """Token ids of the texts that are compared, a conversation among them if the tokenizer knows how to write one."""
     texts = [cast("list[int]", tokenizer(text)["input_ids"]) for text in _TEXTS]
     if tokenizer.chat_template:
         text = str(tokenizer.apply_chat_template(list(_CHAT), tokenize=False))
         texts.append(cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"]))
-    return [text for text in texts if len(text) > 1]  # a small vocabulary may have no token for one
+    if min(map(len, texts)) < 2:  # transformers makes an empty one of a folder without its files
+        raise ValueError(
+            f"The tokenizer of `{name}` makes no tokens of a text. Put the files of the base's tokenizer there, or "
+            "name a base that has them (`--model_name_or_path`)."
+        )
+    return texts
 
 
 @torch.no_grad()
 def log_probs(model: torch.nn.Module, texts: list[list[int]]) -> torch.Tensor:
-    """Log-probability of each token of the texts but their first ones, `(tokens,)` in float32."""
-    for module in model.modules():  # in evaluation bitsandbytes computes in bfloat16 on some CPUs
-        module.training = type(module).__name__ == "Linear4bit"
-    device = next(model.parameters()).device
+    """
+    Log-probability of each token of the texts but their first ones, `(tokens,)`.
+
+    Computed in float32 whatever the weights are in: what differs between two models is then their weights alone.
+    """
     found = []
-    for text in texts:
-        ids = torch.tensor([text], device=device)
-        scores = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
-        found.append(scores.gather(1, ids[0, 1:, None])[:, 0].cpu())
+    with _computing_in_float32(model):
+        for text in texts:
+            ids = torch.tensor([text], device=next(model.parameters()).device)
+            scores = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            found.append(scores.gather(1, ids[0, 1:, None])[:, 0].cpu())
     return torch.cat(found)
+
+
+@contextmanager
+def _computing_in_float32(model: torch.nn.Module) -> Iterator[None]:
+    """Context in which each module's own weights are in float32 while it computes, so that no second model is held."""
+    kept: dict[torch.nn.Parameter, torch.Tensor] = {}
+
+    def widen(module: torch.nn.Module, _: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                kept[parameter] = parameter.data
+                parameter.data = parameter.data.float()
+
+    def restore(module: torch.nn.Module, *_: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter in kept:
+                parameter.data = kept.pop(parameter)
+
+    model.eval()
+    with ExitStack() as stack:
+        for module in model.modules():
+            if type(module).__name__ == "Linear4bit":
+                module.compute_dtype = torch.float32  # pyright: ignore[reportAttributeAccessIssue]
+                module.training = True  # in evaluation bitsandbytes computes in bfloat16 on some CPUs
+            elif any(True for _ in module.parameters(recurse=False)):
+                stack.callback(module.register_forward_pre_hook(widen).remove)
+                stack.callback(module.register_forward_hook(restore).remove)
+        yield
 
 
 def _written_out(policy: "PeftModel", source: AdapterSource, dtype: str) -> "PeftModel":
