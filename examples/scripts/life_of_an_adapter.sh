@@ -20,7 +20,7 @@ python "$scripts/sft_adapter.py" --model_folder "${MODEL:-model}" --output_dir s
 
 # Rewards: TreePOTrainer goes on from it. The base is the adapter's, and the reference of `beta` is the SFT policy.
 treepo-trl train --adapter_name_or_path sft --dataset_name tasks.jsonl --output_dir rl --max_steps "$steps" \
-  --reward_funcs treepo_trl.quickstart.answer_reward --beta 0.01 --learning_rate 1e-4 --log_trees true \
+  --reward_funcs "${REWARD:-treepo_trl.quickstart.answer_reward}" --beta 0.01 --learning_rate 1e-4 --log_trees true \
   --per_device_train_batch_size "${BATCH:-64}" --num_generations 8 --max_completion_length 32 --segment_length 8 \
   --dtype float32 --gradient_checkpointing false --save_strategy no --report_to none --logging_steps 1 "$@"
 
