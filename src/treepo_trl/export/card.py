@@ -57,6 +57,6 @@ def _tags(folder: Path) -> list[str] | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    tags = ModelCard.load(card, ignore_metadata_errors=True).data.tags
+    tags = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict().get("tags")
     kept = [tag for tag in tags or [] if tag in ("trl", "treepo", "grpo", "sft", "dpo")]
     return kept or None

@@ -186,7 +186,7 @@ def _computing_in_float32(model: torch.nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.modules():
             if type(module).__name__ == "Linear4bit":
-                module.compute_dtype = torch.float32  # pyright: ignore[reportAttributeAccessIssue]
+                cast(Any, module).compute_dtype = torch.float32
                 module.training = True  # in evaluation bitsandbytes computes in bfloat16 on some CPUs
             elif any(True for _ in module.parameters(recurse=False)):
                 stack.callback(module.register_forward_pre_hook(widen).remove)
