@@ -20,6 +20,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 from treepo_trl import TreePOConfig, TreeSamplingConfig
 from treepo_trl.commands.arguments import PlanArguments, SampleArguments, TreePOScriptArguments
 from treepo_trl.commands.engine import EngineArguments
+from treepo_trl.commands.export import ExportArguments
 from treepo_trl.engines import SamplingOptions
 
 
@@ -130,6 +131,7 @@ def settings_page() -> str:
         _options("Prompts and trees of `treepo-trl sample`", fields(SampleArguments)),
         _options("Model and engine of `treepo-trl sample`", fields(EngineArguments)),
         _options("How `treepo-trl sample` draws a token", fields(SamplingOptions)),
+        _options("What `treepo-trl export` reads and writes", fields(ExportArguments)),
     ]
     return "\n".join(parts)
 

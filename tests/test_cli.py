@@ -11,11 +11,14 @@ from treepo_trl import __version__
 from treepo_trl.cli import COMMANDS, main
 
 
+USAGE = f"usage: treepo-trl {{{','.join(COMMANDS)}}}"
+
+
 @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
 def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main(argv)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "usage: treepo-trl {train,plan,sample,eval,view} [--config FILE] [options]"
+    assert lines[0] == f"{USAGE} [--config FILE] [options]"
     described = [entry.split(None, 1) for entry in lines[3 : 3 + len(COMMANDS)]]
     assert described == [[name, line] for name, (line, _) in COMMANDS.items()]
 
@@ -38,7 +41,7 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["trian"])
     assert error.value.code == 2
     message = capsys.readouterr().err
-    assert "usage: treepo-trl {train,plan,sample,eval,view}" in message
+    assert USAGE in message
     assert "trian" in message
 
 
@@ -62,6 +65,7 @@ def test_help_loads_no_library() -> None:
         ("train", ["--segment_length", "--tree_packing", "--use_peft", "--dataset_name", "--reward_funcs"]),
         ("sample", ["--dataset_name", "--engine {auto,vllm,transformers}", "--num_generations", "--compare"]),
         ("view", ["--out", "--serve", "--tokenizer", "treepo-trl view outputs/quickstart"]),
+        ("export", ["--out", "--dtype", "--load_in_4bit", "treepo-trl export outputs/quickstart"]),
     ],
 )
 def test_help_of_a_command_lists_all_parts(
@@ -80,4 +84,4 @@ def test_installed_command(tmp_path: Path) -> None:
         pytest.skip("treepo-trl is not installed in this environment")
     result = subprocess.run([command], capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
     assert result.returncode == 0
-    assert "usage: treepo-trl {train,plan,sample,eval,view}" in result.stdout
+    assert USAGE in result.stdout

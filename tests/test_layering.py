@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("treepo_config",),
     ("turn_checks",),
     ("policy", "metrics", "tree_log", "prompt_stream", "checks", "reward_watch"),
-    ("tree_batch", "resume_point", "width_schedule", "viewer"),
+    ("tree_batch", "resume_point", "width_schedule", "viewer", "export"),
     ("trainer_turns",),
     ("batch_sampler",),
     ("dynamic_sampling",),

@@ -13,6 +13,7 @@ COMMANDS = {
     "sample": ("sample trees of completions without training", "sample"),
     "eval": ("how good a model and its adapters are", "eval"),
     "view": ("the trees of a run in a browser", "view"),
+    "export": ("merge an adapter into its base, checked", "export"),
 }
 """A command's line of help, and the module in `commands` whose `main` takes the arguments after its name."""
 

@@ -28,6 +28,8 @@ from .evaluation.in_training import EvaluationMetrics
 from .metrics import replace_last
 from .model_card import PAPER
 from .policy.engine import policy_engine_for
+from .policy.four_bit_base import write_quantization
+from .policy.starting_adapter import adapter_resumed_too, match_reference
 from .resume_point import ResumePoint
 from .reward_watch import RewardWatch
 from .sampling import SegmentTree, TreeSampler, text_decoder
@@ -127,6 +129,7 @@ class TreePOTrainer(GRPOTrainer):
                 rollout_func=None if rollout_func is None else TreeRollout(rollout_func, self._take_rollout),
                 environment_factory=cast(Any, environment_factory),
             )
+        match_reference(self.model)
         check_tokenizer(self)
         check_tools(self)
         self._reward_watch = RewardWatch(self)
@@ -159,6 +162,14 @@ class TreePOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         with self._resume_point.saved(trial):
             super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        with adapter_resumed_too(model or self.model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        write_quantization(self.accelerator.unwrap_model(self.model), output_dir or str(self.args.output_dir))
 
     # A batch: sampled, scored, its advantages taken from its trees
 

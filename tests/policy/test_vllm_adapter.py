@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tests.support.sample_runs import save_adapter
 from tests.support.segments import full_logprobs
-from tests.support.vllm_policies import COMPLETION, PROMPT, both_logprobs, logged, lora_trainer, train_and_compare
+from tests.support.vllm_policies import COMPLETION, NF4, PROMPT, both_logprobs, logged, lora_trainer, train_and_compare
 from treepo_trl.policy import adapter_sync
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
 
@@ -31,6 +33,31 @@ def test_adapter_reaches_the_engine_after_each_update(tiny_model_dir: str, tmp_p
     differences = logged(trainer, "sampling/sampling_logp_difference/max")
     assert len(differences) == 5
     assert max(differences) < 0.02  # sampled from the policy itself
+
+
+@pytest.mark.usefixtures("float32_engine")
+@pytest.mark.parametrize("in_4bit", [False, True], ids=["LoRA", "QLoRA"])
+def test_a_training_from_an_adapter_samples_from_it(tiny_model_dir: str, tmp_path: Path, in_4bit: bool) -> None:
+    """From the first batch on, with a copy of the adapter beside it as the reference."""
+    if in_4bit:
+        pytest.importorskip("bitsandbytes")
+    save_adapter(tiny_model_dir, tmp_path / "sft")
+    options = {"quantization_config": BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype="float32")} if in_4bit else {}
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype="float32", **options)
+    model = PeftModel.from_pretrained(base, tmp_path / "sft", is_trainable=True)
+    packing: dict[str, Any] = {"tree_packing": "off"} if in_4bit else {}  # see `qlora_trainer`
+    trainer = lora_trainer(model, tmp_path, beta=0.1, max_steps=2, vllm_base_weights="dequantized", **packing)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_" in name:  # TRL has put a 4-bit policy's adapter into bfloat16, whose rounding hides much
+            parameter.data = parameter.data.float()
+    engine, policy = both_logprobs(trainer)
+    torch.testing.assert_close(engine, policy, atol=5e-3, rtol=0)
+    with trainer.model.disable_adapter():
+        assert (full_logprobs(trainer.model, PROMPT, COMPLETION) - policy).abs().max() > 0.5
+    trainer.train()
+    assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 0.02
+    assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-6)
+    assert logged(trainer, "kl")[1] > 1e-3
 
 
 @pytest.mark.usefixtures("float32_engine")

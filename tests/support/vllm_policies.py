@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig
 
 from tests.support.models import make_tokenizer
@@ -91,6 +91,7 @@ def lora_trainer(
     reward: Any = different_words,
     **kwargs: Any,
 ) -> TreePOTrainer:
+    """A trainer of a new adapter on `model`, or of the one that it has."""
     settings = {
         "use_cpu": not torch.cuda.is_available(),
         "use_vllm": True,
@@ -102,7 +103,8 @@ def lora_trainer(
         "logging_steps": 1,
         "save_strategy": "no",
     }
-    adapter = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
+    adapter: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
+    adapter |= peft_changes or {}
     return TreePOTrainer(
         model=model,
         processing_class=make_tokenizer(),
@@ -110,7 +112,7 @@ def lora_trainer(
         args=config(tmp_path, **{**settings, **kwargs}),
         train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1} w{i + 2}" for i in range(32)]}),
         quantization_config=quantization_config,
-        peft_config=LoraConfig(task_type="CAUSAL_LM", **{**adapter, **(peft_changes or {})}),
+        peft_config=None if isinstance(model, PeftModel) else LoraConfig(task_type="CAUSAL_LM", **adapter),
     )
 
 

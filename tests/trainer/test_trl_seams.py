@@ -38,6 +38,8 @@ SIGNATURES = {
     "_prepare_inputs": "self, generation_batch",
     "_calculate_rewards": "self, inputs, prompts, completions, completion_ids_list",
     "_save_checkpoint": "self, model, trial",
+    "_save": "self, output_dir=None, state_dict=None",
+    "_load_from_checkpoint": "self, resume_from_checkpoint, model=None",
     "get_train_dataloader": "self",
     "train": "self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None",
 }

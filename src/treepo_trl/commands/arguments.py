@@ -40,6 +40,14 @@ class TreePOScriptArguments(GRPOScriptArguments):
         },
     )
 
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA adapter to go on from, of the hub or a folder, such as one of TRL's `SFTTrainer`. Rank and "
+            "target modules are its own, and so is the model without `model_name_or_path`. With `beta` the reference "
+            "is the policy at the start, adapter included. Default: none; `use_peft` trains a new adapter."
+        },
+    )
     tools: list[str] | None = field(
         default=None,
         metadata={
@@ -59,6 +67,8 @@ class TreePOScriptArguments(GRPOScriptArguments):
         rewards, tools = cast("tuple[object, object]", (self.reward_funcs, self.tools))
         self.reward_funcs = [rewards] if isinstance(rewards, str) else self.reward_funcs  # in a file one needs no list
         self.tools = [tools] if isinstance(tools, str) else self.tools
+        if self.adapter_name_or_path is not None:
+            check_text("adapter_name_or_path", self.adapter_name_or_path)
         for option, names in (("reward_funcs", self.reward_funcs), ("tools", self.tools)):
             for name in names or []:
                 check_text(option, name)
@@ -177,8 +187,8 @@ def require_model(name: str | None) -> str:
         raise ValueError(f"`--model_name_or_path {name}` looks like a folder, but there is none.")
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(
-            f"`--model_name_or_path {name}` is an adapter. Name the model that it belongs to. `sample` takes the "
-            "adapter as `--adapter_name_or_path`, `eval` as `--adapters`; `train` goes on from a checkpoint with "
+            f"`--model_name_or_path {name}` is an adapter. Name the model that it belongs to, and the adapter as "
+            "`--adapter_name_or_path`, for `eval` as `--adapters`. `train` resumes a checkpoint of its own with "
             "`--resume_from_checkpoint`."
         )
     return name

@@ -1,5 +1,7 @@
 """`treepo-trl plan`: what a training would take of one GPU's memory. Loads no weights."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from transformers import AutoConfig
 from trl import ModelConfig
@@ -7,8 +9,13 @@ from trl import ModelConfig
 from treepo_trl.memory import GIB, MemoryPlan, plan_memory
 from treepo_trl.treepo_config import TreePOConfig
 
+from .adapter import starting_adapter
 from .arguments import PlanArguments, make_parser, require_model
 from .errors import user_errors
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 def main(argv: list[str]) -> None:
@@ -21,9 +28,9 @@ def main(argv: list[str]) -> None:
         argv = [*argv, "--use_cpu", "true", "--bf16", "false"]
     with user_errors():
         parser = make_parser("treepo-trl plan", PlanArguments)
-        _, training_args, model_args, _, plan_args = parser.parse_args_and_config(argv)
+        script_args, training_args, model_args, _, plan_args = parser.parse_args_and_config(argv)
         card = this_card() if plan_args.card_gib is None else plan_args.card_gib * GIB
-        result = plan_training(training_args, model_args, card)
+        result = plan_training(training_args, model_args, card, starting_adapter(script_args, model_args))
     print(result.table())
     problems = result.problems()
     print("\n".join(problems) if problems else "It fits.")
@@ -43,9 +50,11 @@ def this_card() -> float:
     return float(torch.cuda.get_device_properties(0).total_memory)
 
 
-def plan_training(training_args: TreePOConfig, model_args: ModelConfig, card: float) -> MemoryPlan:
+def plan_training(
+    training_args: TreePOConfig, model_args: ModelConfig, card: float, adapter: "PeftConfig | None" = None
+) -> MemoryPlan:
     """
-    What a training takes of a card of `card` bytes. Reads the config of the model.
+    What a training takes of a card of `card` bytes. Reads the config of the model. `adapter` is one to go on from.
 
     Raises:
         ValueError: if no model is given, and as [`~treepo_trl.memory.plan_memory`] does. `OSError` if there is no such
@@ -56,4 +65,4 @@ def plan_training(training_args: TreePOConfig, model_args: ModelConfig, card: fl
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
     )
-    return plan_memory(config, training_args, model_args, card)
+    return plan_memory(config, training_args, model_args, card, adapter)

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -12,8 +12,10 @@ from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config,
 
 from treepo_trl.checkpoints import checkpoint_to_resume
 from treepo_trl.sampling import TreeSamplingConfig
+from treepo_trl.policy.starting_adapter import load_with_adapter
 from treepo_trl.treepo_config import TreePOConfig
 
+from .adapter import check_starting_adapter, load_tokenizer_of, starting_adapter
 from .arguments import TRL_REWARDS, TreePOScriptArguments, make_parser, require_model
 from .errors import user_errors
 from .plan import plan_training, this_card
@@ -21,6 +23,7 @@ from .prompts import load_named_dataset, take_split
 
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from trl.trainer.grpo_trainer import RewardFunc
 
 
@@ -41,30 +44,22 @@ def train(
     from treepo_trl.treepo_trainer import TreePOTrainer
 
     with user_errors():
-        model = require_model(model_args.model_name_or_path)
+        adapter = starting_adapter(script_args, model_args)
+        require_model(model_args.model_name_or_path)
         checkpoint = checkpoint_to_resume(
             _true_or_folder(training_args.resume_from_checkpoint), _output_dir(training_args)
         )
-        check_memory(training_args, model_args)
+        check_memory(training_args, model_args, adapter)
         tools = [imported("--tools", name, ":") for name in script_args.tools or []]
         environment = imported("--environment", script_args.environment, ":") if script_args.environment else None
         reward_funcs = load_reward_funcs(script_args, training_args)
         train_dataset, eval_dataset = load_splits(script_args, training_args, dataset_args)
-        training_args.model_init_kwargs = {
-            "revision": model_args.model_revision,
-            "trust_remote_code": training_args.trust_remote_code,
-            "attn_implementation": model_args.attn_implementation,
-            "dtype": model_args.dtype,
-            **cast(dict[str, object], training_args.model_init_kwargs or {}),
-        }
         trainer = TreePOTrainer(
-            model=model,
+            **policy_arguments(script_args, training_args, model_args, adapter),
             reward_funcs=reward_funcs,
             args=training_args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            quantization_config=get_quantization_config(model_args),
-            peft_config=get_peft_config(model_args),
             tools=tools,
             environment_factory=environment,
         )
@@ -73,6 +68,37 @@ def train(
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+def policy_arguments(
+    script_args: TreePOScriptArguments,
+    training_args: TreePOConfig,
+    model_args: ModelConfig,
+    adapter: "PeftConfig | None",
+) -> dict[str, Any]:
+    """What [`TreePOTrainer`] gets of the policy: the name of a model, or one that is loaded with its adapter."""
+    base = require_model(model_args.model_name_or_path)
+    options = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **cast(dict[str, object], training_args.model_init_kwargs or {}),
+    }
+    training_args.model_init_kwargs = options
+    quantization_config, name = get_quantization_config(model_args), script_args.adapter_name_or_path
+    if adapter is None or name is None:
+        return {
+            "model": base,
+            "quantization_config": quantization_config,
+            "peft_config": get_peft_config(model_args),
+        }
+    check_starting_adapter(name, adapter, training_args, model_args)
+    tokenizer = load_tokenizer_of(name, training_args, model_args)
+    model = load_with_adapter(base, name, training_args, options, quantization_config)
+    if not script_args.reward_model_name_or_path:  # which TRL loads with them too
+        training_args.model_init_kwargs = None  # TRL would warn that they are not used
+    return {"model": model, "processing_class": tokenizer}
 
 
 def _true_or_folder(resume: object) -> str | bool | None:
@@ -95,7 +121,7 @@ def _output_dir(training_args: TreePOConfig) -> str:
     return folder
 
 
-def check_memory(training_args: TreePOConfig, model_args: ModelConfig) -> None:
+def check_memory(training_args: TreePOConfig, model_args: ModelConfig, adapter: "PeftConfig | None" = None) -> None:
     """
     Print the plan of a training on this machine's one GPU before anything is loaded.
 
@@ -108,7 +134,7 @@ def check_memory(training_args: TreePOConfig, model_args: ModelConfig) -> None:
     if not is_one_gpu or training_args.use_cpu or training_args.deepspeed or training_args.fsdp:
         return
     try:
-        result = plan_training(training_args, model_args, this_card())
+        result = plan_training(training_args, model_args, this_card(), adapter)
     except Exception as error:
         print(f"Memory is not planned for this training: {type(error).__name__}: {error}")
         return

@@ -21,7 +21,7 @@ from .weights import BaseSizes, four_bit_config
 
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
 
 GIB = 2**30
@@ -148,7 +148,11 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: PreTrainedConfig, training_args: TreePOConfig, model_args: ModelConfig, card: float
+    config: PreTrainedConfig,
+    training_args: TreePOConfig,
+    model_args: ModelConfig,
+    card: float,
+    adapter: "PeftConfig | None" = None,
 ) -> MemoryPlan:
     """
     Count what a training takes on one GPU.
@@ -162,6 +166,8 @@ def plan_memory(
             Precision, quantization and adapter, as TRL's scripts take them.
         card (`float`):
             The GPU's memory in bytes.
+        adapter ([`~peft.PeftConfig`], *optional*):
+            The adapter that the training goes on from, instead of a new one.
 
     Raises:
         ValueError: if the card is smaller than a tenth of a GiB, because its size was then given in another unit; for
@@ -174,7 +180,7 @@ def plan_memory(
         raise ValueError("Weights in 8 bits and `quantization_config` in `model_init_kwargs` are not planned yet.")
     four_bits = four_bit_config(config, model_args)
     dtype = _dtype(config, training_args, model_args)
-    model = _build(config, dtype, model_args, bool(training_args.trust_remote_code))
+    model = _build(config, dtype, adapter or _new_adapter(model_args), bool(training_args.trust_remote_code))
     is_adapter = not isinstance(model, PreTrainedModel)
     base = BaseSizes.of(base_of(model) if is_adapter else model, dtype, four_bits, _dtype_in_checkpoint(config))
     tokens = _micro_batch_tokens(training_args)
@@ -186,6 +192,8 @@ def plan_memory(
     policy = {"weights": base.in_policy}
     if is_adapter:
         policy["adapter"] = float(numel * itemsize)
+        if adapter is not None and training_args.beta != 0:
+            policy["reference adapter"] = float(numel * itemsize)
     elif training_args.beta != 0:
         policy["reference model"] = base.in_policy
     policy |= {
@@ -253,25 +261,31 @@ def _dtype(config: PreTrainedConfig, args: TreePOConfig, model_args: ModelConfig
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
 
 
+def _new_adapter(model_args: ModelConfig) -> "PeftConfig | None":
+    from trl import get_peft_config
+
+    return get_peft_config(model_args)
+
+
 def _build(
-    config: PreTrainedConfig, dtype: torch.dtype, model_args: ModelConfig, trust_remote_code: bool
+    config: PreTrainedConfig, dtype: torch.dtype, peft_config: "PeftConfig | None", trust_remote_code: bool
 ) -> "PreTrainedModel | PeftModel":
     """The policy on the meta device, with its adapter if it trains one."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
-    from trl import get_peft_config
 
     register_stand_in()
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")  # layers are counted as what they stand for
-    peft_config = get_peft_config(model_args)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=STAND_IN, trust_remote_code=trust_remote_code
         )
         if peft_config is None:
             return model
+        peft_config = copy.deepcopy(peft_config)
+        peft_config.inference_mode = False  # as an adapter is saved
         return get_peft_model(model, peft_config)
 
 

@@ -27,6 +27,7 @@ from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.trl_seams import vllm_generation_class
 
 from .adapter_sync import AdapterVLLMGeneration, check_adapter
+from .starting_adapter import check_given_adapter
 
 
 if TYPE_CHECKING:
@@ -220,6 +221,7 @@ def policy_engine_for(
     engine: PolicyEngine = TransformersPolicy(args)
     adapter = peft_config
     if adapter is None and not isinstance(model, str) and is_peft_model(model):
+        check_given_adapter(cast("PeftModel", model), args.beta)
         adapter = cast("PeftModel", model).active_peft_config
     if adapter is not None:
         _check_kind(adapter, args.use_vllm)

@@ -7,14 +7,17 @@ that they stand for. The second computes the same function, with layers in 16 bi
 """
 
 import copy
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from treepo_trl.treepo_config import BaseWeights
 
@@ -24,6 +27,9 @@ from .temporary_folder import TemporaryFolder
 if TYPE_CHECKING:
     from peft import PeftModel
 
+
+QUANTIZATION_FILE = "base_quantization.json"
+"""Beside an adapter: how its base was quantized in training, which PEFT does not save."""
 
 _LARGEST_SHARE = 0.75
 """Part of vLLM's memory that `auto` gives to the weights of a dequantized base. The rest is for the cache."""
@@ -37,6 +43,52 @@ def base_of(model: "PeftModel") -> PreTrainedModel:
 def is_4bit(model: "PeftModel") -> bool:
     """Whether the base of a PEFT model has 4-bit linear layers of bitsandbytes."""
     return bool(getattr(base_of(model), "is_loaded_in_4bit", False))
+
+
+@dataclass(frozen=True)
+class BaseQuantization:
+    """What decides the numbers that 4-bit weights stand for."""
+
+    quant_type: str = "nf4"
+    double: bool = False
+    dtype: str = "auto"
+    """Precision of the weights that are not in 4 bits, and of what is computed."""
+
+    def config(self) -> BitsAndBytesConfig:
+        """As transformers takes it."""
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quant_type,
+            bnb_4bit_use_double_quant=self.double,
+            bnb_4bit_compute_dtype=None if self.dtype == "auto" else getattr(torch, self.dtype),
+        )
+
+
+def write_quantization(model: torch.nn.Module, folder: str | Path) -> None:
+    """Write how the base of a 4-bit PEFT model is quantized beside its adapter; nothing for other models."""
+    if not hasattr(model, "peft_config") or not is_4bit(cast("PeftModel", model)):
+        return
+    base = base_of(cast("PeftModel", model))
+    config = cast(BitsAndBytesConfig, base.config.quantization_config)
+    dtype = str(base.dtype).removeprefix("torch.")
+    record = BaseQuantization(config.bnb_4bit_quant_type, bool(config.bnb_4bit_use_double_quant), dtype)
+    Path(folder, QUANTIZATION_FILE).write_text(json.dumps(asdict(record)) + "\n", encoding="utf-8")
+
+
+def read_quantization(folder: str | Path) -> BaseQuantization | None:
+    """
+    What [`write_quantization`] has written there; `None` if it has not.
+
+    Raises:
+        ValueError: if the file cannot be read.
+    """
+    path = Path(folder, QUANTIZATION_FILE)
+    if not path.is_file():
+        return None
+    try:
+        return BaseQuantization(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"`{path}` cannot be read: {error}. Remove it, and give `--load_in_4bit`.") from error
 
 
 def choose_base_weights(

@@ -1,0 +1,62 @@
+"""The life of an adapter, as `examples/scripts/life_of_an_adapter.sh` has it, in a fresh directory; two steps each."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, pipeline
+
+from tests.support.paths import ROOT
+from tests.support.segments import full_logprobs
+
+
+def small(tokenizer: Any, folder: Path) -> None:
+    """A random model of two layers with the tokenizer and the template of SmolLM2."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "initializer_range": 0.2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **settings, num_key_value_heads=1, head_dim=32))
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_the_life_of_an_adapter(small_model_dir: str, tmp_path: Path) -> None:
+    """Examples, rewards, a look, and home: the last model says what the last adapter does."""
+    tokenizer = AutoTokenizer.from_pretrained(small_model_dir)
+    small(tokenizer, tmp_path / "model")
+    binaries = Path(sys.executable).parent
+    if not (binaries / "treepo-trl").exists():
+        pytest.skip("treepo-trl is not installed in this environment")
+    path = os.pathsep.join([str(binaries), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "MODEL": str(tmp_path / "model"), "STEPS": "2", "BATCH": "16"}
+    environment |= {"REWARD": "tests.support.trainers.parity_reward"}  # a random model never adds rightly
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    script = ROOT / "examples/scripts/life_of_an_adapter.sh"
+    command = ["bash", str(script), str(tmp_path / "life"), "--use_cpu", "true", "--bf16", "false"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    life = tmp_path / "life"
+
+    sft, rl = (load_file(life / name / "adapter_model.safetensors") for name in ("sft", "rl"))
+    assert max(value.abs().max() for name, value in sft.items() if "lora_B" in name) > 0
+    assert 0 < max((sft[name] - rl[name]).abs().max() for name in rl) < 0.1
+    reference = load_file(life / "rl/ref/adapter_model.safetensors")
+    assert all(torch.equal(reference[name], sft[name]) for name in sft)
+    assert "<html" in (life / "trees.html").read_text()
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    merged = AutoModelForCausalLM.from_pretrained(life / "merged")
+    prompt, completion = [500, 501], [502, 503, 504]
+    adapted = full_logprobs(PeftModel.from_pretrained(base, life / "rl").eval(), prompt, completion)
+    torch.testing.assert_close(full_logprobs(merged.eval(), prompt, completion), adapted, atol=1e-4, rtol=0)
+    assert "PARAMETER stop" in (life / "merged/Modelfile").read_text()
+    question = [{"role": "user", "content": "3 + 4 + 5"}]
+    answer = pipeline("text-generation", model=str(life / "merged"))(question, max_new_tokens=4)
+    assert answer[0]["generated_text"][-1]["role"] == "assistant"
