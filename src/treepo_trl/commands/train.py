@@ -11,8 +11,8 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 
 from treepo_trl.checkpoints import checkpoint_to_resume
-from treepo_trl.sampling import TreeSamplingConfig
 from treepo_trl.policy.starting_adapter import load_with_adapter
+from treepo_trl.sampling import TreeSamplingConfig
 from treepo_trl.treepo_config import TreePOConfig
 
 from .adapter import check_starting_adapter, load_tokenizer_of, starting_adapter
