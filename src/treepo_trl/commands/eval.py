@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from treepo_trl.engines import SamplingOptions
 from treepo_trl.sampling import SegmentTree, TreeSampler, TreeSamplingConfig
 
-from .adapters import check_adapters, labels_of
 from .arguments import options_parser
 from .cost_table import sample_independent
 from .engine import EngineArguments, load_tokenizer, use_adapter
 from .errors import user_errors
+from .eval_adapters import check_adapters, labels_of
 from .eval_arguments import EvalArguments, checked_ks
 from .eval_data import EvalSet, load_eval_set
 from .eval_output import EvalFolder, opened_folder

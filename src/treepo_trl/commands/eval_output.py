@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from treepo_trl.sampling import SegmentTree
 from treepo_trl.tree_log import SampledLine, read_trees
 
-from .adapters import labels_of
+from .eval_adapters import labels_of
 from .eval_arguments import EvalArguments
 from .tree_file import TreeFile, opened_output
 

@@ -9,9 +9,9 @@ from trl import ModelConfig
 from treepo_trl.memory import GIB, MemoryPlan, plan_memory
 from treepo_trl.treepo_config import TreePOConfig
 
-from .adapter import starting_adapter
 from .arguments import PlanArguments, make_parser, require_model
 from .errors import user_errors
+from .train_adapter import starting_adapter
 
 
 if TYPE_CHECKING:

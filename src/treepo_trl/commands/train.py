@@ -15,11 +15,11 @@ from treepo_trl.policy.starting_adapter import load_with_adapter
 from treepo_trl.sampling import TreeSamplingConfig
 from treepo_trl.treepo_config import TreePOConfig
 
-from .adapter import check_starting_adapter, load_tokenizer_of, starting_adapter
 from .arguments import TRL_REWARDS, TreePOScriptArguments, make_parser, require_model
 from .errors import user_errors
 from .plan import plan_training, this_card
 from .prompts import load_named_dataset, take_split
+from .train_adapter import check_starting_adapter, load_tokenizer_of, starting_adapter
 
 
 if TYPE_CHECKING:

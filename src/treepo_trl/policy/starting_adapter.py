@@ -98,6 +98,7 @@ def _expected_shapes(peft_config: "PeftConfig", config: PreTrainedConfig) -> tup
     config, peft_config = copy.deepcopy(config), copy.deepcopy(peft_config)
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
+    peft_config.base_model_name_or_path = None  # PEFT warns of another name, which is this function's to judge
     if hasattr(peft_config, "init_lora_weights"):
         cast(Any, peft_config).init_lora_weights = False  # some kinds decompose the base, which has no numbers here
     name = (config.architectures or [""])[0]

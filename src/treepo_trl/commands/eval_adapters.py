@@ -1,0 +1,57 @@
+"""Adapters that a command is given, looked at before any model is loaded."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from .engine import EngineArguments, uses_vllm
+
+
+def labels_of(adapters: Sequence[str]) -> list[str]:
+    """
+    A short name for each adapter: the last part of its path, or all of it where that is not enough.
+
+    Raises:
+        ValueError: if an adapter is given twice.
+    """
+    paths = [Path(name) for name in adapters]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"`--adapters` has {twice} twice. Give each adapter once.")
+    short = [path.name for path in paths]
+    is_plain = len(set(short)) == len(short) and not {"", "base"} & set(short)
+    return short if is_plain else [path.as_posix().strip("/").replace("/", "-") for path in paths]
+
+
+def check_adapters(arguments: EngineArguments, adapters: Sequence[str]) -> None:
+    """
+    Raise unless each adapter is one, fits the layers of the model, and can be served by the engine.
+
+    An adapter that names another base of the same shapes is told on standard error: a base is often moved.
+
+    Raises:
+        ValueError: naming the adapter, its base and the layers that do not fit.
+    """
+    if not adapters:
+        return
+    from transformers import AutoConfig
+
+    from treepo_trl.policy.adapter_sync import check_adapter
+    from treepo_trl.policy.starting_adapter import check_fits, read_adapter_config
+
+    model = cast(str, arguments.model_name_or_path)
+    model_config = AutoConfig.from_pretrained(
+        model, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
+    )
+    for name in adapters:
+        adapter_config = read_adapter_config(name)
+        check_fits(name, adapter_config, model, model_config)
+        base = cast("str | None", adapter_config.base_model_name_or_path)
+        if base and Path(base).name.lower() != Path(model).name.lower():
+            print(f"The adapter {name} names {base} as its base, and is evaluated on {model}.", file=sys.stderr)
+        if uses_vllm(arguments):
+            try:
+                check_adapter(adapter_config, advice="Use `--engine transformers`.")
+            except ValueError as error:
+                raise ValueError(f"`--adapters {name}`: {error}") from error
