@@ -18,6 +18,7 @@ from .update.packing import TreePacking
 LeafWeighting = Literal["auto", "uniform", "inverse_branching"]
 LoraSync = Literal["adapter", "merge"]
 BaseWeights = Literal["auto", "quantized", "dequantized"]
+EngineCheck = Literal["warn", "error", "off"]
 
 _WITH_SUBGROUPS = ("treepo", "treepo_size_weighted", "treepo_segment")
 
@@ -151,6 +152,15 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "memory but not that of the weights. Needs `vllm_enable_sleep_mode=True` and `vllm_lora_sync='adapter'`."
         },
     )
+    engine_check: EngineCheck = field(
+        default="warn",
+        metadata={
+            "help": "What happens when vLLM does not compute the policy. Its log-probabilities are compared with the "
+            "policy's in every batch, and with a moved LoRA adapter at the start and after a resume. `warn` says "
+            "what differs and goes on. `error` stops there. `off` does not look. Set `error` for a long run that "
+            "nobody watches."
+        },
+    )
     reward_timeout: float | None = field(
         default=None,
         metadata={
@@ -202,8 +212,9 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.tree_packing is False:  # what a bare `off` is in YAML
-            self.tree_packing = "off"
+        for name in ("tree_packing", "engine_check"):
+            if getattr(self, name) is False:  # what a bare `off` is in YAML
+                setattr(self, name, "off")
         check_grpo_fields(self, but={each.name for each in fields(TreeSamplingConfig)})
         check_fields(self, TreePOConfig, _RANGES)
         TreeSamplingConfig.__post_init__(self)
