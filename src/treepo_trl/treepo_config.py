@@ -1,7 +1,7 @@
 """`TreePOConfig`: what TreePO adds to [`~trl.GRPOConfig`], with every check that needs no model."""
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from trl.trainer.grpo_config import GRPOConfig
 
@@ -43,6 +43,8 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
     Each field's `help` describes it, and docs/settings.md prints them all. Equations and sections are those of
     [TreePO](https://huggingface.co/papers/2508.17445).
     """
+
+    _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "vllm_engine_kwargs"]  # JSON on the command line
 
     if TYPE_CHECKING:  # optional in GRPOConfig, but always set after its own __post_init__
         steps_per_generation: int = 1
@@ -124,6 +126,20 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "help": "How a LoRA policy reaches vLLM. `adapter` loads the adapter alone into the engine. `merge` is "
             "TRL's way: merge it into the base and push every weight. Set `merge` if vLLM cannot serve the adapter "
             "(DoRA, `modules_to_save`)."
+        },
+    )
+    vllm_gpu_memory_utilization: float | str = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=0.3,
+        metadata={
+            "help": "Fraction of the card that vLLM may use, as in GRPOConfig. `auto` is what the planned training "
+            "leaves of it, for `treepo-trl train` and `plan` on one GPU."
+        },
+    )
+    vllm_engine_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Further arguments of `vllm.LLM`, such as `speculative_config`. Those that have a setting of their "
+            "own, or that trees need, are refused. Default: none, but the `dtype` of `bf16` or `fp16`."
         },
     )
     vllm_base_weights: BaseWeights = field(
@@ -215,7 +231,9 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         for name in ("tree_packing", "engine_check"):
             if getattr(self, name) is False:  # what a bare `off` is in YAML
                 setattr(self, name, "off")
-        check_grpo_fields(self, but={each.name for each in fields(TreeSamplingConfig)})
+        check_grpo_fields(
+            self, but={*(each.name for each in fields(TreeSamplingConfig)), "vllm_gpu_memory_utilization"}
+        )
         check_fields(self, TreePOConfig, _RANGES)
         TreeSamplingConfig.__post_init__(self)
         GRPOConfig.__post_init__(self)

@@ -28,6 +28,7 @@ from .evaluation.in_training import EvaluationMetrics
 from .metrics import replace_last
 from .model_card import PAPER
 from .policy.engine import policy_engine_for
+from .policy.half_precision import keep_master_weights
 from .resume_point import ResumePoint
 from .reward_watch import RewardWatch
 from .sampling import SegmentTree, TreeSampler, text_decoder
@@ -129,6 +130,8 @@ class TreePOTrainer(GRPOTrainer):
             )
         check_tokenizer(self)
         check_tools(self)
+        if args.fp16:
+            keep_master_weights(self.model)
         self._reward_watch = RewardWatch(self)
         self._evaluation_metrics = EvaluationMetrics(self)
         self.policy_engine.connect(self)

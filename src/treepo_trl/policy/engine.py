@@ -22,11 +22,12 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from treepo_trl.engines import SegmentEngine, SegmentResult
 from treepo_trl.treepo_config import TreePOConfig
-from treepo_trl.trl_seams import vllm_generation_class
+from treepo_trl.trl_seams import engine_class, vllm_generation_class
 
 from .adapter_probe import PROBE_TOKENS, own_draws, probe_adapter, segments_of
 from .adapter_sync import AdapterVLLMGeneration, check_adapter
 from .engine_check import EngineWatch, computing_dtype, different_tokens, dropout_of, logprob_difference
+from .engine_options import check_engine_options, engine_options
 from .shared_base import SHARDED
 
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
     from treepo_trl.engines.transformers import TransformersEngine
     from treepo_trl.engines.vllm import VLLMEngine
+
+    from .lora_llm import PolicyLLM
 
 
 _PROBE_PROMPTS = 4
@@ -156,14 +159,16 @@ class VLLMPolicy(PolicyEngine):
         self._num_evaluated = 0  # batches of completions that were sampled in evaluation
 
     def construction(self) -> AbstractContextManager[None]:
+        options = engine_options(self.args)
         if not self._loads_adapter:
-            return nullcontext()
+            return engine_class(_plain_llm_class(options)) if options else nullcontext()
         return vllm_generation_class(
             partial(
                 AdapterVLLMGeneration,
                 base_weights=self.args.vllm_base_weights,
                 share_base_weights=self.args.vllm_share_base_weights,
                 sleep_keeps_weights=self.args.vllm_sleep_keeps_weights,
+                engine_options=options,
             )
         )
 
@@ -250,6 +255,13 @@ class VLLMPolicy(PolicyEngine):
         return [ids[:longest] for ids in repeated]
 
 
+def _plain_llm_class(options: dict[str, object]) -> "type[PolicyLLM]":
+    """The engine of all weights with these options, to stand in where TRL builds it."""
+    from .lora_llm import PolicyLLM
+
+    return type("PolicyLLM", (PolicyLLM,), {"engine_options": options})
+
+
 def policy_engine_for(
     args: TreePOConfig, model: "str | PreTrainedModel | PeftModel", peft_config: "PeftConfig | None"
 ) -> PolicyEngine:
@@ -257,9 +269,10 @@ def policy_engine_for(
     The engine for these arguments of a trainer, not yet connected.
 
     Raises:
-        ValueError: for an adapter that the engine cannot serve, and for settings of a LoRA engine's weights where
-            there is no LoRA engine.
+        ValueError: for an adapter that the engine cannot serve, for options that it does not take, and for settings of
+            a LoRA engine's weights where there is no LoRA engine.
     """
+    check_engine_options(args)
     engine: PolicyEngine = TransformersPolicy(args)
     adapter = peft_config
     if adapter is None and not isinstance(model, str) and is_peft_model(model):

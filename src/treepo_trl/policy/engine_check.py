@@ -39,7 +39,7 @@ def bound_of(*dtypes: torch.dtype) -> float:
 def computing_dtype(model: PreTrainedModel, accelerator: Accelerator) -> torch.dtype:
     """Number type that a model is forwarded in: that of mixed precision, else its own."""
     mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(accelerator.mixed_precision))
-    return mixed or cast(torch.dtype, model.dtype)
+    return (mixed if accelerator.native_amp else None) or cast(torch.dtype, model.dtype)
 
 
 def logprob_difference(output: Mapping[str, torch.Tensor], accelerator: Accelerator) -> torch.Tensor | None:
