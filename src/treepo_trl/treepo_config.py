@@ -138,8 +138,8 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
     vllm_engine_kwargs: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Further arguments of `vllm.LLM`, such as `speculative_config`. Those that have a setting of their "
-            "own, or that trees need, are refused. Default: none, but the `dtype` of `bf16` or `fp16`."
+            "help": "Further arguments of `vllm.LLM`, such as `speculative_config`. Those that have a setting of "
+            "their own, or that trees need, are refused. Default: none, but the `dtype` of `bf16` or `fp16`."
         },
     )
     vllm_base_weights: BaseWeights = field(
@@ -246,6 +246,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         self._check_tools()
         self._check_shared_base()
         self._check_sleep()
+        self._check_engine_kwargs()
 
     @property
     def weights_leaves(self) -> bool:
@@ -381,4 +382,14 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             raise ValueError(
                 "`vllm_share_base_weights=True` needs an engine that holds whole weights, but "
                 f"`vllm_tensor_parallel_size` is {self.vllm_tensor_parallel_size}. Unset one of the two."
+            )
+
+    def _check_engine_kwargs(self) -> None:
+        if isinstance(self.vllm_gpu_memory_utilization, str) and self.vllm_gpu_memory_utilization != "auto":
+            share = self.vllm_gpu_memory_utilization
+            raise TypeError(f"`vllm_gpu_memory_utilization` is {share!r}; it must be a number, or 'auto'.")
+        if not isinstance(self.vllm_engine_kwargs, dict | None):
+            raise TypeError(
+                f"`vllm_engine_kwargs` is {self.vllm_engine_kwargs!r}; give a dictionary, on the command line a JSON "
+                """object such as '{"attention_backend": "TRITON_ATTN"}'."""
             )

@@ -47,19 +47,14 @@ def check_engine_options(args: TreePOConfig) -> None:
     Raises:
         ValueError: naming the setting to use instead.
     """
-    share, given = args.vllm_gpu_memory_utilization, args.vllm_engine_kwargs
-    if isinstance(share, str):
+    given = cast("dict[str, object]", args.vllm_engine_kwargs or {})
+    if args.vllm_gpu_memory_utilization == "auto":
         raise ValueError(
-            f"`vllm_gpu_memory_utilization` is {share!r}. `treepo-trl train` plans 'auto' on one GPU; elsewhere "
-            "give a number above 0 and up to 1. `treepo-trl plan` says what fits."
+            "`vllm_gpu_memory_utilization` is 'auto', which `treepo-trl train` plans on one GPU. Elsewhere give a "
+            "number above 0 and up to 1. `treepo-trl plan` says what fits."
         )
     if not given:
         return
-    if not isinstance(given, dict):
-        raise ValueError(
-            f"`vllm_engine_kwargs` is {given!r}; give a dictionary, on the command line a JSON object such as "
-            """'{"attention_backend": "TRITON_ATTN"}'."""
-        )
     if not args.use_vllm:
         raise ValueError("`vllm_engine_kwargs` is for vLLM, but `use_vllm` is false. Set it, or leave them out.")
     for name in given:
