@@ -1,5 +1,5 @@
 """
-How far vLLM is from the policy in each number type, in nats per token: SmolLM2-135M-Instruct with a moved LoRA adapter.
+How far vLLM is from the policy in each number type, in nats per token: SmolLM2-135M-Instruct, a moved LoRA adapter.
 
     python -m benchmarks.number_types --dtype float16    # one type per process; CPU or GPU
 
@@ -8,6 +8,7 @@ adapter in both. Prints a row of a Markdown table.
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("outputs/number_types"))
     args = parser.parse_args()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, as in a training
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
@@ -50,7 +52,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tasks, _ = addition_tasks(8, 1, args.seed)
     texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in tasks["prompt"]]
-    prompts = [ids for ids in tokenizer(sorted(set(texts))[:4], add_special_tokens=False)["input_ids"]]
+    prompts = list(tokenizer(sorted(set(texts))[:4], add_special_tokens=False)["input_ids"])
     request = LoRARequest("policy", 1, str(args.out))
 
     def sync() -> None:
