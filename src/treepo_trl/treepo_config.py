@@ -228,9 +228,10 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        for name in ("tree_packing", "engine_check"):
-            if getattr(self, name) is False:  # what a bare `off` is in YAML
-                setattr(self, name, "off")
+        if self.tree_packing is False:  # what a bare `off` is in YAML
+            self.tree_packing = "off"
+        if self.engine_check is False:
+            self.engine_check = "off"
         check_grpo_fields(
             self, but={*(each.name for each in fields(TreeSamplingConfig)), "vllm_gpu_memory_utilization"}
         )
