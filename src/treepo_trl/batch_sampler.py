@@ -76,7 +76,7 @@ class BatchSampler:
         seed = f"{args.seed}/{name}/{trainer.accelerator.process_index // num_processes}"
         seed += f"/{round_number}" if round_number > 0 else ""
         prompts, own = self._policy_engine.gather(prompts)
-        with self._policy_engine.ready(seed):
+        with self._policy_engine.ready(seed, prompts):
             return self._sampler.sample(
                 prompts,
                 seed,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import cast
 
+import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.import_utils import is_vllm_available
@@ -57,6 +58,7 @@ def check_arguments(
             f"`args` is a `{type(args).__name__}`. Pass a `TreePOConfig`, which takes all fields of `GRPOConfig`."
         )
     check_turns(args, tools, rollout_func, environment_factory)
+    check_number_type(args)
     options = args.generation_options()
     if args.use_vllm:
         _check_vllm(args, options)
@@ -68,6 +70,27 @@ def check_arguments(
         raise ValueError(
             f"`generation_kwargs` has {', '.join(unknown)}, which the transformers engine does not know. It takes "
             f"{', '.join(_SAMPLING_FIELDS)}, and `do_sample=True`. Remove the others, or set `use_vllm=True`."
+        )
+
+
+def check_number_type(args: TreePOConfig) -> None:
+    """
+    Raise for mixed precision that this machine does not have.
+
+    Raises:
+        ValueError: with the settings to use instead.
+    """
+    on_cuda = torch.cuda.is_available() and not args.use_cpu
+    # By default torch counts a bfloat16 that is emulated, which is slow, and which vLLM refuses later.
+    if args.bf16 and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            f"`bf16=True`, but this card ({torch.cuda.get_device_name()}) has no bfloat16. Set `fp16=True`, "
+            "`bf16=False` and `dtype='float16'` (`--fp16 true --bf16 false --dtype float16`)."
+        )
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError(
+            "`fp16=True` needs a GPU: on a processor accelerate would compute in float32 without a word. Set "
+            "`fp16=False`, and `bf16` where the processor has it."
         )
 
 

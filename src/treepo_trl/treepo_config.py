@@ -1,7 +1,7 @@
 """`TreePOConfig`: what TreePO adds to [`~trl.GRPOConfig`], with every check that needs no model."""
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from trl.trainer.grpo_config import GRPOConfig
 
@@ -18,6 +18,7 @@ from .update.packing import TreePacking
 LeafWeighting = Literal["auto", "uniform", "inverse_branching"]
 LoraSync = Literal["adapter", "merge"]
 BaseWeights = Literal["auto", "quantized", "dequantized"]
+EngineCheck = Literal["warn", "error", "off"]
 
 _WITH_SUBGROUPS = ("treepo", "treepo_size_weighted", "treepo_segment")
 
@@ -42,6 +43,8 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
     Each field's `help` describes it, and docs/settings.md prints them all. Equations and sections are those of
     [TreePO](https://huggingface.co/papers/2508.17445).
     """
+
+    _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "vllm_engine_kwargs"]  # JSON on the command line
 
     if TYPE_CHECKING:  # optional in GRPOConfig, but always set after its own __post_init__
         steps_per_generation: int = 1
@@ -125,6 +128,20 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "(DoRA, `modules_to_save`)."
         },
     )
+    vllm_gpu_memory_utilization: float | str = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=0.3,
+        metadata={
+            "help": "Fraction of the card that vLLM may use, as in GRPOConfig. `auto` is what the planned training "
+            "leaves of it, for `treepo-trl train` and `plan` on one GPU."
+        },
+    )
+    vllm_engine_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Further arguments of `vllm.LLM`, such as `speculative_config`. Those that have a setting of "
+            "their own, or that trees need, are refused. Default: none, but the `dtype` of `bf16` or `fp16`."
+        },
+    )
     vllm_base_weights: BaseWeights = field(
         default="auto",
         metadata={
@@ -149,6 +166,15 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "help": "Whether a sleeping engine frees its cache alone. Otherwise its weights move to the processor's "
             "memory and back at each generation, unless they are shared. Set it if the update needs the cache's "
             "memory but not that of the weights. Needs `vllm_enable_sleep_mode=True` and `vllm_lora_sync='adapter'`."
+        },
+    )
+    engine_check: EngineCheck = field(
+        default="warn",
+        metadata={
+            "help": "What happens when vLLM does not compute the policy. Its log-probabilities are compared with the "
+            "policy's in every batch, and with a moved LoRA adapter at the start and after a resume. `warn` says "
+            "what differs and goes on. `error` stops there. `off` does not look. Set `error` for a long run that "
+            "nobody watches."
         },
     )
     reward_timeout: float | None = field(
@@ -204,7 +230,11 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
     def __post_init__(self) -> None:
         if self.tree_packing is False:  # what a bare `off` is in YAML
             self.tree_packing = "off"
-        check_grpo_fields(self, but={each.name for each in fields(TreeSamplingConfig)})
+        if self.engine_check is False:
+            self.engine_check = "off"
+        check_grpo_fields(
+            self, but={*(each.name for each in fields(TreeSamplingConfig)), "vllm_gpu_memory_utilization"}
+        )
         check_fields(self, TreePOConfig, _RANGES)
         TreeSamplingConfig.__post_init__(self)
         GRPOConfig.__post_init__(self)
@@ -217,6 +247,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         self._check_tools()
         self._check_shared_base()
         self._check_sleep()
+        self._check_engine_kwargs()
 
     @property
     def weights_leaves(self) -> bool:
@@ -352,4 +383,14 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             raise ValueError(
                 "`vllm_share_base_weights=True` needs an engine that holds whole weights, but "
                 f"`vllm_tensor_parallel_size` is {self.vllm_tensor_parallel_size}. Unset one of the two."
+            )
+
+    def _check_engine_kwargs(self) -> None:
+        if isinstance(self.vllm_gpu_memory_utilization, str) and self.vllm_gpu_memory_utilization != "auto":
+            share = self.vllm_gpu_memory_utilization
+            raise TypeError(f"`vllm_gpu_memory_utilization` is {share!r}; it must be a number, or 'auto'.")
+        if not isinstance(self.vllm_engine_kwargs, dict | None):
+            raise TypeError(
+                f"`vllm_engine_kwargs` is {self.vllm_engine_kwargs!r}; give a dictionary, on the command line a JSON "
+                """object such as '{"attention_backend": "TRITON_ATTN"}'."""
             )

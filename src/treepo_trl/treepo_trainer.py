@@ -29,6 +29,7 @@ from .metrics import replace_last
 from .model_card import PAPER
 from .policy.engine import policy_engine_for
 from .policy.four_bit_base import write_quantization
+from .policy.half_precision import keep_master_weights
 from .policy.starting_adapter import adapter_resumed_too, match_reference
 from .resume_point import ResumePoint
 from .reward_watch import RewardWatch
@@ -132,6 +133,8 @@ class TreePOTrainer(GRPOTrainer):
         match_reference(self.model)
         check_tokenizer(self)
         check_tools(self)
+        if args.fp16:
+            keep_master_weights(self.model)
         self._reward_watch = RewardWatch(self)
         self._evaluation_metrics = EvaluationMetrics(self)
         self.policy_engine.connect(self)
@@ -193,7 +196,7 @@ class TreePOTrainer(GRPOTrainer):
                 inputs = self.dynamic_sampling.fill(batch, len(inputs) // self.num_generations)
             output = super()._generate_and_score_completions(inputs)
         rewards, divisors = batch.combined_rewards(self)
-        self._log_metrics(batch, rewards / divisors)
+        self._log_metrics(batch, rewards / divisors, output)
         if self.args.advantage_estimator != "grpo" or self.args.weights_leaves:
             output["advantages"] = batch.advantages(rewards, divisors, self.args, output["completion_ids"].size(1))
             means = self.accelerator.gather(batch.mean_advantages(output["advantages"]))
@@ -305,9 +308,8 @@ class TreePOTrainer(GRPOTrainer):
             self._metrics["train" if self.model.training else "eval"][name].extend(values)
         return logps, entropies, aux_loss
 
-    def _log_metrics(self, batch: TreeBatch, scaled_rewards: torch.Tensor) -> None:
-        """Log what the batch has cost and shown; tell how far the engine was from the policy."""
-        logged = self._metrics["train"]
-        for name, value in self._batch_sampler.metrics(batch, scaled_rewards).items():
-            logged[name].append(value)
-        self.policy_engine.compare(logged.get("sampling/sampling_logp_difference/mean", []))
+    def _log_metrics(self, batch: TreeBatch, scaled_rewards: torch.Tensor, output: dict[str, torch.Tensor]) -> None:
+        """Log what the batch has cost and shown, and how far the engine was from the policy."""
+        shown = self._batch_sampler.metrics(batch, scaled_rewards) | self.policy_engine.compare(output)
+        for name, value in shown.items():
+            self._metrics["train"][name].append(value)

@@ -315,3 +315,36 @@ def test_what_does_not_fit_names_the_settings(plan: Plan) -> None:
 def test_a_card_in_bytes_is_an_error(plan: Plan) -> None:
     with pytest.raises(ValueError, match="`--card_gib 24`"):
         plan(24 / GIB)
+
+
+# vLLM's share, planned
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"vllm_enable_sleep_mode": True}, {"vllm_enable_sleep_mode": True, "vllm_sleep_keeps_weights": True}],
+    ids=["awake", "sleeps", "keeps weights"],
+)
+@pytest.mark.parametrize("once", [False, True])
+def test_vllm_gets_what_the_training_leaves(plan: Plan, changes: dict[str, Any], once: bool) -> None:
+    """A hundredth of the card more would not fit."""
+    settings = {**VLLM, **changes, "vllm_share_base_weights": once}
+    planned = plan(4, vllm_gpu_memory_utilization="auto", **settings)
+    assert planned.problems() == []
+    assert plan(4, vllm_gpu_memory_utilization=planned.share, **settings).table() == planned.table()
+    more = plan(4, vllm_gpu_memory_utilization=planned.share + 0.01, **settings)
+    assert max(more.rollout, more.update) > more.card
+
+
+def test_a_card_that_leaves_nothing_has_no_share(plan: Plan) -> None:
+    planned = plan(1.6, vllm_gpu_memory_utilization="auto", **VLLM)
+    assert planned.share == 0
+    assert planned.problems()
+
+
+def test_an_adapter_of_float16_is_in_float32(plan: Plan) -> None:
+    """TRL puts that of a 4-bit model into bfloat16, which the gradient scaler does not take."""
+    settings = {"load_in_4bit": True, "dtype": "float16"}
+    half, full = plan(**settings), plan(**settings, fp16=True)
+    for part in ("adapter", "gradients", "optimizer"):
+        assert full.policy[part] == 2 * half.policy[part]

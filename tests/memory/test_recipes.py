@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from tests.support.architectures import QWEN3_4B, QWEN25_1_5B, QWEN25_7B
@@ -28,7 +29,7 @@ def parse(name: str) -> tuple:
 
 
 def test_there_are_recipes() -> None:
-    assert len(RECIPES) == 4
+    assert len(RECIPES) == 6
 
 
 HALF = {"num_generations": 16, "per_device_train_batch_size": 16, "vllm_gpu_memory_utilization": 0.5}
@@ -46,6 +47,8 @@ def documented(row: str) -> list[tuple[str, str]]:
         ("qwen2.5-1.5b-lora-12gb", QWEN25_1_5B, 12, {}, "`qwen2.5-1.5b-lora-12gb`"),
         ("qwen3-4b-lora-24gb", QWEN3_4B, 24, {}, "`qwen3-4b-lora-24gb`"),
         ("qwen2.5-7b-qlora-24gb", QWEN25_7B, 24, {}, "`qwen2.5-7b-qlora-24gb`"),
+        ("qwen2.5-1.5b-lora-t4", QWEN25_1_5B, 15, {}, "`qwen2.5-1.5b-lora-t4`"),
+        ("qwen2.5-7b-qlora-t4", QWEN25_7B, 15, {}, "`qwen2.5-7b-qlora-t4`"),
         ("qwen2.5-1.5b-lora-12gb", QWEN25_1_5B, 8, LONG, "1.5B LoRA, 16 x 2048, card of 8 GiB"),
         ("qwen2.5-7b-qlora-24gb", QWEN25_7B, 18, LONG, "7B QLoRA, 16 x 2048, card of 18 GiB"),
     ],
@@ -60,7 +63,7 @@ def test_the_documentations_plans(name: str, config: Any, card: int, changes: di
         plan = plan_memory(config, training_args, model_args, card * GIB)
         assert float(figure) == pytest.approx(max(plan.update, plan.rollout) / GIB, abs=0.06)
         assert plan.problems() == [] or (changes and not shares)
-    assert changes or name.endswith(f"-{card}gb")
+    assert changes or name.endswith({15: "-t4"}.get(card, f"-{card}gb"))
 
 
 @pytest.mark.parametrize(("config", "billions"), [(QWEN25_1_5B, 1.54), (QWEN25_7B, 7.62), (QWEN3_4B, 4.02)])
@@ -70,7 +73,7 @@ def test_the_models_of_the_plans_have_their_sizes(config: Any, billions: float) 
     assert model.num_parameters() == pytest.approx(1e9 * billions, rel=0.01)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if "gb" in name])
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("paper")])
 def test_the_first_lines_of_a_recipe_say_what_the_documentation_says(name: str) -> None:
     text = (ROOT / "examples/cli_configs" / name).read_text()
     said = re.findall(r"`treepo-trl plan` counts ([\d.]+) GiB,\n# and ([\d.]+) GiB with", text)
@@ -98,6 +101,13 @@ def test_recipe_has_the_papers_fourteen_segments_and_fills_the_context(name: str
 def test_stop_pattern_of_the_recipes_is_a_closed_box(name: str, text: str, matches: bool) -> None:
     _, training_args, _, _ = parse(name)
     assert bool(re.search(training_args.stop_pattern, text)) == matches
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "-t4" in name])
+def test_a_recipe_for_a_t4_has_no_bfloat16(name: str) -> None:
+    settings = yaml.safe_load((ROOT / "examples/cli_configs" / name).read_text())
+    assert (settings["fp16"], settings["bf16"], settings["dtype"]) == (True, False, "float16")
+    assert "bfloat16" not in map(str, settings.values())
 
 
 def test_a_small_step_moves_the_papers_weights() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
 from treepo_trl.policy.engine import VLLMPolicy, awake, gather_prompts, same_draws
@@ -118,11 +117,12 @@ def test_ranks_that_share_an_engine_ask_for_all_prompts_and_keep_their_own(
 def vllm_policy(generation: Any) -> Any:
     """A connected `VLLMPolicy` of a trainer at step 0."""
     policy: Any = VLLMPolicy(SimpleNamespace(vllm_tensor_parallel_size=1), loads_adapter=True)  # pyright: ignore
+    policy._watch = SimpleNamespace(is_on=False)
     policy._generation, policy.engine = generation, SimpleNamespace(lora_request=None)
     policy._trainer = SimpleNamespace(
         state=SimpleNamespace(global_step=0),
         args=SimpleNamespace(report_to=[]),
-        accelerator=SimpleNamespace(is_main_process=True),
+        accelerator=SimpleNamespace(is_main_process=True, distributed_type="NO"),
         _last_loaded_step=-1,
     )
     return policy
@@ -133,7 +133,7 @@ def test_the_engine_gets_the_weights_of_each_step_once() -> None:
     policy = vllm_policy(generation)
     for step, num_synchronized in ((0, 1), (0, 1), (1, 2), (1, 2), (5, 3)):
         policy._trainer.state.global_step = step
-        with policy.ready("7/0"):
+        with policy.ready("7/0", [[1]]):
             assert generation.calls == ["sync"] * num_synchronized
 
 
@@ -144,19 +144,5 @@ def test_the_engine_samples_with_the_adapter_that_was_loaded_last(monkeypatch: p
     generation.sync_weights = lambda: setattr(generation.llm, "lora_request", policy._trainer.state.global_step)
     for step in (0, 1):
         policy._trainer.state.global_step = step
-        with policy.ready("7/0"):
+        with policy.ready("7/0", [[1]]):
             assert policy.engine.lora_request == step
-
-
-@pytest.mark.parametrize(
-    ("differences", "warns"),
-    [([[0.2], [0.3]], 1), ([[0.09], [0.09, 5.0]], 0), ([[], [5.0]], 0), ([[0.01, 0.2]], 1)],
-)
-def test_an_engine_that_does_not_compute_the_policy_is_told_of_at_the_first_batch(
-    differences: list[list[float]], warns: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    PartialState()  # accelerate's logger wants it
-    policy = vllm_policy(Generation(enable_sleep_mode=False))
-    for logged in differences:
-        policy.compare(logged)
-    assert caplog.text.count("does not compute the policy") == warns

@@ -47,6 +47,7 @@ OTHER: dict[str, Any] = {
     "tool_timeout": 30.0,
     "max_tool_answer_tokens": 256,
     "environment_forking": "replay",
+    "engine_check": "error",
     "log_trees": True,
 }
 # What only the engine of an adapter has, and `vllm_lora_sync="merge"` not.
@@ -59,7 +60,8 @@ def make(folder: Path, **changes: Any) -> TreePOConfig:
 
 
 def test_new_fields_are_all_covered_here() -> None:
-    assert set(NEW_FIELDS) == {*OTHER, *ENGINE_WEIGHTS, "max_tree_tokens"}  # the last is refused in training
+    refused_in_training, dictionaries = {"max_tree_tokens"}, {"vllm_engine_kwargs"}
+    assert set(NEW_FIELDS) == {*OTHER, *ENGINE_WEIGHTS} | refused_in_training | dictionaries
 
 
 @pytest.mark.parametrize("name", NEW_FIELDS)
@@ -310,6 +312,19 @@ def test_yaml(tmp_path: Path, initial: Any, expected: list[int]) -> None:
     assert_parses(tmp_path, [], values, {**values, "initial_branching_factor": expected})
 
 
+def test_arguments_of_the_engine_are_a_dictionary_on_the_command_line(tmp_path: Path) -> None:
+    options = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
+    arguments = ["--vllm_engine_kwargs", json.dumps(options)]
+    assert_parses(tmp_path, arguments, {}, {"vllm_engine_kwargs": options})
+    assert_parses(tmp_path, [], {"vllm_engine_kwargs": options}, {"vllm_engine_kwargs": options})
+
+
+def test_share_of_the_card_is_a_number_or_auto(tmp_path: Path) -> None:
+    assert make(tmp_path, vllm_gpu_memory_utilization="auto").vllm_gpu_memory_utilization == "auto"
+    with pytest.raises(TypeError, match=r"^`vllm_gpu_memory_utilization` is 'most'; it must be a number, or 'auto'"):
+        make(tmp_path, vllm_gpu_memory_utilization="most")
+
+
 def test_command_line_wins_over_yaml(tmp_path: Path) -> None:
     arguments = ["--segment_length", "64", "--initial_branching_factor", "3", "4"]
     assert_parses(tmp_path, arguments, OTHER, {**OTHER, "segment_length": 64, "initial_branching_factor": [3, 4]})
@@ -371,7 +386,7 @@ def test_a_text_is_no_boolean(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", NEW_FIELDS)
 @pytest.mark.parametrize("value", [[], {}, 1.5, object(), b"x"])
 def test_a_wrong_type_is_named(tmp_path: Path, name: str, value: Any) -> None:
-    if float in KINDS[name] and isinstance(value, float):
+    if type(value) in KINDS[name]:
         assert getattr(make(tmp_path, **{name: value}), name) == value
         return
     with pytest.raises((TypeError, ValueError), match=rf"^`{name}` is "):

@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.support.models import make_model
 from tests.support.rows import batch_of, make_forward, packed_sizes, plain, ready_model, rows_with, run, trees
-from treepo_trl.update import packed_forward
+from treepo_trl.update import packed_forward, tree_attention
 from treepo_trl.update.packed_forward import is_worth_packing, model_inputs
 from treepo_trl.update.packing import PackedRows, cut_rows, pack_rows
 
@@ -56,7 +56,7 @@ def on_cuda(length: int, ratio: float = 2.0) -> PackedRows:
     return dataclasses.replace(rows_with(10, 10, 4), input_ids=ids, num_padded_tokens=round(ratio * length))
 
 
-H100, RTX_4090, NO_TRITON, AMD = 227 * 1024, 99 * 1024, 0, -1  # bytes of shared memory per block
+H100, RTX_4090, T4, NO_TRITON, AMD = 227 * 1024, 99 * 1024, 64 * 1024, 0, -1  # bytes of shared memory per block
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,10 @@ H100, RTX_4090, NO_TRITON, AMD = 227 * 1024, 99 * 1024, 0, -1  # bytes of shared
         (rows_with(1, 100, 4), {"max_tokens": 999}, H100, "sdpa"),
         (on_cuda(8191), {}, H100, "sdpa"),
         (on_cuda(8192), {}, H100, "flex"),
-        (on_cuda(8192), {}, RTX_4090, "sdpa"),
+        (on_cuda(8192), {"head_dim": 256}, H100, "flex"),
+        (on_cuda(8192), {"head_dim": 128}, RTX_4090, "flex"),
+        (on_cuda(8192), {"head_dim": 160}, RTX_4090, "sdpa"),
+        (on_cuda(8192), {}, T4, "sdpa"),
         (on_cuda(8192), {}, NO_TRITON, "sdpa"),
         (on_cuda(8192), {}, AMD, "sdpa"),  # whose properties do not have the field
         (on_cuda(8192), {"attention_dropout": 0.1}, H100, "sdpa"),
@@ -106,6 +109,58 @@ def test_each_choice_of_auto_is_said_once_with_its_reason(caplog: pytest.LogCapt
         "tree_packing='auto' forwards plain rows (packing pays from 1.15 forwarded tokens per unique token on): 404 "
         "tokens in rows, of them 404 no padding, 404 unique. It decides for each micro-batch.",
     ]
+
+
+class OutOfResources(Exception):
+    """Named as Triton's."""
+
+
+class FlexOutOfResources(torch.autograd.Function):
+    """FlexAttention whose backward kernel, which needs most, does not fit."""
+
+    @staticmethod
+    def forward(_: Any, query: torch.Tensor) -> torch.Tensor:
+        return query.clone()
+
+    @staticmethod
+    def backward(*_: Any) -> Any:
+        raise OutOfResources("out of resource: shared memory, Required: 131072, Hardware limit: 101376.")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "compiler"])
+def test_a_card_on_which_flex_does_not_fit_gets_sdpa(
+    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def flex(module: Any, query: torch.Tensor, *_: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        calls.append(None)
+        if where == "forward":
+            raise OutOfResources("shared memory")
+        if where == "compiler":
+            raise RuntimeError("No valid triton configs. OutOfResources: out of resource: shared memory") from None
+        return FlexOutOfResources.apply(query).transpose(1, 2), None  # pyright: ignore
+
+    monkeypatch.setattr(tree_attention, "flex_attention_forward", flex)
+    model, batch = ready_model(), trees()
+    forward = make_forward("flex")
+    for _ in range(2):
+        logps, entropies, _, _ = run(forward, model, batch)
+        expected = run(make_forward("sdpa"), model, batch)
+        assert torch.equal(logps, expected[0])
+        assert torch.equal(entropies, expected[1])
+    assert len(calls) == 1
+    (message,) = [each for each in said(caplog) if "does not run on this card" in each]
+    assert "shared memory" in message
+
+
+def test_another_error_of_flex_is_no_reason_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flex(*_: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(tree_attention, "flex_attention_forward", flex)
+    with pytest.raises(RuntimeError, match="something else"):
+        run(make_forward("flex"), ready_model(), trees())
 
 
 def test_plain_rows_are_forwarded_where_packing_does_not_pay() -> None:

@@ -257,4 +257,12 @@ def make_parser(prog: str | None = None, *more: type) -> OptionsParser:
 
     from treepo_trl.treepo_config import TreePOConfig
 
-    return options_parser(prog, TreePOScriptArguments, TreePOConfig, ModelConfig, DatasetMixtureConfig, *more)
+    parser = options_parser(prog, TreePOScriptArguments, TreePOConfig, ModelConfig, DatasetMixtureConfig, *more)
+    for action in parser._actions:
+        if action.dest == "vllm_gpu_memory_utilization":  # of a number or text the parser takes the number alone
+            action.type = _number_or_auto
+    return parser
+
+
+def _number_or_auto(text: str) -> float | str:
+    return text if text == "auto" else float(text)

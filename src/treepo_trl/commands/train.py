@@ -123,27 +123,44 @@ def _output_dir(training_args: TreePOConfig) -> str:
 
 def check_memory(training_args: TreePOConfig, model_args: ModelConfig, adapter: "PeftConfig | None" = None) -> None:
     """
-    Print the plan of a training on this machine's one GPU before anything is loaded.
+    Print the plan of a training on this machine's one GPU before anything is loaded; set vLLM's share if it is `auto`.
 
     A model that cannot be counted is trained all the same, after a line that says why it was not counted.
 
     Raises:
-        ValueError: if weights and gradients alone are more than the card has, with the settings to change.
+        ValueError: if weights and gradients alone are more than the card has, with the settings to change. With
+            `vllm_gpu_memory_utilization="auto"` also if the training does not fit, or cannot be planned.
     """
+    is_planned = training_args.vllm_gpu_memory_utilization == "auto"
     is_one_gpu = torch.cuda.is_available() and torch.cuda.device_count() == 1 and training_args.world_size == 1
     if not is_one_gpu or training_args.use_cpu or training_args.deepspeed or training_args.fsdp:
+        if is_planned:
+            raise ValueError(
+                "`vllm_gpu_memory_utilization='auto'` is planned for one GPU in one process, without DeepSpeed and "
+                "FSDP. Give a number above 0 and up to 1."
+            )
         return
     try:
         result = plan_training(training_args, model_args, this_card(), adapter)
     except Exception as error:
+        if is_planned:
+            raise ValueError(
+                f"`vllm_gpu_memory_utilization='auto'`, but this training cannot be planned: {error} Give a number "
+                "above 0 and up to 1."
+            ) from error
         print(f"Memory is not planned for this training: {type(error).__name__}: {error}")
         return
     print(result.table())
     reason = result.impossible()
     if reason is not None:
         raise ValueError(reason)
-    for problem in result.problems():
+    problems = result.problems()
+    if is_planned and problems:
+        raise ValueError(" ".join(problems))
+    for problem in problems:
         print(f"May not fit: {problem}")
+    if is_planned:
+        training_args.vllm_gpu_memory_utilization = result.share
 
 
 def load_reward_funcs(script_args: TreePOScriptArguments, training_args: TreePOConfig) -> "list[RewardFunc]":

@@ -6,6 +6,7 @@ Weights, adapter, optimizer and cache are counted exactly, from the model's conf
 """
 
 import copy
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 GIB = 2**30
+_LARGEST_ENGINE = 0.95  # of the card: vLLM wants what it is promised to be free
 RESERVE = 1.5 * GIB
 """CUDA context, fragmentation, temporary buffers: an assumption, not a measurement."""
 
@@ -42,6 +44,8 @@ class MemoryPlan:
             it shares with the engine are counted there.
         micro_batch_tokens (`int`):
             Tokens of the largest micro-batch that activations are counted for.
+        share (`float`):
+            vLLM's share of the card: `vllm_gpu_memory_utilization`, planned where that is `"auto"`.
         engine (`dict[str, float]`):
             Parts of vLLM's share: weights, and what they leave to cache and buffers; empty without vLLM.
         cache_tokens (`int`):
@@ -63,6 +67,7 @@ class MemoryPlan:
     card: float
     policy: dict[str, float]
     micro_batch_tokens: int
+    share: float = 0.0
     engine: dict[str, float] = field(default_factory=dict)
     cache_tokens: int = 0
     longest: int = 0
@@ -136,6 +141,7 @@ class MemoryPlan:
         rows = [f"{name:<44}{size / GIB:>8.2f} GiB" for name, size in lines]
         notes = [f"activations: {self.micro_batch_tokens} tokens per micro-batch"]
         if self.engine:
+            notes.append(f"vllm_gpu_memory_utilization: {self.share:.2f}")
             notes.append(f"cache: at most {self.cache_tokens} tokens, the longest sequence may have {self.longest}")
         if self.base_weights:
             notes.append(f"vLLM's base: {self.base_weights}")
@@ -186,8 +192,8 @@ def plan_memory(
     tokens = _micro_batch_tokens(training_args)
     activations = activation_bytes(model, tokens, bool(training_args.gradient_checkpointing))
     activations += base.largest_in_4bit * dtype.itemsize  # one layer's weights at a time, dequantized
-    # TRL keeps the adapter of a 4-bit model in bfloat16, PEFT that of others in float32.
-    itemsize = (2 if four_bits else 4) if is_adapter else dtype.itemsize
+    # TRL keeps the adapter of a 4-bit model in bfloat16, PEFT that of others in float32, as float16 needs it.
+    itemsize = (2 if four_bits and not training_args.fp16 else 4) if is_adapter else dtype.itemsize
     numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
     policy = {"weights": base.in_policy}
     if is_adapter:
@@ -214,7 +220,6 @@ def _add_engine(
     plan.longest = args.vllm_max_model_length or config.get_text_config().max_position_embeddings
     plan.sleeps = bool(args.vllm_enable_sleep_mode)
     plan.keeps_weights = args.vllm_sleep_keeps_weights or args.vllm_share_base_weights
-    share = args.vllm_gpu_memory_utilization * plan.card
     can_share = is_adapter and base.engine_can_hold
     if args.vllm_share_base_weights:
         if not can_share:
@@ -227,6 +232,9 @@ def _add_engine(
         plan.policy["weights"] -= base.shared
     elif (args.vllm_lora_sync, args.vllm_tensor_parallel_size) == ("adapter", 1):
         plan.could_share = can_share and args.vllm_base_weights != "dequantized"
+    wanted = args.vllm_gpu_memory_utilization
+    plan.share = _share_left(plan) if isinstance(wanted, str) else wanted
+    share = plan.share * plan.card
     if base.double is not None:
         plan.base_weights = args.vllm_base_weights
         if plan.base_weights == "auto":
@@ -236,6 +244,14 @@ def _add_engine(
     per_token = _cache_bytes_per_token(config.get_text_config())
     plan.cache_tokens = int((share - weights) // per_token)
     plan.engine = {"weights": weights, "cache and buffers": max(share - weights, 0.0)}
+
+
+def _share_left(plan: MemoryPlan) -> float:
+    """The largest share of the card that a plan without its engine leaves to it, in hundredths."""
+    left = plan.card - plan.rollout
+    if not plan.sleeps:
+        left = min(left, plan.card - plan.update)
+    return max(math.floor(100 * min(left / plan.card, _LARGEST_ENGINE)) / 100, 0.0)
 
 
 def _cache_bytes_per_token(text: PreTrainedConfig) -> int:

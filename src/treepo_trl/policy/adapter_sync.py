@@ -101,6 +101,8 @@ class AdapterVLLMGeneration(VLLMGeneration):
             Let the policy compute with the engine's copy of the frozen base.
         sleep_keeps_weights (`bool`):
             Whether a sleeping engine frees its cache alone. Shared weights always stay.
+        engine_options (`dict`, *optional*):
+            Further options of `vllm.LLM`.
     """
 
     model: "PeftModel"
@@ -112,8 +114,10 @@ class AdapterVLLMGeneration(VLLMGeneration):
         base_weights: BaseWeights = "auto",
         share_base_weights: bool = False,
         sleep_keeps_weights: bool = False,
+        engine_options: dict[str, object] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.engine_options = engine_options or {}
         self.base_weights: BaseWeights = base_weights
         self.share_base_weights = share_base_weights
         self.sleep_keeps_weights = sleep_keeps_weights or share_base_weights
@@ -143,6 +147,7 @@ class AdapterVLLMGeneration(VLLMGeneration):
         # The commit that the policy was loaded from. TRL gives the engine the name alone.
         revision = getattr(base_of(self.model).config, "_commit_hash", None)
         return {
+            **self.engine_options,
             **lora_engine_options(peft_config.r),
             "enable_prefix_caching": True,
             "revision": revision,

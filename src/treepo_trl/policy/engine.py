@@ -5,28 +5,30 @@ The engine that samples from the policy: which one it is, and what must hold whi
 part of the engine, and connected to the trainer afterwards.
 """
 
-import random
+import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.extras.profiling import profiling_context
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from treepo_trl.engines import SegmentEngine
+from treepo_trl.engines import SegmentEngine, SegmentResult
 from treepo_trl.treepo_config import TreePOConfig
-from treepo_trl.trl_seams import vllm_generation_class
+from treepo_trl.trl_seams import engine_class, vllm_generation_class
 
+from .adapter_probe import PROBE_TOKENS, own_draws, probe_adapter, segments_of
 from .adapter_sync import AdapterVLLMGeneration, check_adapter
+from .engine_check import EngineWatch, computing_dtype, different_tokens, dropout_of, logprob_difference
+from .engine_options import check_engine_options, engine_options
+from .shared_base import SHARDED
 from .starting_adapter import check_given_adapter
 
 
@@ -36,10 +38,11 @@ if TYPE_CHECKING:
     from treepo_trl.engines.transformers import TransformersEngine
     from treepo_trl.engines.vllm import VLLMEngine
 
+    from .lora_llm import PolicyLLM
 
-logger = get_logger(__name__)
 
-_LARGE_DIFFERENCE = 0.1  # nats per token; bfloat16 rounding was seen to give 0.04, a quantized base 0.7
+_PROBE_PROMPTS = 4
+_LONGEST_PROBE = 512  # tokens of a prompt
 
 
 class PolicyEngine:
@@ -71,8 +74,8 @@ class PolicyEngine:
         """Build the engine over what `GRPOTrainer.__init__` has made."""
         raise NotImplementedError
 
-    def ready(self, seed: str) -> AbstractContextManager[None]:
-        """Context in which the engine samples from the current policy."""
+    def ready(self, seed: str, prompts: list[list[int]]) -> AbstractContextManager[None]:
+        """Context in which the engine samples from the current policy, after these prompts among others."""
         raise NotImplementedError
 
     def evaluation(self) -> AbstractContextManager[None]:
@@ -83,15 +86,18 @@ class PolicyEngine:
         """Prompts of all processes that sample together, and where this process's own are among them."""
         return prompts, slice(0, len(prompts))
 
-    def compare(self, differences: list[float]) -> None:
+    def compare(self, output: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """
-        Warn if the engine did not compute the policy in the first batch.
+        Metrics of how far the engine was from the policy in a batch; none where the policy itself has sampled.
 
         Args:
-            differences (`list[float]`):
-                What `GRPOTrainer` has logged: mean distance per batch between the log-probabilities of engine and
-                policy, in nats per token.
+            output (`Mapping[str, torch.Tensor]`):
+                What `GRPOTrainer._generate_and_score_completions` returns.
+
+        Raises:
+            RuntimeError: if `engine_check` is `"error"` and the engine did not compute the policy.
         """
+        return {}
 
 
 class TransformersPolicy(PolicyEngine):
@@ -111,7 +117,7 @@ class TransformersPolicy(PolicyEngine):
         )
 
     @contextmanager
-    def ready(self, seed: str) -> Iterator[None]:
+    def ready(self, seed: str, prompts: list[list[int]]) -> Iterator[None]:
         trainer = self._trainer
         with (
             profiling_context(trainer, "transformers.generate"),
@@ -151,18 +157,19 @@ class VLLMPolicy(PolicyEngine):
         super().__init__(args)
         self.processes_per_engine = args.vllm_tensor_parallel_size
         self._loads_adapter = loads_adapter
-        self._has_compared = False
         self._num_evaluated = 0  # batches of completions that were sampled in evaluation
 
     def construction(self) -> AbstractContextManager[None]:
+        options = engine_options(self.args)
         if not self._loads_adapter:
-            return nullcontext()
+            return engine_class(_plain_llm_class(options)) if options else nullcontext()
         return vllm_generation_class(
             partial(
                 AdapterVLLMGeneration,
                 base_weights=self.args.vllm_base_weights,
                 share_base_weights=self.args.vllm_share_base_weights,
                 sleep_keeps_weights=self.args.vllm_sleep_keeps_weights,
+                engine_options=options,
             )
         )
 
@@ -178,10 +185,30 @@ class VLLMPolicy(PolicyEngine):
             self.args.generation_options(),
             with_entropies=self.args.branching_policy == "entropy",
         )
+        self._watch = self._engine_watch(trainer)
+
+    def _engine_watch(self, trainer: GRPOTrainer) -> EngineWatch:
+        llm, policy = self._generation.llm, trainer.accelerator.unwrap_model(trainer.model)
+
+        def facts() -> list[str]:
+            theirs = cast(PreTrainedTokenizerBase, llm.get_tokenizer())
+            return different_tokens(trainer._tokenizer, theirs) + dropout_of(policy)
+
+        return EngineWatch(
+            self.args.engine_check,
+            computing_dtype(cast(PreTrainedModel, policy), trainer.accelerator),
+            cast(torch.dtype, llm.llm_engine.model_config.dtype),
+            self.args.sampling_options(),
+            facts,
+        )
 
     @contextmanager
-    def ready(self, seed: str) -> Iterator[None]:
+    def ready(self, seed: str, prompts: list[list[int]]) -> Iterator[None]:
         trainer, generation = self._trainer, self._generation
+        if trainer._last_loaded_step < 0 and self._can_probe():
+            with profiling_context(trainer, "probe_adapter"):
+                self._probe(prompts)
+            trainer._last_loaded_step = trainer.state.global_step  # the probe has loaded the adapter again
         if trainer.state.global_step != trainer._last_loaded_step:
             with profiling_context(trainer, "sync_weights"):
                 generation.sync_weights()
@@ -198,14 +225,42 @@ class VLLMPolicy(PolicyEngine):
     def gather(self, prompts: list[list[int]]) -> tuple[list[list[int]], slice]:
         return gather_prompts(self._generation, prompts)
 
-    def compare(self, differences: list[float]) -> None:
-        if not self._has_compared and differences and differences[-1] > _LARGE_DIFFERENCE:
-            logger.warning(
-                f"vLLM's log-probabilities of the first batch differ from the policy's by {differences[-1]:.3f} nats "
-                "on average, far more than rounding: the engine does not compute the policy. With a quantized model "
-                "see `vllm_base_weights`; else compare the model's revision and dtype in both."
-            )
-        self._has_compared = True
+    def compare(self, output: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        return self._watch.batch(logprob_difference(output, self._trainer.accelerator))
+
+    def _can_probe(self) -> bool:
+        """Whether an adapter travels to the engine, and each process holds all of it."""
+        return self._loads_adapter and self._watch.is_on and self._trainer.accelerator.distributed_type not in SHARDED
+
+    def _probe(self, prompts: list[list[int]]) -> None:
+        generation = cast(AdapterVLLMGeneration, self._generation)
+
+        def sample(wanted: list[list[int]]) -> list[SegmentResult]:
+            from treepo_trl.engines.vllm import VLLMEngine
+
+            with awake(generation):
+                # An engine of its own: the trainer's draws as the settings say, and counts tokens.
+                return segments_of(VLLMEngine(generation.llm, [], lora_request=generation.llm.lora_request), wanted)
+
+        policy = cast("PeftModel", self._trainer.accelerator.unwrap_model(self._trainer.model))
+        found = probe_adapter(
+            policy, generation.sync_weights, sample, self._probe_prompts(prompts), bound=self._watch.bound
+        )
+        self._watch.probed(found)
+
+    def _probe_prompts(self, prompts: list[list[int]]) -> list[list[int]]:
+        """A few of these prompts, repeated so that each fills a block of the prefix cache where the context allows."""
+        longest = min((self.engine.context_length or _LONGEST_PROBE) - PROBE_TOKENS, _LONGEST_PROBE)
+        wanted = (self.engine.block_size or 1) + 1
+        repeated = [ids * math.ceil(wanted / len(ids)) for ids in prompts[:_PROBE_PROMPTS]]
+        return [ids[:longest] for ids in repeated]
+
+
+def _plain_llm_class(options: dict[str, object]) -> "type[PolicyLLM]":
+    """The engine of all weights with these options, to stand in where TRL builds it."""
+    from .lora_llm import PolicyLLM
+
+    return type("PolicyLLM", (PolicyLLM,), {"engine_options": options})
 
 
 def policy_engine_for(
@@ -215,9 +270,10 @@ def policy_engine_for(
     The engine for these arguments of a trainer, not yet connected.
 
     Raises:
-        ValueError: for an adapter that the engine cannot serve, and for settings of a LoRA engine's weights where
-            there is no LoRA engine.
+        ValueError: for an adapter that the engine cannot serve, for options that it does not take, and for settings of
+            a LoRA engine's weights where there is no LoRA engine.
     """
+    check_engine_options(args)
     engine: PolicyEngine = TransformersPolicy(args)
     adapter = peft_config
     if adapter is None and not isinstance(model, str) and is_peft_model(model):
@@ -274,15 +330,8 @@ def same_draws(generation: VLLMGeneration, seed: str) -> Iterator[None]:
     if generation.tensor_parallel_size == 1:
         yield
         return
-    before = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        set_seed(zlib.crc32(seed.encode()))
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
+    with own_draws(zlib.crc32(seed.encode())):
+        yield
 
 
 def gather_prompts(generation: VLLMGeneration, prompts: list[list[int]]) -> tuple[list[list[int]], slice]:

@@ -9,7 +9,17 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 
-class LoraLLM(LLM):
+class PolicyLLM(LLM):
+    """[`~vllm.LLM`] with options that TRL does not pass on."""
+
+    engine_options: ClassVar[dict[str, object]] = {}
+    """Options of `vllm.LLM` that go before what TRL passes."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**kwargs, **self.engine_options})
+
+
+class LoraLLM(PolicyLLM):
     """
     [`~vllm.LLM`] whose requests carry the policy's adapter and whose sleep keeps the weights.
 
@@ -17,13 +27,8 @@ class LoraLLM(LLM):
     LoRA engine cannot be pushed, so this one sleeps at level 1.
     """
 
-    engine_options: ClassVar[dict[str, object]] = {}
-    """Options of `vllm.LLM` that go before what TRL passes."""
     lora_request: "LoRARequest | None" = None
     """The policy's adapter, from the first synchronization on."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{**kwargs, **self.engine_options})
 
     def generate(self, *args: Any, **kwargs: Any) -> list[RequestOutput]:
         kwargs.setdefault("lora_request", self.lora_request)

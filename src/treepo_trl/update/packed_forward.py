@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from treepo_trl.model_support import has_attention_dropout
 
+from .flex_trial import why_flex_fails, why_too_small
 from .packing import PackedRows, TreePacking, cut_rows, pack_rows
 from .tree_attention import AttentionBackend, TreeAttention, flex_length, serve_trees
 
@@ -29,9 +30,6 @@ _MIN_RATIO = 1.15
 """Tokens that plain rows forward per packed token, below which `auto` keeps plain rows."""
 _MIN_FLEX_LENGTH = 8192
 """Shortest row for FlexAttention under `auto`: below it, compiling costs more than the kernel saves."""
-_MIN_FLEX_SHARED_MEMORY = 160 * 1024
-"""Bytes of shared memory per block for FlexAttention under `auto`. Data-centre cards have them. Consumer cards have
-99 KiB, with which its backward kernel can fail in the first step (pytorch/pytorch#133254)."""
 _MAX_EAGER_LENGTH = 8192
 """Longest row for eager attention under `auto`: its mask and scores are quadratic in the row."""
 
@@ -100,6 +98,7 @@ class PackedForward:
         self.checked: set[tuple[int, str]] = set()
         self._announced: set[str] = set()
         self._compiled: set[tuple[int, bool]] = set()
+        self._flex_runs: bool | None = None  # not tried yet
 
     def __call__(
         self,
@@ -161,7 +160,9 @@ class PackedForward:
         num_unique = sum(each.input_ids.size(1) for each in packed)
         log["tree/packing_ratio"].append(sum(each.num_row_tokens for each in packed) / num_unique)
         config = self._base_of(call.model).config.get_text_config()
-        backends: list[AttentionBackend | None] = [self._choose(each, config) for each in packed]
+        backends: list[AttentionBackend | None] = [
+            self._that_runs(self._choose(each, config), each, config, call.model) for each in packed
+        ]
         if backends == [None]:
             options = {"compute_entropy": call.compute_entropy, "compute_aux_loss": call.compute_aux_loss}
             return [_Forwarded(*call.plain(call.model, ids, mask, call.num_scored, **options))]
@@ -216,6 +217,33 @@ class PackedForward:
                 f"{packed.num_row_tokens} no padding, {length} unique. It decides for each micro-batch."
             )
         return backend
+
+    def _that_runs(
+        self,
+        backend: AttentionBackend | None,
+        packed: PackedRows,
+        config: PreTrainedConfig,
+        model: torch.nn.Module,
+    ) -> AttentionBackend | None:
+        """The backend, or `"sdpa"` in place of a FlexAttention whose kernels this card cannot run."""
+        if backend != "flex":
+            return backend
+        if self._flex_runs is None:
+            ids = packed.input_ids
+            with self.accelerator.autocast(), self._compile_notice(packed, backend):
+                kind, dtype = ids.device.type, self._base_of(model).dtype
+                if torch.is_autocast_enabled(kind):
+                    dtype = torch.get_autocast_dtype(kind)
+                like = torch.empty(0, dtype=dtype, device=ids.device)
+                attention = TreeAttention(packed.last_descendants, "flex")
+                obstacle = why_flex_fails(attention, ids.size(1), config, like)
+            self._flex_runs = obstacle is None
+            if obstacle is not None:
+                logger.warning(
+                    f"FlexAttention does not run on this card ({obstacle}): packed rows are forwarded with SDPA for "
+                    "the rest of this run. `tree_packing='sdpa'` leaves out the trial."
+                )
+        return "flex" if self._flex_runs else "sdpa"
 
     def _forward(
         self, model: torch.nn.Module, packed: PackedRows, backend: AttentionBackend, compute_aux_loss: bool = False
@@ -319,9 +347,7 @@ def _flex_obstacle(device: torch.device, config: PreTrainedConfig) -> str | None
         return "FlexAttention needs Triton"
     properties = torch.cuda.get_device_properties(device)
     # Of AMD's cards torch does not say it.
-    if getattr(properties, "shared_memory_per_block_optin", 0) < _MIN_FLEX_SHARED_MEMORY:
-        return "FlexAttention may need more shared memory than this card has"
-    return None
+    return why_too_small(getattr(properties, "shared_memory_per_block_optin", 0), config)
 
 
 def is_worth_packing(packed: PackedRows) -> bool:
