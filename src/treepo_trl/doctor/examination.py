@@ -65,8 +65,8 @@ def check_memory(plan: Callable[[float], tuple[list[str], float]], card: float |
         raise CannotRunError("this machine has no card; say how large it is (`--card_gib 24`)")
     problems, taken = plan(card)
     if problems:
-        (*causes,), remedies = zip(*(problem.split(": ", 1) for problem in problems), strict=True)
-        raise BrokenError(f"{'. '.join(causes)}.", " ".join(f"{each[0].upper()}{each[1:]}" for each in remedies))
+        causes, _, remedies = zip(*(problem.partition(": ") for problem in problems), strict=True)
+        raise BrokenError(f"{'. '.join(causes)}.", " ".join(each[:1].upper() + each[1:] for each in remedies))
     if free is not None and taken > free:
         raise BrokenError(
             f"The recipe takes {taken / GIB:.1f} GiB at most, and {free / GIB:.1f} of the card's "
@@ -77,4 +77,4 @@ def check_memory(plan: Callable[[float], tuple[list[str], float]], card: float |
 
 
 def _say(what: str) -> None:
-    print(f"checking {what} ...", file=sys.stderr, flush=True)
+    sys.stderr.write(f"checking {what} ...\n")

@@ -1,5 +1,7 @@
 """Does a 4-bit layer of bitsandbytes compute here?"""
 
+from typing import Any
+
 import torch
 
 from .findings import BrokenError
@@ -24,7 +26,8 @@ def check_four_bit(needs: Needs) -> str:
     rows = torch.randn(8, 128, device=device, requires_grad=True)
     output = layer(rows)
     output.square().sum().backward()
-    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.float32)
+    quantized: Any = layer.weight  # `Params4bit`, which has the scales
+    weight = dequantize_4bit(quantized.data, quantized.quant_state).to(torch.float32)
     expected = rows.detach() @ weight.T
     assert rows.grad is not None, "a 4-bit layer hands gradients on"
     pairs = {"forward": (output.detach(), expected), "backward": (rows.grad, 2 * expected @ weight)}

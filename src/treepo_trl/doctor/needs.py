@@ -1,6 +1,5 @@
 """What is to be checked: everything, or what one recipe needs and no more."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -91,18 +90,24 @@ class Needs:
     @property
     def packages(self) -> list[str]:
         """Packages that must be installed."""
-        optional = {"peft": self.has_adapter, "vllm": self.uses_vllm, "bitsandbytes": self.needs_4bit}
-        return ["torch", "trl", "transformers", "accelerate", *(name for name, is_needed in optional.items() if is_needed)]
+        training = self.training
+        engine_in_4bit = training.get("vllm_base_weights") == "quantized" or training.get("vllm_share_base_weights")
+        optional = {
+            "peft": self.has_adapter,
+            "vllm": self.uses_vllm,
+            "bitsandbytes": self.needs_4bit,
+            "vllm-bnb-plugin": bool(self.uses_vllm and self.model_settings.get("load_in_4bit") and engine_in_4bit),
+        }
+        needed = [name for name, is_needed in optional.items() if is_needed]
+        return ["torch", "trl", "transformers", "accelerate", *needed]
 
 
 def everything(model: str) -> Needs:
     """Without a recipe: LoRA, vLLM and 4 bits, the kernels that `auto` may choose, any number type."""
-    return Needs(model, {"use_vllm": True}, {"use_peft": True, "lora_target_modules": ["all-linear"]})
+    return Needs(model, {"use_vllm": True}, {"dtype": "auto", "use_peft": True, "lora_target_modules": ["all-linear"]})
 
 
-def of_recipe(
-    model: str, training_args: object, model_args: object, number_type: NumberType, use_cpu: bool
-) -> Needs:
+def of_recipe(model: str, training_args: object, model_args: object, number_type: NumberType, use_cpu: bool) -> Needs:
     """
     What a recipe needs.
 
@@ -118,6 +123,6 @@ def of_recipe(
     return Needs(model, training, model_settings, number_type, use_cpu, is_recipe=True)
 
 
-def _values(settings: object, names: tuple[str, ...]) -> Mapping[str, Any] | dict[str, Any]:
+def _values(settings: object, names: tuple[str, ...]) -> dict[str, Any]:
     values = {name: getattr(settings, name) for name in names}
     return {name: getattr(value, "value", value) for name, value in values.items()}  # `optim` is an enum

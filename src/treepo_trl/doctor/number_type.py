@@ -21,7 +21,9 @@ def check_number_type(needs: Needs) -> str:
         _check_accepted(needs.number_type, needs.use_cpu)
         reason = why_not(needs.number_type, device)
         if reason is not None:
-            raise BrokenError(f"{needs.number_type} does not work here: {reason}.", _instead_of(needs.number_type, device))
+            raise BrokenError(
+                f"{needs.number_type} does not work here: {reason}.", _instead_of(needs.number_type, device)
+            )
         return f"{needs.number_type} multiplies and trains on {device.type}"
     reasons = {number_type: why_not(number_type, device) for number_type in ("bfloat16", "float16")}
     working = [number_type for number_type, reason in reasons.items() if reason is None]

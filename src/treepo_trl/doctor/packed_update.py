@@ -1,7 +1,7 @@
 """Do packed rows give what plain rows give, forward and backward, with each kernel that may be used?"""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -46,7 +46,8 @@ def check_packed(needs: Needs, backend: Literal["sdpa", "flex"]) -> str:
         raise
     difference = (logps - plain_logps).abs().mean().item()
     relative = ((gradient - plain_gradient).norm() / plain_gradient.norm()).item()
-    seen = f"{difference:.1e} nats and {relative:.1e} of the gradient from plain rows ({str(dtype).removeprefix('torch.')}, {device.type})"
+    place = f"{str(dtype).removeprefix('torch.')}, {device.type}"
+    seen = f"{difference:.1e} nats and {relative:.1e} of the gradient from plain rows ({place})"
     bounds = _BOUNDS[dtype]
     if not (difference <= bounds[0] and relative <= bounds[1]):
         _refuse(needs, backend, f"{seen}, where rounding explains {bounds[0]} and {bounds[1]}")
@@ -74,8 +75,8 @@ def _dtype(needs: Needs, device: torch.device) -> torch.dtype:
 def _load(needs: Needs, device: torch.device, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(needs.model, dtype=dtype, attn_implementation="sdpa")
-    return model.to(device).eval()  # dropout would make the two differ
+    model: Any = AutoModelForCausalLM.from_pretrained(needs.model, dtype=dtype, attn_implementation="sdpa")
+    return cast("PreTrainedModel", model.to(device).eval())  # dropout would make the two differ
 
 
 def _rows(vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,7 +111,7 @@ def _logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def _with_gradient(model: "PreTrainedModel", forward: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities, and the gradient of all weights to their sum with different signs, as one vector on the CPU."""
+    """Log-probabilities, and the gradient of their sum with alternating signs: all weights as a vector on the CPU."""
     logps = forward()
     signs = 1 - 2 * (torch.arange(logps.numel(), device=logps.device).view_as(logps) % 2)
     (logps * signs).sum().backward()

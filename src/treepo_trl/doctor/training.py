@@ -6,7 +6,7 @@ and the others then cannot run.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +104,9 @@ class SmallTraining:
             self._tree = tree = _grown(self._trainer)
         except Exception as error:  # vLLM's own classes differ between its versions
             self._trainer = None
-            raise BrokenError(f"{type(error).__name__}: {last_line(str(error))}", remedy_for(error, self.needs)) from error
+            raise BrokenError(
+                f"{type(error).__name__}: {last_line(str(error))}", remedy_for(error, self.needs)
+            ) from error
         if len(tree.leaves) != _NUM_LEAVES:
             raise BrokenError(f"A tree of {len(tree.leaves)} leaves grew, not {_NUM_LEAVES}.", "Please report this.")
         sampled, kept = sum(len(node.token_ids) for node in tree.nodes), _leaf_tokens(tree)
@@ -174,7 +176,9 @@ def compared_memory(planned: float, measured: float) -> str:
     """
     seen = f"the update added {measured / 2**20:.0f} MiB, planned were {planned / 2**20:.0f}"
     if measured > _LARGEST_RATIO * planned:
-        raise BrokenError(f"{seen}.", "Leave as much more room on the card than `treepo-trl plan` says, and report it.")
+        raise BrokenError(
+            f"{seen}.", "Leave as much more room on the card than `treepo-trl plan` says, and report it."
+        )
     return seen
 
 
@@ -230,7 +234,7 @@ def _model_config(needs: Needs) -> ModelConfig:
     return ModelConfig(needs.model, **needs.model_settings)
 
 
-def _share_of_different_tokens(completion_ids: list[list[int]], **_: object) -> list[float]:
+def _share_of_different_tokens(completion_ids: list[list[int]], **_: object) -> list[float | None]:
     """A reward that differs between completions."""
     return [len(set(ids)) / len(ids) for ids in completion_ids]
 

@@ -10,8 +10,9 @@ from .environment import PACKAGES, installed_as
 from .findings import BrokenError
 
 
+_PLUGIN = "vllm-bnb-plugin"
 _VLLM_WITHOUT_BITSANDBYTES = Version("0.28")
-"""From here on vLLM has its 4-bit layers in a package of its own."""
+"""From here on vLLM has its 4-bit layers in a package of its own. Beside it vLLM 0.22.0 was seen not to start."""
 
 
 def vllm_window() -> str:
@@ -27,7 +28,7 @@ def check_versions(needed: Sequence[str]) -> str:
         needed (`Sequence[str]`):
             Names out of `PACKAGES`. Others are left out, also where their versions exclude each other.
     """
-    missing = [package for package in needed if installed_as(package) is None]
+    missing = [package for package in needed if package != _PLUGIN and installed_as(package) is None]
     if missing:
         raise BrokenError(f"{', '.join(missing)}: not installed.", " ".join(how_to_install(name) for name in missing))
     problems = list(excluded_pairs(needed))
@@ -39,7 +40,7 @@ def check_versions(needed: Sequence[str]) -> str:
 
 def how_to_install(package: str) -> str:
     """The command that installs a package in a version that fits."""
-    extra = {"vllm": "vllm", "peft": "peft", "bitsandbytes": "quantization", "vllm-bnb-plugin": "vllm-quantization"}
+    extra = {"vllm": "vllm", "peft": "peft", "bitsandbytes": "quantization"}
     if package not in extra:
         return f"Run `pip install --upgrade treepo-trl {package}`."
     instead = " Or leave `use_vllm` out to sample with transformers." if package == "vllm" else ""
@@ -60,15 +61,27 @@ def excluded_pairs(needed: Sequence[str]) -> Iterator[tuple[str, str]]:
             if not wanted.specifier.contains(found, prereleases=True):
                 yield (
                     f"{package} {version(name)} wants {wanted.name}{wanted.specifier}, installed is {version(other)}.",
-                    f'Run `pip install "{wanted.name}{wanted.specifier}"`.',
+                    f'Run `pip install "{other}{wanted.specifier}"`.',
                 )
-    if {"vllm", "bitsandbytes"} <= set(needed) and installed_as("vllm-bnb-plugin") is None:
-        vllm = version(installed_as("vllm") or "vllm")
-        if Version(vllm) >= _VLLM_WITHOUT_BITSANDBYTES:
-            yield (
-                f"vLLM {vllm} has no 4-bit layers of its own: a QLoRA engine then holds its base in 16 bits.",
-                "Run `pip install vllm-bnb-plugin`.",
-            )
+    yield from _plugin_problem(needed)
+
+
+def _plugin_problem(needed: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What no package's requirements say: vLLM's 4-bit layers are in a plugin, from a version on."""
+    name, plugin = installed_as("vllm"), installed_as(_PLUGIN)
+    if name is None or "vllm" not in needed:
+        return
+    is_outside = Version(version(name)) >= _VLLM_WITHOUT_BITSANDBYTES
+    if is_outside and plugin is None and _PLUGIN in needed:
+        yield (
+            f"vLLM {version(name)} has no 4-bit layers of its own.",
+            f"Run `pip install {_PLUGIN}`, or set `vllm_base_weights: dequantized`.",
+        )
+    if not is_outside and plugin is not None:
+        yield (
+            f"vLLM {version(name)} has 4-bit layers of its own and does not start beside {_PLUGIN}.",
+            f"Run `pip uninstall {_PLUGIN}`.",
+        )
 
 
 def _requirements(name: str, others: set[str]) -> Iterator[Requirement]:
