@@ -26,7 +26,9 @@ def test_the_window_is_that_of_trl() -> None:
 @pytest.mark.parametrize("found", ["0.21.2", "0.32.0"])
 def test_vllm_outside_of_the_window(found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_version(monkeypatch, tmp_path, "vllm", found)
-    with pytest.raises(BrokenError, match=rf"trl 1\.16\.\d wants vllm<=0\.31\.0,>=0\.22\.0, installed is {found}") as e:
+    with pytest.raises(
+        BrokenError, match=rf"trl 1\.16\.\d wants vllm<=0\.31\.0,>=0\.22\.0, installed is {found}"
+    ) as e:
         check_versions(["trl", "vllm"])
     assert e.value.remedy.startswith('Run `pip install "vllm<=0.31.0,>=0.22.0"`.')
     check_versions(["trl", "transformers"])  # a recipe without vLLM does not care

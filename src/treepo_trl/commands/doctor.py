@@ -15,7 +15,7 @@ from treepo_trl.doctor.needs import Needs, NumberType, everything, of_recipe
 from treepo_trl.memory import GIB
 from treepo_trl.quickstart import small_model
 
-from .arguments import PlanArguments, make_parser, require_model
+from .arguments import PlanArguments, check_config, make_parser, require_model
 from .errors import user_errors
 from .plan import plan_training
 
@@ -102,10 +102,9 @@ def _number_type(argv: list[str]) -> tuple[NumberType, bool]:
     given = vars(parser.parse_known_args(argv)[0])
     file = {}
     if given["config"] is not None:
+        check_config(given["config"])
         with open(given["config"]) as stream:
             file = yaml.safe_load(stream)
-    if not isinstance(file, dict):
-        file = {}  # the parser of the settings says what is wrong with it
     bf16, fp16, use_cpu = (
         {"true": True, "false": False}.get(str(file.get(name) if given[name] is None else given[name]).lower())
         for name in names

@@ -1,7 +1,7 @@
 """
 The child process of a group of checks: `python -m treepo_trl.doctor.child GROUP NEEDS RESULTS`.
 
-It appends a line to RESULTS before each check and one after it, so that its parent knows where it has ended.
+It appends a line to RESULTS after each check, so that its parent knows in which one it has ended.
 """
 
 import json
@@ -21,13 +21,9 @@ _REMEDY = "Look for this error in the issues of the library that raised it."
 def main(group: str, needs: Needs, results: Path) -> None:
     """Run the checks of a group and write their findings."""
     for name, check in _GROUPS[group](needs, results.parent):
-        _append(results, {"starts": name})
-        _append(results, asdict(finding_of(name, check, _REMEDY)))
-
-
-def _append(results: Path, record: dict[str, object]) -> None:
-    with results.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        found = finding_of(name, check, _REMEDY)
+        with results.open("a") as file:
+            file.write(json.dumps(asdict(found)) + "\n")
 
 
 def kernel_names(needs: Needs) -> list[str]:

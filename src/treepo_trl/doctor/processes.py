@@ -37,15 +37,9 @@ def run_group(group: str, names: Sequence[str], needs: Needs) -> list[Finding]:
         command = [sys.executable, "-m", "treepo_trl.doctor.child", group, json.dumps(asdict(needs)), str(results)]
         with said.open("w") as output:
             end = _wait(command, output)
-        started: list[str] = []
-        found: dict[str, Finding] = {}
-        for line in results.read_text().splitlines():
-            record = json.loads(line)
-            if "starts" in record:
-                started.append(record["starts"])
-            else:
-                found[record["check"]] = Finding(**record)
-        return [found.get(name) or _missing(name, name in started, end, said) for name in names]
+        records = [json.loads(line) for line in results.read_text().splitlines()]
+        found = [Finding(**record) for record in records]
+        return found + _without_finding(names[len(found) :], end, said)
 
 
 def _wait(command: list[str], output: IO[str]) -> str:
@@ -70,9 +64,10 @@ def _wait(command: list[str], output: IO[str]) -> str:
     return f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
-def _missing(name: str, has_started: bool, end: str, said: Path) -> Finding:
-    """The finding of a check that has left none."""
-    if has_started:
-        cause = f"the process {end} in this check. Its last line: {last_line(said.read_text(errors='replace'))}"
-        return Finding(name, "broken", cause, "Look for this line in the issues of the library that it names.")
-    return Finding(name, "cannot run", f"its process {end} before this check")
+def _without_finding(names: Sequence[str], end: str, said: Path) -> list[Finding]:
+    """Findings of the checks that have left none: the process has ended in the first of them, or before it."""
+    if not names:
+        return []
+    cause = f"the process {end} in this check. Its last line: {last_line(said.read_text(errors='replace'))}"
+    broken = Finding(names[0], "broken", cause, "Look for this line in the issues of the library that it names.")
+    return [broken, *(Finding(name, "cannot run", f"its process {end} before this check") for name in names[1:])]

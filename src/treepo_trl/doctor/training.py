@@ -121,12 +121,11 @@ class SmallTraining:
 
     def check_adapter(self) -> str:
         """Move adapter and engine by the same random values, and compare."""
-        if not self.needs.has_adapter:
-            raise CannotRunError("no adapter is trained")
-        generation = getattr(self.trainer, "vllm_generation", None)
+        trainer = self.trainer
+        generation = getattr(trainer, "vllm_generation", None)
         if not isinstance(generation, AdapterVLLMGeneration):
-            raise CannotRunError("the policy itself samples, or all its weights go to vLLM")
-        found = _probed(self.trainer, generation)
+            raise CannotRunError("no adapter goes to vLLM by itself here")
+        found = _probed(trainer, generation)
         if found.cause is not None:
             raise BrokenError(f"{found}.", _ADAPTER_REMEDY)
         return f"all modules follow: {found.moved:.3f} nats apart after a move of {found.movement:.2f}"
@@ -137,7 +136,7 @@ class SmallTraining:
         """Compare a card's memory with the engine awake and asleep, and the engine with the policy after waking."""
         device = self.trainer.accelerator.device
         if device.type != "cuda":
-            raise CannotRunError(f"vLLM sleeps on CUDA only, this is {device.type}")
+            raise CannotRunError(f"vLLM sleeps on CUDA only, and this training runs on {device.type}")
         if not self.trainer.args.vllm_enable_sleep_mode:
             raise CannotRunError("the engine of this training does not sleep")
         with awake(self.trainer.vllm_generation):
