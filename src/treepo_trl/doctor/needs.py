@@ -9,6 +9,7 @@ NumberType = Literal["bfloat16", "float16", "float32"]
 _TRAINING_SETTINGS = (
     "use_vllm",
     "vllm_gpu_memory_utilization",
+    "vllm_engine_kwargs",
     "vllm_lora_sync",
     "vllm_base_weights",
     "vllm_share_base_weights",

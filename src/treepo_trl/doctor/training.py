@@ -22,6 +22,7 @@ from treepo_trl.memory import GIB, plan_memory
 from treepo_trl.policy.adapter_probe import AdapterProbe, probe_adapter, segments_of
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
 from treepo_trl.policy.engine import awake
+from treepo_trl.policy.engine_check import bound_of, computing_dtype
 from treepo_trl.sampling import SegmentTree
 from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.treepo_trainer import TreePOTrainer
@@ -43,9 +44,8 @@ PROMPTS = (
     "def median(values: list[float]) -> float:",
 )
 _NUM_LEAVES, _COMPLETION, _SEGMENT = 8, 32, 8
+_SHARE = 0.3  # of the card's memory, for the engine
 _CONTEXT = 512  # tokens that the engine can hold in one sequence
-_BOUNDS = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.1}
-"""Mean difference between engine and policy that rounding explains, in nats per token."""
 _LARGEST_RATIO = 1.5
 """Measured over planned memory above which the plan misleads."""
 
@@ -197,7 +197,13 @@ def _build(needs: Needs, folder: Path) -> MeasuredTrainer:
     if device.type == "cuda":
         number_type = needs.number_type or ("float16" if why_not("bfloat16", device) else "bfloat16")
         half = {"bf16": number_type == "bfloat16", "fp16": number_type == "float16"}
-    settings: dict[str, Any] = {"vllm_gpu_memory_utilization": 0.3, "gradient_checkpointing": False, **needs.training}
+    settings: dict[str, Any] = {
+        "vllm_gpu_memory_utilization": _SHARE,
+        "gradient_checkpointing": False,
+        **needs.training,
+    }
+    if settings["vllm_gpu_memory_utilization"] == "auto":  # planned for the recipe's model, and this one is small
+        settings["vllm_gpu_memory_utilization"] = _SHARE
     if settings["use_vllm"]:
         settings |= {"vllm_mode": "colocate", "vllm_max_model_length": _CONTEXT}
         if not needs.is_recipe:
@@ -213,6 +219,7 @@ def _build(needs: Needs, folder: Path) -> MeasuredTrainer:
         max_steps=1,
         logging_steps=1,
         save_strategy="no",
+        engine_check="off",  # the checks here ask the same
         report_to=[],
         disable_tqdm=True,
         seed=0,
@@ -258,7 +265,7 @@ def _compared(trainer: TreePOTrainer, tree: SegmentTree) -> str:
     leaf = max(range(len(differences)), key=lambda i: float(differences[i].max()))
     place = int(differences[leaf].argmax())
     token = trainer._tokenizer.decode([tree.completion_ids(tree.leaves[leaf])[place]])
-    bound = max(_BOUNDS[dtype] for dtype in _number_types(trainer))
+    bound = _bound(trainer)
     seen = f"engine and policy differ by {every.mean():.4f} nats per token, at most {every.max():.4f} (at {token!r})"
     if not every.mean() <= bound:
         raise BrokenError(
@@ -291,14 +298,12 @@ def _evaluated(model: torch.nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _number_types(trainer: TreePOTrainer) -> set[torch.dtype]:
-    """What the policy computes in, and the engine where it is vLLM."""
-    policy = trainer.accelerator.unwrap_model(trainer.model)
-    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
-    types = {autocast or policy.dtype}
+def _bound(trainer: TreePOTrainer) -> float:
+    """Mean difference between engine and policy that rounding explains, in nats per token."""
+    types = [computing_dtype(trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator)]
     if trainer.args.use_vllm:
-        types.add(trainer.vllm_generation.llm.llm_engine.model_config.dtype)
-    return types
+        types.append(trainer.vllm_generation.llm.llm_engine.model_config.dtype)
+    return bound_of(*types)
 
 
 def _probed(trainer: TreePOTrainer, generation: AdapterVLLMGeneration) -> AdapterProbe:
@@ -310,5 +315,4 @@ def _probed(trainer: TreePOTrainer, generation: AdapterVLLMGeneration) -> Adapte
 
     model = cast("PeftModel", trainer.accelerator.unwrap_model(trainer.model))
     prompts = [_token_ids(trainer, text) for text in PROMPTS]
-    bound = max(_BOUNDS[dtype] for dtype in _number_types(trainer))
-    return probe_adapter(model, generation.sync_weights, sample, prompts, bound=bound)
+    return probe_adapter(model, generation.sync_weights, sample, prompts, bound=_bound(trainer))
