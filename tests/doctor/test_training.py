@@ -75,6 +75,7 @@ def test_what_to_do_about_an_engine() -> None:
     needs = everything("any")
     no_room = ValueError("Free memory on device (1.2/15 GiB) on startup is less than desired (0.9, 13.5 GiB)")
     assert "`vllm_gpu_memory_utilization`" in remedy_for(no_room, needs)
+    assert "MASTER_PORT" in remedy_for(RuntimeError("port: 29500, message: address already in use"), needs)
     assert 'pip install "treepo-trl[vllm]"' in remedy_for(ImportError("vLLM is not installed"), needs)
     assert "vllm<=0.31.0,>=0.22.0" in remedy_for(RuntimeError("undefined symbol: _ZNR5torch"), needs)
 

@@ -18,6 +18,10 @@ def remedy_for(error: Exception, needs: Needs) -> str:
             "`vllm_gpu_memory_utilization`: it is the engine's share of all the card's memory. A lower "
             "`vllm_max_model_length` needs less."
         )
+    if "address already in use" in text:
+        return (
+            "Another training on this machine has this port: set the environment variable MASTER_PORT to a free one."
+        )
     if not needs.uses_vllm:
         return "Load the model with `attn_implementation='sdpa'`, or sample with vLLM (`use_vllm: true`)."
     return f'Install a vLLM that TRL supports (`pip install "{vllm_window()}"`), or leave `use_vllm` out.'

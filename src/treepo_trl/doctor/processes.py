@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,8 @@ def _wait(command: list[str], output: IO[str]) -> str:
         # The engine's steps run in the child itself, as in training.
         "VLLM_ENABLE_V1_MULTIPROCESSING": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+        # A training that runs on this machine may have the default one.
+        "MASTER_PORT": os.environ.get("MASTER_PORT") or str(_free_port()),
     }
     process = subprocess.Popen(
         command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -62,6 +65,12 @@ def _wait(command: list[str], output: IO[str]) -> str:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     return f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _without_finding(names: Sequence[str], end: str, said: Path) -> list[Finding]:
