@@ -136,7 +136,7 @@ class SmallTraining:
         """Compare a card's memory with the engine awake and asleep, and the engine with the policy after waking."""
         device = self.trainer.accelerator.device
         if device.type != "cuda":
-            raise CannotRunError(f"vLLM sleeps on CUDA only, and this training runs on {device.type}")
+            raise CannotRunError(f"vLLM sleeps on CUDA only, this is {device.type}")
         if not self.trainer.args.vllm_enable_sleep_mode:
             raise CannotRunError("the engine of this training does not sleep")
         with awake(self.trainer.vllm_generation):
