@@ -26,7 +26,8 @@ def installed_as(package: str) -> str | None:
 
 def environment() -> dict[str, str]:
     """Rows of the table. A card's rows are those of the first one that torch sees."""
-    rows = {"treepo-trl": __version__, "Python": platform.python_version(), "system": f"{platform.system()} on {platform.machine()}"}
+    system = f"{platform.system()} on {platform.machine()}"
+    rows = {"treepo-trl": __version__, "Python": platform.python_version(), "system": system}
     for package in PACKAGES:
         name = installed_as(package)
         rows[package] = "not installed" if name is None else version(name)
