@@ -17,7 +17,7 @@ from .findings import Finding, last_line
 from .needs import Needs
 
 
-_TIMEOUT = 300  # seconds for a group; on two processor cores the longer one was seen to take 60
+_TIMEOUT = 300  # seconds for a group; both together were seen to take 100 on two shared processor cores
 
 
 def run_group(group: str, names: Sequence[str], needs: Needs) -> list[Finding]:
