@@ -111,6 +111,11 @@ def test_without_a_card_memory_is_unknown(small_model_dir: str) -> None:
         memory_of(small_model_dir, None)
 
 
+def test_a_model_whose_config_is_not_to_be_had() -> None:
+    with pytest.raises(CannotRunError, match="the config of the recipe's model cannot be read"):
+        memory_of("nobody/no-model-here", 24)  # the tests have no hub
+
+
 def test_a_card_that_others_use() -> None:
     def check(free: float) -> str:
         return examination.check_memory(lambda card: ([], 5 * 2**30), 8 * 2**30, free * 2**30)

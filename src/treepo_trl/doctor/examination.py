@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from .child import kernel_names, training_names
 from .environment import environment, installed_as
-from .findings import BrokenError, CannotRunError, Finding, Report, finding_of
+from .findings import BrokenError, CannotRunError, Finding, Report, finding_of, last_line
 from .needs import Needs
 from .processes import run_group
 from .versions import check_versions, how_to_install
@@ -63,7 +63,10 @@ def check_memory(plan: Callable[[float], tuple[list[str], float]], card: float |
     """
     if card is None:
         raise CannotRunError("this machine has no card; say how large it is (`--card_gib 24`)")
-    problems, taken = plan(card)
+    try:
+        problems, taken = plan(card)
+    except OSError as error:  # no such model, or no way to the hub
+        raise CannotRunError(f"the config of the recipe's model cannot be read: {last_line(str(error))}") from error
     if problems:
         causes, _, remedies = zip(*(problem.partition(": ") for problem in problems), strict=True)
         raise BrokenError(f"{'. '.join(causes)}.", " ".join(each[:1].upper() + each[1:] for each in remedies))

@@ -78,5 +78,6 @@ def _without_finding(names: Sequence[str], end: str, said: Path) -> list[Finding
     if not names:
         return []
     cause = f"the process {end} in this check. Its last line: {last_line(said.read_text(errors='replace'))}"
-    broken = Finding(names[0], "broken", cause, "Look for this line in the issues of the library that it names.")
+    again = "Run it again while nothing else runs. If it ends here again, look" if str(_TIMEOUT) in end else "Look"
+    broken = Finding(names[0], "broken", cause, f"{again} for this line in the issues of the library that it names.")
     return [broken, *(Finding(name, "cannot run", f"its process {end} before this check") for name in names[1:])]
