@@ -15,7 +15,7 @@ from treepo_trl.cli import COMMANDS, main
 def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main(argv)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "usage: treepo-trl {train,plan,sample,eval,view} [--config FILE] [options]"
+    assert lines[0] == "usage: treepo-trl {train,plan,sample,eval,doctor,view} [--config FILE] [options]"
     described = [entry.split(None, 1) for entry in lines[3 : 3 + len(COMMANDS)]]
     assert described == [[name, line] for name, (line, _) in COMMANDS.items()]
 
@@ -38,7 +38,7 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["trian"])
     assert error.value.code == 2
     message = capsys.readouterr().err
-    assert "usage: treepo-trl {train,plan,sample,eval,view}" in message
+    assert "usage: treepo-trl {train,plan,sample,eval,doctor,view}" in message
     assert "trian" in message
 
 
@@ -80,4 +80,4 @@ def test_installed_command(tmp_path: Path) -> None:
         pytest.skip("treepo-trl is not installed in this environment")
     result = subprocess.run([command], capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
     assert result.returncode == 0
-    assert "usage: treepo-trl {train,plan,sample,eval,view}" in result.stdout
+    assert "usage: treepo-trl {train,plan,sample,eval,doctor,view}" in result.stdout
