@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("memory",),
     ("treepo_trainer",),
     ("quickstart",),
+    ("doctor",),
     ("commands",),
     ("cli",),
 )

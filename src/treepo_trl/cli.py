@@ -12,6 +12,7 @@ COMMANDS = {
     "plan": ("what a training would take of a GPU's memory", "plan"),
     "sample": ("sample trees of completions without training", "sample"),
     "eval": ("how good a model and its adapters are", "eval"),
+    "doctor": ("whether training works on this machine", "doctor"),
     "view": ("the trees of a run in a browser", "view"),
     "export": ("merge an adapter into its base, checked", "export"),
 }

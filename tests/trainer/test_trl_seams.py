@@ -5,6 +5,7 @@ version bound in pyproject.toml is widened.
 
 import ast
 import inspect
+import itertools
 import re
 import textwrap
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 
 import treepo_trl
-from treepo_trl import TreePOConfig, TreePOTrainer
+from tests.support.paths import ROOT
+from treepo_trl import TreePOConfig, TreePOTrainer, trl_seams
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
 
 
@@ -239,3 +241,64 @@ def test_adapter_generation_overrides_no_more() -> None:
 def test_parameters_of_the_vllm_generation_that_the_trainer_builds() -> None:
     names = {"model", "accelerator", "mode", "enable_sleep_mode", "max_model_length", "max_num_seqs", "logprobs"}
     assert names <= set(parameters(VLLMGeneration.__init__))
+
+
+# The list of seams in the documentation
+
+CODE_MAP = (ROOT / "docs/code-map.md").read_text(encoding="utf-8")
+
+
+def rows_below(sentence: str, text: str = CODE_MAP) -> list[list[str]]:
+    """Cells of the table that follows a sentence, its two heading lines left out."""
+    following = text[text.index(sentence) :].splitlines()
+    first = next(i for i, line in enumerate(following) if line.startswith("|"))
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), following[first:]))
+    return [[cell.strip().strip("`") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table[2:]]
+
+
+def overrides_in_policy() -> set[tuple[str, str]]:
+    """Class and method of everything in `policy/` that stands in for a class of TRL or vLLM, or for such a class."""
+    classes, foreign = {}, set()
+    for path in (Path(treepo_trl.__file__).parent / "policy").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("trl", "vllm"):
+                foreign |= {alias.name for alias in node.names}
+        classes |= {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    found = set()
+    for _ in classes:  # as deep as classes go
+        heirs = {name for name, node in classes.items() if foreign & {ast.unparse(base) for base in node.bases}}
+        foreign |= heirs
+        found |= {(name, f.name) for name in heirs for f in classes[name].body if isinstance(f, ast.FunctionDef)}
+    return found
+
+
+def test_overrides_of_the_trainer_are_listed() -> None:
+    rows = rows_below("is the only file that overrides private methods")
+    assert {name for name, _, _ in rows} == set(SIGNATURES)
+
+
+def test_replaced_names_are_listed() -> None:
+    defined = {
+        name for name, value in vars(trl_seams).items() if getattr(value, "__module__", "") == trl_seams.__name__
+    }
+    assert {name for name, _, _ in rows_below("`trl_seams.py` replaces names")} == defined - {"replaced"}
+
+
+def test_overrides_around_the_engine_are_listed() -> None:
+    own = {name for name in vars(AdapterVLLMGeneration) if not hasattr(VLLMGeneration, name)}
+    overrides = {(name, method) for name, method in overrides_in_policy() if method not in {"__init__", *own}}
+    assert ("KeepWeightsWorker", "_maybe_get_memory_pool_context") in overrides
+    assert {(name, method) for name, method, _, _ in rows_below("`policy/` overrides methods")} == overrides
+
+
+def test_each_seam_has_an_end() -> None:
+    rows = [
+        *rows_below("is the only file that overrides private methods"),
+        *rows_below("`trl_seams.py` replaces names"),
+        *rows_below("`policy/` overrides methods"),
+    ]
+    assert all(cell for row in rows for cell in row)
+    code = set(re.findall(r"#(\d+)", inspect.getsource(trl_seams)))
+    listed = {number for row in rows for number in re.findall(r"trl#(\d+)", row[-1])}
+    assert listed == code

@@ -1,0 +1,114 @@
+"""`treepo-trl doctor`: the environment as a table, and checks whether a training works here."""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+
+from treepo_trl.doctor.examination import check_memory, examine
+from treepo_trl.doctor.needs import Needs, NumberType, everything, of_recipe
+from treepo_trl.memory import GIB
+from treepo_trl.quickstart import small_model
+
+from .arguments import PlanArguments, check_config, make_parser, require_model
+from .errors import user_errors
+from .plan import plan_training
+
+
+_DESCRIPTION = (
+    "Checks whether training works on this machine, and says what to change where it does not. With --config it "
+    "checks what that recipe needs and no more; further options are those of `treepo-trl train`. The exit status is "
+    "1 if something is broken."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Run the command with the arguments after `treepo-trl doctor`; exits with 1 if something is broken."""
+    with user_errors():
+        own, rest = _parsed(argv)
+        model = require_model(own.model_name_or_path) if own.model_name_or_path else small_model(_model_folder())
+        needs, memory = everything(model), None
+        if rest:
+            needs, memory = _recipe(rest, model)
+    report = examine(needs, memory)
+    print(json.dumps(report.to_dict(), indent=2) if own.json else report.text())
+    if report.exit_status:
+        raise SystemExit(report.exit_status)
+
+
+def _parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of this command, and those of the training."""
+    parser = argparse.ArgumentParser("treepo-trl doctor", description=_DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="A recipe: the YAML file of `treepo-trl train`.")
+    parser.add_argument("--model_name_or_path", metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument("--json", action="store_true", help="Print JSON, to attach to an issue.")
+    parser.add_argument("--card_gib", metavar="GIB", help="Memory of the card in GiB, for `--config`.")
+    if any(word in ("-h", "--help") for word in argv):
+        parser.parse_args(argv)
+    if "--config" in argv and not [word for word in argv[argv.index("--config") + 1 :][:1] if word[:2] != "--"]:
+        make_parser("treepo-trl doctor").error("argument --config: expected one argument")
+    own, rest = parser.parse_known_args(argv)
+    if own.config is not None:
+        rest += ["--config", own.config]
+    if own.card_gib is not None:
+        if not rest:
+            raise ValueError("`--card_gib` is for the plan of a recipe. Add `--config`, or leave it out.")
+        rest += ["--card_gib", own.card_gib]
+    return own, rest
+
+
+_MODEL_HELP = "Folder or hub name of the model that the checks run on. Default: SmolLM2-135M-Instruct, from a package."
+
+
+def _model_folder() -> Path:
+    """Where the packaged model is written on first use."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treepo-trl" / "smollm2-135m-instruct"
+
+
+def _recipe(argv: list[str], model: str) -> tuple[Needs, Callable[[], str]]:
+    """What a recipe needs, and the check of its memory."""
+    number_type, use_cpu = _number_type(argv)
+    on_cpu = use_cpu or not torch.cuda.is_available()
+    # A number type that does not work here would be refused now; that it does not is a finding.
+    readable = [*argv, "--bf16", "false", "--fp16", "false", *(["--use_cpu", "true"] if on_cpu else [])]
+    parser = make_parser("treepo-trl doctor", PlanArguments)
+    _, training_args, model_args, _, plan_args = parser.parse_args_and_config(readable)
+    card = free = None
+    if plan_args.card_gib is not None:
+        card = plan_args.card_gib * GIB
+    elif not on_cpu:
+        free, card = map(float, torch.cuda.mem_get_info(0))
+    model_args.model_name_or_path = model_args.model_name_or_path or model
+
+    def plan(card: float) -> tuple[list[str], float]:
+        planned = plan_training(training_args, model_args, card)
+        return planned.problems(), max(planned.rollout, planned.update)
+
+    needs = of_recipe(model, training_args, model_args, number_type, use_cpu)
+    return needs, partial(check_memory, plan, card, free)
+
+
+def _number_type(argv: list[str]) -> tuple[NumberType, bool]:
+    """What the training would compute in, and whether on the processor, by options or by the file of `--config`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    names = ("bf16", "fp16", "use_cpu")
+    for name in ("config", *names):
+        parser.add_argument(f"--{name}", nargs="?", const="true")
+    given = vars(parser.parse_known_args(argv)[0])
+    file = {}
+    if given["config"] is not None:
+        check_config(given["config"])
+        with open(given["config"]) as stream:
+            file = yaml.safe_load(stream)
+    bf16, fp16, use_cpu = (
+        {"true": True, "false": False}.get(str(file.get(name) if given[name] is None else given[name]).lower())
+        for name in names
+    )
+    if fp16:
+        return "float16", bool(use_cpu)
+    return ("bfloat16" if bf16 is not False else "float32"), bool(use_cpu)  # TRL's default is bfloat16

