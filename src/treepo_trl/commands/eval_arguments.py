@@ -97,11 +97,11 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         check_fields(self, EvalArguments, _RANGES)
-        for option in ("adapters", "reward_funcs"):
-            value = cast(object, getattr(self, option))
-            names = [value] if isinstance(value, str) else value  # in a file one needs no list
-            setattr(self, option, names)
-            for name in cast("list[object]", names or []):
+        adapters, rewards = cast("tuple[object, object]", (self.adapters, self.reward_funcs))
+        self.adapters = [adapters] if isinstance(adapters, str) else self.adapters  # in a file one needs no list
+        self.reward_funcs = [rewards] if isinstance(rewards, str) else self.reward_funcs
+        for option, names in (("adapters", self.adapters), ("reward_funcs", self.reward_funcs)):
+            for name in names or []:
                 check_text(option, name)
         if self.k is not None:
             given = cast(object, self.k)
