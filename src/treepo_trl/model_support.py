@@ -80,6 +80,8 @@ def other_layers(config: "PreTrainedConfig") -> str | None:
     Returns:
         Such as "layers of type linear_attention".
     """
+    if config.is_heterogeneous and len({getattr(c, "sliding_window", None) for c in config.per_layer_config}) > 1:
+        return "windows of several sizes"
     other = sorted(set(layer_types(config)) - set(layer_reaches(config)))
     if other:
         return f"layers of type {', '.join(other)}"

@@ -33,7 +33,7 @@ from .starting_adapter import check_given_adapter
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel, PeftType
 
-    from treepo_trl.engines.transformers import TransformersEngine
+    from treepo_trl.engines.for_model import OwnModelEngine
     from treepo_trl.engines.vllm import VLLMEngine
 
 
@@ -97,13 +97,13 @@ class PolicyEngine:
 class TransformersPolicy(PolicyEngine):
     """The policy's own forward samples."""
 
-    engine: "TransformersEngine"
+    engine: "OwnModelEngine"
 
     def connect(self, trainer: GRPOTrainer) -> None:
-        from treepo_trl.engines.transformers import TransformersEngine
+        from treepo_trl.engines.for_model import engine_for_model
 
         self._trainer = trainer
-        self.engine = TransformersEngine(
+        self.engine = engine_for_model(
             trainer.accelerator.unwrap_model(trainer.model),
             trainer.eos_token_ids,
             self.args.sampling_options(),
