@@ -28,6 +28,7 @@ _SIZE: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
 }
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _WINDOWS: dict[str, Any] = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 _LATENT: dict[str, Any] = {
     "num_key_value_heads": 2,
@@ -73,6 +74,9 @@ class Family:
     without: tuple[str, ...] = ()
     """Common settings that its config computes by itself."""
     attention: str = "sdpa"
+    adapted: Any = "all-linear"
+    """`target_modules` of LoRA."""
+    packs: bool = True
 
     def config(self) -> PreTrainedConfig:
         config_class = CONFIG_MAPPING[self.kind]
@@ -111,9 +115,7 @@ FAMILIES = [
         "windows, head sizes that differ",
         {**_WINDOWS, "global_head_dim": 64, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
     ),
-    Family(
-        "gpt-oss", "gpt_oss", "windows, sinks, experts", {**_WINDOWS, "rope_parameters": None}, attention="eager"
-    ),
+    Family("gpt-oss", "gpt_oss", "windows, sinks, experts", {**_WINDOWS, "rope_parameters": None}, attention="eager"),
     Family("OLMo 2", "olmo2", "QK norms"),
     Family("OLMo 3", "olmo3", "windows, QK norms", _WINDOWS),
     Family("Granite 3", "granite", ""),
@@ -131,21 +133,61 @@ FAMILIES = [
             "intermediate_size_mlp": 64,
             "attn_temperature_tuning": False,
         },
+        adapted=_ATTENTION,
     ),
-    Family("DeepSeek-V2", "deepseek_v2", "latent attention, experts", {**_LATENT, "topk_method": "greedy"}, ("head_dim",)),
+    Family(
+        "DeepSeek-V2", "deepseek_v2", "latent attention, experts", {**_LATENT, "topk_method": "greedy"}, ("head_dim",)
+    ),
     Family("DeepSeek-V3", "deepseek_v3", "latent attention, experts", _LATENT, ("head_dim",)),
-    Family("Qwen3-Next", "qwen3_next", "gated delta nets, experts", {**_DELTA, "shared_expert_intermediate_size": 32}),
-    Family("Qwen3.5", "qwen3_5_text", "gated delta nets", _DELTA),
-    Family("LFM2", "lfm2", "convolutions", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
-    Family("Falcon-H1", "falcon_h1", "Mamba-2 beside attention", _MAMBA),
+    Family(
+        "Qwen3-Next",
+        "qwen3_next",
+        "gated delta nets, experts",
+        {**_DELTA, "shared_expert_intermediate_size": 32},
+        packs=False,
+    ),
+    Family("Qwen3.5", "qwen3_5_text", "gated delta nets", _DELTA, packs=False),
+    Family(
+        "LFM2",
+        "lfm2",
+        "convolutions",
+        {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        packs=False,
+    ),
+    Family(
+        "Falcon-H1",
+        "falcon_h1",
+        "Mamba-2 beside attention",
+        _MAMBA,
+        adapted=[*_ATTENTION, "in_proj", "gate_proj", "up_proj", "down_proj"],
+        packs=False,
+    ),
     Family(
         "Mamba-2",
         "mamba2",
         "Mamba-2",
         {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 8},
         attention="eager",
+        adapted=["in_proj"],
+        packs=False,
     ),
-    Family("Bamba", "bamba", "Mamba-2, attention", {**_MAMBA, "mamba_n_heads": 8, "attn_layer_indices": [1]}),
-    Family("GPT-2", "gpt2", "absolute positions", {"n_embd": 64, "n_head": 2, "n_layer": 2, "n_positions": 512}),
+    Family(
+        "Bamba", "bamba", "Mamba-2, attention", {**_MAMBA, "mamba_n_heads": 8, "attn_layer_indices": [1]}, packs=False
+    ),
+    Family(
+        "GPT-2",
+        "gpt2",
+        "absolute positions",
+        {
+            "n_embd": 64,
+            "n_head": 2,
+            "n_layer": 2,
+            "n_positions": 512,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+        packs=False,
+    ),
 ]
 FAMILY = {family.name: family for family in FAMILIES}

@@ -1,6 +1,7 @@
 """Which engine samples from a `transformers` model of this process."""
 
-from accelerate.logging import get_logger
+import logging
+
 from transformers import PreTrainedModel
 
 from .base import SamplingOptions
@@ -8,7 +9,7 @@ from .forked_caches import ForkedCacheEngine
 from .transformers import TransformersEngine, why_no_slots
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 OwnModelEngine = TransformersEngine | ForkedCacheEngine
 

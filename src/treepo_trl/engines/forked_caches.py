@@ -143,7 +143,10 @@ class ForkedCacheEngine(SegmentEngine):
         bytes_per_row, longest = 0, 0
         for request in self._pending:
             most = max(longest, length + request.max_tokens)
-            if len(request.token_ids) != length or (len(rows) + 1) * bytes_per_row * most > length * self.max_batch_bytes:
+            if (
+                len(request.token_ids) != length
+                or (len(rows) + 1) * bytes_per_row * most > length * self.max_batch_bytes
+            ):
                 waiting.append(request)
                 continue
             longest = most
@@ -284,7 +287,9 @@ def _forked(cache: DynamicCache, rows: list[int]) -> DynamicCache:
 
 def _joined(caches: list[DynamicCache]) -> DynamicCache:
     """One cache with copies of the rows of several, all of the same length."""
-    held = [[{(name, key): tensor for name, key, tensor in _tensors(layer)} for layer in each.layers] for each in caches]
+    held = [
+        [{(name, key): tensor for name, key, tensor in _tensors(layer)} for layer in each.layers] for each in caches
+    ]
 
     def join(layer: int, name: str, key: object, _tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat([each[layer][name, key] for each in held])
