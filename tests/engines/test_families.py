@@ -1,4 +1,4 @@
-"""The transformers engine samples from every family of `docs/models.md`, and its numbers are those of a plain forward."""
+"""The transformers engine samples from each family of `docs/models.md`, and its numbers are a plain forward's."""
 
 from pathlib import Path
 

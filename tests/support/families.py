@@ -77,6 +77,8 @@ class Family:
     adapted: Any = "all-linear"
     """`target_modules` of LoRA."""
     packs: bool = True
+    served_in: str = "float32"
+    """What vLLM computes in on a CPU: some of its kernels know no float32."""
 
     def config(self) -> PreTrainedConfig:
         config_class = CONFIG_MAPPING[self.kind]
@@ -138,21 +140,29 @@ FAMILIES = [
     Family(
         "DeepSeek-V2", "deepseek_v2", "latent attention, experts", {**_LATENT, "topk_method": "greedy"}, ("head_dim",)
     ),
-    Family("DeepSeek-V3", "deepseek_v3", "latent attention, experts", _LATENT, ("head_dim",)),
+    Family(
+        "DeepSeek-V3",
+        "deepseek_v3",
+        "latent attention, experts",
+        {**_LATENT, "topk_method": "noaux_tc"},
+        ("head_dim",),
+    ),
     Family(
         "Qwen3-Next",
         "qwen3_next",
         "gated delta nets, experts",
         {**_DELTA, "shared_expert_intermediate_size": 32},
         packs=False,
+        served_in="bfloat16",
     ),
-    Family("Qwen3.5", "qwen3_5_text", "gated delta nets", _DELTA, packs=False),
+    Family("Qwen3.5", "qwen3_5_text", "gated delta nets", _DELTA, packs=False, served_in="bfloat16"),
     Family(
         "LFM2",
         "lfm2",
         "convolutions",
-        {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        {"layer_types": ["conv", "full_attention"], "conv_dim": 64, "block_auto_adjust_ff_dim": False},
         packs=False,
+        served_in="bfloat16",
     ),
     Family(
         "Falcon-H1",
@@ -161,6 +171,7 @@ FAMILIES = [
         _MAMBA,
         adapted=[*_ATTENTION, "in_proj", "gate_proj", "up_proj", "down_proj"],
         packs=False,
+        served_in="bfloat16",
     ),
     Family(
         "Mamba-2",
@@ -170,9 +181,15 @@ FAMILIES = [
         attention="eager",
         adapted=["in_proj"],
         packs=False,
+        served_in="bfloat16",
     ),
     Family(
-        "Bamba", "bamba", "Mamba-2, attention", {**_MAMBA, "mamba_n_heads": 8, "attn_layer_indices": [1]}, packs=False
+        "Bamba",
+        "bamba",
+        "Mamba-2, attention",
+        {**_MAMBA, "mamba_n_heads": 8, "attn_layer_indices": [1]},
+        packs=False,
+        served_in="bfloat16",
     ),
     Family(
         "GPT-2",

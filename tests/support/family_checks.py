@@ -208,13 +208,15 @@ def serve(family: Family, folder: Path, has_adapter: bool) -> Served:
 
     from treepo_trl.engines.vllm import VLLMEngine
     from treepo_trl.policy.adapter_sync import lora_engine_options
+    from treepo_trl.policy.own_classes import give_classes_back
 
-    model = family.model()
+    dtype = getattr(torch, family.served_in)
+    model = family.model().to(dtype).float()
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     llm = LLM(
         str(folder),
-        dtype="float32",
+        dtype=family.served_in,
         max_model_len=256,
         max_num_seqs=32,
         enforce_eager=True,
@@ -224,6 +226,7 @@ def serve(family: Family, folder: Path, has_adapter: bool) -> Served:
         enable_prefix_caching=True,
         **(lora_engine_options(4) if has_adapter else {}),
     )
+    give_classes_back(model)
     engine = VLLMEngine(llm, [EOS], SamplingOptions())
     base = _tree_distance(engine, model)
     cached = engine.num_cached_tokens / max(engine.num_prompt_tokens, 1)

@@ -235,8 +235,7 @@ def config_with(attention: str = "sdpa", **changes: Any) -> PreTrainedConfig:
         ({"alibi": True}, "ALiBi"),
         (
             {"attention": "kernels-community/unknown"},
-            "its attention is 'kernels-community/unknown' (load it with `attn_implementation='sdpa'`, or 'eager' where it has "
-            "no 'sdpa')",
+            "its attention is 'kernels-community/unknown' (load it with `attn_implementation='sdpa'`, or 'eager')",
         ),
     ],
 )

@@ -11,8 +11,8 @@ from torch import nn
 
 from tests.support.models import make_model
 from tests.support.rows import batch_of, make_forward, packed_sizes, plain, ready_model, rows_with, run, trees
-from treepo_trl.update import packed_forward
 from treepo_trl.model_support import FULL_REACH
+from treepo_trl.update import packed_forward
 from treepo_trl.update.packed_forward import is_worth_packing, model_inputs
 from treepo_trl.update.packing import PackedRows, cut_rows, pack_rows
 

@@ -14,8 +14,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tests.support.models import make_model
-from treepo_trl.update import tree_attention
 from treepo_trl.model_support import FULL_REACH, Reach
+from treepo_trl.update import tree_attention
 from treepo_trl.update.block_attention import Scores
 from treepo_trl.update.tree_attention import LayerAttention, TreeAttention, flex_length, serve_trees
 

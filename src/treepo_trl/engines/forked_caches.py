@@ -37,8 +37,8 @@ class ForkedCacheEngine(SegmentEngine):
     """
     [`SegmentEngine`] over any causal language model in this process that has a cache.
 
-    Shares what can be shared: a prefix is computed once, and the state at its end is what its children start from. Each
-    of them gets a copy, that of keys and values included.
+    A prefix is computed once, and the state at its end is what its children start from. Each of them gets a copy of all
+    of it, keys and values included.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -307,8 +307,8 @@ def _arguments(model: PreTrainedModel) -> tuple[str, bool]:
     found = next((name for name in ("past_key_values", "cache_params") if name in names), None)
     if found is None or "logits_to_keep" not in names:
         raise ValueError(
-            f"The transformers engine cannot sample from {type(model).__name__}: its forward takes no cache as those of "
-            "transformers do. Set `use_vllm=True`."
+            f"The transformers engine cannot sample from {type(model).__name__}: its forward takes no cache as those "
+            "of transformers do. Set `use_vllm=True`."
         )
     return found, "position_ids" in names
 

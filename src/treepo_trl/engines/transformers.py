@@ -60,8 +60,8 @@ class TransformersEngine(SegmentEngine):
             Prompt and path tokens computed so far; requests with the same prefix count once.
 
     Raises:
-        ValueError: if the model's layers cannot serve rows of their own length. `engine_for_model` takes another engine
-            for it.
+        ValueError: if the model's layers cannot serve rows of their own length. For such a model there is
+            `engine_for_model`.
     """
 
     def __init__(

@@ -27,6 +27,7 @@ from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.trl_seams import vllm_generation_class
 
 from .adapter_sync import AdapterVLLMGeneration, check_adapter
+from .own_classes import give_classes_back
 from .starting_adapter import check_given_adapter
 
 
@@ -171,6 +172,7 @@ class VLLMPolicy(PolicyEngine):
 
         self._trainer = trainer
         self._generation: VLLMGeneration = trainer.vllm_generation
+        give_classes_back(trainer.model)
         self.engine = VLLMEngine(
             self._generation.llm,
             trainer.eos_token_ids,

@@ -25,6 +25,9 @@ class Scores:
     """Bound that products go to in the shape of a tanh; none by default."""
 
 
+PLAIN_SCORES = Scores()
+
+
 @dataclass(frozen=True)
 class QueryBlock:
     """Consecutive queries `start` to `end` of a packed row and the keys that any of them sees."""

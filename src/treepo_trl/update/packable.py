@@ -162,7 +162,7 @@ def why_not_packable(config: PreTrainedConfig) -> str | None:
     """
     attention = config._attn_implementation
     if attention != "eager" and attention not in AttentionInterface():
-        return f"its attention is {attention!r} (load it with `attn_implementation='sdpa'`, or 'eager' where it has no 'sdpa')"
+        return f"its attention is {attention!r} (load it with `attn_implementation='sdpa'`, or 'eager')"
     other = other_layers(config)
     if other is not None:
         return f"it has {other}"

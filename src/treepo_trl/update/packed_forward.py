@@ -338,7 +338,7 @@ def model_inputs(
     backend: AttentionBackend,
     reaches: dict[str, Reach],
 ) -> dict[str, object]:
-    """Keyword arguments for a causal language model's forward over the packed row; `reaches` are those of its layers."""
+    """Keyword arguments for a causal language model's forward over the packed row; `reaches` are of its layers."""
     inputs: dict[str, object] = {
         "input_ids": packed.input_ids,
         "position_ids": packed.position_ids,

@@ -48,7 +48,7 @@ class PackedRows:
         return self.num_row_tokens / self.input_ids.size(1)
 
     def attention_mask(self, reach: Reach = FULL_REACH) -> torch.Tensor:
-        """`(1, 1, N, N)` bool: True where the query (third axis) may attend to the key, in layers that see that far."""
+        """`(1, 1, N, N)` bool: True where the query (third axis) attends to the key, in layers that see that far."""
         query = torch.arange(self.input_ids.size(1), device=self.input_ids.device)
         key = query[None, :]
         mask = (key <= query[:, None]) & (query[:, None] <= self.last_descendants[None, :])

@@ -21,7 +21,16 @@ from transformers.integrations.flex_attention import flex_attention_forward
 
 from treepo_trl.model_support import FULL_REACH, Reach, leaves_out_softcap, reach_of_layer
 
-from .block_attention import AttendAgain, QueryBlock, Scores, add_sinks, attend_blocks, query_block, with_sink
+from .block_attention import (
+    PLAIN_SCORES,
+    AttendAgain,
+    QueryBlock,
+    Scores,
+    add_sinks,
+    attend_blocks,
+    query_block,
+    with_sink,
+)
 
 
 AttentionBackend = Literal["sdpa", "flex"]
@@ -38,7 +47,7 @@ more, blocks are attended again instead."""
 class LayerAttention:
     """What a layer wants of its attention beside the weights of its ancestors."""
 
-    scores: Scores = Scores()
+    scores: Scores = PLAIN_SCORES
     reach: Reach = FULL_REACH
     sinks: torch.Tensor | None = None
     """`(H,)`: scores of keys without a value, one for each query head."""
