@@ -142,21 +142,25 @@ def models_page() -> str:
         "| " + " | ".join([family.name, family.has or "", *_cells(family, **found[family.name])]) + " |"
         for family in FAMILIES
     ]
-    reasons = [line for family in FAMILIES for line in _reasons(family, **found[family.name])]
+    names: dict[str, list[str]] = {}
+    for family in FAMILIES:
+        for reason in _reasons(family, **found[family.name]):
+            names.setdefault(reason, []).append(family.name)
+    reasons = [f"- {', '.join(whose)}: {reason}." for reason, whose in names.items()]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
     return OPENING + "\n".join([*rows, EXPLANATION, *reasons, CLOSING.format(versions=versions)])
 
 
-def _cells(family: Family, facts: dict[str, Any], vllm: dict[str, Any]) -> list[str]:
+def _cells(family: Family, facts: dict[str, Any], vllm: dict[str, Any] | None = None) -> list[str]:
     share = facts["in_four_bits"]
     if facts["not_trained"] or facts["padding"]:
         packed = "no" if facts["not_trained"] else "plain rows, padding"
     else:
         packed = "yes" if facts["not_packed"] is None else "plain rows"
-    adapter = "no" if "error" in vllm or vllm["adapter"] is None or not _is_right(vllm["adapter"], family) else "yes"
+    sampled, adapter = _served(vllm, family)
     return [
         "slots" if facts["no_slots"] is None else "copies",
-        "no" if "error" in vllm or not _is_right(vllm["base"], family) else "yes",
+        sampled,
         packed,
         adapter,
         "yes" if share > 0.9 else f"{share:.0%} in 4 bits",
@@ -180,6 +184,8 @@ EXPLANATION = """
   within 1e-5. `plain rows`: nothing is shared in the update, and the log says so. `padding`: a row's values depend on
   its padding, in `GRPOTrainer` too.
 - **Adapter to vLLM.** A LoRA adapter in the engine moves it as it moves the policy.
+- **failed here.** vLLM raised an error on this CPU, which is quoted below. On a GPU it may work: vLLM's kernels for
+  experts with adapters need Triton, which this CPU has not.
 - **QLoRA.** An adapter on 4-bit weights trains, and the transformers engine samples from it. A percentage says how
   much of the matrices is in 4 bits. bitsandbytes leaves experts and convolutions as they are, at their full size.
 
@@ -211,26 +217,42 @@ A model without a cache that can be copied is refused before the run.
 """
 
 CLOSING = """
-With {versions}; the tests find out again all but vLLM's part. GPUs were not tried.
+## Versions
+
+{versions}. The tests find out again all but vLLM's part. GPUs were not tried.
 """
 
 
-def _reasons(family: Family, facts: dict[str, Any], vllm: dict[str, Any]) -> Iterator[str]:
-    name = family.name
+def _reasons(family: Family, facts: dict[str, Any], vllm: dict[str, Any] | None = None) -> Iterator[str]:
+    """Why a family's cells are not "yes"."""
     if facts["no_slots"]:
-        yield f"- {name}, slots: it has {facts['no_slots']}."
+        yield f"copies instead of slots: {facts['no_slots']}"
     if facts["not_trained"]:
-        yield f"- {name}, training: {facts['not_trained']}."
+        yield f"no training: {facts['not_trained']}"
     elif facts["not_packed"]:
-        yield f"- {name}, packing: {facts['not_packed']}."
+        yield f"plain rows: {facts['not_packed']}"
+    if vllm is None:
+        return
     if "error" in vllm:
-        yield f"- {name}, vLLM on this CPU: `{vllm['error']}`."
+        yield f"vLLM: `{vllm['error']}`"
     elif not _is_right(vllm["base"], family):
-        yield f"- {name}, vLLM: log-probabilities differ by {vllm['base']:.2g} nats."
+        yield f"vLLM: log-probabilities differ by {vllm['base']:.2g} nats"
     elif vllm["adapter"] is None:
-        yield f"- {name}, adapter in vLLM on this CPU: `{vllm['adapter_error']}`."
+        yield f"adapter in vLLM: `{vllm['adapter_error']}`"
     elif not _is_right(vllm["adapter"], family):
-        yield f"- {name}, adapter in vLLM: log-probabilities differ by {vllm['adapter']:.2g} nats."
+        yield f"adapter in vLLM: log-probabilities differ by {vllm['adapter']:.2g} nats"
+
+
+def _served(vllm: dict[str, Any] | None, family: Family) -> tuple[str, str]:
+    """The cells of sampling with vLLM and of an adapter in it."""
+    if vllm is None:
+        return "not tried", "not tried"
+    if "error" in vllm:
+        return "failed here", "failed here"
+    sampled = "yes" if _is_right(vllm["base"], family) else "no"
+    if vllm["adapter"] is None:
+        return sampled, "failed here"
+    return sampled, "yes" if _is_right(vllm["adapter"], family) else "no"
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ RESULTS = json.loads((ROOT / "docs" / "models.json").read_text(encoding="utf-8")
 
 def test_every_family_is_on_the_page() -> None:
     assert list(RESULTS) == [family.name for family in FAMILIES]
-    assert all(set(found) == {"facts", "vllm"} for found in RESULTS.values())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from tests.support.models import make_model
 from tests.support.rows import batch_of, forward_packed, plain, tiny_config, tiny_model
 from treepo_trl.update import packable
-from treepo_trl.update.packable import packed_forward_for, why_no_trees, why_not_packable
+from treepo_trl.update.packable import packed_forward_for, packed_forward_or_none, why_no_trees, why_not_packable
 from treepo_trl.update.packed_forward import PackedForward
 from treepo_trl.update.packing import TreePacking, pack_rows
 
@@ -147,6 +149,19 @@ def test_the_token_budget_is_refused(
 def test_the_token_budget_is_served(num_processes: int, settings: dict[str, Any]) -> None:
     forward = ask(make_model(), accelerator_of(num_processes=num_processes), max_tokens_per_micro_batch=9, **settings)
     assert isinstance(forward, PackedForward)
+
+
+@pytest.mark.parametrize(("attention", "is_left_out"), [("sdpa", True), ("eager", False)])
+def test_a_soft_cap_that_training_leaves_out_is_said(
+    attention: str, is_left_out: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    AcceleratorState._reset_state()
+    Accelerator(cpu=True)  # whose processes the logger asks for
+    model = tiny_model(tiny_config("gemma2", attn_logit_softcapping=30.0), attention)
+    assert isinstance(packed_forward_or_none(model, Settings(), accelerator_of(), False), PackedForward)
+    said = [record.message for record in caplog.records if "bounds its attention scores at 30.0" in record.message]
+    assert len(said) == is_left_out
+    assert all("Load it with `attn_implementation='eager'`." in message for message in said)
 
 
 # Architectures

@@ -37,8 +37,8 @@ class ForkedCacheEngine(SegmentEngine):
     """
     [`SegmentEngine`] over any causal language model in this process that has a cache.
 
-    A prefix is computed once, and the state at its end is what its children start from. Each of them gets a copy of all
-    of it, keys and values included.
+    A prefix is computed once, and the state at its end is what its children start from. Each of them gets a copy of
+    all of it, keys and values included.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
