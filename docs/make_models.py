@@ -198,6 +198,7 @@ The transformers engine keeps all keys of window layers, and masks them.
 
 Attention sinks and soft caps pack too. Gemma 2 needs `attn_implementation="eager"`: with SDPA, transformers leaves
 out its soft caps, so the policy would not be the model that vLLM serves. A warning says so.
+gpt-oss has no SDPA in transformers. With eager attention it packs if `router_aux_loss_coef` is 0.
 
 ## Recurrent, convolutional and linear attention
 

@@ -109,7 +109,7 @@ def reach_of_layer(module: torch.nn.Module, sliding_window: int | None) -> Reach
     return FULL_REACH
 
 
-def leaves_out_softcap(implementation: str) -> bool:
+def leaves_out_softcap(implementation: str | None) -> bool:
     """Whether an attention of transformers leaves out the bound of scores that a model has (Gemma 2)."""
     return implementation == "sdpa"
 

@@ -351,7 +351,7 @@ class TransformersEngine(SegmentEngine):
 
 def why_no_slots(model: PreTrainedModel) -> str | None:
     """What a model has that [`TransformersEngine`] cannot keep in slots, such as "ALiBi biases"; `None` if nothing."""
-    base = cast("PeftModel", model).get_base_model() if is_peft_model(model) else model
+    base = cast(PreTrainedModel, cast("PeftModel", model).get_base_model() if is_peft_model(model) else model)
     config = base.config.get_text_config()
     other = other_layers(config)
     if other is not None:

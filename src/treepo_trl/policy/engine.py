@@ -172,7 +172,7 @@ class VLLMPolicy(PolicyEngine):
 
         self._trainer = trainer
         self._generation: VLLMGeneration = trainer.vllm_generation
-        give_classes_back(trainer.model)
+        give_classes_back(cast(torch.nn.Module, trainer.model))
         self.engine = VLLMEngine(
             self._generation.llm,
             trainer.eos_token_ids,

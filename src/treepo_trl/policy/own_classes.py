@@ -17,9 +17,8 @@ def give_classes_back(policy: torch.nn.Module) -> None:
         policy (`torch.nn.Module`):
             The policy, wrapped or not.
     """
-    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
-
     for changed in {type(module) for module in policy.modules()}:
-        if TorchCompileWithNoGuardsWrapper in changed.__bases__ and "do_not_compile" not in vars(changed):
+        is_changed = any(base.__module__ == "vllm.compilation.wrapper" for base in changed.__bases__)
+        if is_changed and "do_not_compile" not in vars(changed):
             changed.do_not_compile = True  # pyright: ignore[reportAttributeAccessIssue] - of instances that do not say
             changed.__init__ = inspect.getclosurevars(changed.__init__).nonlocals["old_init"]

@@ -196,6 +196,8 @@ def _why_no_trees_in(model: PreTrainedModel, kind: str, expected: Reach, is_one_
     text._attn_implementation = config._attn_implementation = "eager"  # every model has it
     if is_one_of_several:
         text.num_hidden_layers, text.layer_types = 1, [kind]
+        if getattr(text, "num_kv_shared_layers", None):  # with a layer before it
+            text.num_kv_shared_layers = 0
     serve_trees("sdpa")
     try:
         with torch.device("meta"), torch.no_grad():
