@@ -59,7 +59,7 @@ def _in_a_process(family: Family, with_adapter: bool) -> dict[str, Any]:
     try:
         found = receiver.recv() if receiver.poll(TIMEOUT_S) else {"error": f"no answer in {TIMEOUT_S} s"}
     except EOFError:
-        found = {"error": "the process died"}
+        found = {"error": "its process died"}
     process.kill()
     process.join()
     return found
@@ -152,7 +152,6 @@ def models_page() -> str:
 
 
 def _cells(family: Family, facts: dict[str, Any], vllm: dict[str, Any] | None = None) -> list[str]:
-    share = facts["in_four_bits"]
     if facts["not_trained"] or facts["padding"]:
         packed = "no" if facts["not_trained"] else "plain rows, padding"
     else:
@@ -163,13 +162,13 @@ def _cells(family: Family, facts: dict[str, Any], vllm: dict[str, Any] | None = 
         sampled,
         packed,
         adapter,
-        "yes" if share > 0.9 else f"{share:.0%} in 4 bits",
+        "not the experts" if facts["experts_stay"] else "yes",
     ]
 
 
 def _is_right(difference: float, family: Family) -> bool:
     """Whether vLLM computes the model: the largest difference in nats, where a wrong adapter is off by whole ones."""
-    return difference < (0.01 if family.served_in == "float32" else 0.25)
+    return difference < (0.01 if family.served_in == "float32" else 0.5)
 
 
 EXPLANATION = """
@@ -179,15 +178,16 @@ EXPLANATION = """
   state is copied for each of its children, and paths of one length are decoded together. Prefixes are computed once
   either way. The sampled log-probabilities are those of a plain forward.
 - **Sample, vLLM.** Trees of the tiny model. In float32, log-probabilities are within 0.01 nats of transformers' own.
-  Models with recurrent layers are served in bfloat16, within 0.25 nats: vLLM's kernels for processors have no float32.
+  Models with recurrent layers are served in bfloat16, as vLLM's kernels for processors have no float32. There the
+  token that differs most is within 0.5 nats.
 - **Packed update.** `yes`: log-probabilities of packed rows are within 1e-4 of those of plain rows, and gradients
   within 1e-5. `plain rows`: nothing is shared in the update, and the log says so. `padding`: a row's values depend on
   its padding, in `GRPOTrainer` too.
 - **Adapter to vLLM.** A LoRA adapter in the engine moves it as it moves the policy.
 - **failed here.** vLLM raised an error on this CPU, which is quoted below. On a GPU it may work: vLLM's kernels for
   experts with adapters need Triton, which this CPU has not.
-- **QLoRA.** An adapter on 4-bit weights trains, and the transformers engine samples from it. A percentage says how
-  much of the matrices is in 4 bits. bitsandbytes leaves experts and convolutions as they are, at their full size.
+- **QLoRA.** An adapter on 4-bit weights trains, and the transformers engine samples from it. `not the
+  experts`: bitsandbytes leaves experts as they are, at their full size, and `all-linear` gives them no adapter.
 
 ## Windows and chunks
 
@@ -237,11 +237,11 @@ def _reasons(family: Family, facts: dict[str, Any], vllm: dict[str, Any] | None 
     if "error" in vllm:
         yield f"vLLM: `{vllm['error']}`"
     elif not _is_right(vllm["base"], family):
-        yield f"vLLM: log-probabilities differ by {vllm['base']:.2g} nats"
+        yield f"vLLM: log-probabilities differ by up to {vllm['base']:.2g} nats, not known why"
     elif vllm["adapter"] is None:
         yield f"adapter in vLLM: `{vllm['adapter_error']}`"
     elif not _is_right(vllm["adapter"], family):
-        yield f"adapter in vLLM: log-probabilities differ by {vllm['adapter']:.2g} nats"
+        yield f"adapter in vLLM: log-probabilities differ by up to {vllm['adapter']:.2g} nats, not known why"
 
 
 def _served(vllm: dict[str, Any] | None, family: Family) -> tuple[str, str]:

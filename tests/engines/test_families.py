@@ -24,8 +24,7 @@ def test_log_probabilities_are_those_of_a_plain_forward(family: Family) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_adapters_on_four_bits_train_and_are_sampled_from(family: Family, tmp_path: Path) -> None:
-    model, _ = quantized(family, tmp_path)
-    policy = with_adapter(family, model)
+    policy = with_adapter(family, quantized(family, tmp_path))
     gradients = adapter_gradients(policy)
     assert gradients
     assert all("lora_" in name for name in gradients)

@@ -35,19 +35,21 @@ class Facts:
     """Why the trainer cannot take the family."""
     padding: bool
     """Whether plain rows depend on their padding."""
-    in_four_bits: float
-    """Part of the weights of matrices, embeddings aside, that QLoRA holds in 4 bits, to two digits."""
+    experts_stay: bool
+    """Whether QLoRA leaves experts as they are; everything else of weight is in 4 bits."""
 
 
 def facts_of(family: Family, folder: Path) -> Facts:
     """What can be said without sampling; `folder` gets the model in 4 bits."""
-    model = family.model()
+    model, in_four_bits = family.model(), quantized(family, folder)
+    linear = [p.dtype for name, p in in_four_bits.named_parameters() if name.endswith("_proj.weight")]
+    assert torch.uint8 in linear or not linear
     return Facts(
         why_no_slots(model),
         why_not_packed(model),
         why_not_trained(family),
         padding_error(model) > 1e-3,
-        round(quantized(family, folder)[1], 2),
+        any("experts" in name and p.dtype != torch.uint8 for name, p in in_four_bits.named_parameters()),
     )
 
 
@@ -155,18 +157,13 @@ def padding_error(model: Any) -> float:
 # QLoRA
 
 
-def quantized(family: Family, folder: Path) -> tuple[PreTrainedModel, float]:
-    """The family's model in 4 bits, and which part of its matrices' weights, embeddings aside, that is."""
+def quantized(family: Family, folder: Path) -> PreTrainedModel:
+    """The family's model in 4 bits."""
     family.model().save_pretrained(folder)
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=four_bits, dtype=torch.float32, attn_implementation=family.attention
     )
-    named = [(name, p) for name, p in model.named_parameters() if p.dim() > 1]
-    matrices = [p for name, p in named if "embed" not in name and "lm_head" not in name]
-    sizes = [2 * p.numel() if p.dtype == torch.uint8 else p.numel() for p in matrices]
-    in_four_bits = sum(size for size, p in zip(sizes, matrices, strict=True) if p.dtype == torch.uint8)
-    return model, in_four_bits / sum(sizes)
 
 
 def with_adapter(family: Family, model: PreTrainedModel) -> Any:
