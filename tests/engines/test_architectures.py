@@ -10,7 +10,7 @@ from tests.support.models import make_model
 from tests.support.rows import tiny_config
 from tests.support.segments import EOS, GREEDY, PROMPTS, complete, full_logprobs, generated
 from treepo_trl.engines import SamplingOptions
-from treepo_trl.engines.transformers import TransformersEngine
+from treepo_trl.engines.transformers import TransformersEngine, why_no_slots
 
 
 def tiny(architecture: str, **changes: Any) -> PreTrainedModel:
@@ -38,37 +38,58 @@ RIGHT_OR_REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *RIGHT_OR_REFUSED])
-def test_log_probabilities_are_those_of_a_full_forward(name: str) -> None:
-    model = tiny(name.split(",")[0], **{**ARCHITECTURES, **RIGHT_OR_REFUSED}[name])
-    try:
-        completions, logprobs = complete(TransformersEngine(model, [EOS], SamplingOptions()), PROMPTS, 3, 12)
-    except ValueError as error:
-        if name in ARCHITECTURES or "use_vllm" not in str(error):
-            raise
-        return
+def check_against_full_forward(model: PreTrainedModel) -> None:
+    completions, logprobs = complete(TransformersEngine(model, [EOS], SamplingOptions()), PROMPTS, 3, 12)
     for prompt, completion, values in zip(PROMPTS, completions, logprobs, strict=True):
         expected = full_logprobs(model, prompt, completion)
         torch.testing.assert_close(torch.tensor(values), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_sliding_window_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"(?s)full attention in every layer.*sliding.*use_vllm=True"):
-        TransformersEngine(make_model(use_sliding_window=True, sliding_window=8, max_window_layers=0), [EOS])
-    with pytest.raises(ValueError, match=r"sliding window of 16 tokens"):
-        TransformersEngine(tiny("mistral", sliding_window=16), [EOS])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *RIGHT_OR_REFUSED])
+def test_log_probabilities_are_those_of_a_full_forward(name: str) -> None:
+    model = tiny(name.split(",")[0], **{**ARCHITECTURES, **RIGHT_OR_REFUSED}[name])
+    try:
+        check_against_full_forward(model)
+    except ValueError as error:
+        if name in ARCHITECTURES or "use_vllm" not in str(error):
+            raise
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "what"),
     [
         ("deepseek_v3", {}, "multi-head latent attention"),
-        ("gemma2", {"layer_types": ["full_attention"] * 2, "attn_logit_softcapping": 0.1}, "softcapped attention"),
+        ("bloom", {}, "layers that do not go through transformers' common attention interface"),
+        ("falcon", {"alibi": True, "new_decoder_architecture": False}, "ALiBi biases"),
+        ("qwen3", {"layer_types": ["linear_attention", "full_attention"]}, "layers of type linear_attention"),
+        ("qwen3", {"use_bidirectional_attention": True}, "attention that looks ahead"),
     ],
 )
-def test_attention_of_another_kind_is_refused(name: str, changes: dict[str, Any], what: str) -> None:
-    with pytest.raises(ValueError, match=rf"full attention in every layer.*has {what}.*use_vllm=True"):
-        TransformersEngine(tiny(name, **changes), [EOS])
+def test_what_has_no_slots_is_refused_by_name(name: str, changes: dict[str, Any], what: str) -> None:
+    model = tiny(name, **changes)
+    assert why_no_slots(model) == what
+    with pytest.raises(ValueError, match=rf"has {what}\. Take `engine_for_model`, or set `use_vllm=True`"):
+        TransformersEngine(model, [EOS])
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 100])
+def test_windows_are_those_of_a_full_forward(window: int) -> None:
+    """Shorter and longer than segments of three tokens, and than prompts."""
+    model = make_model(use_sliding_window=True, sliding_window=window, max_window_layers=1)
+    check_against_full_forward(model)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_soft_cap_is_sampled_with_where_it_is_trained_with(attention: str) -> None:
+    """SDPA of transformers leaves it out, so the engine does."""
+    config = tiny("gemma2", attn_logit_softcapping=0.1).config
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    completions, logprobs = complete(TransformersEngine(model, [EOS], SamplingOptions()), PROMPTS, 3, 12)
+    for prompt, completion, values in zip(PROMPTS, completions, logprobs, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(values), full_logprobs(model, prompt, completion), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_unused_sliding_window_is_no_obstacle() -> None:

@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from trl.trainer.utils import add_fused_lm_head
 
 from tests.support.models import make_model
+from treepo_trl.model_support import layer_reaches
 from treepo_trl.update.packed_forward import PackedForward, model_inputs
 from treepo_trl.update.packing import PackedRows, pack_rows
 from treepo_trl.update.tree_attention import serve_trees
@@ -114,7 +115,8 @@ def plain(
 
 def forward_packed(model: Any, packed: PackedRows) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies of a packed row, as rows."""
-    inputs = model_inputs(packed, model.config._attn_implementation, torch.float32, "sdpa")
+    config = model.config
+    inputs = model_inputs(packed, config._attn_implementation, torch.float32, "sdpa", layer_reaches(config))
     outputs = model(**inputs, fused_lm_head=True)
     return packed.unpack(outputs.log_probs), packed.unpack(outputs.entropy)
 

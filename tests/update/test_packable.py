@@ -7,18 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from tests.support.models import make_model
 from tests.support.rows import batch_of, forward_packed, plain, tiny_config, tiny_model
 from treepo_trl.update import packable
-from treepo_trl.update.packable import packed_forward_for, why_no_trees, why_not_packable
+from treepo_trl.update.packable import packed_forward_for, packed_forward_or_none, why_no_trees, why_not_packable
 from treepo_trl.update.packed_forward import PackedForward
 from treepo_trl.update.packing import TreePacking, pack_rows
 
 
-WINDOWS: dict[str, Any] = {"layer_types": ["full_attention", "sliding_attention"]}
+LINEAR: dict[str, Any] = {"layer_types": ["full_attention", "linear_attention"]}
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ def test_sharded_trainings_are_known_by_their_plugin(plugin: str) -> None:
 
 
 def test_off_asks_nothing() -> None:
-    assert ask(make_model(**WINDOWS), tree_packing="off") is None
+    assert ask(make_model(**LINEAR), tree_packing="off") is None
 
 
 NOT_PACKED = [
-    (lambda: make_model(**WINDOWS), False, "it has layers of type sliding_attention"),
+    (lambda: make_model(**LINEAR), False, "it has layers of type linear_attention"),
     (eager, True, "its load-balancing loss does not go with the mask of eager attention"),
     (without_interface, False, "its attention does not go through transformers' common interface"),
 ]
@@ -149,6 +151,19 @@ def test_the_token_budget_is_served(num_processes: int, settings: dict[str, Any]
     assert isinstance(forward, PackedForward)
 
 
+@pytest.mark.parametrize(("attention", "is_left_out"), [("sdpa", True), ("eager", False)])
+def test_a_soft_cap_that_training_leaves_out_is_said(
+    attention: str, is_left_out: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    AcceleratorState._reset_state()
+    Accelerator(cpu=True)  # whose processes the logger asks for
+    model = tiny_model(tiny_config("gemma2", attn_logit_softcapping=30.0), attention)
+    assert isinstance(packed_forward_or_none(model, Settings(), accelerator_of(), False), PackedForward)
+    said = [record.message for record in caplog.records if "bounds its attention scores at 30.0" in record.message]
+    assert len(said) == is_left_out
+    assert all("Load it with `attn_implementation='eager'`." in message for message in said)
+
+
 # Architectures
 
 # Settings beyond TINY; a window shorter than the rows where there is one.
@@ -172,6 +187,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 PACKED = {
     *("llama", "qwen2", "qwen3", "qwen3_moe", "gemma", "cohere", "glm4", "granite", "olmo2", "phi3", "smollm3"),
+    *("mistral", "gemma2", "gemma3_text", "gpt_oss", "ministral", "exaone4", "olmo3", "cohere2"),
+    *(f"{name} with windows" for name in ("qwen2", "phi3", "starcoder2", "mixtral")),
     *("starcoder2", "mixtral", "gpt_neox"),  # opt looks at the values of its mask, which the question has not
 }
 
@@ -225,14 +242,15 @@ def config_with(attention: str = "sdpa", **changes: Any) -> PreTrainedConfig:
     [
         ({"layer_types": ["full_attention", "linear_attention"]}, "layers of type linear_attention"),
         (
-            {"layer_types": ["chunked_attention", "sliding_attention"]},
-            "layers of type chunked_attention, sliding_attention",
+            {"layer_types": ["hybrid", "sliding_attention", "conv"]},
+            "layers of type conv, hybrid",
         ),
-        ({"sliding_window": 4096}, "a sliding window of 4096 tokens"),
+        ({"use_bidirectional_attention": True}, "attention that looks ahead"),
+        ({"attn_temperature_tuning": True}, "the scale of its attention grows with packed positions"),
         ({"alibi": True}, "ALiBi"),
         (
             {"attention": "kernels-community/unknown"},
-            "its attention is 'kernels-community/unknown' (load it with `attn_implementation='sdpa'`)",
+            "its attention is 'kernels-community/unknown' (load it with `attn_implementation='sdpa'`, or 'eager')",
         ),
     ],
 )
@@ -244,13 +262,15 @@ def test_reasons_name_what_the_mask_cannot_serve(changes: dict[str, Any], reason
     "changes",
     [
         {"sliding_window": None},
+        {"sliding_window": 4096},
+        {"layer_types": ["full_attention", "sliding_attention", "chunked_attention"]},
         {"layer_types": ["full_attention", "full_attention"]},
         {"sliding_window": 4096, "use_sliding_window": False},  # Qwen2 keeps the number and does not use it
         {"sliding_window": 4096, "layer_types": ["full_attention", "full_attention"]},
         *({"attention": name} for name in ("eager", "flash_attention_2", "flash_attention_3", "flex_attention")),
     ],
 )
-def test_a_window_that_no_layer_uses_and_any_registered_attention_are_no_reasons(changes: dict[str, Any]) -> None:
+def test_windows_and_any_registered_attention_are_no_reasons(changes: dict[str, Any]) -> None:
     assert why_not_packable(config_with(**changes)) is None
 
 
@@ -264,6 +284,24 @@ def test_models_are_asked_whether_they_hand_trees_on() -> None:
     # StableLM's layers hand no keywords on: its attention gets the mask alone, whose integers are no mask.
     reason = why_no_trees(tiny_model(tiny_config("stablelm")))
     assert "does not take `tree_attention` (RuntimeError: Expected attn_mask dtype" in (reason or "")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_layer_that_does_not_say_its_window_is_a_reason(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one whose mask alone has the window: packed rows would see beyond it, and nothing would say so."""
+    model = tiny_model(tiny_config("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1), attention)
+    assert why_no_trees(model) is None
+    made = type(model.model.layers[0].self_attn)
+    build = made.__init__
+
+    def without_window(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        self.sliding_window = None
+
+    monkeypatch.setattr(made, "__init__", without_window)
+    reason = "its layers of type sliding_attention do not give their attention the window that its config names"
+    assert why_no_trees(model) == reason
+    assert ask(model) == f"Shared prefixes are not packed for Qwen2ForCausalLM: {reason}."
 
 
 def test_the_question_needs_no_weights() -> None:

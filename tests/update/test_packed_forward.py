@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.support.models import make_model
 from tests.support.rows import batch_of, make_forward, packed_sizes, plain, ready_model, rows_with, run, trees
+from treepo_trl.model_support import FULL_REACH
 from treepo_trl.update import packed_forward, tree_attention
 from treepo_trl.update.packed_forward import is_worth_packing, model_inputs
 from treepo_trl.update.packing import PackedRows, cut_rows, pack_rows
@@ -419,7 +420,7 @@ def test_sharded_models_run_the_same_forwards_whether_they_pack_or_not() -> None
 
 def test_eager_attention_gets_the_mask_as_numbers_to_add() -> None:
     packed = pack_rows(*batch_of([[5], [5]], [[7, 9], [7, 8]]))
-    mask = model_inputs(packed, "eager", torch.bfloat16, "sdpa")["attention_mask"]
+    mask = model_inputs(packed, "eager", torch.bfloat16, "sdpa", {"full_attention": FULL_REACH})["attention_mask"]
     assert mask.dtype == torch.bfloat16
     attends = packed.attention_mask()
     assert (mask[attends] == 0).all()

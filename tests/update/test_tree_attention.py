@@ -14,8 +14,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tests.support.models import make_model
+from treepo_trl.model_support import FULL_REACH, Reach
 from treepo_trl.update import tree_attention
-from treepo_trl.update.tree_attention import TreeAttention, flex_length, serve_trees
+from treepo_trl.update.block_attention import Scores
+from treepo_trl.update.tree_attention import LayerAttention, TreeAttention, flex_length, serve_trees
 
 
 FOREST = [-1, 0, 1, 1, 0, -1]  # parents in depth-first order, -1 for roots
@@ -30,15 +32,33 @@ def last_of(parents: list[int]) -> torch.Tensor:
     return torch.tensor(last)
 
 
-def dense_mask(parents: list[int]) -> torch.Tensor:
-    """True where the column is the row's ancestor or itself, by walking up."""
+def path_to(parents: list[int], i: int) -> list[int]:
+    """The ancestors of a position and itself, the root first."""
+    path = [i]
+    while parents[path[0]] >= 0:
+        path.insert(0, parents[path[0]])
+    return path
+
+
+def dense_mask(parents: list[int], reach: Reach = FULL_REACH) -> torch.Tensor:
+    """True where the column is the row's ancestor or itself and the row sees that far, by walking down."""
     mask = torch.zeros(len(parents), len(parents), dtype=torch.bool)
     for i in range(len(parents)):
-        j = i
-        while j >= 0:
-            mask[i, j] = True
-            j = parents[j]
+        path = path_to(parents, i)
+        seen = path
+        if reach.window is not None:
+            seen = path[-reach.window :]
+        elif reach.chunk is not None:
+            seen = path[(len(path) - 1) // reach.chunk * reach.chunk :]
+        mask[i, seen] = True
     return mask
+
+
+REACHES = st.one_of(
+    st.just(FULL_REACH),
+    st.builds(Reach, window=st.integers(1, 30)),
+    st.builds(Reach, chunk=st.integers(1, 30)),
+)
 
 
 @st.composite
@@ -63,15 +83,23 @@ def states(length: int, dtype: torch.dtype = torch.float32, heads: int = 4, key_
     ]
 
 
-def dense(parents: list[int], inputs: list[torch.Tensor], scaling: float | None = None) -> torch.Tensor:
-    output = F.scaled_dot_product_attention(*inputs, attn_mask=dense_mask(parents), enable_gqa=True, scale=scaling)
+def dense(
+    parents: list[int], inputs: list[torch.Tensor], scaling: float | None = None, reach: Reach = FULL_REACH
+) -> torch.Tensor:
+    mask = dense_mask(parents, reach)
+    output = F.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=True, scale=scaling)
     return output.transpose(1, 2)
 
 
 def attend(
-    tree: TreeAttention, inputs: list[torch.Tensor], dropout: float = 0.0, scaling: float | None = None
+    tree: TreeAttention,
+    inputs: list[torch.Tensor],
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **layer: Any,
 ) -> torch.Tensor:
-    return tree(nn.Module(), *inputs, dropout, scaling)
+    return tree(nn.Module(), *inputs, LayerAttention(Scores(dropout, scaling, softcap), **layer))
 
 
 def gradients_of(output: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -79,27 +107,30 @@ def gradients_of(output: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torc
     return torch.autograd.grad((output * weights.to(output.dtype)).sum(), inputs)
 
 
-@given(forests(), st.integers(1, 45), st.sampled_from([0, 10**9]), st.sampled_from([None, 1.5]))
+@given(forests(), st.integers(1, 45), st.sampled_from([0, 10**9]), st.sampled_from([None, 1.5]), REACHES)
 @settings(deadline=None)
 def test_blocks_of_any_size_give_the_dense_result_and_its_gradients(
-    parents: list[int], query_block: int, max_kept: int, scaling: float | None
+    parents: list[int], query_block: int, max_kept: int, scaling: float | None, reach: Reach
 ) -> None:
     """Whether the blocks' keys are kept for the backward pass or gathered again."""
     inputs = states(len(parents))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tree_attention, "_MAX_KEPT_COPIES", max_kept)
-        expected = dense(parents, inputs, scaling)
-        output = attend(TreeAttention(last_of(parents), "sdpa", query_block), inputs, scaling=scaling)
+        expected = dense(parents, inputs, scaling, reach)
+        tree = TreeAttention(last_of(parents), "sdpa", query_block)
+        output = attend(tree, inputs, scaling=scaling, reach=reach)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
     for a, b in zip(gradients_of(output, inputs), gradients_of(expected, inputs), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-@given(forests(), st.integers(1, 45))
+@given(forests(), st.integers(1, 45), REACHES)
 @settings(deadline=None)
-def test_a_block_has_the_keys_that_its_queries_see_and_no_other(parents: list[int], query_block: int) -> None:
-    mask = dense_mask(parents)
-    blocks = TreeAttention(last_of(parents), "sdpa", query_block).query_blocks()
+def test_a_block_has_the_keys_that_its_queries_see_and_no_other(
+    parents: list[int], query_block: int, reach: Reach
+) -> None:
+    mask = dense_mask(parents, reach)
+    blocks = TreeAttention(last_of(parents), "sdpa", query_block).query_blocks(reach)
     assert [i for block in blocks for i in range(block.start, block.end)] == list(range(len(parents)))
     for block in blocks:
         rows = slice(block.start, block.end)
@@ -108,6 +139,46 @@ def test_a_block_has_the_keys_that_its_queries_see_and_no_other(parents: list[in
         own_mask = block.mask(torch.float32)
         assert torch.equal(own_mask == 0, mask[rows][:, block.keys])
         assert torch.equal(own_mask == -torch.inf, ~mask[rows][:, block.keys])
+
+
+@given(forests())
+@settings(deadline=None, max_examples=20)
+def test_depths_are_the_lengths_of_paths(parents: list[int]) -> None:
+    depths = TreeAttention(last_of(parents), "sdpa").depths()
+    assert depths.tolist() == [len(path_to(parents, i)) - 1 for i in range(len(parents))]
+
+
+@pytest.mark.parametrize("max_kept", [0, 10**9])
+@pytest.mark.parametrize("scaling", [None, 1.5])
+@pytest.mark.parametrize("reach", [FULL_REACH, Reach(window=3)])
+@pytest.mark.parametrize(("softcap", "with_sinks"), [(0.5, False), (None, True)])
+def test_soft_caps_and_sinks_are_those_of_the_formula(
+    softcap: float | None,
+    with_sinks: bool,
+    reach: Reach,
+    scaling: float | None,
+    max_kept: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Products, bounded; a sink's score beside those of the keys, its weight thrown away."""
+    monkeypatch.setattr(tree_attention, "_MAX_KEPT_COPIES", max_kept)
+    parents = [i - 1 for i in range(12)] + [5, *range(12, 17)] + [-1, 18, 18]
+    query, key, value = inputs = states(len(parents))
+    sinks = torch.tensor([2.0, -1.0, 0.5, 4.0], requires_grad=True)  # a weight of most and of nearly nothing
+    products = query @ key.repeat_interleave(2, 1).transpose(-1, -2) * (8**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        products = torch.tanh(products / softcap) * softcap
+    products = products.masked_fill(~dense_mask(parents, reach), -torch.inf)
+    if with_sinks:
+        products = torch.cat([products, sinks[None, :, None, None].expand(-1, -1, len(parents), 1)], -1)
+    weights = products.softmax(-1)[..., : len(parents)]
+    expected = (weights @ value.repeat_interleave(2, 1)).transpose(1, 2)
+    layer = {"reach": reach, "sinks": sinks if with_sinks else None}
+    output = attend(TreeAttention(last_of(parents), "sdpa", 5), inputs, scaling=scaling, softcap=softcap, **layer)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    leaves = [*inputs, sinks] if with_sinks else inputs
+    for a, b in zip(gradients_of(output, leaves), gradients_of(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("max_kept", [0, 10**9])
@@ -176,7 +247,7 @@ def test_keys_and_masks_of_long_paths_are_not_kept(length: int, is_kept: bool) -
         node = pending.pop()
         graph.add(type(node).__name__)
         pending += [below for below, _ in node.next_functions if below is not None]
-    assert ("_GatherBackward" in graph, "_AttendAgainBackward" in graph) == (is_kept, not is_kept)
+    assert ("_GatherBackward" in graph, "AttendAgainBackward" in graph) == (is_kept, not is_kept)
 
 
 # FlexAttention
@@ -198,6 +269,33 @@ def test_the_block_mask_is_the_one_that_looks_at_every_pair(parents: list[int]) 
     assert torch.equal(ours.to_dense(), slow.to_dense())
 
 
+@given(forests(max_size=300), REACHES)
+@example([i - 1 for i in range(300)], Reach(window=130))  # blocks that are seen, seen in part and out of reach
+@example([i - 1 for i in range(300)], Reach(chunk=130))
+@settings(deadline=None, max_examples=20)
+def test_the_block_mask_lets_pass_what_the_reach_does(parents: list[int], reach: Reach) -> None:
+    mask = TreeAttention(last_of(parents), "flex").block_mask(reach)
+    length = len(parents)
+    query, key = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    pairs = mask.mask_mod(torch.tensor(0), torch.tensor(0), query, key)
+    expected = dense_mask(parents, reach)
+    assert torch.equal(pairs, expected)
+    blocks = torch.zeros(mask.shape[-1] // 128, mask.shape[-1] // 128, dtype=torch.int64)  # 0 never, 1 in part, 2 all
+    for kind, counts, indices in (
+        (1, mask.kv_num_blocks, mask.kv_indices),
+        (2, mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        assert counts is not None
+        assert indices is not None
+        for i, count in enumerate(counts[0, 0].tolist()):
+            blocks[i, indices[0, 0, i, :count].long()] = kind
+    of_pairs = blocks.repeat_interleave(128, 0).repeat_interleave(128, 1)[:length, :length]
+    assert not expected[of_pairs == 0].any()
+    assert expected[of_pairs == 2].all()
+    if reach == Reach(window=130) and length == 300:
+        assert blocks[2].tolist() == [1, 1, 1, 0]  # the third block sees the first one's end
+
+
 @pytest.mark.parametrize(("length", "padded"), [(1, 128), (128, 128), (129, 256), (8192, 8192), (8193, 16384)])
 def test_few_lengths_compile(length: int, padded: int) -> None:
     assert flex_length(length) == padded
@@ -216,11 +314,16 @@ def without_compiling() -> Iterator[None]:
 def test_flex_gives_the_dense_result(heads: tuple[int, int]) -> None:
     parents = [i - 1 for i in range(100)] + [49, *range(100, 149)] + [-1, *range(150, 170)]
     inputs = [tensor.detach() for tensor in states(len(parents), heads=heads[0], key_heads=heads[1])]
-    output = attend(TreeAttention(last_of(parents), "flex"), inputs, scaling=1.5)  # no backward pass on a processor
-    torch.testing.assert_close(output, dense(parents, inputs, 1.5), atol=1e-5, rtol=1e-5)
+    tree = TreeAttention(last_of(parents), "flex")
+    for reach in (FULL_REACH, Reach(window=20), Reach(chunk=30)):
+        output = attend(tree, inputs, scaling=1.5, reach=reach)  # no backward pass on a processor
+        torch.testing.assert_close(output, dense(parents, inputs, 1.5, reach), atol=1e-5, rtol=1e-5)
 
 
 # In front of transformers' own
+
+
+SINKS = torch.ones(1)
 
 
 def test_serving_trees_twice_wraps_once_and_leaves_plain_calls_alone() -> None:
@@ -235,22 +338,27 @@ def test_serving_trees_twice_wraps_once_and_leaves_plain_calls_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keywords", "expected"), [({}, (0.0, None)), ({"dropout": 0.25, "scaling": 1.5}, (0.25, 1.5))]
+    ("keywords", "expected"),
+    [
+        ({}, LayerAttention()),
+        ({"dropout": 0.25, "scaling": 1.5}, LayerAttention(Scores(0.25, 1.5))),
+        ({"sliding_window": 4}, LayerAttention(reach=Reach(window=4))),
+        ({"softcap": 5.0}, LayerAttention()),  # SDPA of transformers has none in plain rows either
+        ({"s_aux": SINKS}, LayerAttention(sinks=SINKS)),
+    ],
 )
-def test_dropout_and_scaling_of_a_call_are_handed_on(
-    keywords: dict[str, float], expected: tuple[float, float | None]
-) -> None:
+def test_what_a_layer_gives_its_attention_is_handed_on(keywords: dict[str, Any], expected: LayerAttention) -> None:
     serve_trees("sdpa")
-    given: list[tuple[Any, ...]] = []
+    given: list[LayerAttention] = []
     attention: Any = AttentionInterface()["sdpa"]
-    attention(nn.Module(), *states(3), None, tree_attention=lambda *values: given.append(values[4:]), **keywords)
+    attention(nn.Module(), *states(3), None, tree_attention=lambda *values: given.append(values[-1]), **keywords)
     assert given == [expected]
 
 
 @pytest.mark.parametrize(
     ("arguments", "keywords", "message"),
     [
-        *(((), {name: 1}, f"`{name}`.*Set") for name in ("s_aux", "position_bias", "softcap", "sliding_window")),
+        ((), {"position_bias": 1}, r"`position_bias`\. Set"),
         ((0.5,), {}, r"Module gives its attention function arguments without names\. Set"),
     ],
 )

@@ -218,7 +218,7 @@ def _transformers_engine(
     import torch
     from transformers import AutoModelForCausalLM, set_seed
 
-    from treepo_trl.engines.transformers import TransformersEngine
+    from treepo_trl.engines.for_model import engine_for_model
 
     extra = {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
     loaded = AutoModelForCausalLM.from_pretrained(
@@ -238,7 +238,7 @@ def _transformers_engine(
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     set_seed(seed)
     # A model with an adapter is called as the model that it wraps.
-    return TransformersEngine(cast("PreTrainedModel", model), eos_ids, options, with_entropies=with_entropies)
+    return engine_for_model(cast("PreTrainedModel", model), eos_ids, options, with_entropies=with_entropies)
 
 
 def _name_of(position: int) -> str:
@@ -257,7 +257,7 @@ def use_adapter(engine: SegmentEngine, adapters: Sequence[str], position: int | 
         position (`int`, *optional*):
             Which of them; `None` for the model alone.
     """
-    from treepo_trl.engines.transformers import TransformersEngine
+    from treepo_trl.engines.for_model import OwnModelEngine
     from treepo_trl.engines.vllm import VLLMEngine
 
     if isinstance(engine, VLLMEngine):
@@ -269,7 +269,7 @@ def use_adapter(engine: SegmentEngine, adapters: Sequence[str], position: int | 
         from peft import PeftModel
         from peft.tuners.tuners_utils import BaseTuner
 
-        model = cast(PeftModel, cast(TransformersEngine, engine).model)
+        model = cast(PeftModel, cast(OwnModelEngine, engine).model)
         layers = cast(BaseTuner, model.base_model)
         if position is None:
             layers.disable_adapter_layers()

@@ -18,6 +18,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 
 ROW_ATTENTION = "treepo_rows"
+ROW_ATTENTION_WITHOUT_SOFTCAP = "treepo_rows_without_softcap"
+"""For policies that train without the soft cap of their scores, as SDPA of transformers leaves it out."""
 
 
 def attend(
@@ -27,27 +29,50 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor,
     scaling: float | None = None,
-    **kwargs: object,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: object,  # noqa: ARG001 - what other attentions need
 ) -> tuple[torch.Tensor, None]:
     """
     Scaled dot product attention of (rows, heads, queries, head_dim) over grouped keys with a boolean mask.
 
     With one query per row, the query heads that share a key head become its queries, so keys are not copied per head.
+    `softcap` bounds the scores in the shape of a tanh. `s_aux` (heads,) are scores of sinks, which have no value.
     """
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"The transformers engine does not support attention with `{name}`. Set `use_vllm=True`.")
     num_rows, num_heads, num_queries, head_dim = query.shape
     num_groups = num_heads // key.size(1)
     if num_queries == 1:
         query = query.view(num_rows, key.size(1), num_groups, head_dim)
     elif num_groups > 1:
         key, value = key.repeat_interleave(num_groups, dim=1), value.repeat_interleave(num_groups, dim=1)
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    if softcap is None and s_aux is None:
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    else:
+        sinks = None if s_aux is None else s_aux.view(1, query.size(1), -1, 1)  # (1, key heads, queries or 1, 1)
+        scores = query @ key.transpose(-1, -2) * (head_dim**-0.5 if scaling is None else scaling)
+        output = _weights(scores, attention_mask, softcap, sinks).to(value.dtype) @ value
     return output.reshape(num_rows, num_heads, num_queries, -1).transpose(1, 2).contiguous(), None
 
 
+def attend_without_softcap(*args: object, softcap: object = None, **kwargs: object) -> tuple[torch.Tensor, None]:  # noqa: ARG001
+    """[`attend`] over scores without a bound."""
+    return attend(*args, **kwargs)  # pyright: ignore[reportArgumentType]
+
+
+def _weights(
+    scores: torch.Tensor, mask: torch.Tensor, softcap: float | None, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention weights from scores, in float32."""
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~mask, -torch.inf).float()
+    if sinks is None:
+        return scores.softmax(-1)
+    return torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
+
+
 AttentionInterface.register(ROW_ATTENTION, attend)
+AttentionInterface.register(ROW_ATTENTION_WITHOUT_SOFTCAP, attend_without_softcap)
 
 
 @dataclass(eq=False)

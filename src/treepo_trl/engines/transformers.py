@@ -7,44 +7,32 @@ prefix is computed once. Rows join and leave the running batch one by one, each 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from treepo_trl.model_support import other_layers
+from treepo_trl.model_support import FULL_REACH, layer_reaches, leaves_out_softcap, other_layers
 
 from .base import SamplingOptions, SegmentEngine, SegmentEngineError, SegmentRequest, SegmentResult
 from .draw import TokenDraw
-from .row_states import ROW_ATTENTION, Block, BlockCache, SlotLayer
+from .own_model import Row, compare_with_plain_forward, weights_version
+from .row_states import ROW_ATTENTION, ROW_ATTENTION_WITHOUT_SOFTCAP, Block, BlockCache, SlotLayer
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
-@dataclass(eq=False)
-class _Row:
-    """A segment that is being sampled."""
+@dataclass(eq=False, kw_only=True)
+class _BlockRow(Row):
+    """A segment that is being sampled, in a slot of the storage."""
 
-    request: SegmentRequest
     block: Block
     """Holds the states of every token of the request but the last."""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    entropies: list[float] = field(default_factory=list)
-
-    @property
-    def position(self) -> int:
-        """Position of the token that is fed next."""
-        return len(self.request.token_ids) + len(self.token_ids) - 1
-
-    @property
-    def next_input(self) -> int:
-        return self.token_ids[-1] if self.token_ids else self.request.token_ids[-1]
 
 
 class TransformersEngine(SegmentEngine):
@@ -53,7 +41,7 @@ class TransformersEngine(SegmentEngine):
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Causal language model with full attention in every layer.
+            Causal language model with attention in every layer, full, in windows or in chunks.
         eos_token_ids (`list[int]`):
             Tokens that end a segment.
         options ([`SamplingOptions`], *optional*):
@@ -72,7 +60,8 @@ class TransformersEngine(SegmentEngine):
             Prompt and path tokens computed so far; requests with the same prefix count once.
 
     Raises:
-        ValueError: if the model's attention cannot serve rows of their own length.
+        ValueError: if the model's layers cannot serve rows of their own length. For such a model there is
+            `engine_for_model`.
     """
 
     def __init__(
@@ -85,8 +74,12 @@ class TransformersEngine(SegmentEngine):
         with_entropies: bool = False,
     ) -> None:
         config = model.config.get_text_config()
-        _check_attention(model)
-        _check_layers(config)
+        reason = why_no_slots(model)
+        if reason is not None:
+            raise ValueError(
+                f"`TransformersEngine` cannot sample from {type(model).__name__}, which has {reason}. Take "
+                "`engine_for_model`, or set `use_vllm=True`."
+            )
         self.model = model
         self.eos_token_ids = frozenset(eos_token_ids)
         self.options = options or SamplingOptions()
@@ -106,12 +99,15 @@ class TransformersEngine(SegmentEngine):
         self.max_batch_tokens = affordable if max_batch_tokens is None else max_batch_tokens
         max_cached_tokens = affordable if max_cached_tokens is None else max_cached_tokens
         self.num_cache_tokens: int | None = max_cached_tokens + self.max_batch_tokens
+        self._reaches = layer_reaches(config)
         self._draw = TokenDraw(self.options, with_entropies)
         self._pending: list[SegmentRequest] = []
-        self._rows: list[_Row] = []
+        self._rows: list[_BlockRow] = []
         self._storage: torch.Tensor | None = None
         self._blocks = BlockCache(max_cached_tokens)
-        self._weights_version = self._read_weights_version()
+        self._weights_version = weights_version(model)
+        self._has_compared = False
+        self._to_compare: tuple[list[int], torch.Tensor] | None = None
 
     def _affordable_tokens(self) -> int:
         bytes_per_token = 2 * self._num_layers * self._num_heads * self._head_dim * self.model.dtype.itemsize
@@ -153,6 +149,9 @@ class TransformersEngine(SegmentEngine):
                 self._admit()
             while self._rows and not results and not (wake is not None and wake()):
                 results = self._step()
+        if self._to_compare is not None:
+            compare_with_plain_forward(self.model, *self._to_compare)
+            self._to_compare, self._has_compared = None, True
         return results
 
     @contextmanager
@@ -160,7 +159,8 @@ class TransformersEngine(SegmentEngine):
         """Drive the model with this engine's attention, whatever it trains with."""
         config = self.model.config
         trained_with = config._attn_implementation
-        config._attn_implementation = ROW_ATTENTION
+        without_softcap = leaves_out_softcap(trained_with)
+        config._attn_implementation = ROW_ATTENTION_WITHOUT_SOFTCAP if without_softcap else ROW_ATTENTION
         try:
             yield
         finally:
@@ -176,16 +176,11 @@ class TransformersEngine(SegmentEngine):
         self._blocks.clear()
         self._storage = self._storage if self._rows else None
 
-    def _read_weights_version(self) -> int:
-        # In-place updates, such as an optimizer's, raise a parameter's version. So stale states are dropped even if
-        # nobody calls `reset_prefix_cache`.
-        return sum(parameter._version for parameter in self.model.parameters())
-
     # Admission
 
     def _admit(self) -> None:
         """Move waiting requests into the running batch, as far as the token budget allows."""
-        if self._weights_version != (version := self._read_weights_version()):
+        if self._weights_version != (version := weights_version(self.model)):
             self._weights_version = version
             self.reset_prefix_cache()
         length = max((len(row.request.token_ids) + row.request.max_tokens for row in self._rows), default=0)
@@ -206,7 +201,7 @@ class TransformersEngine(SegmentEngine):
         storage = self._reserve(first + len(requests), length)
         slots: dict[Block, list[int]] = {}
         for slot, (request, block) in enumerate(zip(requests, blocks, strict=True), start=first):
-            self._rows.append(_Row(request, block))
+            self._rows.append(_BlockRow(request, block=block))
             slots.setdefault(block, []).append(slot)
         for block, rows in slots.items():
             self._load(storage, block, rows)
@@ -293,11 +288,16 @@ class TransformersEngine(SegmentEngine):
         assert self._storage is not None, "reserved by the caller"
         length = int(positions.max()) + 1
         layers = [SlotLayer(layer[0, rows], layer[1, rows], positions, length) for layer in self._storage]
-        mask = torch.arange(length, device=positions.device) <= positions[:, None, :, None]  # (rows, 1, queries, keys)
+        keys, queries = torch.arange(length, device=positions.device), positions[:, None, :, None]
+        causal = keys <= queries  # (rows, 1, queries, keys)
+        masks = {
+            kind: causal if reach == FULL_REACH else causal & reach.sees(queries, keys)
+            for kind, reach in self._reaches.items()
+        }
         outputs = self.model(
             input_ids=input_ids,
             position_ids=positions,
-            attention_mask=mask,
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
             past_key_values=Cache(layers=[*layers]),
             use_cache=True,
             logits_to_keep=1,
@@ -312,23 +312,19 @@ class TransformersEngine(SegmentEngine):
         positions = torch.tensor([[row.position] for row in self._rows], device=device)
         logits = self._forward(slice(0, len(self._rows)), input_ids, positions, logits=True)
         assert logits is not None, "asked for"
-        histories = [row.request.token_ids + row.token_ids for row in self._rows] if self._draw.reads_history else []
+        if not self._has_compared:
+            self._to_compare = self._rows[0].path, logits[0]
+        histories = [row.path for row in self._rows] if self._draw.reads_history else []
         token_ids, logprobs, entropies = self._draw(logits, histories)
         results, finished = [], []
         for slot, (row, token, logprob) in enumerate(zip(self._rows, token_ids, logprobs, strict=True)):
-            row.token_ids.append(token)
-            row.logprobs.append(logprob)
-            if entropies is not None:
-                row.entropies.append(entropies[slot])
-            is_eos = token in self.eos_token_ids
-            if is_eos or len(row.token_ids) == row.request.max_tokens:
-                reason = "stop" if is_eos else "length"
-                results.append(
-                    SegmentResult(row.request.request_id, row.token_ids, row.logprobs, reason, row.entropies or None)
-                )
-                finished.append(slot)
-                if not is_eos:
-                    self._keep_row(slot)
+            result = row.add(token, logprob, None if entropies is None else entropies[slot], self.eos_token_ids)
+            if result is None:
+                continue
+            results.append(result)
+            finished.append(slot)
+            if result.finish_reason == "length":
+                self._keep_row(slot)
         for slot in reversed(finished):
             self._free(slot)
         return results
@@ -338,7 +334,7 @@ class TransformersEngine(SegmentEngine):
         row = self._rows[slot]
         assert self._storage is not None, "the row is running"
         start, end = row.block.end, row.position
-        token_ids = (row.request.token_ids + row.token_ids)[start:end]
+        token_ids = row.path[start:end]
         states = self._storage[:, :, slot, :, start:end].clone()
         self._blocks.keep(row.block, token_ids, states)
 
@@ -353,24 +349,22 @@ class TransformersEngine(SegmentEngine):
         self._rows[slot] = last
 
 
-def _check_attention(model: PreTrainedModel) -> None:
-    """Raise for models whose attention would ignore this engine's function and read its mask as something else."""
-    base = cast("PeftModel", model).get_base_model() if is_peft_model(model) else model
-    if not base._supports_attention_backend or getattr(base.config, "alibi", False):
-        raise ValueError(
-            f"The transformers engine cannot drive the attention of {type(base).__name__}: it does not go through "
-            "transformers' common attention interface, or adds ALiBi biases. Set `use_vllm=True`."
-        )
-
-
-def _check_layers(config: PreTrainedConfig) -> None:
-    """Raise for models whose layers do more than full attention."""
+def why_no_slots(model: PreTrainedModel) -> str | None:
+    """What a model has that [`TransformersEngine`] cannot keep in slots, such as "ALiBi biases"; `None` if nothing."""
+    base = cast(PreTrainedModel, cast("PeftModel", model).get_base_model() if is_peft_model(model) else model)
+    config = base.config.get_text_config()
     other = other_layers(config)
-    if getattr(config, "v_head_dim", None) is not None:  # keys and values of different size
-        other = "multi-head latent attention"
-    elif getattr(config, "attn_logit_softcapping", None) is not None:
-        other = "softcapped attention"
     if other is not None:
-        raise ValueError(
-            f"The transformers engine needs full attention in every layer, the model has {other}. Set `use_vllm=True`."
-        )
+        return other
+    if getattr(config, "alibi", False):
+        return "ALiBi biases"
+    if config.is_heterogeneous:
+        return "layers of different sizes"
+    if not base._supports_attention_backend:
+        return "layers that do not go through transformers' common attention interface"
+    reasons = {
+        "v_head_dim": "multi-head latent attention",
+        "num_kv_shared_layers": "layers that share their keys",
+        "attn_temperature_tuning": "attention scales that count tokens",
+    }
+    return next((reason for name, reason in reasons.items() if getattr(config, name, None)), None)

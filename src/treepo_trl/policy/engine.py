@@ -28,6 +28,7 @@ from .adapter_probe import PROBE_TOKENS, own_draws, probe_adapter, segments_of
 from .adapter_sync import AdapterVLLMGeneration, check_adapter
 from .engine_check import EngineWatch, computing_dtype, different_tokens, dropout_of, logprob_difference
 from .engine_options import check_engine_options, engine_options
+from .own_classes import give_classes_back
 from .shared_base import SHARDED
 from .starting_adapter import check_given_adapter
 
@@ -35,7 +36,7 @@ from .starting_adapter import check_given_adapter
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel, PeftType
 
-    from treepo_trl.engines.transformers import TransformersEngine
+    from treepo_trl.engines.for_model import OwnModelEngine
     from treepo_trl.engines.vllm import VLLMEngine
 
     from .lora_llm import PolicyLLM
@@ -103,13 +104,13 @@ class PolicyEngine:
 class TransformersPolicy(PolicyEngine):
     """The policy's own forward samples."""
 
-    engine: "TransformersEngine"
+    engine: "OwnModelEngine"
 
     def connect(self, trainer: GRPOTrainer) -> None:
-        from treepo_trl.engines.transformers import TransformersEngine
+        from treepo_trl.engines.for_model import engine_for_model
 
         self._trainer = trainer
-        self.engine = TransformersEngine(
+        self.engine = engine_for_model(
             trainer.accelerator.unwrap_model(trainer.model),
             trainer.eos_token_ids,
             self.args.sampling_options(),
@@ -178,6 +179,7 @@ class VLLMPolicy(PolicyEngine):
 
         self._trainer = trainer
         self._generation: VLLMGeneration = trainer.vllm_generation
+        give_classes_back(cast(torch.nn.Module, trainer.model))
         self.engine = VLLMEngine(
             self._generation.llm,
             trainer.eos_token_ids,

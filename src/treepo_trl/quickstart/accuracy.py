@@ -8,7 +8,7 @@ import evaluate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treepo_trl.engines import SamplingOptions, SegmentRequest
-from treepo_trl.engines.transformers import TransformersEngine
+from treepo_trl.engines.for_model import engine_for_model
 
 
 class AnswerAccuracy(evaluate.Metric):
@@ -49,7 +49,7 @@ def greedy_completions(
     """Text of the most likely next tokens after each conversation, up to EOS or `max_tokens`."""
     encoded = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)
     ids = cast(dict[str, list[list[int]]], encoded)["input_ids"]
-    engine = TransformersEngine(model, eos_token_ids, SamplingOptions(temperature=0.0))
+    engine = engine_for_model(model, eos_token_ids, SamplingOptions(temperature=0.0))
     requests = [SegmentRequest(i, list(prompt), max_tokens) for i, prompt in enumerate(ids)]
     was_training = model.training
     model.eval()

@@ -15,11 +15,18 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from treepo_trl.model_support import has_attention_dropout, other_layers
+from treepo_trl.model_support import (
+    FULL_REACH,
+    Reach,
+    has_attention_dropout,
+    layer_reaches,
+    leaves_out_softcap,
+    other_layers,
+)
 
 from .packed_forward import PackedForward
 from .packing import TreePacking
-from .tree_attention import serve_trees
+from .tree_attention import LayerAttention, serve_trees
 
 
 if TYPE_CHECKING:
@@ -30,13 +37,13 @@ logger = get_logger(__name__)
 
 _ALIBI = "it has ALiBi biases, which count packed positions instead of depths"
 _RECURRENT = "it is recurrent"
-_WINDOW = "it has attention windows that count packed positions instead of depths"
+_WINDOW = "it has attention windows of its own, which count packed positions instead of depths"
+_LENGTH = "the scale of its attention grows with packed positions instead of depths"
 _ABSOLUTE = "its absolute positions make plain rows depend on their padding, which a packed row has not"
 _UNPACKABLE_MODELS = {
     **dict.fromkeys(("bloom", "mpt"), _ALIBI),
     **dict.fromkeys(("mamba", "mamba2", "rwkv", "jamba", "falcon_mamba", "recurrent_gemma", "xlstm"), _RECURRENT),
     **dict.fromkeys(("gpt_neo", "doge"), _WINDOW),
-    "gpt_oss": "it has attention sinks",
     **dict.fromkeys(("gpt2", "gpt_bigcode", "biogpt", "xglm", "ctrl"), _ABSOLUTE),
 }
 
@@ -98,11 +105,22 @@ def packed_forward_or_none(
     model: "PreTrainedModel | PeftModel", args: PackingSettings, accelerator: Accelerator, has_aux_loss: bool
 ) -> PackedForward | None:
     """[`packed_forward_for`]; with a warning where rows stay plain that could be wanted otherwise."""
+    _warn_of_softcap(_base_of(model).config.get_text_config())
     packed = packed_forward_for(model, args, accelerator, has_aux_loss)
     if isinstance(packed, str):
         logger.warning(f"{packed} Training forwards plain rows, as GRPOTrainer does.")
         return None
     return packed
+
+
+def _warn_of_softcap(config: PreTrainedConfig) -> None:
+    """Say when transformers trains a model without a part of its attention, which engines have."""
+    softcap, attention = getattr(config, "attn_logit_softcapping", None), config._attn_implementation
+    if softcap is not None and leaves_out_softcap(attention):
+        logger.warning(
+            f"The model bounds its attention scores at {softcap}, which transformers leaves out with {attention!r} "
+            "attention, so the policy is not the model that vLLM serves. Load it with `attn_implementation='eager'`."
+        )
 
 
 def _base_of(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
@@ -127,8 +145,10 @@ def _why_not_packed(base: PreTrainedModel, has_aux_loss: bool) -> str | None:
         return reason
     if not base._supports_attention_backend:
         return "its attention does not go through transformers' common interface"
-    if config._attn_implementation != "eager":
-        return why_no_trees(base)
+    if config._attn_implementation != "eager" or layer_reaches(config) != {"full_attention": FULL_REACH}:
+        reason = why_no_trees(base)
+    if reason is not None or config._attn_implementation != "eager":
+        return reason
     return "its load-balancing loss does not go with the mask of eager attention" if has_aux_loss else None
 
 
@@ -142,12 +162,14 @@ def why_not_packable(config: PreTrainedConfig) -> str | None:
     """
     attention = config._attn_implementation
     if attention != "eager" and attention not in AttentionInterface():
-        return f"its attention is {attention!r} (load it with `attn_implementation='sdpa'`)"
+        return f"its attention is {attention!r} (load it with `attn_implementation='sdpa'`, or 'eager')"
     other = other_layers(config)
     if other is not None:
         return f"it has {other}"
     if getattr(config, "alibi", False):
         return _ALIBI
+    if getattr(config, "attn_temperature_tuning", False):
+        return _LENGTH
     return _UNPACKABLE_MODELS.get(config.model_type)
 
 
@@ -155,35 +177,57 @@ def why_no_trees(model: PreTrainedModel) -> str | None:
     """
     Why a model cannot be given `tree_attention`; `None` if it hands it on to its attention function.
 
-    Tried on a copy of the model without weights. The copy's forward runs until it reaches the first layer's attention.
+    Tried on copies of the model without weights, one for each kind of attention layer that it has. A copy's forward
+    runs until it reaches the first layer's attention, which must see as far as the model's config says.
     """
+    reaches = layer_reaches(model.config.get_text_config())
+    reasons = (_why_no_trees_in(model, kind, reach, len(reaches) > 1) for kind, reach in reaches.items())
+    return next((reason for reason in reasons if reason is not None), None)
 
-    def probe(*_: object) -> torch.Tensor:
-        raise _ReachedError
+
+def _why_no_trees_in(model: PreTrainedModel, kind: str, expected: Reach, is_one_of_several: bool) -> str | None:
+    """[`why_no_trees`] of layers of one kind, which see as far as `expected`."""
+
+    def probe(*call: object) -> torch.Tensor:
+        raise _ReachedError(cast(LayerAttention, call[-1]).reach)
 
     config = copy.deepcopy(model.config)
-    config.get_text_config()._attn_implementation = config._attn_implementation = "sdpa"
+    text = config.get_text_config()
+    text._attn_implementation = config._attn_implementation = "eager"  # every model has it
+    if is_one_of_several:
+        text.num_hidden_layers, text.layer_types = 1, [kind]
+        if getattr(text, "num_kv_shared_layers", None):  # with a layer before it
+            text.num_kv_shared_layers = 0
     serve_trees("sdpa")
     try:
         with torch.device("meta"), torch.no_grad():
             tokens = torch.zeros(1, 2, dtype=torch.int64)
-            build = cast(Callable[[PreTrainedConfig], torch.nn.Module], type(model))
-            build(config)(
+            mask = torch.ones_like(tokens)[None, None]
+            copied = cast(Callable[[PreTrainedConfig], torch.nn.Module], type(model))(config)
+            text._attn_implementation = config._attn_implementation = "sdpa"
+            copied(
                 input_ids=tokens,
                 position_ids=tokens,
-                attention_mask=torch.ones_like(tokens)[None, None],
+                attention_mask={kind: mask} if is_one_of_several else mask,
                 tree_attention=probe,
                 use_cache=False,
             )
-    except _ReachedError:
-        return None
+    except _ReachedError as reached:
+        if reached.reach == expected:
+            return None
+        return f"its layers of type {kind} do not give their attention the window that its config names"
     except Exception as error:  # whatever it is, the packed forward would meet it
-        return f"its forward does not take `tree_attention` ({type(error).__name__}: {str(error).splitlines()[0]})"
+        text_of_error = (str(error) or "no message").splitlines()[0]
+        return f"its forward does not take `tree_attention` ({type(error).__name__}: {text_of_error})"
     return "it does not hand keywords on to its attention"
 
 
 class _ReachedError(Exception):
-    """The probe of `why_no_trees` was called."""
+    """The probe of `why_no_trees` was called, by a layer that sees that far."""
+
+    def __init__(self, reach: Reach) -> None:
+        super().__init__(reach)
+        self.reach = reach
 
 
 # The settings

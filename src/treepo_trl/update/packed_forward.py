@@ -17,7 +17,7 @@ from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from treepo_trl.model_support import has_attention_dropout
+from treepo_trl.model_support import Reach, has_attention_dropout, layer_reaches
 
 from .flex_trial import why_flex_fails, why_too_small
 from .packing import PackedRows, TreePacking, cut_rows, pack_rows
@@ -249,8 +249,10 @@ class PackedForward:
         self, model: torch.nn.Module, packed: PackedRows, backend: AttentionBackend, compute_aux_loss: bool = False
     ) -> _Forwarded:
         base = self._base_of(model)
-        implementation = cast(str, base.config.get_text_config()._attn_implementation)
-        inputs = model_inputs(packed, implementation, base.dtype, backend)
+        config = base.config.get_text_config()
+        inputs = model_inputs(
+            packed, cast(str, config._attn_implementation), base.dtype, backend, layer_reaches(config)
+        )
         if compute_aux_loss:
             inputs["output_router_logits"] = True
         with self.accelerator.autocast(), self._compile_notice(packed, backend):
@@ -356,18 +358,22 @@ def is_worth_packing(packed: PackedRows) -> bool:
 
 
 def model_inputs(
-    packed: PackedRows, attn_implementation: str, dtype: torch.dtype, backend: AttentionBackend
+    packed: PackedRows,
+    attn_implementation: str,
+    dtype: torch.dtype,
+    backend: AttentionBackend,
+    reaches: dict[str, Reach],
 ) -> dict[str, object]:
-    """Keyword arguments for a causal language model's forward over the packed row."""
+    """Keyword arguments for a causal language model's forward over the packed row; `reaches` are of its layers."""
     inputs: dict[str, object] = {
         "input_ids": packed.input_ids,
         "position_ids": packed.position_ids,
         "shift_labels": packed.shift_labels,
     }
     if attn_implementation == "eager":  # adds the mask to the scores
-        mask = packed.attention_mask()
-        zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        return {**inputs, "attention_mask": zeros.masked_fill(~mask, torch.finfo(dtype).min)}
+        masks = {kind: _additive(packed.attention_mask(reach), dtype) for kind, reach in reaches.items()}
+        # Models with layers of several kinds take a mask for each.
+        return {**inputs, "attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
     serve_trees(attn_implementation)
     # Models do not change a mask of four dimensions. The attention reads `tree_attention` in its place. A
     # load-balancing loss reads from it how often each token counts.
@@ -376,3 +382,8 @@ def model_inputs(
         "attention_mask": packed.num_rows[None, None],
         "tree_attention": TreeAttention(packed.last_descendants, backend),
     }
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return zeros.masked_fill(~mask, torch.finfo(dtype).min)

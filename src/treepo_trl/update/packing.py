@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from treepo_trl.model_support import FULL_REACH, Reach
+
 
 TreePacking = Literal["auto", "off", "sdpa", "flex"]
 
@@ -45,11 +47,13 @@ class PackedRows:
         """Plain row tokens per packed token: how much the rows share."""
         return self.num_row_tokens / self.input_ids.size(1)
 
-    def attention_mask(self) -> torch.Tensor:
-        """`(1, 1, N, N)` bool: True where the query (third axis) may attend to the key."""
+    def attention_mask(self, reach: Reach = FULL_REACH) -> torch.Tensor:
+        """`(1, 1, N, N)` bool: True where the query (third axis) attends to the key, in layers that see that far."""
         query = torch.arange(self.input_ids.size(1), device=self.input_ids.device)
         key = query[None, :]
         mask = (key <= query[:, None]) & (query[:, None] <= self.last_descendants[None, :])
+        if reach != FULL_REACH:
+            mask &= reach.sees(self.position_ids[0, :, None], self.position_ids)
         return mask[None, None]
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:

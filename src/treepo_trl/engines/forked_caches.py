@@ -1,0 +1,317 @@
+"""
+Segments from a `transformers` model of any architecture that `generate` can serve, from copies of its own cache.
+
+For layers whose memory is no list of keys: recurrent, convolutional and linear attention, latent attention, heads of
+several sizes. A path's cache is copied for each of its children, and paths of the same length are decoded together.
+"""
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import DynamicCache, PreTrainedModel
+
+from .base import SamplingOptions, SegmentEngine, SegmentEngineError, SegmentRequest, SegmentResult
+from .draw import TokenDraw
+from .own_model import Row, compare_with_plain_forward, weights_version
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(eq=False)
+class _Group:
+    """Rows of the same length with their common cache, which holds all of their tokens but the last."""
+
+    rows: list[Row]
+    cache: DynamicCache
+
+
+class ForkedCacheEngine(SegmentEngine):
+    """
+    [`SegmentEngine`] over any causal language model in this process that has a cache.
+
+    A prefix is computed once, and the state at its end is what its children start from. Each of them gets a copy of
+    all of it, keys and values included.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model.
+        eos_token_ids (`list[int]`):
+            Tokens that end a segment.
+        options ([`SamplingOptions`], *optional*):
+            How tokens are drawn. They come from torch's global generator of the model's device.
+        max_batch_bytes (`int`, *optional*):
+            Memory of the caches of a running batch; further requests wait. Default: a fifth of the CUDA card's memory,
+            or 4 GiB elsewhere.
+        max_cached_bytes (`int`, *optional*):
+            Memory of the states that are kept for later requests; the same default. When it is exceeded, those that
+            were used longest ago are dropped; what is needed again is computed again.
+        with_entropies (`bool`, *optional*, defaults to `False`):
+            Whether results carry the entropy of each token's distribution.
+
+    Attributes:
+        num_prefilled_tokens (`int`):
+            Prompt and path tokens computed so far; requests with the same prefix count once.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        eos_token_ids: list[int],
+        options: SamplingOptions | None = None,
+        max_batch_bytes: int | None = None,
+        max_cached_bytes: int | None = None,
+        with_entropies: bool = False,
+    ) -> None:
+        config = model.config.get_text_config()
+        self.model = model
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.options = options or SamplingOptions()
+        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        self.reports_entropies = with_entropies
+        self.num_prompt_tokens = 0
+        self.num_prefilled_tokens = 0
+        base = cast("PeftModel", model).get_base_model() if is_peft_model(model) else model
+        self._cache_argument, self._takes_positions = _arguments(cast(PreTrainedModel, base))
+        self._vocab_size = config.vocab_size
+        affordable = _affordable_bytes(model.device)
+        self.max_batch_bytes = affordable if max_batch_bytes is None else max_batch_bytes
+        self._states = _States(affordable if max_cached_bytes is None else max_cached_bytes)
+        self._draw = TokenDraw(self.options, with_entropies)
+        self._pending: list[SegmentRequest] = []
+        self._groups: list[_Group] = []
+        self._has_compared = False
+        self._weights_version = weights_version(model)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of requests that were not computed again."""
+        return self.num_prompt_tokens - self.num_prefilled_tokens
+
+    def submit(self, requests: list[SegmentRequest]) -> None:
+        """
+        Queue requests. Returns at once.
+
+        Raises:
+            SegmentEngineError: for a request with a token that the model does not have.
+        """
+        for request in requests:
+            if not 0 <= min(request.token_ids) <= max(request.token_ids) < self._vocab_size:
+                raise SegmentEngineError(
+                    request.request_id,
+                    f"A request holds token ids outside of the model's vocabulary of {self._vocab_size}: the "
+                    "tokenizer does not belong to the model.",
+                )
+        self._pending.extend(requests)
+
+    @torch.no_grad()
+    def collect(self, wake: Callable[[], bool] | None = None) -> list[SegmentResult]:
+        """Decode until at least one queued segment is done, or `wake` is true; returns the finished ones."""
+        results: list[SegmentResult] = []
+        while not results and (self._pending or self._groups) and not (wake is not None and wake()):
+            if not self._groups:
+                self._admit()
+            results = self._step(self._groups[0])
+        return results
+
+    def abort(self) -> None:
+        """Drop all requests and everything kept."""
+        self._pending, self._groups = [], []
+        self.reset_prefix_cache()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all states. Needed after a change of the weights."""
+        self._states.clear()
+
+    # Admission
+
+    def _admit(self) -> None:
+        """Start the waiting requests of one length, as far as the memory allows."""
+        if self._weights_version != (version := weights_version(self.model)):
+            self._weights_version = version
+            self.reset_prefix_cache()
+        length = len(self._pending[0].token_ids)
+        caches, rows = list[DynamicCache](), list[Row]()
+        waiting: list[SegmentRequest] = []
+        bytes_per_row, longest = 0, 0
+        for request in self._pending:
+            most = max(longest, length + request.max_tokens)
+            if (
+                len(request.token_ids) != length
+                or (len(rows) + 1) * bytes_per_row * most > length * self.max_batch_bytes
+            ):
+                waiting.append(request)
+                continue
+            longest = most
+            rows.append(Row(request))
+            if length > 1:
+                caches.append(self._state_of(tuple(request.token_ids[:-1])))
+                bytes_per_row = max(bytes_per_row, _num_bytes(caches[-1]))
+        self._pending = waiting
+        self.num_prompt_tokens += len(rows) * (length - 1)
+        self._groups.append(_Group(rows, _joined(caches) if caches else self._new_cache()))
+
+    def _state_of(self, token_ids: tuple[int, ...]) -> DynamicCache:
+        """The cache behind a prefix, which is computed from the longest part that is kept."""
+        found, cache = self._states.find(token_ids)
+        if len(found) < len(token_ids):
+            cache = self._new_cache() if cache is None else _forked(cache, [0])
+            self._forward(torch.tensor([token_ids[len(found) :]]), cache, start=len(found))
+            self.num_prefilled_tokens += len(token_ids) - len(found)
+            self._states.keep(token_ids, cache)
+        assert cache is not None, "a prefix has a token"
+        return cache
+
+    def _new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config.get_text_config())
+
+    # Decoding
+
+    def _forward(self, input_ids: torch.Tensor, cache: DynamicCache, start: int) -> torch.Tensor:
+        """Run the model on (rows, queries) tokens from position `start` on; last logits (rows, vocab) in float32."""
+        device = self.model.device
+        inputs: dict[str, Any] = {self._cache_argument: cache}
+        if self._takes_positions:  # some models would count from 0 again
+            positions = torch.arange(start, start + input_ids.size(1), device=device)
+            inputs["position_ids"] = positions.expand(input_ids.shape)
+        outputs = self.model(input_ids=input_ids.to(device), use_cache=True, logits_to_keep=1, **inputs)
+        return outputs.logits[:, -1].float()
+
+    def _step(self, group: _Group) -> list[SegmentResult]:
+        """One token for every row of a group; results of the rows that are done."""
+        next_inputs = torch.tensor([[row.next_input] for row in group.rows])
+        logits = self._forward(next_inputs, group.cache, start=group.rows[0].position)
+        if not self._has_compared:
+            compare_with_plain_forward(self.model, group.rows[0].path, logits[0])
+            self._has_compared = group.rows[0].position > 0  # a first token has no state before it
+        histories = [row.path for row in group.rows] if self._draw.reads_history else []
+        token_ids, logprobs, entropies = self._draw(logits, histories)
+        results, running = [], []
+        for slot, row in enumerate(group.rows):
+            entropy = None if entropies is None else entropies[slot]
+            result = row.add(token_ids[slot], logprobs[slot], entropy, self.eos_token_ids)
+            if result is None:
+                running.append(slot)
+                continue
+            results.append(result)
+            if result.finish_reason == "length":  # everything but the last token, which was never fed
+                self._states.keep(tuple(row.path[:-1]), _forked(group.cache, [slot]))
+        if not running:
+            self._groups.remove(group)
+        elif results:
+            group.rows, group.cache = [group.rows[slot] for slot in running], _forked(group.cache, running)
+        return results
+
+
+class _States:
+    """Caches of single paths by their tokens, with those used longest ago dropped when they are too large."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self.clear()
+
+    def clear(self) -> None:
+        self._kept: OrderedDict[tuple[int, ...], DynamicCache] = OrderedDict()
+        self._num_bytes = 0
+
+    def find(self, token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], DynamicCache | None]:
+        """The longest kept beginning of `token_ids` and its cache; empty and `None` if there is none."""
+        found = token_ids if token_ids in self._kept else ()
+        if not found:
+            starts = (key for key in self._kept if token_ids[: len(key)] == key)
+            found = max(starts, key=len, default=())
+        if not found:
+            return (), None
+        self._kept.move_to_end(found)
+        return found, self._kept[found]
+
+    def keep(self, token_ids: tuple[int, ...], cache: DynamicCache) -> None:
+        if token_ids in self._kept:
+            return
+        self._kept[token_ids] = cache
+        self._num_bytes += _num_bytes(cache)
+        while self._num_bytes > self._max_bytes and len(self._kept) > 1:
+            _, dropped = self._kept.popitem(last=False)
+            self._num_bytes -= _num_bytes(dropped)
+
+
+# Caches of transformers: what their layers hold are tensors with rows first, and dicts of such tensors.
+
+
+def _tensors(layer: object) -> Iterator[tuple[str, object, torch.Tensor]]:
+    """Name, key in a dict (`None` outside of one) and value of each tensor that a layer of a cache holds."""
+    for name, value in vars(layer).items():
+        if isinstance(value, torch.Tensor):
+            yield name, None, value
+        elif isinstance(value, dict):
+            yield from ((name, key, part) for key, part in value.items() if isinstance(part, torch.Tensor))
+
+
+def _with_rows(cache: DynamicCache, change: Callable[[int, str, object, torch.Tensor], torch.Tensor]) -> DynamicCache:
+    """A copy of a cache with each tensor changed: `change(layer index, name, key, tensor)`."""
+    result = copy.copy(cache)
+    result.layers = []
+    for i, layer in enumerate(cache.layers):
+        own: Any = copy.copy(layer)
+        for name, value in vars(layer).items():
+            if isinstance(value, dict):
+                setattr(own, name, dict(value))
+        for name, key, tensor in _tensors(layer):
+            changed = change(i, name, key, tensor) if tensor.dim() > 1 else tensor
+            if key is None:
+                setattr(own, name, changed)
+            else:
+                getattr(own, name)[key] = changed
+        result.layers.append(own)
+    return result
+
+
+def _forked(cache: DynamicCache, rows: list[int]) -> DynamicCache:
+    """A cache with copies of these rows of another one, which later forwards leave as it is."""
+    index: dict[torch.device, torch.Tensor] = {}
+
+    def select(_layer: int, _name: str, _key: object, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device not in index:
+            index[tensor.device] = torch.tensor(rows, device=tensor.device)
+        return tensor.index_select(0, index[tensor.device])
+
+    return _with_rows(cache, select)
+
+
+def _joined(caches: list[DynamicCache]) -> DynamicCache:
+    """One cache with copies of the rows of several, all of the same length."""
+    held = [
+        [{(name, key): tensor for name, key, tensor in _tensors(layer)} for layer in each.layers] for each in caches
+    ]
+
+    def join(layer: int, name: str, key: object, _tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([each[layer][name, key] for each in held])
+
+    return _with_rows(caches[0], join)
+
+
+def _num_bytes(cache: DynamicCache) -> int:
+    return sum(tensor.nbytes for layer in cache.layers for _, _, tensor in _tensors(layer))
+
+
+def _arguments(model: PreTrainedModel) -> tuple[str, bool]:
+    """What the model's forward calls its cache, and whether it takes positions."""
+    names = inspect.signature(model.forward).parameters
+    found = next((name for name in ("past_key_values", "cache_params") if name in names), None)
+    if found is None or "logits_to_keep" not in names:
+        raise ValueError(
+            f"The transformers engine cannot sample from {type(model).__name__}: its forward takes no cache as those "
+            "of transformers do. Set `use_vllm=True`."
+        )
+    return found, "position_ids" in names
+
+
+def _affordable_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory // 5 if device.type == "cuda" else 2**32
