@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
+from treepo_trl.model_support import layer_reaches
 from treepo_trl.update.packable import why_no_trees, why_not_packable
 from treepo_trl.update.packed_forward import model_inputs
 from treepo_trl.update.packing import PackedRows, pack_rows
@@ -99,7 +100,7 @@ def _plain_logps(model: "PreTrainedModel", ids: torch.Tensor) -> torch.Tensor:
 def _packed_logps(
     model: "PreTrainedModel", packed: PackedRows, backend: Literal["sdpa", "flex"], dtype: torch.dtype
 ) -> torch.Tensor:
-    inputs = model_inputs(packed, "sdpa", dtype, backend)
+    inputs = model_inputs(packed, "sdpa", dtype, backend, layer_reaches(model.config.get_text_config()))
     labels = inputs.pop("shift_labels")
     assert isinstance(labels, torch.Tensor), "one label per packed position"
     logits = model(**inputs, use_cache=False).logits

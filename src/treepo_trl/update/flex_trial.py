@@ -10,7 +10,10 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedConfig
 
-from .tree_attention import TreeAttention
+from treepo_trl.model_support import layer_reaches
+
+from .block_attention import Scores
+from .tree_attention import LayerAttention, TreeAttention
 
 
 MIN_SHARED_MEMORY = 160 * 1024
@@ -40,7 +43,7 @@ def why_too_small(shared_memory: int, config: PreTrainedConfig) -> str | None:
 
 def why_flex_fails(attention: TreeAttention, length: int, config: PreTrainedConfig, like: torch.Tensor) -> str | None:
     """
-    Forward and backward pass of one layer's attention; why the card cannot run it, `None` if it can.
+    Forward and backward pass of one layer of each kind; why the card cannot run them, `None` if it can.
 
     Args:
         attention ([`TreeAttention`]):
@@ -59,11 +62,13 @@ def why_flex_fails(attention: TreeAttention, length: int, config: PreTrainedConf
         like.new_zeros(1, count, length, width, requires_grad=True)
         for count, width in ((heads, size), (key_heads, size), (key_heads, value_size))
     )
-    layer = torch.nn.Identity().train()
+    scores = Scores(softcap=getattr(config, "attn_logit_softcapping", None))
+    module = torch.nn.Identity().train()
     try:
-        with torch.enable_grad():
-            output = attention(layer, query, key, value, 0.0, None)
-            torch.autograd.grad(output, (query, key, value), torch.zeros_like(output))
+        for reach in layer_reaches(config).values():
+            with torch.enable_grad():
+                output = attention(module, query, key, value, LayerAttention(scores, reach))
+                torch.autograd.grad(output, (query, key, value), torch.zeros_like(output))
     except Exception as error:
         said = [str(each) for each in _causes(error) if _is_out_of_resources(each)]
         if not said:
