@@ -166,6 +166,7 @@ def test_a_process_that_dies_breaks_one_check(
 def test_a_healthy_machine_as_a_user_sees_it(mild_model_dir: str) -> None:
     command = [sys.executable, "-m", "treepo_trl.cli", "doctor", "--json", "--model_name_or_path", mild_model_dir]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
+    environment.pop("MASTER_PORT", None)  # an engine of this process has set and taken it
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     report = json.loads(done.stdout)
     found = {check["check"]: check["status"] for check in report["checks"]}

@@ -259,16 +259,15 @@ def _with_rows(cache: DynamicCache, change: Callable[[int, str, object, torch.Te
     result = copy.copy(cache)
     result.layers = []
     for i, layer in enumerate(cache.layers):
-        own: Any = copy.copy(layer)
-        for name, value in vars(layer).items():
-            if isinstance(value, dict):
-                setattr(own, name, dict(value))
+        own = copy.copy(layer)
+        states = vars(own)
+        states.update({name: dict(value) for name, value in states.items() if isinstance(value, dict)})
         for name, key, tensor in _tensors(layer):
             changed = change(i, name, key, tensor) if tensor.dim() > 1 else tensor
             if key is None:
-                setattr(own, name, changed)
+                states[name] = changed
             else:
-                getattr(own, name)[key] = changed
+                states[name][key] = changed
         result.layers.append(own)
     return result
 
