@@ -40,6 +40,7 @@ check: setup
 # The pages that are made from the code, then the site in build/docs.
 docs: setup
 	$(BIN)/python docs/make_settings.py
+	$(BIN)/python docs/make_health.py
 	$(BIN)/python docs/tree_picture.py
 	$(MAKE) site
 

@@ -26,7 +26,11 @@ def name_of(path: Path) -> str:
 
 @pytest.mark.parametrize(
     ("page", "generator", "function"),
-    [("settings.md", "make_settings.py", "settings_page"), ("tree.svg", "tree_picture.py", "draw")],
+    [
+        ("settings.md", "make_settings.py", "settings_page"),
+        ("health.md", "make_health.py", "health_page"),
+        ("tree.svg", "tree_picture.py", "draw"),
+    ],
 )
 def test_generated_file_is_fresh(page: str, generator: str, function: str) -> None:
     written = (ROOT / "docs" / page).read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("treepo_config",),
     ("turn_checks",),
     ("policy", "metrics", "tree_log", "prompt_stream", "checks", "reward_watch"),
-    ("tree_batch", "resume_point", "width_schedule", "viewer"),
+    ("tree_batch", "resume_point", "width_schedule", "viewer", "health"),
     ("trainer_turns",),
     ("batch_sampler",),
     ("dynamic_sampling",),
@@ -44,6 +44,12 @@ HEAVY_ALLOWED = {
     "update.advantages": {"torch"},
     "update.packing": {"torch", "numpy"},
     "viewer": set(),
+    "health": {"transformers"},
+    "health.history": set(),
+    "health.examination": set(),
+    "health.rules": set(),
+    "health.reward_signal": set(),
+    "health.runs": set(),
 }
 
 
@@ -123,6 +129,7 @@ def test_rooms_without_a_model_name_no_heavy_package(room: str) -> None:
         ("treepo_trl.sampling", set()),
         ("treepo_trl.turns", set()),
         ("treepo_trl.engines", set()),
+        ("treepo_trl.health.rules", set()),
         ("treepo_trl.update.advantages", {"torch"}),
         ("treepo_trl.update.packing", {"torch"}),
     ],

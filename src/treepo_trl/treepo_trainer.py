@@ -24,7 +24,9 @@ from .batch_sampler import BatchSampler
 from .checkpoints import checkpoint_to_resume, only_training_in
 from .checks import NoStepIsAnError, check_arguments, check_datasets, check_rows, check_tokenizer
 from .dynamic_sampling import DynamicSampling, Rows, forget_stream
-from .metrics import replace_last
+from .health.callback import HealthCallback
+from .health.reward_signal import signal_metrics, signal_sums
+from .metrics import replace_last, sum_over_processes
 from .model_card import PAPER
 from .policy.engine import policy_engine_for
 from .resume_point import ResumePoint
@@ -118,7 +120,7 @@ class TreePOTrainer(GRPOTrainer):
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 reward_processing_classes=reward_processing_classes,
-                callbacks=[*(callbacks or []), NoStepIsAnError()],
+                callbacks=[*(callbacks or []), NoStepIsAnError(), HealthCallback()],
                 optimizers=optimizers,
                 quantization_config=quantization_config,
                 peft_config=peft_config,
@@ -294,6 +296,8 @@ class TreePOTrainer(GRPOTrainer):
     def _log_metrics(self, batch: TreeBatch, scaled_rewards: torch.Tensor) -> None:
         """Log what the batch has cost and shown; tell how far the engine was from the policy."""
         logged = self._metrics["train"]
-        for name, value in self._batch_sampler.metrics(batch, scaled_rewards).items():
+        signal = signal_sums(batch.trees, scaled_rewards.view(len(batch.trees), -1).tolist())
+        metrics = signal_metrics(sum_over_processes(signal, self.accelerator))
+        for name, value in (metrics | self._batch_sampler.metrics(batch, scaled_rewards)).items():
             logged[name].append(value)
         self.policy_engine.compare(logged.get("sampling/sampling_logp_difference/mean", []))
