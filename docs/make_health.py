@@ -57,8 +57,8 @@ With `logging_steps` above 1, a log is the mean of so many steps.
 CLOSING = """\
 ## What they cannot tell
 
-- The highest reward is not known. *Too hard* and *too easy* are told apart by the middle between the lowest and the
-  highest mean reward of the training, with 0 as one of them.
+- The range of rewards is not known. It is guessed from means and deviations, with 0 as one of the rewards.
+  *Too hard* and *too easy* are told apart by its middle.
 - Five logs are few. A rule says what to look at, not what is wrong.
 - A rule is silent without its metrics: *held-out* needs evaluations, *kl* needs `beta` above 0, *engine* needs vLLM.
 

@@ -48,6 +48,7 @@ HEAVY_ALLOWED = {
     "health.history": set(),
     "health.examination": set(),
     "health.rules": set(),
+    "health.signs": set(),
     "health.reward_signal": set(),
     "health.runs": set(),
 }

@@ -47,20 +47,34 @@ def findings_of(changes: dict[str, Values], without: Sequence[str] = ()) -> list
     return found
 
 
+ALL_EQUAL: dict[str, Values] = {"tree/equal_rewards_frac": [1.0] * 20, "reward_std": [0.0] * 20}
+
 CASES: list[tuple[str, dict[str, Values], int, str]] = [
     # (4 * 0.85 + 1.0) / 5 = 0.88 in the window that ends at step 11, (3 * 0.85 + 2 * 1.0) / 5 = 0.91 in the next.
     (
         "too-hard",
-        {"tree/equal_rewards_frac": [0.85] * 10 + [1.0] * 10, "reward": [0.0] * 20},
+        {"tree/equal_rewards_frac": [0.85] * 10 + [1.0] * 10, "reward": [0.0] * 20, "reward_std": [0.0] * 20},
         12,
         "in 91% of the prompts all completions had the same reward, over 5 logs, at a mean reward of 0.",
     ),
-    ("too-hard", {"tree/equal_rewards_frac": [1.0] * 20, "reward": [-1.0] * 20}, 5, "at a mean reward of -1."),
-    ("too-easy", {"tree/equal_rewards_frac": [1.0] * 20, "reward": [1.0] * 20}, 5, "at a mean reward of 1."),
+    ("too-hard", {**ALL_EQUAL, "reward": [-1.0] * 20}, 5, "at a mean reward of -1."),
+    # Of rewards 0 and 1, one in 50: their deviation is (0.02 * 0.98) ** 0.5 = 0.14.
+    (
+        "too-hard",
+        {"tree/equal_rewards_frac": [0.95] * 20, "reward": [0.02] * 20, "reward_std": [0.14] * 20},
+        5,
+        "0.02.",
+    ),
+    ("too-easy", {**ALL_EQUAL, "reward": [1.0] * 20}, 5, "at a mean reward of 1."),
+    ("all-or-nothing", {"tree/equal_rewards_frac": [0.97] * 20}, 5, "at a mean reward of 0.5, and prompts differ."),
     # Learned first: at step 23, 18 of the last 20 logs are equal.
     (
         "too-easy",
-        {"tree/equal_rewards_frac": [0.0] * 5 + [1.0] * 20, "reward": [0.2] * 5 + [1.0] * 20},
+        {
+            "tree/equal_rewards_frac": [0.0] * 5 + [1.0] * 20,
+            "reward": [0.2] * 5 + [1.0] * 20,
+            "reward_std": [0.4] * 5 + [0.0] * 20,
+        },
         23,
         "in 90% of the prompts all completions had the same reward, over 20 logs",
     ),
@@ -74,7 +88,7 @@ CASES: list[tuple[str, dict[str, Values], int, str]] = [
     ),
     ("cut", {"tree/finish_length_frac": [0.1] * 10 + [0.6] * 2}, 12, "30% of the completions were cut"),
     ("repetition", {"tree/finish_repetition_frac": [0.0] * 10 + [1.0] * 1}, 11, "20% of the completions ended in a"),
-    # Windows of 5: from 100 at the start to (100 + 4 * 200) / 5 = 180, with a standard error of (2000 / 5) ** 0.5 = 20.
+    # Windows of 5: from 100 at the start to (100 + 4 * 200) / 5 = 180, with an error of (2000 / 5) ** 0.5 = 20.
     # A step before, 160 with an error of 24.5 is not yet 3 of them longer.
     (
         "length",
@@ -102,7 +116,7 @@ CASES: list[tuple[str, dict[str, Values], int, str]] = [
         "entropy-low",
         {"entropy": [0.6] * 10 + [0.04] * 10, "tree/equal_rewards_frac": [0.4] * 10 + [0.97] * 10},
         15,
-        "it fell from 0.6 to 0.04 nats per token, and in 97% of the prompts all completions have the same reward.",
+        "it fell from 0.6 to 0.04 nats per token, and in 97% of the prompts all completions had the same reward",
     ),
     # (3 * 0.6 + 2 * 3.0) / 5 = 1.56 is below 0.6 + 1, and (2 * 0.6 + 3 * 3.0) / 5 = 2.04 is not.
     ("entropy-high", {"entropy": [0.6] * 10 + [3.0] * 3}, 13, "it rose from 0.6 to 2.04 nats per token."),
@@ -134,7 +148,15 @@ def test_every_rule_has_an_illness() -> None:
     [
         ({}, ()),
         ({"tree/equal_rewards_frac": [0.89] * 20, "reward": [0.0] * 20}, ()),
-        ({"tree/equal_rewards_frac": [0.0] * 5 + [1.0] * 17, "reward": [0.2] * 5 + [1.0] * 17}, ()),  # learned
+        # Learned, and not for long.
+        (
+            {
+                "tree/equal_rewards_frac": [0.0] * 5 + [1.0] * 17,
+                "reward": [0.2] * 5 + [1.0] * 17,
+                "reward_std": [0.4] * 5 + [0.0] * 17,
+            },
+            (),
+        ),
         ({"reward": [0.5, None] * 10}, ()),
         ({"rewards/second/mean": [0.5, None, None, None, None] * 4}, ()),  # functions of rare tasks
         ({"tree/finish_length_frac": [0.29] * 20}, ()),
@@ -175,6 +197,7 @@ def test_other_names_of_the_same_metrics() -> None:
     changes: dict[str, Values] = {
         "frac_reward_zero_std": [1.0] * 20,
         "reward": [0.0] * 20,
+        "reward_std": [0.0] * 20,
         "completions/clipped_ratio": [0.5] * 20,
         "sampling/sampling_logp_difference/mean": [0.7] * 20,
         "completions/mean_length": [10.0] * 10 + [20.0] * 10,

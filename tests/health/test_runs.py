@@ -46,12 +46,12 @@ def test_a_step_of_the_tree_log_by_hand(tmp_path: Path) -> None:
     run = logs_of_run(str(write_run(tmp_path, {3: lines})))
     assert run.sources == ["the tree log from step 4 to 4"]
     (log,) = run.logs
-    # Leaves of 4, 3 and 4 tokens with weights 1/4, 1/4 and 1/2, on 2 + 2 + 1 + 1 + 3 unique ones, in both trees.
+    # Leaves of 4, 3 and 4 tokens on 2 + 2 + 1 + 1 + 3 unique ones, in both trees; that of a fallback has no weight.
     assert log == pytest.approx(
         {
             "step": 4,
             "completions/mean_length": 11 / 3,
-            "tree/mean_length": (4 + 3) / 4 + 4 / 2,
+            "tree/mean_length": (4 + 3) / 2,
             "tree/finish_length_frac": 1 / 3,
             "tree/finish_repetition_frac": 0.0,
             "tree/leaf_unique_ratio": 11 / 9,
@@ -86,7 +86,7 @@ def test_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert lines[1].startswith(
         "- step 5: the policy does not move: the learning rate was 0 in 5 logs one after the other"
     )
-    assert lines[2].startswith("Not logged, so not examined: too-hard, too-easy, held-out, cut, ")
+    assert lines[2].startswith("Not logged, so not examined: too-hard, too-easy, all-or-nothing, held-out, cut, ")
     assert lines[3] == "hard (the tree log from step 1 to 6): 2 findings."
     assert lines[4].startswith("- step 5: prompts are too hard")
     assert lines[5].startswith("- step 5: completions are cut off: 33% of the completions")
