@@ -41,6 +41,7 @@ check: setup
 docs: setup
 	$(BIN)/python docs/make_settings.py
 	$(BIN)/python docs/make_models.py
+	$(BIN)/python docs/make_health.py
 	$(BIN)/python docs/tree_picture.py
 	$(MAKE) site
 

@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("treepo_config",),
     ("turn_checks",),
     ("policy", "metrics", "tree_log", "prompt_stream", "checks", "reward_watch"),
-    ("tree_batch", "resume_point", "width_schedule", "viewer", "export"),
+    ("tree_batch", "resume_point", "width_schedule", "viewer", "export", "health"),
     ("trainer_turns",),
     ("batch_sampler",),
     ("dynamic_sampling",),
@@ -48,6 +48,13 @@ HEAVY_ALLOWED = {
     "evaluation.answers": set(),
     "evaluation.estimators": set(),
     "evaluation.intervals": {"numpy"},
+    "health": {"transformers"},
+    "health.history": set(),
+    "health.examination": set(),
+    "health.rules": set(),
+    "health.signs": set(),
+    "health.reward_signal": set(),
+    "health.runs": set(),
 }
 
 
@@ -128,6 +135,7 @@ def test_rooms_without_a_model_name_no_heavy_package(room: str) -> None:
         ("treepo_trl.turns", set()),
         ("treepo_trl.engines", set()),
         ("treepo_trl.evaluation", set()),
+        ("treepo_trl.health.rules", set()),
         ("treepo_trl.update.advantages", {"torch"}),
         ("treepo_trl.update.packing", {"torch"}),
     ],

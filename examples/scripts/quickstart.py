@@ -101,6 +101,7 @@ if __name__ == "__main__":
     seconds = time.perf_counter() - started
     after = accuracy()
     trainer.save_model(training_args.output_dir)
+    trainer.save_state()  # the logs, for `treepo-trl view --health`
     print(f"accuracy on {len(held_out)} held-out tasks after training: {after:.1%} (before: {before:.1%})")
     print(f"trained {trainer.state.global_step} steps in {seconds:.0f} s; results in {training_args.output_dir}")
 

@@ -82,6 +82,12 @@ def write_trees(records: list[TreeLogLine], output_dir: str, step: int, is_first
         _failing.discard(folder)
 
 
+def logged_steps(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """Step and file of each step in a training's tree log, in the order of steps."""
+    files = [path for path in Path(output_dir, "trees").glob("trees_*.jsonl") if path.stem[6:].isdecimal()]
+    return sorted((int(path.stem[6:]), path) for path in files)
+
+
 def read_trees(path: str | Path) -> Iterator[TreeLogLine | SampledLine]:
     """
     The lines of a tree log, or of an output of `treepo-trl sample`, each checked.

@@ -25,7 +25,9 @@ from .checkpoints import checkpoint_to_resume, only_training_in
 from .checks import NoStepIsAnError, check_arguments, check_datasets, check_rows, check_tokenizer
 from .dynamic_sampling import DynamicSampling, Rows, forget_stream
 from .evaluation.in_training import EvaluationMetrics
-from .metrics import replace_last
+from .health.callback import HealthCallback
+from .health.reward_signal import signal_metrics, signal_sums
+from .metrics import replace_last, sum_over_processes
 from .model_card import PAPER
 from .policy.engine import policy_engine_for
 from .policy.four_bit_base import write_quantization
@@ -122,7 +124,7 @@ class TreePOTrainer(GRPOTrainer):
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 reward_processing_classes=reward_processing_classes,
-                callbacks=[*(callbacks or []), NoStepIsAnError()],
+                callbacks=[*(callbacks or []), NoStepIsAnError(), HealthCallback()],
                 optimizers=optimizers,
                 quantization_config=quantization_config,
                 peft_config=peft_config,
@@ -310,6 +312,8 @@ class TreePOTrainer(GRPOTrainer):
 
     def _log_metrics(self, batch: TreeBatch, scaled_rewards: torch.Tensor, output: dict[str, torch.Tensor]) -> None:
         """Log what the batch has cost and shown, and how far the engine was from the policy."""
-        shown = self._batch_sampler.metrics(batch, scaled_rewards) | self.policy_engine.compare(output)
+        signal = signal_sums(batch.trees, scaled_rewards.view(len(batch.trees), -1).tolist())
+        shown = signal_metrics(sum_over_processes(signal, self.accelerator))
+        shown |= self._batch_sampler.metrics(batch, scaled_rewards) | self.policy_engine.compare(output)
         for name, value in shown.items():
             self._metrics["train"][name].append(value)

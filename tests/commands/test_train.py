@@ -23,6 +23,7 @@ from tests.support.sample_runs import as_flags, fail_to_build
 from treepo_trl import TreePOConfig
 from treepo_trl.commands.arguments import TreePOScriptArguments, options_parser
 from treepo_trl.commands.train import check_memory, load_reward_funcs, main
+from treepo_trl.commands.view import main as view
 from treepo_trl.memory import GIB
 
 
@@ -83,7 +84,8 @@ def arguments(model: str | None, **changes: Any) -> list[str]:
 
 
 def test_full_fine_tuning(folder: Path, tiny_model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main(arguments(tiny_model_dir, reward_funcs=["my_rewards.even", "my_rewards.short"], log_trees=True))
+    rewards = ["my_rewards.even", "my_rewards.short"]
+    main(arguments(tiny_model_dir, reward_funcs=rewards, log_trees=True, disable_tqdm=False))
     assert sys.modules["my_rewards"].calls == [4, 4]
     before = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype="float32")
     after = AutoModelForCausalLM.from_pretrained(folder / "out", dtype="float32")
@@ -91,7 +93,11 @@ def test_full_fine_tuning(folder: Path, tiny_model_dir: str, capsys: pytest.Capt
     assert max(changes) > 1e-4
     trees = [json.loads(line) for line in (folder / "out/trees/trees_000001.jsonl").read_text().splitlines()]
     assert len(trees) == 1
-    assert "Model saved to out." in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "Model saved to out." in output.out
+    assert "step 2/2  reward " in output.out + output.err
+    view(["out", "--health"])
+    assert capsys.readouterr().out.startswith("out (trainer_state.json up to step 2): no findings.")
 
 
 def test_config_file_and_evaluation(folder: Path, tiny_model_dir: str) -> None:

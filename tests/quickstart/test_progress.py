@@ -1,5 +1,7 @@
 """The line that a quickstart prints per step."""
 
+from typing import Any
+
 from treepo_trl.quickstart.progress import step_line
 
 
@@ -19,3 +21,12 @@ def test_step_line_when_more_was_decoded_than_is_in_leaves() -> None:
     # What a stop pattern cut off was decoded too; sharing still saved 100 - 80.
     logs = {"reward": 0.0, "tree/decoded_tokens": 110.0, "tree/leaf_tokens": 100.0, "tree/unique_tokens": 80.0}
     assert step_line(logs, 1, 1) == "step 1/1  reward 0.000  decoded 110 tokens  saved by sharing 20 (20%)"
+
+
+def test_step_line_of_an_evaluation() -> None:
+    assert step_line({"eval_reward": 0.5}, 7, 10) == "step  7/10  held-out reward 0.500"
+
+
+def test_step_line_without_any_reward() -> None:
+    logs: Any = {"reward": None, "step_time": 1.0}
+    assert step_line(logs, 7, 10) == "step  7/10  reward none  1.0 s"

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.paths import ROOT
 from treepo_trl import SegmentTree
+from treepo_trl.health import logs_of_run
 
 
 def test_quickstart_leaves_a_result_an_adapter_and_trees(small_model_dir: str, tmp_path: Path) -> None:
@@ -27,6 +28,7 @@ def test_quickstart_leaves_a_result_an_adapter_and_trees(small_model_dir: str, t
 
     result = json.loads((tmp_path / "quickstart.json").read_text())
     assert len(result["steps"]) == 2
+    assert logs_of_run(str(tmp_path)).sources == ["trainer_state.json up to step 2"]
     assert 0 <= result["accuracy_after"] <= 1
 
     model = AutoModelForCausalLM.from_pretrained(small_model_dir)

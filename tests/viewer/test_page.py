@@ -157,12 +157,16 @@ def test_fallbacks_and_answers_of_tools_are_marked(browser: Chrome, tmp_path: Pa
     trees, index = packed(run_folder(tmp_path / "run", {0: REWARDS[:1]}))
     view = json.loads(gzip.decompress(next(trees)))
     assert not list(trees)
-    view["nodes"][0]["is_sampled"] = False
+    view["nodes"][0] |= {"is_sampled": False, "answers": ["tool add: <b>3</b>"], "failures": 1}
+    view["nodes"][1]["calls"] = ["add({})"]
     write_page(tmp_path / "trees.html", [gzip.compress(json.dumps(view).encode())], index)
     load(browser, (tmp_path / "trees.html").as_uri())
     assert attributes(browser, ".node.fallback", "data-node") == ["3", "4"]
     assert attributes(browser, ".node.given", "data-node") == ["0"]
-    assert "not sampled" in browser.find_element(By.ID, "path").text
+    path = browser.find_element(By.ID, "path").text
+    assert "not sampled" in path
+    assert "1 failed call" in path
+    assert {"tool add: <b>3</b>", "add({})"} <= set(texts(browser, ".segment pre"))
 
 
 def test_trees_without_rewards(browser: Chrome, tmp_path: Path) -> None:

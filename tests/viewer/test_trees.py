@@ -103,6 +103,25 @@ def test_later_logs_may_say_that_a_segment_was_not_sampled() -> None:
     assert [view.get("is_sampled") for view in views] == [None, None, None, False, None]
 
 
+def test_calls_and_answers_of_turns() -> None:
+    from treepo_trl.viewer.trees import tree_view
+
+    line = logged_line(small_tree(), "Question", [0.0, 0.0, 0.0])
+    nodes = line["tree"]["nodes"]
+    function = {"name": "add", "arguments": {"a": 1, "b": "é"}}
+    calls = [{"type": "function", "function": function}, {"name": "bare", "arguments": "{}"}, "odd"]
+    nodes[0] |= {"messages": [{"role": "assistant", "content": "", "tool_calls": calls}], "num_calls": 3}
+    nodes[0]["num_failures"] = 2
+    given = [{"role": "tool", "name": "add", "content": "3"}, {"role": "user", "content": [{"type": "text"}]}, {}]
+    nodes[1] |= {"is_sampled": False, "messages": given}
+    nodes[2]["messages"] = [{"role": "assistant", "content": "its text is the segment's", "tool_calls": None}]
+    first, second, third, *_ = tree_view(line, None)["nodes"]  # pyright: ignore[reportArgumentType]
+    assert first.get("calls") == ['add({"a": 1, "b": "é"})', "bare({})", "odd"]
+    assert first.get("failures") == 2
+    assert second.get("answers") == ["tool add: 3", 'user: [{"type": "text"}]', ": "]
+    assert not {"calls", "answers", "failures"} & third.keys()
+
+
 def bytes_decoder(token_ids: list[int]) -> str:
     """A token per byte: characters are cut between segments."""
     return bytes(token_ids).decode("utf-8", errors="replace")

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import ProgressCallback
 from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 
 from treepo_trl.checkpoints import checkpoint_to_resume
 from treepo_trl.policy.starting_adapter import load_with_adapter
+from treepo_trl.quickstart import TreeProgressCallback
 from treepo_trl.sampling import TreeSamplingConfig
 from treepo_trl.treepo_config import TreePOConfig
 
@@ -63,8 +65,11 @@ def train(
             tools=tools,
             environment_factory=environment,
         )
+    if trainer.pop_callback(ProgressCallback) is not None:  # not there with `disable_tqdm` and in notebooks
+        trainer.add_callback(TreeProgressCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
+    trainer.save_state()  # the logs, for `treepo-trl view --health`
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

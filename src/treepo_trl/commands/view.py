@@ -1,4 +1,8 @@
-"""`treepo-trl view`: the trees of a tree log as a page for a browser, in a file or from a server on this machine."""
+"""
+`treepo-trl view`: the trees of a tree log as a page for a browser, in a file or from a server on this machine.
+
+With `--health`, what the logs of runs show, in words.
+"""
 
 import argparse
 import os
@@ -11,6 +15,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from treepo_trl.field_checks import Ranges, check_fields, check_text
+from treepo_trl.health import Examination, RunLogs, logs_of_run
 from treepo_trl.viewer import Decode, Index, Page, Source, find_sources, make_server, packed_trees
 
 from .arguments import options_parser
@@ -22,6 +27,7 @@ examples:
   treepo-trl view outputs/quickstart --out trees.html              # one file, to open or to send
   treepo-trl view outputs/first outputs/second --out both.html     # two runs side by side
   treepo-trl view outputs/long-run --serve                         # a large log, from this machine to this machine
+  treepo-trl view outputs/quickstart --health                      # what is wrong with the training, in words
 """
 
 _DEFAULT_OUT = "trees.html"
@@ -57,7 +63,11 @@ class ViewArguments:
 def main(argv: list[str]) -> None:
     """Run the command with the arguments after `treepo-trl view`."""
     with user_errors():
-        arguments, runs, is_served = _parsed(argv)
+        arguments, runs, is_served, is_health = _parsed(argv)
+        if is_health:
+            for logs in [logs_of_run(run) for run in runs]:
+                print(health_report(logs))
+            return
         sources = find_sources(runs)
         out = None if is_served else _new_file(arguments.out or _DEFAULT_OUT)
         decoders = load_decoders(sources, arguments.tokenizer)
@@ -72,10 +82,12 @@ def main(argv: list[str]) -> None:
         server.serve_forever()
 
 
-def _parsed(argv: list[str]) -> tuple[ViewArguments, list[str], bool]:
-    """Options, names of runs and files, and whether the page is served."""
+def _parsed(argv: list[str]) -> tuple[ViewArguments, list[str], bool, bool]:
+    """Options, names of runs and files, whether the page is served, and whether it is about health."""
     parser = options_parser("treepo-trl view", ViewArguments)
-    parser.usage = "treepo-trl view RUN_OR_FILE [RUN_OR_FILE ...] [--out FILE | --serve] [--config FILE] [options]"
+    parser.usage = (
+        "treepo-trl view RUN_OR_FILE [RUN_OR_FILE ...] [--out FILE | --serve | --health] [--config FILE] [options]"
+    )
     parser.description = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     runs_help = (
@@ -83,6 +95,7 @@ def _parsed(argv: list[str]) -> tuple[ViewArguments, list[str], bool]:
     )
     parser.add_argument("runs", nargs="*", metavar="RUN_OR_FILE", help=runs_help)
     parser.add_argument("--serve", action="store_true", help="Serve the page on this machine instead of writing it.")
+    parser.add_argument("--health", action="store_true", help="Print what the logs of the runs show, without a page.")
     arguments, rest = parser.parse_args_and_config(argv)
     runs = [rest.runs] if isinstance(rest.runs, str) else rest.runs
     if not runs:
@@ -93,7 +106,25 @@ def _parsed(argv: list[str]) -> tuple[ViewArguments, list[str], bool]:
         raise ValueError("`--serve` writes no file. Leave out `--out`, or `--serve`.")
     if arguments.port is not None and not rest.serve:
         raise ValueError("`--port` is for `--serve`. Add it, or leave out `--port`.")
-    return arguments, runs, bool(rest.serve)
+    if rest.health and (rest.serve or arguments != ViewArguments()):
+        raise ValueError(
+            "`--health` prints words and makes no page. Leave out `--health`, or the options of the page."
+        )
+    return arguments, runs, bool(rest.serve), bool(rest.health)
+
+
+def health_report(run: RunLogs) -> str:
+    """What the logs of a run show: a line for each illness, and what could not be told."""
+    examination = Examination()
+    lines = [f"- {finding}" for log in run.logs for finding in examination.add(log)]
+    missing = ", ".join(rule.name for rule in examination.without_data())
+    return "\n".join(
+        [
+            f"{run.name} ({', '.join(run.sources)}): {len(lines) or 'no'} finding{'s' * (len(lines) != 1)}.",
+            *lines,
+            *([f"Not logged, so not examined: {missing}."] if missing else []),
+        ]
+    )
 
 
 def _new_file(name: str) -> Path:

@@ -17,13 +17,18 @@ class TreeProgressCallback(ProgressCallback):
         **kwargs: object,
     ) -> None:
         """Print the line, where this process shows a bar at all."""
-        if state.is_world_process_zero and self.training_bar is not None and logs is not None and "reward" in logs:
+        if not state.is_world_process_zero or self.training_bar is None or logs is None:
+            return
+        if "reward" in logs or "eval_reward" in logs:
             self.training_bar.write(step_line(logs, state.global_step, state.max_steps))
 
 
 def step_line(logs: Mapping[str, float], step: int, max_steps: int) -> str:
-    """One step's reward, tokens decoded, tokens that sharing saved, and seconds."""
-    line = f"step {step:>{len(str(max_steps))}}/{max_steps}  reward {logs['reward']:.3f}"
+    """One step's reward, tokens decoded, tokens that sharing saved, and seconds; or the reward of an evaluation."""
+    line = f"step {step:>{len(str(max_steps))}}/{max_steps}  "
+    if "reward" not in logs:
+        return f"{line}held-out reward {_number(logs['eval_reward'])}"
+    line += f"reward {_number(logs['reward'])}"
     if "tree/decoded_tokens" in logs:
         decoded, in_leaves = logs["tree/decoded_tokens"], logs["tree/leaf_tokens"]
         saved = in_leaves - logs["tree/unique_tokens"]
@@ -31,3 +36,8 @@ def step_line(logs: Mapping[str, float], step: int, max_steps: int) -> str:
     if "step_time" in logs:
         line += f"  {logs['step_time']:.1f} s"
     return line
+
+
+def _number(value: float | None) -> str:
+    """A mean reward, which TRL logs as `None` where no completion was scored."""
+    return "none" if value is None else f"{value:.3f}"

@@ -5,6 +5,9 @@ const ENDS = {
   pattern: "the stop pattern",
   repetition: "it repeats itself",
   length: "the cap on its length, or on the tree's tokens",
+  turns: "a call too many",
+  overlong: "an answer that does not fit",
+  timeout: "a call that took too long",
 };
 
 function make(name, className, ...content) {
@@ -40,6 +43,7 @@ function facts(node) {
   if (isKnown(node.logprob)) found.push(`log-probability ${shownNumber(node.logprob)}`);
   if (node.wave) found.push(`fallback ${node.wave}`);
   if (node.is_sampled === false) found.push("not sampled: a tool's answer or another's message");
+  if (node.failures) found.push(`${node.failures} failed call${node.failures === 1 ? "" : "s"}`);
   return found.join(" · ");
 }
 
@@ -58,6 +62,8 @@ function showPath(box, title, tree, node, colourOf, query, isText, onPick) {
   for (const each of pathTo(tree, node)) {
     const name = `segment ${each.depth + 1} · ${facts(each)}`;
     const part = make("div", "segment", make("div", "quiet", name), marked(each.text, query));
+    for (const call of each.calls ?? []) part.append(make("div", "quiet", "calls"), marked(call, query));
+    for (const answer of each.answers ?? []) part.append(make("div", "quiet", "message"), marked(answer, query));
     part.style.borderLeftColor = colourOf(each);
     if (each === node) part.classList.add("selected");
     part.addEventListener("click", () => onPick(each));

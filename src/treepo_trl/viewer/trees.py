@@ -34,6 +34,12 @@ class NodeView(TypedDict):
     wave: NotRequired[int]
     is_sampled: NotRequired[bool]
     """Only if it is `False`: the segment is the answer of a tool, or another's message."""
+    calls: NotRequired[list[str]]
+    """Tool calls in the message that ends with the segment, as `name(arguments)`."""
+    answers: NotRequired[list[str]]
+    """Messages that a segment that was not sampled consists of, each with its role and name."""
+    failures: NotRequired[int]
+    """How many of the calls have failed."""
     finish: NotRequired[str]
     reward: NotRequired[float]
     advantage: NotRequired[float]
@@ -139,9 +145,38 @@ def _node_view(node: dict[str, Any], text: str) -> NodeView:
         view["wave"] = node["wave"]
     if not node.get("is_sampled", True):
         view["is_sampled"] = False
+    messages = node.get("messages", [])
+    if calls := [_call(call) for message in messages for call in _list(message.get("tool_calls"))]:
+        view["calls"] = calls
+    if messages and not node.get("is_sampled", True):
+        view["answers"] = [_answer(message) for message in messages]
+    if node.get("num_failures"):
+        view["failures"] = node["num_failures"]
     if node["finish_reason"] is not None:
         view["finish"] = node["finish_reason"]
     return view
+
+
+def _list(value: object) -> list[object]:
+    return cast("list[object]", value) if isinstance(value, list) else []
+
+
+def _call(call: object) -> str:
+    """A call of a message in the form of chat templates, in one line; of another form, as it is."""
+    function = cast("dict[str, object]", call).get("function", call) if isinstance(call, dict) else call
+    if not isinstance(function, dict) or "name" not in function:
+        return _shown(call)
+    named = cast("dict[str, object]", function)
+    return f"{named['name']}({_shown(named.get('arguments', {}))})"
+
+
+def _answer(message: dict[str, object]) -> str:
+    who = " ".join(str(message[key]) for key in ("role", "name") if message.get(key))
+    return f"{who}: {_shown(message.get('content', ''))}"
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _leaf_values(line: TreeLogLine | SampledLine, with_text: bool) -> Iterator[tuple[int, dict[str, object]]]:

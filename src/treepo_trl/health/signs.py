@@ -1,0 +1,275 @@
+"""
+The signs of illnesses: functions that look at the end of a history. Standard library only.
+
+None of them raises, whatever was logged. Each number is in a text of `rules.py` too, which takes it from here.
+"""
+
+import math
+from dataclasses import dataclass
+from statistics import fmean, median, variance
+
+from .history import History
+
+
+WINDOW = 5
+"""Logs over which a lasting state is averaged, at the end of the training and at its start."""
+EQUAL, ALL_EQUAL = 0.9, 0.95  # fractions of the prompts
+SOLVED = 20  # logs
+SPLIT = 0.25  # deviation of rewards, in units of their range
+CUT, REPEATED = 0.3, 0.2  # fractions of the completions
+SHARED = 1.1  # leaf tokens per unique token
+DISTANCE, NEAR = 0.1, 3  # nats per token, logs
+JUMP = 10  # times the median
+BEFORE, LEAST_BEFORE = 20, 10  # logs of that median
+GRADIENT = 1.0  # a norm
+KL, KL_JUMP = 1.0, 0.1  # nats per token
+ENTROPY_LOW, ENTROPY_HIGH = 0.1, 2.0  # times that at the start
+ENTROPY_RISE = 1.0  # nats per token
+HELD_OUT = 0.25  # deviations of the held-out reward
+LONGER, ERRORS = 1.5, 3  # times the length at the start; standard errors
+CORRELATION = 0.5
+GAIN = 0.1  # deviations of the reward
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """An illness in a history."""
+
+    seen: str
+    severity: float = 1.0
+    """Above 0. Twice as much is told of again."""
+
+
+# Windows
+
+
+def _last(values: list[float], count: int = WINDOW) -> float | None:
+    """Mean of the last values, `None` if there are not as many."""
+    return fmean(values[-count:]) if len(values) >= count else None
+
+
+def _start_and_end(values: list[float]) -> tuple[float, float] | None:
+    """Means of the first and of the last window, `None` while they overlap."""
+    return (fmean(values[:WINDOW]), fmean(values[-WINDOW:])) if len(values) >= 2 * WINDOW else None
+
+
+def _is_more_than_noise(values: list[float]) -> bool:
+    """Whether the last window is above the first one by several standard errors of their difference."""
+    start, end = values[:WINDOW], values[-WINDOW:]
+    error = math.sqrt((variance(start) + variance(end)) / WINDOW)
+    return fmean(end) - fmean(start) > ERRORS * error
+
+
+def _before(values: list[float]) -> float | None:
+    """Median of the values before the last one, `None` while they are few."""
+    return median(values[-BEFORE - 1 : -1]) if len(values) > LEAST_BEFORE else None
+
+
+# Rewards
+
+
+EQUAL_METRICS = ("tree/equal_rewards_frac", "frac_reward_zero_std")
+
+
+def _equal_rewards(history: History, count: int, least: float) -> str | None:
+    equal, reward = _last(history.known(*EQUAL_METRICS), count), _last(history.known("reward"), count)
+    if equal is None or reward is None or equal < least:
+        return None
+    seen = f"in {equal:.0%} of the prompts all completions had the same reward, over {count} logs"
+    return f"{seen}, at a mean reward of {reward:.3g}"
+
+
+def _scale(history: History) -> tuple[float, float]:
+    """Lowest reward and range of rewards, as far as the logs tell. 0 is taken for one of the rewards."""
+    rewards = history.known("reward")
+    mean, deviation = _last(rewards) or 0.0, _last(history.known("reward_std")) or 0.0
+    lowest = min(0.0, *rewards)
+    # Means do not show the range while all are low. Of rewards that are 0 or R, R is the second moment over the mean.
+    return lowest, max(0.0, *rewards, (mean**2 + deviation**2) / abs(mean) if mean else 0.0) - lowest
+
+
+def _is_high(reward: float, history: History) -> bool:
+    """Whether a mean reward is in the upper half of the range."""
+    lowest, extent = _scale(history)
+    return reward > lowest + extent / 2
+
+
+def _is_split(history: History) -> bool:
+    """Whether the rewards of different prompts differ much, beside their range."""
+    deviation = _last(history.known("reward_std"))
+    return bool(deviation) and deviation >= SPLIT * _scale(history)[1]
+
+
+def too_hard(history: History) -> Sighting | None:
+    seen, rewards = _equal_rewards(history, WINDOW, EQUAL), history.known("reward")
+    if seen is None or _is_split(history) or _is_high(fmean(rewards[-WINDOW:]), history):
+        return None
+    return Sighting(seen)
+
+
+def too_easy(history: History) -> Sighting | None:
+    rewards = history.known("reward")
+    # What was learned in this training was not too easy. It is told when nothing is left to learn for long.
+    was_high = bool(rewards) and _is_high(fmean(rewards[:WINDOW]), history)
+    seen = _equal_rewards(history, WINDOW if was_high else SOLVED, EQUAL)
+    if seen is None or _is_split(history) or not _is_high(fmean(rewards[-WINDOW:]), history):
+        return None
+    return Sighting(seen)
+
+
+def all_or_nothing(history: History) -> Sighting | None:
+    seen = _equal_rewards(history, WINDOW, ALL_EQUAL)
+    if seen is None or not _is_split(history) or _entropy_fall(history) is not None:
+        return None
+    return Sighting(f"{seen}, and prompts differ")
+
+
+def unscored(history: History) -> Sighting | None:
+    rewards = history.logged("reward")
+    if len(rewards) >= 2 and all(_is_missing(value) for value in rewards[-2:]):
+        return Sighting("no reward function scored any completion, in 2 logs one after the other", 2.0)
+    names = history.names("rewards/", "/mean")
+    silent = [name for name in names if _is_silent(history.logged(name))]
+    if not silent:
+        return None
+    words = ", ".join(name.removeprefix("rewards/").removesuffix("/mean") for name in silent)
+    return Sighting(f"{words} returned None for every completion of {WINDOW} logs", 0.5)
+
+
+def _is_silent(values: list[float | None]) -> bool:
+    return len(values) >= WINDOW and all(_is_missing(value) for value in values[-WINDOW:])
+
+
+def _is_missing(value: float | None) -> bool:
+    return value is None or math.isnan(value)
+
+
+def held_out_falls(history: History) -> Sighting | None:
+    held_out = _by_step(history, "eval_reward")
+    if len(held_out) < 3:
+        return None
+    best, top = max(held_out[:-2], key=lambda pair: pair[1])
+    now = max(value for _, value in held_out[-2:])
+    deviation = dict(_by_step(history, "eval_reward_std")).get(best, 0.0)
+    fall = (top - now) / (deviation or 1.0)
+    rewards, steps = history.known("reward"), history.steps("reward")
+    then = _last([value for value, step in zip(rewards, steps, strict=True) if step <= best])
+    end = _last(rewards)
+    if fall < HELD_OUT or then is None or end is None or end <= then:
+        return None
+    seen = (
+        f"since step {best} the reward rose from {then:.3g} to {end:.3g}, and the held-out reward fell from {top:.3g}"
+    )
+    return Sighting(f"{seen} to {now:.3g}", fall)
+
+
+def _by_step(history: History, name: str) -> list[tuple[int, float]]:
+    """Step and mean value of each evaluation: several datasets are logged at one step."""
+    values: dict[int, list[float]] = {}
+    for step, value in zip(history.steps(name), history.known(name), strict=True):
+        values.setdefault(step, []).append(value)
+    return [(step, fmean(each)) for step, each in values.items()]
+
+
+# Completions
+
+
+def cut(history: History) -> Sighting | None:
+    cut = _last(history.known("tree/finish_length_frac", "completions/clipped_ratio"))
+    if cut is None or cut < CUT:
+        return None
+    return Sighting(f"{cut:.0%} of the completions were cut at the cap on their length, over {WINDOW} logs", cut)
+
+
+def repeated(history: History) -> Sighting | None:
+    repeated = _last(history.known("tree/finish_repetition_frac"))
+    if repeated is None or repeated < REPEATED:
+        return None
+    return Sighting(f"{repeated:.0%} of the completions ended in a repetition, over {WINDOW} logs", repeated)
+
+
+def longer(history: History) -> Sighting | None:
+    known = history.known("tree/mean_length", "completions/mean_length")
+    lengths, rewards = _start_and_end(known), _start_and_end(history.known("reward"))
+    if lengths is None or rewards is None or lengths[1] < LONGER * lengths[0] or not _is_more_than_noise(known):
+        return None
+    seen = f"their mean length rose from {lengths[0]:.0f} to {lengths[1]:.0f} tokens"
+    severity = lengths[1] / max(lengths[0], 1.0)
+    correlation = _last(history.known("tree/length_reward_correlation"))
+    if correlation is not None and correlation >= CORRELATION:
+        seen += f", and the longer ones of a prompt get more reward (correlation {correlation:.2f})"
+        return Sighting(seen, severity)
+    deviation = _last(history.known("reward_std")) or 0.0
+    if rewards[1] - rewards[0] <= GAIN * deviation:
+        return Sighting(f"{seen}, and the reward went from {rewards[0]:.3g} to {rewards[1]:.3g}", severity)
+    return None
+
+
+def not_shared(history: History) -> Sighting | None:
+    ratio = _last(history.known("tree/leaf_unique_ratio"))
+    if ratio is None or ratio >= SHARED:
+        return None
+    return Sighting(f"a sampled token is in {ratio:.2f} completions on average, over {WINDOW} logs")
+
+
+# The update
+
+
+def engine_is_far(history: History) -> Sighting | None:
+    values = history.known("engine/logp_difference_mean", "sampling/sampling_logp_difference/mean")
+    distance = _last(values, NEAR)
+    if distance is None or distance <= DISTANCE:
+        return None
+    seen = f"its log-probabilities differ by {distance:.3f} nats per token, over {NEAR} logs"
+    return Sighting(seen, distance)
+
+
+def gradient_jumps(history: History) -> Sighting | None:
+    logged, known = history.logged("grad_norm"), history.known("grad_norm")
+    if logged and logged[-1] is not None and not math.isfinite(logged[-1]):
+        return Sighting(f"its norm is {logged[-1]}", math.inf)
+    before = _before([value for value in known if value > 0])  # equal rewards give none
+    if before is None or known[-1] <= max(JUMP * before, GRADIENT):
+        return None
+    return Sighting(f"its norm is {known[-1]:.3g}, and the median before was {before:.3g}", known[-1])
+
+
+def kl_jumps(history: History) -> Sighting | None:
+    known = history.known("kl")
+    level, before = _last(known, NEAR), _before(known)
+    if level is not None and level > KL:
+        return Sighting(f"it is {level:.3g} nats per token, over {NEAR} logs", level)
+    if before is not None and known[-1] > max(JUMP * before, KL_JUMP):
+        return Sighting(f"it is {known[-1]:.3g} nats per token, and the median before was {before:.3g}", known[-1])
+    return None
+
+
+def _entropy_fall(history: History) -> tuple[float, float] | None:
+    entropy = _start_and_end(history.known("entropy"))
+    return entropy if entropy is not None and entropy[1] < ENTROPY_LOW * entropy[0] else None
+
+
+def entropy_collapses(history: History) -> Sighting | None:
+    fall, equal = _entropy_fall(history), _equal_rewards(history, WINDOW, ALL_EQUAL)
+    # Of a task that is solved, the entropy is low too. Then the rewards of different prompts are equal as well.
+    if fall is None or equal is None or not _is_split(history):
+        return None
+    return Sighting(f"it fell from {fall[0]:.3g} to {fall[1]:.3g} nats per token, and {equal}")
+
+
+def entropy_explodes(history: History) -> Sighting | None:
+    entropy = _start_and_end(history.known("entropy"))
+    if entropy is None or entropy[1] < max(ENTROPY_HIGH * entropy[0], entropy[0] + ENTROPY_RISE):
+        return None
+    return Sighting(f"it rose from {entropy[0]:.3g} to {entropy[1]:.3g} nats per token", entropy[1])
+
+
+def not_moving(history: History) -> Sighting | None:
+    rates = history.known("learning_rate")
+    if len(rates) >= WINDOW and not any(rates[-WINDOW:]):
+        return Sighting(f"the learning rate was 0 in {WINDOW} logs one after the other")
+    gradients = history.known("grad_norm", "loss")
+    equal = _last(history.known(*EQUAL_METRICS))
+    if len(gradients) < WINDOW or any(gradients[-WINDOW:]) or (equal is not None and equal >= EQUAL):
+        return None
+    return Sighting(f"the gradient was 0 in {WINDOW} logs one after the other, though rewards differ")

@@ -1,0 +1,77 @@
+"""The loggers of transformers and TRL, real ones, on this machine: what a training with trees writes to them."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from tests.support.paths import ROOT
+
+
+REWARDS = """
+def even(completion_ids, **kwargs):
+    return [sum(t % 2 == 0 for t in ids) / len(ids) for ids in completion_ids]
+"""
+SETTINGS = {
+    "dataset_name": "data.jsonl",
+    "reward_funcs": ["my_rewards.even"],
+    "output_dir": "out",
+    "report_to": ["trackio", "tensorboard"],
+    "project": "trees",
+    "run_name": "first",
+    "log_completions": True,
+    "use_cpu": True,
+    "bf16": False,
+    "max_steps": 2,
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 8,
+    "segment_length": 4,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "gradient_checkpointing": False,
+    "dtype": "float32",
+}
+
+
+def test_metrics_and_completions_reach_trackio_and_tensorboard(tmp_path: Path, tiny_model_dir: str) -> None:
+    pytest.importorskip("trackio")
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(8)))
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model_name_or_path": tiny_model_dir, **SETTINGS}))
+    command = [sys.executable, "-m", "treepo_trl.cli", "train", "--config", "config.yaml"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+    }
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+    history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    names = {f"train/{name}" for name in history[0] if name != "step"}
+    assert {"train/tree/leaf_unique_ratio", "train/tree/equal_rewards_frac", "train/reward"} <= names
+
+    reader = events.EventAccumulator(str(next((tmp_path / "out/runs").iterdir())))
+    reader.Reload()
+    assert names <= set(reader.Tags()["scalars"])
+    values = [scalar.value for scalar in reader.Scalars("train/tree/leaf_unique_ratio")]
+    assert values == pytest.approx([log["tree/leaf_unique_ratio"] for log in history[:2]])
+
+    with closing(sqlite3.connect(tmp_path / "trackio/trees.db")) as database:
+        rows = [json.loads(row) for (row,) in database.execute("SELECT metrics FROM metrics WHERE run_name = 'first'")]
+    assert names <= {name for row in rows for name in row}
+    assert [row["train/tree/leaf_unique_ratio"] for row in rows if "train/reward" in row] == pytest.approx(values)
+    assert sum("completions" in row for row in rows) == 3  # a table per log, that at the end included
+
+    tables = [pd.read_parquet(file) for file in sorted((tmp_path / "out/completions").iterdir())]
+    assert [len(table) for table in tables] == [8, 8]
+    assert {"prompt", "completion", "even", "advantage"} <= set(tables[0].columns)

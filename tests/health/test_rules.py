@@ -1,0 +1,291 @@
+"""Each illness by hand: a healthy training in which some metrics are changed, and the step at which it is told."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treepo_trl.health import RULES, Examination, Finding
+
+
+HEALTHY: dict[str, float] = {
+    "loss": 0.01,
+    "grad_norm": 0.2,
+    "learning_rate": 1e-5,
+    "kl": 0.05,
+    "entropy": 0.6,
+    "reward": 0.5,
+    "reward_std": 0.5,
+    "rewards/first/mean": 0.5,
+    "rewards/second/mean": 0.5,
+    "tree/equal_rewards_frac": 0.4,
+    "tree/length_reward_correlation": -0.1,
+    "tree/mean_length": 100.0,
+    "tree/finish_length_frac": 0.1,
+    "tree/finish_repetition_frac": 0.0,
+    "tree/leaf_unique_ratio": 1.3,
+    "engine/logp_difference_mean": 0.03,
+}
+
+Values = Sequence[float | None]
+
+
+def findings_of(changes: dict[str, Values], without: Sequence[str] = ()) -> list[Finding]:
+    """What is told of a healthy training of 20 logs or more, one per step, with these metrics in place of its own."""
+    count = max([20, *map(len, changes.values())])
+    examination = Examination()
+    found = []
+    for i in range(count):
+        log: dict[str, Any] = {name: value for name, value in HEALTHY.items() if name not in without}
+        for name, values in changes.items():
+            if i < len(values):
+                log[name] = values[i]
+        found += examination.add({**log, "step": i + 1})
+    return found
+
+
+ALL_EQUAL: dict[str, Values] = {"tree/equal_rewards_frac": [1.0] * 20, "reward_std": [0.0] * 20}
+
+CASES: list[tuple[str, dict[str, Values], int, str]] = [
+    # (4 * 0.85 + 1.0) / 5 = 0.88 in the window that ends at step 11, (3 * 0.85 + 2 * 1.0) / 5 = 0.91 in the next.
+    (
+        "too-hard",
+        {"tree/equal_rewards_frac": [0.85] * 10 + [1.0] * 10, "reward": [0.0] * 20, "reward_std": [0.0] * 20},
+        12,
+        "in 91% of the prompts all completions had the same reward, over 5 logs, at a mean reward of 0.",
+    ),
+    ("too-hard", {**ALL_EQUAL, "reward": [-1.0] * 20}, 5, "at a mean reward of -1."),
+    # Of rewards 0 and 1, one in 50: their deviation is (0.02 * 0.98) ** 0.5 = 0.14.
+    (
+        "too-hard",
+        {"tree/equal_rewards_frac": [0.95] * 20, "reward": [0.02] * 20, "reward_std": [0.14] * 20},
+        5,
+        "0.02.",
+    ),
+    ("too-easy", {**ALL_EQUAL, "reward": [1.0] * 20}, 5, "at a mean reward of 1."),
+    ("all-or-nothing", {"tree/equal_rewards_frac": [0.97] * 20}, 5, "at a mean reward of 0.5, and prompts differ."),
+    # Learned first: at step 23, 18 of the last 20 logs are equal.
+    (
+        "too-easy",
+        {
+            "tree/equal_rewards_frac": [0.0] * 5 + [1.0] * 20,
+            "reward": [0.2] * 5 + [1.0] * 20,
+            "reward_std": [0.4] * 5 + [0.0] * 20,
+        },
+        23,
+        "in 90% of the prompts all completions had the same reward, over 20 logs",
+    ),
+    ("unscored", {"reward": [0.5] * 10 + [None] * 10}, 12, "no reward function scored any completion"),
+    ("unscored", {"reward": [math.nan] * 20}, 2, "no reward function scored any completion"),
+    (
+        "unscored",
+        {"rewards/second/mean": [0.5] * 6 + [None] * 5},
+        11,
+        "second returned None for every completion of 5 logs",
+    ),
+    ("cut", {"tree/finish_length_frac": [0.1] * 10 + [0.6] * 2}, 12, "30% of the completions were cut"),
+    ("repetition", {"tree/finish_repetition_frac": [0.0] * 10 + [1.0] * 1}, 11, "20% of the completions ended in a"),
+    # Windows of 5: from 100 at the start to (100 + 4 * 200) / 5 = 180, with an error of (2000 / 5) ** 0.5 = 20.
+    # A step before, 160 with an error of 24.5 is not yet 3 of them longer.
+    (
+        "length",
+        {"tree/mean_length": [100.0] * 10 + [200.0] * 10},
+        14,
+        "rose from 100 to 180 tokens, and the reward went from 0.5 to 0.5.",
+    ),
+    (
+        "length",
+        {
+            "tree/mean_length": [100.0] * 10 + [200.0] * 10,
+            "tree/length_reward_correlation": [0.75] * 20,
+            "reward": [0.2] * 10 + [0.9] * 10,
+        },
+        14,
+        "the longer ones of a prompt get more reward (correlation 0.75).",
+    ),
+    ("no-sharing", {"tree/leaf_unique_ratio": [1.0] * 20}, 5, "a sampled token is in 1.00 completions on average"),
+    ("engine", {"engine/logp_difference_mean": [0.03] * 5 + [0.18] * 2}, 7, "differ by 0.130 nats per token"),
+    ("gradient", {"grad_norm": [0.2] * 15 + [2.5]}, 16, "its norm is 2.5, and the median before was 0.2."),
+    ("gradient", {"grad_norm": [0.2, math.nan]}, 2, "its norm is nan."),
+    ("kl", {"kl": [0.02] * 15 + [0.3]}, 16, "it is 0.3 nats per token, and the median before was 0.02."),
+    ("kl", {"kl": [0.1] * 5 + [1.6] * 15}, 7, "it is 1.1 nats per token, over 3 logs."),
+    (
+        "entropy-low",
+        {"entropy": [0.6] * 10 + [0.04] * 10, "tree/equal_rewards_frac": [0.4] * 10 + [0.97] * 10},
+        15,
+        "it fell from 0.6 to 0.04 nats per token, and in 97% of the prompts all completions had the same reward",
+    ),
+    # (3 * 0.6 + 2 * 3.0) / 5 = 1.56 is below 0.6 + 1, and (2 * 0.6 + 3 * 3.0) / 5 = 2.04 is not.
+    ("entropy-high", {"entropy": [0.6] * 10 + [3.0] * 3}, 13, "it rose from 0.6 to 2.04 nats per token."),
+    ("not-moving", {"grad_norm": [0.0] * 20}, 5, "the gradient was 0 in 5 logs one after the other"),
+    ("not-moving", {"learning_rate": [0.0] * 20}, 5, "the learning rate was 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "step", "seen"), CASES)
+def test_an_illness_is_told_once_at_the_step_that_shows_it(
+    name: str, changes: dict[str, Values], step: int, seen: str
+) -> None:
+    first, *more = findings_of(changes)
+    assert (first.rule.name, first.step) == (name, step)
+    assert seen in f"{first.seen}."
+    assert str(first) == (
+        f"step {step}: {first.rule.illness}: {first.seen}. Usual: {first.rule.usual}. Look at {first.rule.look_at}."
+    )
+    assert {finding.rule.name for finding in more} <= {name}
+
+
+def test_every_rule_has_an_illness() -> None:
+    assert {name for name, *_ in CASES} | {"held-out"} == {rule.name for rule in RULES}
+    assert len({rule.name for rule in RULES}) == len(RULES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "without"),
+    [
+        ({}, ()),
+        ({"tree/equal_rewards_frac": [0.89] * 20, "reward": [0.0] * 20}, ()),
+        # Learned, and not for long.
+        (
+            {
+                "tree/equal_rewards_frac": [0.0] * 5 + [1.0] * 17,
+                "reward": [0.2] * 5 + [1.0] * 17,
+                "reward_std": [0.4] * 5 + [0.0] * 17,
+            },
+            (),
+        ),
+        ({"reward": [0.5, None] * 10}, ()),
+        ({"rewards/second/mean": [0.5, None, None, None, None] * 4}, ()),  # functions of rare tasks
+        ({"tree/finish_length_frac": [0.29] * 20}, ()),
+        ({"completions/clipped_ratio": [1.0] * 20}, ()),  # a stop pattern is no end token, and no cut either
+        ({"tree/mean_length": [100.0] * 10 + [300.0] * 10, "reward": [0.2] * 10 + [0.9] * 10}, ()),
+        ({"tree/mean_length": [10.0, 100.0, 20.0, 90.0, 30.0, 100.0, 200.0] * 3}, ()),  # noise
+        ({"tree/leaf_unique_ratio": [1.11] * 20}, ()),
+        ({"sampling/sampling_logp_difference/mean": [0.7] * 20}, ()),  # the engine's own metric is there
+        ({"grad_norm": [0.2] * 9 + [2.5]}, ()),  # too few before it
+        ({"grad_norm": [0.0, 0.3] * 10 + [1.4]}, ()),  # none where rewards are equal
+        ({"grad_norm": [0.01] * 15 + [0.9]}, ()),  # a small one, however large beside those before
+        ({"kl": [0.001] * 15 + [0.09]}, ()),
+        # A task that is solved: almost no entropy, almost all rewards equal and 1.
+        (
+            {
+                "entropy": [0.6] * 10 + [0.01] * 10,
+                "reward": [0.3] * 5 + [0.97] * 15,
+                "reward_std": [0.5] * 5 + [0.17] * 15,
+                "tree/equal_rewards_frac": [0.4] * 5 + [0.88] * 15,
+            },
+            (),
+        ),
+        # Of the rest the completions are sure too, and not always right.
+        ({"entropy": [0.6] * 10 + [0.01] * 10, "tree/equal_rewards_frac": [0.4] * 10 + [0.94] * 10}, ()),
+        ({"entropy": [0.6] * 10 + [0.01] * 10}, ()),  # completions still differ
+        ({"entropy": [0.05] * 10 + [0.9] * 10}, ()),  # 18 times as much, and not a nat more
+        ({"learning_rate": [1e-5] * 16 + [0.0] * 4}, ()),
+        ({"grad_norm": [0.0] * 4 + [0.2]}, ()),
+    ],
+)
+def test_what_is_no_illness(changes: dict[str, Values], without: Sequence[str]) -> None:
+    assert [str(finding) for finding in findings_of(changes, without)] == []
+
+
+def test_other_names_of_the_same_metrics() -> None:
+    """Of stock GRPOTrainer, and of a run without the check of the engine."""
+    trees = [name for name in HEALTHY if name.startswith(("tree/", "engine/"))]
+    changes: dict[str, Values] = {
+        "frac_reward_zero_std": [1.0] * 20,
+        "reward": [0.0] * 20,
+        "reward_std": [0.0] * 20,
+        "completions/clipped_ratio": [0.5] * 20,
+        "sampling/sampling_logp_difference/mean": [0.7] * 20,
+        "completions/mean_length": [10.0] * 10 + [20.0] * 10,
+    }
+    assert [finding.rule.name for finding in findings_of(changes, trees)] == ["engine", "too-hard", "cut", "length"]
+
+
+# Held-out rewards
+
+
+def evaluated(held_out: Sequence[float], rewards: Sequence[float], deviation: float = 0.4) -> list[Finding]:
+    """A training of 5 steps before each evaluation, with the mean reward that is given for them."""
+    examination = Examination()
+    found = []
+    for i, (value, reward) in enumerate(zip(held_out, rewards, strict=True)):
+        for step in range(5 * i + 1, 5 * i + 6):
+            found += examination.add({**HEALTHY, "reward": reward, "step": step})
+        found += examination.add({"eval_reward": value, "eval_reward_std": deviation, "step": 5 * i + 5})
+    return found
+
+
+def test_a_held_out_reward_that_falls_while_the_reward_rises() -> None:
+    # 0.25 deviations are 0.1: the last two are 0.12 and 0.15 below the best, which is that of step 10.
+    (finding,) = evaluated([0.4, 0.6, 0.48, 0.45], [0.4, 0.5, 0.6, 0.7])
+    assert (finding.rule.name, finding.step) == ("held-out", 20)
+    assert finding.seen == (
+        "since step 10 the reward rose from 0.5 to 0.7, and the held-out reward fell from 0.6 to 0.48"
+    )
+
+
+@pytest.mark.parametrize(
+    ("held_out", "rewards"),
+    [
+        ([0.4, 0.6, 0.45, 0.55], [0.4, 0.5, 0.6, 0.7]),  # one bad evaluation
+        ([0.4, 0.6, 0.48, 0.45], [0.4, 0.5, 0.5, 0.5]),  # both stand still or fall: another illness
+        ([0.6, 0.45], [0.4, 0.5]),
+    ],
+)
+def test_held_out_rewards_that_vary(held_out: list[float], rewards: list[float]) -> None:
+    assert evaluated(held_out, rewards) == []
+
+
+def test_several_held_out_sets_are_averaged() -> None:
+    examination = Examination()
+    for step, values in [(1, (0.0, 1.0)), (2, (0.5, 0.5)), (3, (1.0, 0.0))]:
+        for value in values:
+            assert examination.add({"eval_reward": value, "reward": 0.1 * step, "step": step}) == []
+
+
+# Once, and again
+
+
+def test_an_illness_is_told_again_when_it_is_twice_as_bad() -> None:
+    distances = [0.2] * 5 + [0.39] * 5 + [0.41] * 5 + [0.9] * 5
+    found = findings_of({"engine/logp_difference_mean": distances})
+    # Means of three: 0.2 from step 3 on, (0.39 + 2 * 0.41) / 3 = 0.403 at step 12, and (0.41 + 2 * 0.9) / 3 = 0.737 is
+    # not yet twice as much.
+    assert [finding.step for finding in found] == [3, 12, 18]
+
+
+def test_an_illness_that_comes_back_is_not_told_again() -> None:
+    assert len(findings_of({"tree/leaf_unique_ratio": ([1.0] * 5 + [1.5] * 5) * 2})) == 1
+
+
+def test_rules_without_data_are_named() -> None:
+    examination = Examination()
+    examination.add({"reward": 1.0, "rewards/first/mean": 1.0, "entropy": 0.5, "step": 1})
+    assert {rule.name for rule in RULES} - {rule.name for rule in examination.without_data()} == {
+        "unscored",
+        "entropy-low",
+        "entropy-high",
+    }
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.text(max_size=3),
+    st.sampled_from([0, 0.0, -1.0, 1e-300, 1e308, -1e308, math.inf, -math.inf, math.nan, 10**400]),
+    st.floats(),
+)
+NAMES = sorted({*HEALTHY, "eval_reward", "eval_reward_std", "frac_reward_zero_std", "step"})
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES), min_size=12, max_size=16))
+def test_no_log_is_an_error(logs: list[dict[str, Any]]) -> None:
+    examination = Examination()
+    for log in logs:
+        for finding in examination.add(log):
+            assert "\n" not in str(finding)
