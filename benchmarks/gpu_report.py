@@ -13,6 +13,7 @@ as long as the code and the versions are the same. A part that fails leaves its 
 """
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -106,10 +107,19 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     """Run what is missing, or write the page."""
     options = parse_options()
-    if options.render:
-        options.page.write_text(render(options.data, STAGES))
-        say(f"{options.page}")
-        return
+    try:
+        if options.render:
+            options.page.write_text(render(options.data, STAGES))
+            say(f"{options.page}")
+        else:
+            run_stages(options)
+    except ValueError as error:  # a file of a stage that is none
+        raise SystemExit(str(error)) from None
+
+
+def run_stages(options: argparse.Namespace) -> None:
+    """Run what the card at hand has no files of."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no part is left running
     processes = Processes(OUTPUTS / "gpu_report/logs", options.smoke)
     machine = machine_of(processes)
     if machine["card"] == "CPU" and not options.smoke:

