@@ -16,7 +16,7 @@ import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, Required, TypedDict, cast
 
 from benchmarks.common import OUTPUTS
 
@@ -36,7 +36,7 @@ _PRELOADED = ["peft", "datasets", "treepo_trl.treepo_trainer", "vllm.entrypoints
 class Outcome(TypedDict, total=False):
     """What became of a case."""
 
-    rows: dict[str, list[float | str]]
+    rows: Required[dict[str, list[float | str]]]
     """Values of each row in the order in which they came; also those from before a failure."""
     seconds: float
     failed: str

@@ -202,15 +202,36 @@ def test_what_is_no_file_of_a_stage_is_named(content: str, message: str, tmp_pat
     assert str(path) in str(error.value)
 
 
+def test_the_script_names_a_broken_file_and_writes_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card/kernels.json").write_text("{")
+    page = tmp_path / "page.md"
+    arguments = ["gpu_report", "--render", "--data", str(tmp_path), "--page", str(page)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match=r"kernels\.json is no JSON .* Remove it"):
+        gpu_report.main()
+    assert not page.exists()
+
+
 def test_the_committed_page_is_that_of_the_committed_files() -> None:
     page = render(gpu_report.DATA, STAGES)
     assert gpu_report.PAGE.read_text() == page, "`python -m benchmarks.gpu_report --render`"
-    assert page.count("Not measured yet.") == 0 or "`make gpu-report`" in page
+    assert ("**Not measured yet.** Run `make gpu-report`" in page) == (not list(gpu_report.DATA.glob("*/*.json")))
 
 
 def test_no_committed_figure_is_a_toy() -> None:
     for path in gpu_report.DATA.glob("*/*.json"):
         assert not files.read(path)["smoke"]
+
+
+def test_parts_have_names_of_their_own_and_checkpoints_that_can_be_written() -> None:
+    from benchmarks.random_models import MODELS
+
+    for stage in STAGES:
+        for smoke in (False, True):
+            cases = stage.cases(smoke)
+            assert len({case.name for case in cases}) == len(cases) > 0
+            assert {case.architecture for case in cases} <= {None, *MODELS}
 
 
 def test_every_recipe_has_a_model_of_its_size() -> None:

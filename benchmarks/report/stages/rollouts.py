@@ -13,7 +13,7 @@ def sample(record: Record, model: str, label: str, prompts: int, options: list[s
     base = None
     for lengths in args.lengths:
         for way, result in rollout.compare(bench, lengths, args):
-            prefix = f"{label}, {prompts} prompts, {lengths}, {way}"
+            prefix = f"{label}, {in_words(prompts)}, {lengths}, {way}"
             if way == "independent":
                 base = result
             elif base is not None:
@@ -23,6 +23,11 @@ def sample(record: Record, model: str, label: str, prompts: int, options: list[s
                 record(f"{prefix}: of what its tokens allow", speed * tokens)
             record(f"{prefix}: trajectories/s", result.leaves_per_second)
             record(f"{prefix}: tokens decoded/trajectory", result.decoded_tokens_per_leaf)
+
+
+def in_words(prompts: int) -> str:
+    """How many prompts."""
+    return "1 prompt" if prompts == 1 else f"{prompts} prompts"
 
 
 def cases(smoke: bool) -> list[Case]:
@@ -36,7 +41,7 @@ def cases(smoke: bool) -> list[Case]:
     sizes = [("0.5B", 1), ("0.5B", 8), ("0.5B", 64), ("1.5B", 8), ("7B", 8)]
     return [
         Case(
-            f"{label}, {prompts} prompts",
+            f"{label}, {in_words(prompts)}",
             sample,
             {"label": label, "prompts": prompts, "options": options},
             f"qwen2.5-{label.lower()}",

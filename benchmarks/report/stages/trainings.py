@@ -1,6 +1,5 @@
 """Whole steps of a training: memory with a shared base, recipes against their plans, seconds against stock TRL."""
 
-import argparse
 import re
 from pathlib import Path
 
@@ -14,6 +13,7 @@ RECIPE, ARCHITECTURE = "qwen2.5-1.5b-lora-12gb", "qwen2.5-1.5b"
 TOY = ["--architecture", "tiny", "--leaves", "4", "--length", "16", "--trees", "1", "--steps", "1"]
 ON_TRANSFORMERS = ["--engine", "transformers"]  # vLLM for CPUs takes no weights from stock TRL, and starts slowly
 T4_GIB = 16
+FOR_MANY_CARDS = {"paper-qwen2.5-7b": "full training of 7B in float32 is sharded over many cards"}
 
 
 def steps(record: Record, model: str, way: str, label: str, seed: int, options: list[str]) -> None:
@@ -28,19 +28,18 @@ def steps(record: Record, model: str, way: str, label: str, seed: int, options: 
         record(f"{label}: GiB at most, {part}", gib)
 
 
-def recipe(record: Record, name: str, architecture: str, model: str, smoke: bool) -> None:
+def recipe(record: Record, name: str, architecture: str, smoke: bool, model: str = "") -> None:
     """Peak of two steps of a recipe on a card of its size, and what the plan says."""
     from benchmarks import memory
 
+    if name in FOR_MANY_CARDS:
+        raise CannotRunError(FOR_MANY_CARDS[name])
     has = _card_gib()
     wants = recipe_gib(name) or has
-    if has < wants:
+    if has < 0.9 * wants:  # what is sold as 12, 16 or 24 GB has up to a tenth less
         raise CannotRunError(f"the recipe is for {wants} GiB, the card has {has:.1f}")
-    given = ["--recipe", name, "--architecture", architecture, "--card_gib", f"{wants}"]
+    given = ["--recipe", name, "--architecture", architecture, "--card_gib", f"{min(wants, has)}"]
     args = memory.parse_options([*given, *([*TOY, *ON_TRANSFORMERS] if smoke else ["--as_it_stands"])])
-    problems = planned_problems(args, model)
-    if problems:
-        raise CannotRunError(problems[0].partition(":")[0])
     measured = memory.measure("treepo", args, model)
     peak, planned = max(measured["peaks"].values()), measured["planned"]
     record(f"{name}: GiB at most", peak)
@@ -49,16 +48,6 @@ def recipe(record: Record, name: str, architecture: str, model: str, smoke: bool
         record(f"{name}: measured over planned", peak / planned)
     for value in measured["seconds"]:
         record(f"{name}: s per step", value)
-
-
-def planned_problems(args: argparse.Namespace, model: str) -> list[str]:
-    """Why the plan says that a recipe does not fit."""
-    from benchmarks import memory
-    from treepo_trl.memory import plan_memory
-
-    training_args, model_args = memory.parse_recipe("treepo", args, model)
-    config = memory.MODELS[args.architecture]
-    return plan_memory(config, training_args, model_args, args.card_gib * memory.GIB).problems()
 
 
 def _card_gib() -> float:
@@ -90,11 +79,11 @@ def recipe_cases(smoke: bool) -> list[Case]:
     if smoke:
         given = {"name": RECIPE, "architecture": "tiny", "smoke": True}
         return [Case(RECIPE, recipe, given, "tiny")]
-    cases = []
+    cases: list[Case] = []
     for path in sorted((ROOT / "examples/cli_configs").glob("*.yaml")):
         architecture = architecture_of(path)
         given = {"name": path.stem, "architecture": architecture, "smoke": False}
-        cases.append(Case(path.stem, recipe, given, architecture))
+        cases.append(Case(path.stem, recipe, given, None if path.stem in FOR_MANY_CARDS else architecture))
     return cases
 
 
@@ -131,7 +120,7 @@ SHARED_BASE = Stage(
     title="One copy of the base",
     about="""\
 Two trees of 16 leaves of at most 1024 tokens with the 1.5B recipe (`benchmarks.memory`). GiB are all that is in use
-on the card. An engine that does not sleep takes its share of the card, so sharing shows as room in its cache.""",
+on the card.""",
     cases=shared_cases,
 )
 RECIPES = Stage(
@@ -139,7 +128,8 @@ RECIPES = Stage(
     title="Recipes: peak against plan",
     about="""\
 Two steps of each recipe in `examples/cli_configs`, with its own batch and random weights, whose completions are as
-long as they may be. A recipe for a smaller card gets that card's memory.""",
+long as they may be. A recipe for a smaller card gets that card's memory. The plan of the quickstart is for prompts
+as long as its engine takes, which these are not.""",
     cases=recipe_cases,
 )
 STEP = Stage(
