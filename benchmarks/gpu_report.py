@@ -109,6 +109,7 @@ def main() -> None:
     options = parse_options()
     try:
         if options.render:
+            options.page.parent.mkdir(parents=True, exist_ok=True)
             options.page.write_text(render(options.data, STAGES))
             say(f"{options.page}")
         else:

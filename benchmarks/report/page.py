@@ -23,7 +23,7 @@ make gpu-report
 
 This runs the stages below on the card at hand and writes this page. A stage takes at most 8 minutes at a time. What
 it has finished is kept, so a report may take several visits, and several cards. Models have random weights of the
-sizes named, or are the packaged SmolLM2-135M-Instruct; nothing is downloaded. The checkpoints take 28 GB of disk.
+sizes named, or are the packaged SmolLM2-135M-Instruct; nothing is downloaded. Checkpoints take 28 GB in `outputs/`.
 
 ```sh
 {COMMAND} --stages kernels rollout   # these stages alone

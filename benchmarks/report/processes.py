@@ -6,6 +6,7 @@ starts from nothing. At toy size it is forked from one that has loaded the libra
 """
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -106,7 +107,7 @@ def _child(function: Any, arguments: dict[str, Any], results: Path, log: Path) -
             file.flush()
 
         try:
-            function(record=lambda row, value: write(row=row, value=value), **arguments)
+            function(record=lambda row, value: write(row=row, value=_as_json(value)), **arguments)
             write(end="done")
         except CannotRunError as error:
             write(cannot_run=str(error))
@@ -116,6 +117,13 @@ def _child(function: Any, arguments: dict[str, Any], results: Path, log: Path) -
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # all is written, and an engine may hang when the interpreter takes it apart
+
+
+def _as_json(value: float | str) -> float | str:
+    """A number, or a text; what is not finite is a text, since it has no place in a median."""
+    if isinstance(value, str):
+        return value
+    return float(value) if math.isfinite(value) else str(float(value))
 
 
 def _outcome(results: Path, log: Path, exit_code: int | None, limit: float) -> Outcome:

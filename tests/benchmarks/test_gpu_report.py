@@ -5,6 +5,7 @@ No model library is imported above, since the processes of parts import this fil
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def hangs(record: Any) -> None:
     ("case", "limit", "outcome"),
     [
         (Case("a", measures, {"value": 3.0}), 60, {"rows": {"speed: m/s": [3.0]}}),
+        (Case("a", measures, {"value": math.nan}), 60, {"rows": {"speed: m/s": ["nan"]}}),
         (Case("b", fails), 60, {"rows": {"speed: m/s": [1.0]}, "failed": "RuntimeError: the / last line"}),
         (
             Case("c", dies),
