@@ -18,7 +18,10 @@ def cases(smoke: bool) -> list[Case]:
     """Each way with each seed; then the engine's speed on 4-bit weights, and on weights that are written out."""
     if smoke:
         toy = ["--steps", "1", "--length", "4"]
-        return [Case("quantized, seed 0", drift, {"way": "quantized", "seed": 0, "options": toy}, "tiny")]
+        return [
+            Case(f"{way}, seed 0", drift, {"way": way, "seed": 0, "options": toy}, "tiny")
+            for way in ("stock TRL", "quantized")
+        ]
     ways = ["stock TRL", "quantized", "dequantized", "shared base"]
     speed = {"label": "7B in 4 bits", "options": ["--load_in_4bit", "--repeats", "5"]}
     return [
