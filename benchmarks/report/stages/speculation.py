@@ -10,43 +10,51 @@ SUFFIX = {"method": "suffix", "num_speculative_tokens": 8}
 PROMPT = [{"role": "user", "content": "Write the numbers from 1 to 200, each with its square, one per line."}]
 
 
+def settings(speculation: dict[str, Any] | None, steps: int, is_toy: bool) -> dict[str, Any]:
+    """Settings of the trainer: one tree of 16 leaves per step."""
+    import torch
+
+    from benchmarks.common import OUTPUTS, number_type
+
+    dtype, precision = number_type()
+    length, segment, longest = (16, 8, 128) if is_toy else (512, 64, 1024)
+    return {
+        "output_dir": str(OUTPUTS / "gpu_report/speculation"),
+        "use_cpu": not torch.cuda.is_available(),
+        **precision,
+        "report_to": [],
+        "save_strategy": "no",
+        "learning_rate": 0.0,
+        "logging_steps": 1,
+        "max_steps": steps,
+        "num_generations": 16,
+        "per_device_train_batch_size": 16,
+        "max_completion_length": length,
+        "segment_length": segment,
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": 0.3,
+        "vllm_max_model_length": longest,
+        "vllm_engine_kwargs": {"speculative_config": speculation} if speculation else {},
+        "model_init_kwargs": {"dtype": dtype},
+    }
+
+
 def grow(record: Record, label: str, speculation: dict[str, Any] | None, steps: int, model: str | None = None) -> None:
     """
     Trees of one prompt, sampled by a trainer at temperature 1; a learning rate of zero keeps the policy as it is.
 
     Without a `model` it is SmolLM2-135M-Instruct.
     """
-    import torch
     from datasets import Dataset
     from peft import LoraConfig
 
-    from benchmarks.common import OUTPUTS, number_type, seconds, small_model_folder
+    from benchmarks.common import seconds, small_model_folder
     from treepo_trl import TreePOConfig, TreePOTrainer
 
     if "vllm_engine_kwargs" not in TreePOConfig.__dataclass_fields__:
         raise CannotRunError("this version has no `vllm_engine_kwargs`")
-    dtype, precision = number_type()
-    given: dict[str, Any] = {"speculative_config": speculation} if speculation else {}
-    args = TreePOConfig(
-        output_dir=str(OUTPUTS / "gpu_report/speculation"),
-        use_cpu=not torch.cuda.is_available(),
-        **precision,
-        report_to=[],
-        save_strategy="no",
-        learning_rate=0.0,
-        logging_steps=1,
-        max_steps=steps,
-        num_generations=16,
-        per_device_train_batch_size=16,
-        max_completion_length=512 if model is None else 16,
-        segment_length=64 if model is None else 8,
-        use_vllm=True,
-        vllm_mode="colocate",
-        vllm_gpu_memory_utilization=0.3,
-        vllm_max_model_length=1024 if model is None else 128,
-        vllm_engine_kwargs=given,
-        model_init_kwargs={"dtype": dtype},
-    )
+    args = TreePOConfig(**settings(speculation, steps, is_toy=model is not None))
     trainer = TreePOTrainer(
         model=model or small_model_folder(),
         args=args,
