@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 # which would replace torch by another build.
 GPU := $(shell command -v nvidia-smi > /dev/null 2>&1 && nvidia-smi > /dev/null 2>&1 && echo yes)
 
-.PHONY: setup quickstart test check docs site format clean
+.PHONY: setup quickstart gpu-report test check docs site format clean
 
 setup: $(VENV)/.done
 
@@ -28,6 +28,11 @@ endif
 quickstart: setup
 	$(BIN)/python examples/scripts/quickstart.py --config examples/cli_configs/quickstart.yaml
 
+# Figures of the card at hand, a stage of at most 8 minutes after another, and docs/performance-gpu.md from all there are.
+gpu-report: setup
+	$(BIN)/python -m benchmarks.gpu_report
+	$(BIN)/python -m benchmarks.gpu_report --render
+
 test: setup
 	$(BIN)/python -m pytest
 
@@ -43,6 +48,7 @@ docs: setup
 	$(BIN)/python docs/make_models.py
 	$(BIN)/python docs/make_health.py
 	$(BIN)/python docs/tree_picture.py
+	$(BIN)/python -m benchmarks.gpu_report --render
 	$(MAKE) site
 
 # The site from the pages as they are; a broken link fails.

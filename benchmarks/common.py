@@ -92,8 +92,19 @@ def small_model_folder() -> str:
     return small_model(ROOT / ".cache/smollm2-135m-instruct")
 
 
+def number_type() -> tuple[str, dict[str, bool]]:
+    """Type of the weights, and the settings of mixed precision: float16 on a card that has no bfloat16."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "bfloat16", {"bf16": False}
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16", {"bf16": True}
+    return "float16", {"bf16": False, "fp16": True}
+
+
 def nf4_config() -> "BitsAndBytesConfig":
-    """QLoRA's 4-bit weights: NF4, quantized constants, arithmetic in bfloat16."""
+    """QLoRA's 4-bit weights: NF4, quantized constants, arithmetic in 16 bits."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -101,7 +112,7 @@ def nf4_config() -> "BitsAndBytesConfig":
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=getattr(torch, number_type()[0]),
     )
 
 

@@ -337,8 +337,8 @@ def draw(results: dict[str, dict[str, list[dict]]], budget: int, file: Path) -> 
     print(f"\n{file}", file=sys.stderr)
 
 
-def parse_options() -> argparse.Namespace:
-    """Options of the command line."""
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options, of the command line if none are given."""
     parser = make_parser(__doc__)
     parser.add_argument("--model", help="a chat model for all families, instead of their own")
     parser.add_argument("--dtype", default="float32")
@@ -358,7 +358,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=OUTPUTS / "learning")
     parser.add_argument("--plot", type=Path, default=OUTPUTS / "learning/learning.png")
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def run_all(options: argparse.Namespace) -> dict[str, dict[str, list[dict]]]:

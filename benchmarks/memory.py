@@ -6,8 +6,8 @@ Peak memory of full steps of a recipe (rollout, scoring, update): stock TRL, and
     python -m benchmarks.memory --architecture smollm2-135m --length 64 --trees 1   # that the script works, on a CPU
 
 The model has random weights of the architecture. Its settings are the recipe's, but for the batch: `--trees` trees of
-`--leaves` leaves and at most `--length` tokens, one tree per micro-batch. Stock TRL forwards one row at a time. Each
-way runs in a process of its own.
+`--leaves` leaves and at most `--length` tokens, one tree per micro-batch. Stock TRL forwards `--rows` rows at a time.
+With `--as_it_stands` the batch is the recipe's too. Each way runs in a process of its own.
 
 On CUDA the process may take `--card_gib`, however much the card has: torch gets that limit, and the engine its share
 of it. A way whose engine sleeps has no such limit, since torch goes on counting what a sleeping engine has given back.
@@ -26,11 +26,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import torch
 from datasets import Dataset
+from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
 from benchmarks.common import (
@@ -39,6 +41,7 @@ from benchmarks.common import (
     ProcessFailed,
     device_name,
     make_parser,
+    number_type,
     option_arguments,
     print_result,
     result_of,
@@ -63,7 +66,7 @@ WAYS: dict[str, dict[str, object]] = {
     "treepo, shared base, engine sleeps": {**SLEEPS, "vllm_share_base_weights": True},
 }
 PARTS = ("loading", "rollout", "scoring", "update")
-PASSED_ON = ("recipe", "architecture", "card_gib", "leaves", "length", "trees", "steps")
+PASSED_ON = ("recipe", "architecture", "engine", "card_gib", "leaves", "length", "trees", "rows", "steps", "seed")
 """Options that the process of a way gets."""
 
 
@@ -74,8 +77,8 @@ class Measured(TypedDict):
     """GiB of each part of a step."""
     planned: float | None
     """GiB that the planner says; not for stock TRL."""
-    seconds: float
-    """Of the last step."""
+    seconds: list[float]
+    """Of each step."""
     device: str
 
 
@@ -139,29 +142,41 @@ def used_bytes() -> int:
 
 def parse_recipe(way: str, options: argparse.Namespace, model: str) -> tuple[TreePOConfig, ModelConfig]:
     """The recipe's arguments of training and model, with the batch and the way of this benchmark."""
-    rows = 1 if way.startswith("stock") else options.leaves
     changes = {
         "model_name_or_path": model,
         "output_dir": OUTPUTS / "memory",
-        "num_generations": options.leaves,
-        "per_device_train_batch_size": rows,
-        "gradient_accumulation_steps": options.trees * options.leaves // rows,
-        "max_completion_length": options.length,
-        "segment_length": -(-options.length // 14),
-        "vllm_max_model_length": options.length + 512,
         "max_steps": options.steps,
+        "seed": options.seed,
         "save_strategy": "no",
         "report_to": "none",
+        "use_vllm": options.engine == "vllm",
+        **({} if options.as_it_stands else batch_of(way, options)),
         **WAYS[way],
     }
+    dtype, precision = number_type()
     if not torch.cuda.is_available():
         changes |= {"use_cpu": True, "bf16": False, "optim": "adamw_torch"}
+    elif dtype == "float16":
+        changes |= {"dtype": dtype, **precision}
     arguments = ["--config", str(ROOT / f"examples/cli_configs/{options.recipe}.yaml")]
     for name, value in changes.items():
         arguments += [f"--{name}", str(value)]
     parser = command_arguments.make_parser()
     _, training_args, model_args, _ = parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
     return cast(TreePOConfig, training_args), cast(ModelConfig, model_args)
+
+
+def batch_of(way: str, options: argparse.Namespace) -> dict[str, object]:
+    """The batch of this benchmark."""
+    rows = options.rows if way.startswith("stock") else options.leaves
+    return {
+        "num_generations": options.leaves,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": options.trees * options.leaves // rows,
+        "max_completion_length": options.length,
+        "segment_length": -(-options.length // 14),
+        "vllm_max_model_length": options.length + 512,
+    }
 
 
 def stock_config(config: TreePOConfig) -> GRPOConfig:
@@ -179,12 +194,13 @@ def build(way: str, config: TreePOConfig, model_args: ModelConfig) -> GRPOTraine
     trainer_class: Any = GRPOTrainer if is_stock else TreePOTrainer
     training_args = stock_config(config) if is_stock else config
     training_args.model_init_kwargs = {"dtype": model_args.dtype}
-    words = [" ".join(f"w{i + j}" for j in range(128)) for i in range(64)]
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    prompts = [tokenizer.decode(range(1000 + i, 1128 + i)) for i in range(64)]  # 128 tokens of `random_checkpoint`
     return trainer_class(
         model=model_args.model_name_or_path,
         args=training_args,
         reward_funcs=lambda completion_ids, **_: [float(ids[-1] % 2) for ids in completion_ids],
-        train_dataset=Dataset.from_dict({"prompt": words}),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
@@ -197,7 +213,7 @@ def planned_gib(training_args: TreePOConfig, model_args: ModelConfig, options: a
 
 
 def measure(way: str, options: argparse.Namespace, model: str) -> Measured:
-    """Peaks of each part in GiB, and seconds of the last step."""
+    """Peaks of each part in GiB, and seconds of each step."""
     training_args, model_args = parse_recipe(way, options, model)
     planned = None if way.startswith("stock") else planned_gib(training_args, model_args, options)
     if torch.cuda.is_available():
@@ -220,14 +236,16 @@ def measure(way: str, options: argparse.Namespace, model: str) -> Measured:
         trainer.training_step = step
         with memory.during("update"):  # the optimizer's step too
             trainer.train()
-        seconds = time.perf_counter() - started[-training_args.gradient_accumulation_steps]
+        begun = [*started[:: training_args.gradient_accumulation_steps], time.perf_counter()]
     peaks = {part: peak / GIB for part, peak in memory.peaks.items()}
+    seconds = [after - before for before, after in pairwise(begun)]
     return {"peaks": peaks, "planned": planned, "seconds": seconds, "device": device_name()}
 
 
 def run(way: str, options: argparse.Namespace, model: str) -> Measured | ProcessFailed:
     """Measure a way in a process of its own; its figures, or why it ended."""
     arguments = ["--only", way, "--model_folder", model, *option_arguments(options, PASSED_ON)]
+    arguments += ["--as_it_stands"] if options.as_it_stands else []
     try:
         return cast(Measured, result_of("benchmarks.memory", arguments))
     except ProcessFailed as error:
@@ -243,7 +261,7 @@ def report(way: str, result: Measured | ProcessFailed, card: float) -> None:
     fits = "yes" if max(peaks.values()) <= card or not torch.cuda.is_available() else "no"
     planned = "-" if result["planned"] is None else f"{result['planned']:.1f}"
     cells = [f"{peaks[part]:.2f}" for part in PARTS]
-    print(table_row(way, *cells, planned, f"{fits}, {result['seconds']:.1f} s"), flush=True)
+    print(table_row(way, *cells, planned, f"{fits}, {result['seconds'][-1]:.1f} s"), flush=True)
 
 
 def write_checkpoint(architecture: str, folder: str) -> None:
@@ -253,25 +271,37 @@ def write_checkpoint(architecture: str, folder: str) -> None:
     writer.join()
 
 
-def main() -> None:
-    """Run every way and print a row of each."""
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options, of the command line if none are given."""
     parser = make_parser(__doc__)
     parser.add_argument("--recipe", default="qwen2.5-1.5b-lora-12gb", help="a file in examples/cli_configs")
     parser.add_argument("--architecture", default="qwen2.5-1.5b", choices=MODELS)
+    parser.add_argument("--engine", default="vllm", choices=["vllm", "transformers"])
     parser.add_argument("--card_gib", type=float, default=12, help="memory that the process may take on CUDA")
     parser.add_argument("--leaves", type=int, default=16)
     parser.add_argument("--length", type=int, default=2048, help="max_completion_length")
     parser.add_argument("--trees", type=int, default=2, help="per step")
+    parser.add_argument("--rows", type=int, default=1, help="rows per micro-batch of stock TRL")
+    parser.add_argument(
+        "--as_it_stands", action="store_true", help="the recipe's batch; without leaves, length, trees"
+    )
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--ways", nargs="+", choices=WAYS, help="all; on a CPU those whose engine does not sleep")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--model_folder", help="checkpoint to use; random weights are written without it")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Run every way and print a row of each."""
+    options = parse_options()
     if options.only:
         print_result(measure(options.only, options, options.model_folder))
         return
     print(f"{options.recipe} on {options.architecture}, a card of {options.card_gib:g} GiB: ", end="")
-    print(f"{options.trees} trees of {options.leaves} leaves, {options.length} tokens each at most. Peaks in GiB.\n")
+    batch = f"{options.trees} trees of {options.leaves} leaves, {options.length} tokens each at most"
+    print(f"{'the batch of the recipe' if options.as_it_stands else batch}. Peaks in GiB.\n")
     print(table_head("way", *PARTS, "planned", "fits, s of the last step"), flush=True)
     devices = set()
     with tempfile.TemporaryDirectory() as folder:

@@ -23,6 +23,7 @@ from benchmarks.common import (
     ProcessFailed,
     make_parser,
     nf4_config,
+    number_type,
     option_arguments,
     print_result,
     result_of,
@@ -44,10 +45,12 @@ WAYS: dict[str, dict[str, object]] = {
 def train(way: str, options: argparse.Namespace) -> list[float]:
     """The difference at each step of a short training."""
     use_cpu = not torch.cuda.is_available()
+    dtype, precision = number_type()
     arguments: dict[str, Any] = {
         "output_dir": str(OUTPUTS / "qlora"),
         "use_cpu": use_cpu,
-        "bf16": not use_cpu,
+        **precision,
+        "seed": options.seed,
         "report_to": [],
         "per_device_train_batch_size": 8,
         "num_generations": 8,
@@ -56,7 +59,7 @@ def train(way: str, options: argparse.Namespace) -> list[float]:
         "vllm_mode": "colocate",
         "vllm_gpu_memory_utilization": 0.3,
         "vllm_max_model_length": 256 + options.length,
-        "model_init_kwargs": {"dtype": "bfloat16"},
+        "model_init_kwargs": {"dtype": dtype},
         "learning_rate": options.learning_rate,
         "lr_scheduler_type": "constant",
         "gradient_checkpointing": True,
@@ -70,7 +73,7 @@ def train(way: str, options: argparse.Namespace) -> list[float]:
     if use_cpu and way != "stock TRL":
         arguments["tree_packing"] = "off"  # 8 rows of few tokens, as in stock TRL
     trainer = trainer_class(
-        model=small_model_folder(),
+        model=options.model or small_model_folder(),
         args=config_class(**arguments),
         reward_funcs=lambda completions, **_: [float(len(completion)) for completion in completions],
         train_dataset=Dataset.from_dict({"prompt": ["Tell me about the sea.", "What is two plus two?"] * 32}),
@@ -83,7 +86,8 @@ def train(way: str, options: argparse.Namespace) -> list[float]:
 
 def run(way: str, options: argparse.Namespace) -> str:
     """A row of the table, from a process of its own."""
-    arguments = ["--only", way, *option_arguments(options, ("steps", "length", "learning_rate"))]
+    arguments = ["--only", way, *option_arguments(options, ("steps", "length", "learning_rate", "seed"))]
+    arguments += ["--model", options.model] if options.model else []
     try:
         differences = cast(list[float], result_of("benchmarks.qlora", arguments))
     except ProcessFailed as error:
@@ -91,15 +95,22 @@ def run(way: str, options: argparse.Namespace) -> str:
     return table_row(way, *(f"{value:.3f}" for value in differences))
 
 
-def main() -> None:
-    """Print a row for each way."""
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options, of the command line if none are given."""
     parser = make_parser(__doc__)
+    parser.add_argument("--model", help="folder; default: the small model that comes with packages")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--length", type=int, default=32, help="max_completion_length")
     parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Print a row for each way."""
+    options = parse_options()
     if options.only:
         print_result(train(options.only, options))
         return

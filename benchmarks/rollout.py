@@ -13,7 +13,7 @@ Values of `--lengths`, the length of a completion:
 
 Values of `--ways`; `independent` always runs too, with one request per completion and all submitted at once:
 
-- `early`, `spread`: trees with that schedule.
+- `early`, `sqrt`, `spread`: trees with that schedule.
 - `early+barrier`, `spread+barrier`: all trees wait for each other after each segment.
 - `early+unaligned`, `spread+unaligned`: segments end anywhere in a block of the engine's cache.
 - `spread+cap`: the branches of ragged lengths are spread over the cap instead of the mean.
@@ -26,9 +26,9 @@ import random
 import statistics
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from benchmarks.common import (
     device_name,
@@ -186,8 +186,8 @@ def print_table(runs: dict[str, list[RolloutReport]]) -> None:
         print(table_row(way, median_and_range(speeds), *cells))
 
 
-def parse_options() -> Namespace:
-    """Options of the command line."""
+def parse_options(arguments: list[str] | None = None) -> Namespace:
+    """Options, of the command line if none are given."""
     parser = make_parser(__doc__)
     parser.add_argument("--model", help="hub id or folder; default: the small model that comes with packages")
     parser.add_argument("--engine", default="vllm", choices=["vllm", "transformers"])
@@ -202,15 +202,22 @@ def parse_options() -> Namespace:
     parser.add_argument("--ways", nargs="+", default=["early", "spread", "spread+barrier", "spread+unaligned"])
     parser.add_argument("--max_num_seqs", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.segment_length = args.segment_length or math.ceil(args.length / 16)
     args.model = args.model or small_model_folder()
     return args
 
 
-def main() -> None:
-    """Build the engine once and measure every kind of lengths."""
-    args = parse_options()
+class Bench(NamedTuple):
+    """An engine, and the prompts and the engine around it for every kind of lengths."""
+
+    engine: "TransformersEngine | VLLMEngine"
+    eos: int
+    by_lengths: dict[str, tuple[SegmentEngine, list[list[int]]]]
+
+
+def build(args: Namespace) -> Bench:
+    """Load the model."""
     arguments = EngineArguments(
         model_name_or_path=args.model,
         engine=args.engine,
@@ -225,35 +232,41 @@ def main() -> None:
     rng = random.Random(0)
     noise = [[rng.randrange(100, 10_000) for _ in range(args.prompt_length)] for _ in range(args.prompts)]
     tasks, _ = addition_tasks(args.prompts, 1, seed=0)
-    engines: dict[str, tuple[SegmentEngine, list[list[int]]]] = {
+    by_lengths: dict[str, tuple[SegmentEngine, list[list[int]]]] = {
         "fixed": (base, noise),
         "ragged": (RaggedEngine(base, args.length / 2, args.prompt_length, eos, seed=0), noise),
         "model": (base, prompt_token_ids(list(tasks["prompt"]), tokenizer)),
     }
+    return Bench(base, eos, by_lengths)
+
+
+def compare(bench: Bench, lengths: str, args: Namespace) -> Iterator[tuple[str, RolloutReport]]:
+    """Reports of every way, which take turns, independent sampling first."""
+    engine, prompts = bench.by_lengths[lengths]
+    bench.engine.eos_token_ids = frozenset([bench.eos] if lengths == "model" else [])
+    eos = [] if lengths == "fixed" else [bench.eos]
+    sample(args.ways[0], engine, prompts[:2], args, eos, seed=99)  # warm-up
+    for repeat in range(args.repeats):
+        for way in ["independent", *args.ways]:
+            result = sample(way, engine, prompts, args, eos, repeat)
+            print(f"{lengths} {way}: {result.seconds:.1f} s", file=sys.stderr)
+            yield way, result
+
+
+def main() -> None:
+    """Build the engine once and measure every kind of lengths."""
+    args = parse_options()
+    bench = build(args)
     for lengths in args.lengths:
-        engine, prompts = engines[lengths]
-        base.eos_token_ids = frozenset([eos] if lengths == "model" else [])
-        runs = compare(lengths, engine, prompts, args, [] if lengths == "fixed" else [eos])
+        runs: dict[str, list[RolloutReport]] = {}
+        for way, result in compare(bench, lengths, args):
+            runs.setdefault(way, []).append(result)
         print(
-            f"\n{device_name()}, {args.engine}, {Path(args.model).name}: {args.prompts} prompts of {len(prompts[0])} "
-            f"tokens x {args.width}, cap {args.length}, segments of {args.segment_length}, {lengths} lengths, "
-            f"{args.max_num_seqs} slots, {args.repeats} repeats\n"
+            f"\n{device_name()}, {args.engine}, {Path(args.model).name}: {args.prompts} prompts of "
+            f"{len(bench.by_lengths[lengths][1][0])} tokens x {args.width}, cap {args.length}, segments of "
+            f"{args.segment_length}, {lengths} lengths, {args.max_num_seqs} slots, {args.repeats} repeats\n"
         )
         print_table(runs)
-
-
-def compare(
-    lengths: str, engine: SegmentEngine, prompts: list[list[int]], args: Namespace, eos: list[int]
-) -> dict[str, list[RolloutReport]]:
-    """Reports of every way, which take turns."""
-    ways = ["independent", *args.ways]
-    sample(args.ways[0], engine, prompts[:2], args, eos, seed=99)  # warm-up
-    runs: dict[str, list[RolloutReport]] = {way: [] for way in ways}
-    for repeat in range(args.repeats):
-        for way in ways:
-            runs[way].append(sample(way, engine, prompts, args, eos, repeat))
-            print(f"{lengths} {way}: {runs[way][-1].seconds:.1f} s", file=sys.stderr)
-    return runs
 
 
 if __name__ == "__main__":

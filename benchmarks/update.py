@@ -175,8 +175,8 @@ def report(title: str, ratio: float, times: dict[str, list[tuple[float, float]]]
         print(table_row(name, median_and_range([total for total, _ in results]), *cells), flush=True)
 
 
-def main() -> None:
-    """Measure all cases and print a table of each."""
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options, of the command line if none are given."""
     parser = make_parser(__doc__)
     parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
     parser.add_argument("--dtype", default="float32")
@@ -188,7 +188,12 @@ def main() -> None:
     parser.add_argument("--lora", type=int, default=0, help="rank; 0 trains all weights")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Measure all cases and print a table of each."""
+    args = parse_options()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory()
     model = make_model(args, device)

@@ -34,6 +34,7 @@ from benchmarks.common import (
     make_parser,
     median_and_range,
     nf4_config,
+    number_type,
     seconds,
     small_model_folder,
     table_head,
@@ -63,24 +64,25 @@ def plain_layers() -> Iterator[None]:
         yield
 
 
-def build(model: str, way: str, options: argparse.Namespace) -> TreePOTrainer:
-    """A trainer whose engine gets a LoRA policy in this way."""
-    use_cpu = not torch.cuda.is_available()
+def build(model: str, way: str, options: argparse.Namespace, **settings: Any) -> TreePOTrainer:
+    """A trainer whose engine gets a LoRA policy in this way; `settings` are further ones of its config."""
+    dtype, precision = number_type()
     name = "vllm_base_weights" if options.load_in_4bit else "vllm_lora_sync"
     update_settings: dict[str, Any] = {name: way.split(",")[0]}
     args = TreePOConfig(
         output_dir=str(OUTPUTS / "weight_sync"),
-        use_cpu=use_cpu,
-        bf16=not use_cpu,
+        use_cpu=not torch.cuda.is_available(),
+        **precision,
         report_to=[],
         per_device_train_batch_size=8,
         max_completion_length=64,
         use_vllm=True,
         vllm_mode="colocate",
         **update_settings,
+        **settings,
         vllm_gpu_memory_utilization=0.3,
         vllm_max_model_length=1024,
-        model_init_kwargs={"dtype": "bfloat16"},
+        model_init_kwargs={"dtype": dtype},
     )
     return TreePOTrainer(
         model=model,
@@ -134,8 +136,8 @@ def ways(options: argparse.Namespace) -> list[str]:
     return ["adapter", "merge"] if torch.cuda.is_available() else ["adapter", "merge", UNPACKED]
 
 
-def main() -> None:
-    """Print a row for each way."""
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options, of the command line if none are given."""
     parser = make_parser(__doc__)
     parser.add_argument("--architecture", choices=MODELS, help="random weights; SmolLM2-135M without it")
     parser.add_argument("--load_in_4bit", action="store_true", help="a QLoRA policy, and its engines")
@@ -144,7 +146,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64, help="completions sampled at a time")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each")
     parser.add_argument("--generations", type=int, default=3, help="times that these are sampled; the median counts")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Print a row for each way."""
+    options = parse_options()
     print(f"{options.architecture or 'SmolLM2-135M'}, rank {options.rank} on all linear layers, {device_name()}\n")
     print(table_head("way", "ms per synchronization, median (range)", "tokens/s of the engine"))
     with tempfile.TemporaryDirectory() as folder:

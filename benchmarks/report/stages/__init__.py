@@ -1,0 +1,21 @@
+"""The stages of the GPU report. A stage calls another benchmark's functions, with sizes for a card or toy sizes."""
+
+from benchmarks.report.cases import Stage
+
+from . import checkup, engines, kernels, learning, qlora, rollouts, speculation, trainings
+
+
+STAGES: list[Stage] = [
+    checkup.DOCTOR,
+    kernels.KERNELS,
+    rollouts.ROLLOUT,
+    engines.SYNC,
+    engines.SLEEP,
+    trainings.SHARED_BASE,
+    qlora.QLORA,
+    trainings.RECIPES,
+    trainings.STEP,
+    speculation.SPECULATION,
+    learning.LEARNING,
+]
+"""In the order of the page, the quick ones first."""

@@ -1,0 +1,29 @@
+"""What `treepo-trl doctor` says."""
+
+from importlib.util import find_spec
+
+from benchmarks.report.cases import CannotRunError, Case, Record, Stage
+
+
+def checks(record: Record, smoke: bool) -> None:
+    """A row for each check. At toy size only those that load no model: doctor has tests of its own."""
+    if find_spec("treepo_trl.doctor") is None:
+        raise CannotRunError("this version has no `treepo-trl doctor`")
+    from benchmarks.common import small_model_folder
+    from treepo_trl.doctor.environment import environment
+    from treepo_trl.doctor.examination import examine
+    from treepo_trl.doctor.needs import everything
+
+    if smoke:
+        record("environment", f"{len(environment())} rows")
+        return
+    for finding in examine(everything(small_model_folder())).findings:
+        record(finding.check, " ".join(f"{finding.status}: {finding.detail}".replace("|", "/").split()))
+
+
+DOCTOR = Stage(
+    name="doctor",
+    title="Doctor",
+    about="The checks of `treepo-trl doctor` on SmolLM2-135M-Instruct.",
+    cases=lambda smoke: [Case("checks", checks, {"smoke": smoke})],
+)
