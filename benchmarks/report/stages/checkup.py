@@ -1,14 +1,10 @@
 """What `treepo-trl doctor` says."""
 
-from importlib.util import find_spec
-
-from benchmarks.report.cases import CannotRunError, Case, Record, Stage
+from benchmarks.report.cases import Case, Record, Stage
 
 
 def checks(record: Record, smoke: bool) -> None:
     """A row for each check. At toy size only those that load no model: doctor has tests of its own."""
-    if find_spec("treepo_trl.doctor") is None:
-        raise CannotRunError("this version has no `treepo-trl doctor`")
     from benchmarks.common import small_model_folder
     from treepo_trl.doctor.environment import environment
     from treepo_trl.doctor.examination import examine
