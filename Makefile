@@ -26,7 +26,7 @@ endif
 
 # The main job on the small model and the tasks that come with packages: SmolLM2-135M-Instruct learns to add three numbers.
 quickstart: setup
-	$(BIN)/python examples/scripts/quickstart.py --config examples/cli_configs/quickstart.yaml
+	$(BIN)/treepo-trl quickstart
 
 # Figures of the card at hand, a stage of at most 8 minutes after another, and docs/performance-gpu.md from all there are.
 gpu-report: setup

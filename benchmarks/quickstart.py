@@ -5,9 +5,9 @@ The quickstart with TreePO and with stock GRPO: held-out accuracy, tokens and se
     python -m benchmarks.quickstart --seeds 1 --steps 5  # a quick look
     python -m benchmarks.quickstart --seeds 1 --steps 6 --trainers treepo treepo_plain  # what the packed update saves
 
-`treepo_plain` is TreePO with `tree_packing="off"`. Each run is `examples/scripts/quickstart.py` in a process of its
-own. Finished runs are not repeated. Options that this script does not know go to the runs. Prints a Markdown table:
-tokens are those that the engine sampled for a step, and a step's seconds hold sampling, rewards and update.
+`treepo_plain` is TreePO with `tree_packing="off"`. Each run is `treepo-trl quickstart` in a process of its own.
+Finished runs are not repeated. Options that this script does not know go to the runs. Prints a Markdown table: tokens
+are those that the engine sampled for a step, and a step's seconds hold sampling, rewards and update.
 """
 
 import json
@@ -15,7 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from benchmarks.common import OUTPUTS, ROOT, make_parser, run_to_log, table_head, table_row
+from benchmarks.common import OUTPUTS, make_parser, run_to_log, table_head, table_row
 
 
 OPTIONS: dict[str, list[str]] = {
@@ -30,8 +30,7 @@ def run(trainer: str, seed: int, steps: int, out: Path, extra: list[str]) -> dic
     folder = out / f"{trainer}-{seed}"
     result = folder / "quickstart.json"
     if not result.exists():
-        command = [str(ROOT / "examples/scripts/quickstart.py")]
-        command += ["--config", str(ROOT / "examples/cli_configs/quickstart.yaml"), "--output_dir", str(folder)]
+        command = ["-m", "treepo_trl.cli", "quickstart", "--output_dir", str(folder)]
         command += ["--seed", str(seed), "--max_steps", str(steps), *extra]
         command += OPTIONS[trainer]
         run_to_log(command, folder / "log.txt")

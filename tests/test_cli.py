@@ -11,7 +11,7 @@ from treepo_trl import __version__
 from treepo_trl.cli import COMMANDS, main
 
 
-USAGE = f"usage: treepo-trl {{{','.join(COMMANDS)}}}"
+USAGE = f"usage: treepo-trl [--debug] {{{','.join(COMMANDS)}}}"
 
 
 @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
@@ -76,6 +76,28 @@ def test_help_of_a_command_lists_all_parts(
     assert error.value.code == 0
     text = capsys.readouterr().out
     assert [option for option in options if option not in text] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_begins_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main([command, "--help"])
+    assert error.value.code == 0
+    before, _, after = capsys.readouterr().out.partition("examples:\n")
+    assert len(before.splitlines()) <= 3  # the usage
+    examples = after.split("\n\n")[0].splitlines()
+    assert len(examples) >= 3
+    assert all(f"treepo-trl {command}" in line for line in examples)
+
+
+def test_an_error_of_the_user_is_a_line_or_a_traceback() -> None:
+    arguments = ["view", "no-such-run"]
+    with pytest.raises(SystemExit, match="treepo-trl: error: "):
+        main(arguments)
+    with pytest.raises((ValueError, OSError), match="no-such-run"):
+        main(["--debug", *arguments])
+    with pytest.raises(SystemExit, match="treepo-trl: error: "):
+        main(arguments)  # the choice ends with its call
 
 
 def test_installed_command(tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 import argparse
 import importlib
 import sys
+from contextlib import nullcontext
 
 from . import __version__
+from .commands.errors import tracebacks
 
 
 COMMANDS = {
+    "quickstart": ("a small model learns to add, without a hub", "quickstart"),
     "train": ("fine-tune a model with TreePOTrainer", "train"),
     "plan": ("what a training would take of a GPU's memory", "plan"),
     "sample": ("sample trees of completions without training", "sample"),
@@ -24,12 +27,13 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     return "\n".join(
         [
-            f"usage: treepo-trl {{{','.join(COMMANDS)}}} [--config FILE] [options]",
+            f"usage: treepo-trl [--debug] {{{','.join(COMMANDS)}}} [--config FILE] [options]",
             "",
             "commands:",
             *(f"  {name:{width}}   {line}" for name, (line, _) in COMMANDS.items()),
             "",
-            "`treepo-trl COMMAND --help` lists a command's options.",
+            "`treepo-trl COMMAND --help` lists a command's options, below examples.",
+            "`treepo-trl --debug COMMAND` shows where in the code an error was found.",
         ]
     )
 
@@ -37,6 +41,8 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `treepo-trl`. Loads the module of the command that runs, and no other."""
     argv = sys.argv[1:] if argv is None else argv
+    is_debugging = argv[:1] == ["--debug"]
+    argv = argv[is_debugging:]
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return
@@ -47,7 +53,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("command", choices=COMMANDS)
     command = parser.parse_args(argv[:1]).command
     _, module = COMMANDS[command]
-    importlib.import_module(f"treepo_trl.commands.{module}").main(argv[1:])
+    run = importlib.import_module(f"treepo_trl.commands.{module}").main
+    with tracebacks() if is_debugging else nullcontext():
+        run(argv[1:])
 
 
 if __name__ == "__main__":

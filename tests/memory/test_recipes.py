@@ -18,9 +18,7 @@ from treepo_trl.memory import GIB, plan_memory
 
 
 DOCUMENTATION = (ROOT / "docs/recipes.md").read_text()
-RECIPES = sorted(
-    path.name for path in (ROOT / "examples/cli_configs").glob("*.yaml") if path.name != "quickstart.yaml"
-)
+RECIPES = sorted(path.name for path in (ROOT / "examples/cli_configs").glob("*.yaml"))
 
 
 def parse(name: str) -> tuple:

@@ -16,7 +16,7 @@ from treepo_trl.health import logs_of_run
 
 def test_quickstart_leaves_a_result_an_adapter_and_trees(small_model_dir: str, tmp_path: Path) -> None:
     command = [
-        *(sys.executable, "examples/scripts/quickstart.py", "--config", "examples/cli_configs/quickstart.yaml"),
+        *(sys.executable, "-m", "treepo_trl.cli", "quickstart"),
         *("--model_folder", small_model_dir, "--output_dir", str(tmp_path), "--max_steps", "2"),
         *("--num_held_out", "8", "--per_device_train_batch_size", "16"),
     ]

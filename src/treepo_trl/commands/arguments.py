@@ -1,5 +1,6 @@
 """The options of the commands, and the parser that reads them from flags and from `--config`."""
 
+import argparse
 import json
 import sys
 from collections.abc import Iterable
@@ -13,6 +14,8 @@ from trl import TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
 from treepo_trl.field_checks import Ranges, check_fields, check_text
+
+from .examples import EXAMPLES
 
 
 TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
@@ -245,19 +248,32 @@ def check_config(file: str) -> None:
         raise ValueError(f"`--config {file}` holds no settings. Write a setting per line, as `name: value`.")
 
 
-def options_parser(prog: str | None, *dataclasses: type) -> OptionsParser:
-    """Parser of dataclasses of options; it gives one value of each, in this order."""
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Options with their defaults, below examples as they are written."""
+
+
+def options_parser(command: str | None, *dataclasses: type) -> OptionsParser:
+    """Parser of dataclasses of options for a command; it gives one value of each, in this order."""
     dataclass_types: Any = dataclasses  # TRL's own type for them is no class
-    return OptionsParser(dataclass_types, prog=prog)
+    if command is None:
+        return OptionsParser(dataclass_types)
+    prog = f"treepo-trl {command}"
+    return OptionsParser(
+        dataclass_types,
+        prog=prog,
+        usage=f"{prog} [--config FILE] [options]",  # argparse's own names all of several hundred
+        description=EXAMPLES[command],
+        formatter_class=_HelpFormatter,
+    )
 
 
-def make_parser(prog: str | None = None, *more: type) -> OptionsParser:
+def make_parser(command: str | None = None, *more: type) -> OptionsParser:
     """Parser for the script arguments, [`TreePOConfig`], TRL's model and dataset arguments, and `more` dataclasses."""
     from trl import DatasetMixtureConfig, ModelConfig
 
     from treepo_trl.treepo_config import TreePOConfig
 
-    parser = options_parser(prog, TreePOScriptArguments, TreePOConfig, ModelConfig, DatasetMixtureConfig, *more)
+    parser = options_parser(command, TreePOScriptArguments, TreePOConfig, ModelConfig, DatasetMixtureConfig, *more)
     for action in parser._actions:
         if action.dest == "vllm_gpu_memory_utilization":  # of a number or text the parser takes the number alone
             action.type = _number_or_auto

@@ -2,10 +2,8 @@
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import yaml
@@ -14,24 +12,25 @@ from treepo_trl.doctor.examination import check_memory, examine
 from treepo_trl.doctor.needs import Needs, NumberType, everything, of_recipe
 from treepo_trl.memory import GIB
 from treepo_trl.quickstart import small_model
+from treepo_trl.quickstart.model import default_folder
 
 from .arguments import PlanArguments, check_config, make_parser, require_model
 from .errors import user_errors
+from .examples import EXAMPLES
 from .plan import plan_training
 
 
-_DESCRIPTION = (
-    "Checks whether training works on this machine, and says what to change where it does not. With --config it "
-    "checks what that recipe needs and no more; further options are those of `treepo-trl train`. The exit status is "
-    "1 if something is broken."
-)
+_DESCRIPTION = """\
+Checks whether training works on this machine, and says what to change where it does not.
+With --config it checks what that recipe needs and no more; further options are those of `treepo-trl train`.
+The exit status is 1 if something is broken."""
 
 
 def main(argv: list[str]) -> None:
     """Run the command with the arguments after `treepo-trl doctor`; exits with 1 if something is broken."""
     with user_errors():
         own, rest = _parsed(argv)
-        model = require_model(own.model_name_or_path) if own.model_name_or_path else small_model(_model_folder())
+        model = require_model(own.model_name_or_path) if own.model_name_or_path else small_model(default_folder())
         needs, memory = everything(model), None
         if rest:
             needs, memory = _recipe(rest, model)
@@ -43,7 +42,12 @@ def main(argv: list[str]) -> None:
 
 def _parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of this command, and those of the training."""
-    parser = argparse.ArgumentParser("treepo-trl doctor", description=_DESCRIPTION, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "treepo-trl doctor",
+        description=f"{EXAMPLES['doctor']}\n{_DESCRIPTION}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", metavar="FILE", help="A recipe: the YAML file of `treepo-trl train`.")
     parser.add_argument("--model_name_or_path", metavar="MODEL", help=_MODEL_HELP)
     parser.add_argument("--json", action="store_true", help="Print JSON, to attach to an issue.")
@@ -51,7 +55,7 @@ def _parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if any(word in ("-h", "--help") for word in argv):
         parser.parse_args(argv)
     if "--config" in argv and not [word for word in argv[argv.index("--config") + 1 :][:1] if word[:2] != "--"]:
-        make_parser("treepo-trl doctor").error("argument --config: expected one argument")
+        make_parser("doctor").error("argument --config: expected one argument")
     own, rest = parser.parse_known_args(argv)
     if own.config is not None:
         rest += ["--config", own.config]
@@ -65,18 +69,13 @@ def _parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 _MODEL_HELP = "Folder or hub name of the model that the checks run on. Default: SmolLM2-135M-Instruct, from a package."
 
 
-def _model_folder() -> Path:
-    """Where the packaged model is written on first use."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treepo-trl" / "smollm2-135m-instruct"
-
-
 def _recipe(argv: list[str], model: str) -> tuple[Needs, Callable[[], str]]:
     """What a recipe needs, and the check of its memory."""
     number_type, use_cpu = _number_type(argv)
     on_cpu = use_cpu or not torch.cuda.is_available()
     # A number type that does not work here would be refused now; that it does not is a finding.
     readable = [*argv, "--bf16", "false", "--fp16", "false", *(["--use_cpu", "true"] if on_cpu else [])]
-    parser = make_parser("treepo-trl doctor", PlanArguments)
+    parser = make_parser("doctor", PlanArguments)
     _, training_args, model_args, _, plan_args = parser.parse_args_and_config(readable)
     card = free = None
     if plan_args.card_gib is not None:

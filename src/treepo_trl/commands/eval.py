@@ -45,9 +45,7 @@ def main(argv: list[str]) -> None:
     """Run the command with the arguments after `treepo-trl eval`."""
     with ExitStack() as stack:
         with user_errors():
-            parser = options_parser(
-                "treepo-trl eval", EvalArguments, EngineArguments, SamplingOptions, TreeSamplingConfig
-            )
+            parser = options_parser("eval", EvalArguments, EngineArguments, SamplingOptions, TreeSamplingConfig)
             evaluation = prepared(*parser.parse_args_and_config(argv))
             output = evaluation.arguments.output
             stack.enter_context(advice_to_resume(output, can_resume=output is not None))

@@ -1,6 +1,5 @@
 """`treepo-trl export`: an adapter merged into its base, as a model for transformers, vLLM and Ollama."""
 
-import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,14 +12,6 @@ from treepo_trl.policy.four_bit_base import BaseQuantization
 from .arguments import options_parser, require_model
 from .engine import WeightType
 from .errors import user_errors
-
-
-_EXAMPLES = """\
-examples:
-  treepo-trl export outputs/quickstart --out quickstart-merged              # a run, as it ended
-  treepo-trl export outputs/run/checkpoint-200 --out step-200               # a checkpoint
-  treepo-trl export my-adapter --load_in_4bit true --out merged             # QLoRA of another trainer
-"""
 
 
 @dataclass
@@ -81,10 +72,8 @@ def main(argv: list[str]) -> None:
 
 def _parsed(argv: list[str]) -> tuple[ExportArguments, str]:
     """Options, and the name of the run, checkpoint or adapter."""
-    parser = options_parser("treepo-trl export", ExportArguments)
+    parser = options_parser("export", ExportArguments)
     parser.usage = "treepo-trl export RUN --out FOLDER [--config FILE] [options]"
-    parser.description = _EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     run_help = "`output_dir` of a run, one of its checkpoints, or a folder with an adapter."
     parser.add_argument("run", nargs="?", metavar="RUN", help=run_help)
     arguments, rest = parser.parse_args_and_config(argv)

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     if not torch.cuda.is_available():  # what the training would check on a machine that has one
         argv = [*argv, "--use_cpu", "true", "--bf16", "false"]
     with user_errors():
-        parser = make_parser("treepo-trl plan", PlanArguments)
+        parser = make_parser("plan", PlanArguments)
         script_args, training_args, model_args, _, plan_args = parser.parse_args_and_config(argv)
         card = this_card() if plan_args.card_gib is None else plan_args.card_gib * GIB
         result = plan_training(training_args, model_args, card, starting_adapter(script_args, model_args))

@@ -22,9 +22,7 @@ def main(argv: list[str]) -> None:
     """Run the command with the arguments after `treepo-trl sample`."""
     with ExitStack() as stack:
         with user_errors():
-            parser = options_parser(
-                "treepo-trl sample", SampleArguments, EngineArguments, SamplingOptions, TreeSamplingConfig
-            )
+            parser = options_parser("sample", SampleArguments, EngineArguments, SamplingOptions, TreeSamplingConfig)
             arguments, engine_arguments, options, config = parser.parse_args_and_config(argv)
             can_resume = arguments.output is not None and arguments.compare is None
             stack.enter_context(advice_to_resume(arguments.output, can_resume))

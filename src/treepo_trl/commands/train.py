@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> None:
     """Run the command with the arguments after `treepo-trl train`."""
     with user_errors():
-        arguments = make_parser("treepo-trl train").parse_args_and_config(argv)
+        arguments = make_parser("train").parse_args_and_config(argv)
     train(*arguments)
 
 

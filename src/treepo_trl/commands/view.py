@@ -4,7 +4,6 @@
 With `--health`, what the logs of runs show, in words.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,14 +20,6 @@ from treepo_trl.viewer import Decode, Index, Page, Source, find_sources, make_se
 from .arguments import options_parser
 from .errors import user_errors
 
-
-_EXAMPLES = """\
-examples:
-  treepo-trl view outputs/quickstart --out trees.html              # one file, to open or to send
-  treepo-trl view outputs/first outputs/second --out both.html     # two runs side by side
-  treepo-trl view outputs/long-run --serve                         # a large log, from this machine to this machine
-  treepo-trl view outputs/quickstart --health                      # what is wrong with the training, in words
-"""
 
 _DEFAULT_OUT = "trees.html"
 _LARGE = 100 * 2**20
@@ -84,12 +75,10 @@ def main(argv: list[str]) -> None:
 
 def _parsed(argv: list[str]) -> tuple[ViewArguments, list[str], bool, bool]:
     """Options, names of runs and files, whether the page is served, and whether it is about health."""
-    parser = options_parser("treepo-trl view", ViewArguments)
+    parser = options_parser("view", ViewArguments)
     parser.usage = (
         "treepo-trl view RUN_OR_FILE [RUN_OR_FILE ...] [--out FILE | --serve | --health] [--config FILE] [options]"
     )
-    parser.description = _EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     runs_help = (
         "`output_dir` of a run with `log_trees: true`, a folder of such files, or a file of `treepo-trl sample`."
     )

