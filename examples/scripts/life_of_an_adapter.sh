@@ -24,6 +24,10 @@ treepo-trl train --adapter_name_or_path sft --dataset_name tasks.jsonl --output_
   --per_device_train_batch_size "${BATCH:-64}" --num_generations 8 --max_completion_length 32 --segment_length 8 \
   --dtype float32 --gradient_checkpointing false --save_strategy no --report_to none --logging_steps 1 "$@"
 
+# Is it better: the base, the adapter of the examples and that of the rewards side by side.
+treepo-trl eval --model_name_or_path "${MODEL:-model}" --adapters sft rl --dataset_name addition --output eval \
+  --max_prompts "${PROMPTS:-64}" --num_generations 4 --max_completion_length 32
+
 # What it sampled, as a page for a browser.
 treepo-trl view rl --out trees.html
 

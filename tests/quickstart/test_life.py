@@ -28,14 +28,14 @@ def small(tokenizer: Any, folder: Path) -> None:
 
 
 def test_the_life_of_an_adapter(small_model_dir: str, tmp_path: Path) -> None:
-    """Examples, rewards, a look, and home: the last model says what the last adapter does."""
+    """Examples, rewards, a comparison, a look, and home: the last model says what the last adapter does."""
     tokenizer = AutoTokenizer.from_pretrained(small_model_dir)
     small(tokenizer, tmp_path / "model")
     binaries = Path(sys.executable).parent
     if not (binaries / "treepo-trl").exists():
         pytest.skip("treepo-trl is not installed in this environment")
     path = os.pathsep.join([str(binaries), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "MODEL": str(tmp_path / "model"), "STEPS": "2", "BATCH": "16"}
+    environment = {**os.environ, "PATH": path, "MODEL": str(tmp_path / "model"), "STEPS": "2", "BATCH": "16", "PROMPTS": "2"}
     environment |= {"REWARD": "tests.support.trainers.parity_reward"}  # a random model never adds rightly
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     script = ROOT / "examples/scripts/life_of_an_adapter.sh"
@@ -49,6 +49,8 @@ def test_the_life_of_an_adapter(small_model_dir: str, tmp_path: Path) -> None:
     assert 0 < max((sft[name] - rl[name]).abs().max() for name in rl) < 0.1
     reference = load_file(life / "rl/ref/adapter_model.safetensors")
     assert all(torch.equal(reference[name], sft[name]) for name in sft)
+    assert {file.stem for file in (life / "eval").glob("*.jsonl")} == {"base", "sft", "rl"}
+    assert "mean@4" in (life / "eval/results.json").read_text()
     assert "<html" in (life / "trees.html").read_text()
 
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
