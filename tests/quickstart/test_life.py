@@ -35,7 +35,14 @@ def test_the_life_of_an_adapter(small_model_dir: str, tmp_path: Path) -> None:
     if not (binaries / "treepo-trl").exists():
         pytest.skip("treepo-trl is not installed in this environment")
     path = os.pathsep.join([str(binaries), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "MODEL": str(tmp_path / "model"), "STEPS": "2", "BATCH": "16", "PROMPTS": "2"}
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "MODEL": str(tmp_path / "model"),
+        "STEPS": "2",
+        "BATCH": "16",
+        "PROMPTS": "2",
+    }
     environment |= {"REWARD": "tests.support.trainers.parity_reward"}  # a random model never adds rightly
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     script = ROOT / "examples/scripts/life_of_an_adapter.sh"
