@@ -1,6 +1,7 @@
 """Each illness by hand: a healthy training in which some metrics are changed, and the step at which it is told."""
 
 import math
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -220,29 +221,52 @@ def evaluated(held_out: Sequence[float], rewards: Sequence[float], deviation: fl
 
 
 def test_a_held_out_reward_that_falls_while_the_reward_rises() -> None:
-    # 0.25 deviations are 0.1: the last two are 0.12 and 0.15 below the best, which is that of step 10.
-    (finding,) = evaluated([0.4, 0.6, 0.48, 0.45], [0.4, 0.5, 0.6, 0.7])
-    assert (finding.rule.name, finding.step) == ("held-out", 20)
+    # The best three end at step 20, and the last three are 0.2 lower. Two successive differences are 0.1 and 0.2, the
+    # others 0. Of 9 evaluations one has an error of (0.05 / 8 / 2) ** 0.5 = 0.056, a difference of means of three one
+    # of 0.056 * (2 / 3) ** 0.5, and 4.5 of them are 0.205. Of 10 evaluations they are 0.194.
+    held_out = [0.5, 0.6, 0.6, 0.6, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4]
+    (finding,) = evaluated(held_out, [0.4, 0.4, 0.4, 0.5, *[0.7] * 8])
+    assert (finding.rule.name, finding.step) == ("held-out", 50)
     assert finding.seen == (
-        "since step 10 the reward rose from 0.5 to 0.7, and the held-out reward fell from 0.6 to 0.48"
+        "since step 20 the reward rose from 0.5 to 0.7, and the held-out reward fell from 0.6 to 0.4, in means of 3 "
+        "evaluations"
     )
 
 
 @pytest.mark.parametrize(
     ("held_out", "rewards"),
     [
-        ([0.4, 0.6, 0.45, 0.55], [0.4, 0.5, 0.6, 0.7]),  # one bad evaluation
-        ([0.4, 0.6, 0.48, 0.45], [0.4, 0.5, 0.5, 0.5]),  # both stand still or fall: another illness
-        ([0.6, 0.45], [0.4, 0.5]),
+        ([*[0.6] * 6, 0.4, *[0.6] * 5], [0.05 * i for i in range(12)]),  # one bad evaluation
+        ([*[0.6] * 6, *[0.4] * 12], [0.5] * 18),  # the reward stands still: another illness
+        ([*[0.6] * 6, *[0.55] * 12], [0.05 * i for i in range(18)]),  # sure, and small
+        ([0.6, 0.6, 0.6, 0.3, 0.3], [0.05 * i for i in range(5)]),  # few
     ],
 )
 def test_held_out_rewards_that_vary(held_out: list[float], rewards: list[float]) -> None:
     assert evaluated(held_out, rewards) == []
 
 
+def sampled_evaluations(chance: random.Random, skills: Sequence[float], completions: int) -> list[float]:
+    return [sum(chance.random() < skill for _ in range(completions)) / completions for skill in skills]
+
+
+@pytest.mark.parametrize("completions", [16, 32, 64, 256])
+def test_evaluations_of_a_constant_skill_are_noise(completions: int) -> None:
+    chance, rewards = random.Random(completions), [0.3 + 0.02 * i for i in range(20)]
+    constant = [sampled_evaluations(chance, [0.6] * 20, completions) for _ in range(60)]
+    assert sum(bool(evaluated(held_out, rewards, 0.49)) for held_out in constant) <= 2
+
+
+def test_a_real_fall_is_more_than_noise() -> None:
+    chance, rewards = random.Random(0), [0.3 + 0.02 * i for i in range(20)]
+    skills = [*[0.6] * 8, 0.52, 0.45, 0.37, *[0.3] * 9]
+    falling = [sampled_evaluations(chance, skills, 64) for _ in range(20)]
+    assert all(evaluated(held_out, rewards, 0.49) for held_out in falling)
+
+
 def test_several_held_out_sets_are_averaged() -> None:
     examination = Examination()
-    for step, values in [(1, (0.0, 1.0)), (2, (0.5, 0.5)), (3, (1.0, 0.0))]:
+    for step, values in [(step, (0.0, 1.0) if step < 5 else (1.0, 0.0)) for step in range(1, 10)]:
         for value in values:
             assert examination.add({"eval_reward": value, "reward": 0.1 * step, "step": step}) == []
 

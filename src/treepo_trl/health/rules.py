@@ -72,8 +72,9 @@ RULES: tuple[Rule, ...] = (
         "held-out",
         "the reward rises and the held-out reward falls",
         ("eval_reward",),
-        f"two evaluations lower than an earlier one by {signs.HELD_OUT} deviations of `eval_reward`, with `reward` "
-        "higher than then",
+        f"mean of the last third of evaluations, at least {signs.NEAR}, below that of {signs.NEAR} earlier ones by "
+        f"{signs.HELD_OUT} deviations of `eval_reward` and {signs.HELD_OUT_ERRORS} standard errors (from successive "
+        "differences), with `reward` higher than then",
         "both rise",
         "what the reward function can be fooled by, more prompts, `learning_rate`, `beta`, an earlier checkpoint",
         signs.held_out_falls,

@@ -6,6 +6,7 @@ None of them raises, whatever was logged. Each number is in a text of `rules.py`
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, median, variance
 
 from .history import History
@@ -26,6 +27,7 @@ KL, KL_JUMP = 1.0, 0.1  # nats per token
 ENTROPY_LOW, ENTROPY_HIGH = 0.1, 2.0  # times that at the start
 ENTROPY_RISE = 1.0  # nats per token
 HELD_OUT = 0.25  # deviations of the held-out reward
+HELD_OUT_ERRORS = 4.5  # the best of many windows, looked for after each evaluation, is 3 or more by chance
 LONGER, ERRORS = 1.5, 3  # times the length at the start; standard errors
 CORRELATION = 0.5
 GAIN = 0.1  # deviations of the reward
@@ -145,22 +147,33 @@ def _is_missing(value: float | None) -> bool:
 
 
 def held_out_falls(history: History) -> Sighting | None:
-    held_out = _by_step(history, "eval_reward")
-    if len(held_out) < 3:
+    evaluations = _by_step(history, "eval_reward")
+    values = [value for _, value in evaluations]
+    count = max(NEAR, len(values) // 3)
+    if len(values) < NEAR + count:
         return None
-    best, top = max(held_out[:-2], key=lambda pair: pair[1])
-    now = max(value for _, value in held_out[-2:])
-    deviation = dict(_by_step(history, "eval_reward_std")).get(best, 0.0)
+    windows = [(fmean(values[end - NEAR : end]), end) for end in range(NEAR, len(values) - count + 1)]
+    top, end = max(windows)
+    step, now = evaluations[end - 1][0], fmean(values[-count:])
+    deviation = dict(_by_step(history, "eval_reward_std")).get(step, 0.0)
     fall = (top - now) / (deviation or 1.0)
-    rewards, steps = history.known("reward"), history.steps("reward")
-    then = _last([value for value, step in zip(rewards, steps, strict=True) if step <= best])
-    end = _last(rewards)
-    if fall < HELD_OUT or then is None or end is None or end <= then:
+    error = _error(values) * math.sqrt(1 / NEAR + 1 / count)
+    rewards = list(zip(history.known("reward"), history.steps("reward"), strict=True))
+    before, after = _last([value for value, at in rewards if at <= step]), _last([value for value, _ in rewards])
+    if fall < HELD_OUT or top - now <= HELD_OUT_ERRORS * error or before is None or after is None or after <= before:
         return None
-    seen = (
-        f"since step {best} the reward rose from {then:.3g} to {end:.3g}, and the held-out reward fell from {top:.3g}"
-    )
-    return Sighting(f"{seen} to {now:.3g}", fall)
+    reward = f"since step {step} the reward rose from {before:.3g} to {after:.3g}"
+    means = f"in means of {NEAR} evaluations" if count == NEAR else f"in means of {NEAR} and {count} evaluations"
+    return Sighting(f"{reward}, and the held-out reward fell from {top:.3g} to {now:.3g}, {means}", fall)
+
+
+def _error(values: list[float]) -> float:
+    """
+    Standard error of one value, from successive differences: a slow rise or fall adds little to them.
+
+    Of how many completions an evaluation is the mean is not logged.
+    """
+    return math.sqrt(fmean((value - last) ** 2 for last, value in pairwise(values)) / 2)
 
 
 def _by_step(history: History, name: str) -> list[tuple[int, float]]:
