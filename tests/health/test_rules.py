@@ -110,7 +110,8 @@ CASES: list[tuple[str, dict[str, Values], int, str]] = [
     ("no-sharing", {"tree/leaf_unique_ratio": [1.0] * 20}, 5, "a sampled token is in 1.00 completions on average"),
     ("engine", {"engine/logp_difference_mean": [0.03] * 5 + [0.18] * 2}, 7, "differ by 0.130 nats per token"),
     ("gradient", {"grad_norm": [0.2] * 15 + [2.5]}, 16, "its norm is 2.5, and the median before was 0.2."),
-    ("gradient", {"grad_norm": [0.2, math.nan]}, 2, "its norm is nan."),
+    ("not-finite", {"grad_norm": [0.2] + [math.nan] * 24}, 21, "its norm is nan, and none was finite in 20 steps."),
+    ("not-finite", {"grad_norm": [math.inf] * 25}, 20, "its norm is inf, and none was finite in 20 steps."),
     ("kl", {"kl": [0.02] * 15 + [0.3]}, 16, "it is 0.3 nats per token, and the median before was 0.02."),
     ("kl", {"kl": [0.1] * 5 + [1.6] * 15}, 7, "it is 1.1 nats per token, over 3 logs."),
     (
@@ -168,6 +169,8 @@ def test_every_rule_has_an_illness() -> None:
         ({"sampling/sampling_logp_difference/mean": [0.7] * 20}, ()),  # the engine's own metric is there
         ({"grad_norm": [0.2] * 9 + [2.5]}, ()),  # too few before it
         ({"grad_norm": [0.0, 0.3] * 10 + [1.4]}, ()),  # none where rewards are equal
+        # The scale of fp16 is halved until it fits, 16 times from 65536 to 1, and later tried again.
+        ({"grad_norm": [math.inf] * 16 + [0.2] * 20 + [math.inf] + [0.2] * 5}, ()),
         ({"grad_norm": [0.01] * 15 + [0.9]}, ()),  # a small one, however large beside those before
         ({"kl": [0.001] * 15 + [0.09]}, ()),
         # A task that is solved: almost no entropy, almost all rewards equal and 1.
@@ -280,6 +283,17 @@ def test_an_illness_is_told_again_when_it_is_twice_as_bad() -> None:
     # Means of three: 0.2 from step 3 on, (0.39 + 2 * 0.41) / 3 = 0.403 at step 12, and (0.41 + 2 * 0.9) / 3 = 0.737 is
     # not yet twice as much.
     assert [finding.step for finding in found] == [3, 12, 18]
+
+
+def test_a_gradient_that_is_not_finite_hides_no_jump() -> None:
+    found = findings_of({"grad_norm": [math.inf] * 20 + [0.2] * 15 + [50.0] + [math.nan] * 20})
+    assert [(finding.rule.name, finding.step) for finding in found] == [("not-finite", 20), ("gradient", 36)]
+
+
+def test_one_log_of_many_steps_may_be_an_overflow() -> None:
+    examination = Examination()
+    found = [examination.add({"grad_norm": math.inf, "step": step}) for step in (100, 200, 300)]
+    assert list(map(len, found)) == [0, 0, 1]
 
 
 def test_an_illness_that_comes_back_is_not_told_again() -> None:
