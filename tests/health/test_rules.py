@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ HEALTHY: dict[str, float] = {
     "rewards/first/mean": 0.5,
     "rewards/second/mean": 0.5,
     "tree/equal_rewards_frac": 0.4,
+    "tree/prompts": 8.0,
     "tree/length_reward_correlation": -0.1,
     "tree/mean_length": 100.0,
     "tree/finish_length_frac": 0.1,
@@ -67,6 +69,28 @@ CASES: list[tuple[str, dict[str, Values], int, str]] = [
         "0.02.",
     ),
     ("too-easy", {**ALL_EQUAL, "reward": [1.0] * 20}, 5, "at a mean reward of 1."),
+    # Penalties: of rewards 0 and -1, one in 50, and all but one.
+    (
+        "too-easy",
+        {"tree/equal_rewards_frac": [0.95] * 20, "reward": [-0.02] * 20, "reward_std": [0.14] * 20},
+        5,
+        "-0.02.",
+    ),
+    (
+        "too-hard",
+        {"tree/equal_rewards_frac": [0.95] * 20, "reward": [-0.98] * 20, "reward_std": [0.14] * 20},
+        5,
+        "-0.98.",
+    ),
+    # 40 prompts are 20 logs of 2, and 40 of 1 that does not say so.
+    ("too-hard", {**ALL_EQUAL, "reward": [0.0] * 20, "tree/prompts": [2.0] * 20}, 20, "over 20 logs"),
+    (
+        "too-hard",
+        {name: [value] * 40 for name, value in [("tree/equal_rewards_frac", 1.0), ("tree/prompts", None)]}
+        | {"reward": [0.0] * 40, "reward_std": [0.0] * 40},
+        40,
+        "over 40 logs",
+    ),
     ("all-or-nothing", {"tree/equal_rewards_frac": [0.97] * 20}, 5, "at a mean reward of 0.5, and prompts differ."),
     # Learned first: at step 23, 18 of the last 20 logs are equal.
     (
@@ -199,7 +223,7 @@ def test_other_names_of_the_same_metrics() -> None:
     """Of stock GRPOTrainer, and of a run without the check of the engine."""
     trees = [name for name in HEALTHY if name.startswith(("tree/", "engine/"))]
     changes: dict[str, Values] = {
-        "frac_reward_zero_std": [1.0] * 20,
+        "frac_reward_zero_std": [1.0, 0.875] * 10,  # of 8 prompts, as the eighths show
         "reward": [0.0] * 20,
         "reward_std": [0.0] * 20,
         "completions/clipped_ratio": [0.5] * 20,
@@ -207,6 +231,34 @@ def test_other_names_of_the_same_metrics() -> None:
         "completions/mean_length": [10.0] * 10 + [20.0] * 10,
     }
     assert [finding.rule.name for finding in findings_of(changes, trees)] == ["engine", "too-hard", "cut", "length"]
+
+
+# Few prompts
+
+
+def few_prompts(chance: random.Random, prompts: int, equal: float, is_told: bool) -> set[str]:
+    """Rules that fire in 300 steps: some prompts have equal rewards of 0 or of 1, the others both."""
+    examination, found = Examination(), set()
+    for step in range(300):
+        groups = [[chance.choice([0, 1])] * 8 if chance.random() < equal else [0, 1] * 4 for _ in range(prompts)]
+        rewards = [reward for group in groups for reward in group]
+        log = {
+            "step": step + 1,
+            "frac_reward_zero_std": fmean(len(set(group)) == 1 for group in groups),
+            "reward": fmean(rewards),
+            "reward_std": stdev(rewards),
+        }
+        found |= {
+            finding.rule.name for finding in examination.add(log | ({"tree/prompts": prompts} if is_told else {}))
+        }
+    return found
+
+
+@pytest.mark.parametrize(("prompts", "is_told"), [(1, False), (1, True), (4, False), (4, True), (8, False)])
+def test_few_prompts_a_batch(prompts: int, is_told: bool) -> None:
+    chance = random.Random(prompts)
+    assert [few_prompts(chance, prompts, 0.44, is_told) for _ in range(6)] == [set()] * 6
+    assert few_prompts(chance, prompts, 1.0, is_told) == {"all-or-nothing"}
 
 
 # Held-out rewards

@@ -33,7 +33,8 @@ RULES: tuple[Rule, ...] = (
         "too-hard",
         "prompts are too hard, or the reward never matches",
         signs.EQUAL_METRICS,
-        f"mean of {signs.WINDOW} logs from {signs.EQUAL} on, with `reward` in the lower half of its range",
+        f"mean of {signs.WINDOW} logs and {signs.PROMPTS} prompts from {signs.EQUAL} on, with `reward` in the "
+        "lower half of its range",
         f"below {signs.EQUAL:.0%} of the prompts",
         "the completions and what the reward function looks for in them, easier prompts or a worked example, "
         "`num_generations`, `dynamic_sampling_rounds`",
@@ -43,8 +44,8 @@ RULES: tuple[Rule, ...] = (
         "too-easy",
         "prompts are too easy",
         signs.EQUAL_METRICS,
-        f"mean of {signs.WINDOW} logs from {signs.EQUAL} on, with `reward` in the upper half of its range; of "
-        f"{signs.SOLVED} logs if the training has learned them",
+        f"mean of {signs.WINDOW} logs and {signs.PROMPTS} prompts from {signs.EQUAL} on, with `reward` in the "
+        f"upper half of its range; of {signs.SOLVED} logs if the training has learned them",
         f"below {signs.EQUAL:.0%} of the prompts",
         "harder prompts, `dynamic_sampling_rounds`, or whether the training is done",
         signs.too_easy,
@@ -53,8 +54,8 @@ RULES: tuple[Rule, ...] = (
         "all-or-nothing",
         "each prompt is either too easy or too hard",
         signs.EQUAL_METRICS,
-        f"mean of {signs.WINDOW} logs from {signs.ALL_EQUAL} on, with `reward_std` from {signs.SPLIT} of the range of "
-        "rewards on",
+        f"mean of {signs.WINDOW} logs and {signs.PROMPTS} prompts from {signs.ALL_EQUAL} on, with `reward_std` from "
+        f"{signs.SPLIT} of the range of rewards on",
         f"below {signs.EQUAL:.0%} of the prompts",
         "prompts of middling difficulty, `dynamic_sampling_rounds`, `temperature`, `num_generations`",
         signs.all_or_nothing,

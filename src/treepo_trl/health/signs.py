@@ -7,7 +7,7 @@ None of them raises, whatever was logged. Each number is in a text of `rules.py`
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, median, variance
+from statistics import fmean, median, pvariance, variance
 
 from .history import History
 
@@ -15,6 +15,8 @@ from .history import History
 WINDOW = 5
 """Logs over which a lasting state is averaged, at the end of the training and at its start."""
 EQUAL, ALL_EQUAL = 0.9, 0.95  # fractions of the prompts
+PROMPTS = 40
+"""Prompts over which such a fraction is averaged, at least. Of a single prompt, each log says 0 or 1."""
 SOLVED = 20  # logs
 SPLIT = 0.25  # deviation of rewards, in units of their range
 CUT, REPEATED = 0.3, 0.2  # fractions of the completions
@@ -74,6 +76,21 @@ def _before(values: list[float]) -> float | None:
 EQUAL_METRICS = ("tree/equal_rewards_frac", "frac_reward_zero_std")
 
 
+def _prompts_of_log(history: History) -> float:
+    """Prompts that a log stands for, at least: from their number, or from the steps in which their fraction moves."""
+    recent = history.known(*EQUAL_METRICS)[-PROMPTS:]
+    told = (history.known("tree/prompts") or [1.0])[-1]
+    for count in range(1, PROMPTS):
+        if all(abs(value * count - round(value * count)) < 1e-4 for value in recent):
+            return max(1.0, told, count)
+    return PROMPTS
+
+
+def _window(history: History) -> int:
+    """Logs of enough prompts."""
+    return max(WINDOW, math.ceil(PROMPTS / _prompts_of_log(history)))
+
+
 def _equal_rewards(history: History, count: int, least: float) -> str | None:
     equal, reward = _last(history.known(*EQUAL_METRICS), count), _last(history.known("reward"), count)
     if equal is None or reward is None or equal < least:
@@ -82,47 +99,63 @@ def _equal_rewards(history: History, count: int, least: float) -> str | None:
     return f"{seen}, at a mean reward of {reward:.3g}"
 
 
-def _scale(history: History) -> tuple[float, float]:
+def _moments(history: History, count: int) -> tuple[float, float]:
+    """Mean and deviation of the rewards of the last logs: that within logs and, of few prompts, that between them."""
+    rewards, within = history.known("reward")[-count:], history.known("reward_std")[-count:]
+    if not rewards:
+        return 0.0, 0.0
+    return fmean(rewards), math.sqrt(pvariance(rewards) + (fmean(each**2 for each in within) if within else 0.0))
+
+
+def _scale(history: History, count: int) -> tuple[float, float]:
     """Lowest reward and range of rewards, as far as the logs tell. 0 is taken for one of the rewards."""
     rewards = history.known("reward")
-    mean, deviation = _last(rewards) or 0.0, _last(history.known("reward_std")) or 0.0
-    lowest = min(0.0, *rewards)
-    # Means do not show the range while all are low. Of rewards that are 0 or R, R is the second moment over the mean.
-    return lowest, max(0.0, *rewards, (mean**2 + deviation**2) / abs(mean) if mean else 0.0) - lowest
+    mean, deviation = _moments(history, count)
+    lowest, highest = min([0.0, *rewards]), max([0.0, *rewards])
+    # Means do not show the range while all are near 0. Of rewards that are 0 or R, R is the second moment over the
+    # mean: above 0, or below it where all are penalties.
+    other = (mean**2 + deviation**2) / mean if mean else 0.0
+    if mean > 0:
+        highest = max(highest, other)
+    elif highest == 0:
+        lowest = min(lowest, other)
+    return lowest, highest - lowest
 
 
-def _is_high(reward: float, history: History) -> bool:
-    """Whether a mean reward is in the upper half of the range."""
-    lowest, extent = _scale(history)
-    return reward > lowest + extent / 2
+def _is_high(rewards: list[float], history: History, count: int) -> bool:
+    """Whether the mean of rewards is in the upper half of the range."""
+    lowest, extent = _scale(history, count)
+    return bool(rewards) and fmean(rewards) > lowest + extent / 2
 
 
-def _is_split(history: History) -> bool:
+def _is_split(history: History, count: int) -> bool:
     """Whether the rewards of different prompts differ much, beside their range."""
-    deviation = _last(history.known("reward_std"))
-    return bool(deviation) and deviation >= SPLIT * _scale(history)[1]
+    deviation = _moments(history, count)[1]
+    return deviation > 0 and deviation >= SPLIT * _scale(history, count)[1]
 
 
 def too_hard(history: History) -> Sighting | None:
-    seen, rewards = _equal_rewards(history, WINDOW, EQUAL), history.known("reward")
-    if seen is None or _is_split(history) or _is_high(fmean(rewards[-WINDOW:]), history):
+    count = _window(history)
+    seen = _equal_rewards(history, count, EQUAL)
+    if seen is None or _is_split(history, count) or _is_high(history.known("reward")[-count:], history, count):
         return None
     return Sighting(seen)
 
 
 def too_easy(history: History) -> Sighting | None:
-    rewards = history.known("reward")
+    rewards, count = history.known("reward"), _window(history)
     # What was learned in this training was not too easy. It is told when nothing is left to learn for long.
-    was_high = bool(rewards) and _is_high(fmean(rewards[:WINDOW]), history)
-    seen = _equal_rewards(history, WINDOW if was_high else SOLVED, EQUAL)
-    if seen is None or _is_split(history) or not _is_high(fmean(rewards[-WINDOW:]), history):
+    was_high = _is_high(rewards[:count], history, count)
+    seen = _equal_rewards(history, count if was_high else max(SOLVED, count), EQUAL)
+    if seen is None or _is_split(history, count) or not _is_high(rewards[-count:], history, count):
         return None
     return Sighting(seen)
 
 
 def all_or_nothing(history: History) -> Sighting | None:
-    seen = _equal_rewards(history, WINDOW, ALL_EQUAL)
-    if seen is None or not _is_split(history) or _entropy_fall(history) is not None:
+    count = _window(history)
+    seen = _equal_rewards(history, count, ALL_EQUAL)
+    if seen is None or not _is_split(history, count) or _entropy_fall(history) is not None:
         return None
     return Sighting(f"{seen}, and prompts differ")
 
@@ -270,9 +303,10 @@ def _entropy_fall(history: History) -> tuple[float, float] | None:
 
 
 def entropy_collapses(history: History) -> Sighting | None:
-    fall, equal = _entropy_fall(history), _equal_rewards(history, WINDOW, ALL_EQUAL)
+    count = _window(history)
+    fall, equal = _entropy_fall(history), _equal_rewards(history, count, ALL_EQUAL)
     # Of a task that is solved, the entropy is low too. Then the rewards of different prompts are equal as well.
-    if fall is None or equal is None or not _is_split(history):
+    if fall is None or equal is None or not _is_split(history, count):
         return None
     return Sighting(f"it fell from {fall[0]:.3g} to {fall[1]:.3g} nats per token, and {equal}")
 
