@@ -270,7 +270,7 @@ def evaluated(held_out: Sequence[float], rewards: Sequence[float], deviation: fl
     found = []
     for i, (value, reward) in enumerate(zip(held_out, rewards, strict=True)):
         for step in range(5 * i + 1, 5 * i + 6):
-            found += examination.add({**HEALTHY, "reward": reward, "step": step})
+            found += examination.add({"reward": reward, "step": step})
         found += examination.add({"eval_reward": value, "eval_reward_std": deviation, "step": 5 * i + 5})
     return found
 
