@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from tests.support.trainers import assert_same_run, build, make_config, trained
+from tests.support.trainers import NUM_GENERATIONS, assert_same_run, build, make_config, trained
 from treepo_trl import TreePOTrainer
 from treepo_trl.health import HealthCallback
 
@@ -38,7 +38,7 @@ def even_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 
 def test_a_reward_that_never_matches(tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture) -> None:
-    run(tmp_path, tiny_model_dir, nothing_reward, learning_rate=1e-3)
+    run(tmp_path, tiny_model_dir, nothing_reward, learning_rate=1e-3, per_device_train_batch_size=8 * NUM_GENERATIONS)
     told = [line for line in warnings_of(caplog) if "too hard" in line]
     assert len(told) == 1
     assert told[0].startswith(

@@ -16,6 +16,7 @@ def test_sums_and_metrics_by_hand() -> None:
     second = 2 * (0.0005 / 3) ** 2 + (0.0005 * 2 / 3) ** 2
     assert sums == pytest.approx([3, 2, 0.5 + (-2 / 3) * 0.0005, 0.5 + second, 0.5 + 2 / 3])
     assert signal_metrics([3, 2, 0.5, 0.5, 2.0]) == {
+        "tree/prompts": 3,
         "tree/equal_rewards_frac": 2 / 3,
         "tree/length_reward_correlation": 0.5,
     }
@@ -28,4 +29,7 @@ def test_sums_of_processes_add_up() -> None:
 
 
 def test_no_correlation_without_differences() -> None:
-    assert signal_metrics(signal_sums([small_tree()], [[1.0, 1.0, 1.0]])) == {"tree/equal_rewards_frac": 1.0}
+    assert signal_metrics(signal_sums([small_tree()], [[1.0, 1.0, 1.0]])) == {
+        "tree/prompts": 1,
+        "tree/equal_rewards_frac": 1.0,
+    }

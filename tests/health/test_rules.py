@@ -1,7 +1,9 @@
 """Each illness by hand: a healthy training in which some metrics are changed, and the step at which it is told."""
 
 import math
+import random
 from collections.abc import Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ HEALTHY: dict[str, float] = {
     "rewards/first/mean": 0.5,
     "rewards/second/mean": 0.5,
     "tree/equal_rewards_frac": 0.4,
+    "tree/prompts": 8.0,
     "tree/length_reward_correlation": -0.1,
     "tree/mean_length": 100.0,
     "tree/finish_length_frac": 0.1,
@@ -66,6 +69,28 @@ CASES: list[tuple[str, dict[str, Values], int, str]] = [
         "0.02.",
     ),
     ("too-easy", {**ALL_EQUAL, "reward": [1.0] * 20}, 5, "at a mean reward of 1."),
+    # Penalties: of rewards 0 and -1, one in 50, and all but one.
+    (
+        "too-easy",
+        {"tree/equal_rewards_frac": [0.95] * 20, "reward": [-0.02] * 20, "reward_std": [0.14] * 20},
+        5,
+        "-0.02.",
+    ),
+    (
+        "too-hard",
+        {"tree/equal_rewards_frac": [0.95] * 20, "reward": [-0.98] * 20, "reward_std": [0.14] * 20},
+        5,
+        "-0.98.",
+    ),
+    # 40 prompts are 20 logs of 2, and 40 of 1 that does not say so.
+    ("too-hard", {**ALL_EQUAL, "reward": [0.0] * 20, "tree/prompts": [2.0] * 20}, 20, "over 20 logs"),
+    (
+        "too-hard",
+        {name: [value] * 40 for name, value in [("tree/equal_rewards_frac", 1.0), ("tree/prompts", None)]}
+        | {"reward": [0.0] * 40, "reward_std": [0.0] * 40},
+        40,
+        "over 40 logs",
+    ),
     ("all-or-nothing", {"tree/equal_rewards_frac": [0.97] * 20}, 5, "at a mean reward of 0.5, and prompts differ."),
     # Learned first: at step 23, 18 of the last 20 logs are equal.
     (
@@ -109,7 +134,8 @@ CASES: list[tuple[str, dict[str, Values], int, str]] = [
     ("no-sharing", {"tree/leaf_unique_ratio": [1.0] * 20}, 5, "a sampled token is in 1.00 completions on average"),
     ("engine", {"engine/logp_difference_mean": [0.03] * 5 + [0.18] * 2}, 7, "differ by 0.130 nats per token"),
     ("gradient", {"grad_norm": [0.2] * 15 + [2.5]}, 16, "its norm is 2.5, and the median before was 0.2."),
-    ("gradient", {"grad_norm": [0.2, math.nan]}, 2, "its norm is nan."),
+    ("not-finite", {"grad_norm": [0.2] + [math.nan] * 24}, 21, "its norm is nan, and none was finite in 20 steps."),
+    ("not-finite", {"grad_norm": [math.inf] * 25}, 20, "its norm is inf, and none was finite in 20 steps."),
     ("kl", {"kl": [0.02] * 15 + [0.3]}, 16, "it is 0.3 nats per token, and the median before was 0.02."),
     ("kl", {"kl": [0.1] * 5 + [1.6] * 15}, 7, "it is 1.1 nats per token, over 3 logs."),
     (
@@ -167,6 +193,8 @@ def test_every_rule_has_an_illness() -> None:
         ({"sampling/sampling_logp_difference/mean": [0.7] * 20}, ()),  # the engine's own metric is there
         ({"grad_norm": [0.2] * 9 + [2.5]}, ()),  # too few before it
         ({"grad_norm": [0.0, 0.3] * 10 + [1.4]}, ()),  # none where rewards are equal
+        # The scale of fp16 is halved until it fits, 16 times from 65536 to 1, and later tried again.
+        ({"grad_norm": [math.inf] * 16 + [0.2] * 20 + [math.inf] + [0.2] * 5}, ()),
         ({"grad_norm": [0.01] * 15 + [0.9]}, ()),  # a small one, however large beside those before
         ({"kl": [0.001] * 15 + [0.09]}, ()),
         # A task that is solved: almost no entropy, almost all rewards equal and 1.
@@ -195,7 +223,7 @@ def test_other_names_of_the_same_metrics() -> None:
     """Of stock GRPOTrainer, and of a run without the check of the engine."""
     trees = [name for name in HEALTHY if name.startswith(("tree/", "engine/"))]
     changes: dict[str, Values] = {
-        "frac_reward_zero_std": [1.0] * 20,
+        "frac_reward_zero_std": [1.0, 0.875] * 10,  # of 8 prompts, as the eighths show
         "reward": [0.0] * 20,
         "reward_std": [0.0] * 20,
         "completions/clipped_ratio": [0.5] * 20,
@@ -203,6 +231,34 @@ def test_other_names_of_the_same_metrics() -> None:
         "completions/mean_length": [10.0] * 10 + [20.0] * 10,
     }
     assert [finding.rule.name for finding in findings_of(changes, trees)] == ["engine", "too-hard", "cut", "length"]
+
+
+# Few prompts
+
+
+def few_prompts(chance: random.Random, prompts: int, equal: float, is_told: bool) -> set[str]:
+    """Rules that fire in 300 steps: some prompts have equal rewards of 0 or of 1, the others both."""
+    examination, found = Examination(), set()
+    for step in range(300):
+        groups = [[chance.choice([0, 1])] * 8 if chance.random() < equal else [0, 1] * 4 for _ in range(prompts)]
+        rewards = [reward for group in groups for reward in group]
+        log = {
+            "step": step + 1,
+            "frac_reward_zero_std": fmean(len(set(group)) == 1 for group in groups),
+            "reward": fmean(rewards),
+            "reward_std": stdev(rewards),
+        }
+        found |= {
+            finding.rule.name for finding in examination.add(log | ({"tree/prompts": prompts} if is_told else {}))
+        }
+    return found
+
+
+@pytest.mark.parametrize(("prompts", "is_told"), [(1, False), (1, True), (4, False), (4, True), (8, False)])
+def test_few_prompts_a_batch(prompts: int, is_told: bool) -> None:
+    chance = random.Random(prompts)
+    assert [few_prompts(chance, prompts, 0.44, is_told) for _ in range(6)] == [set()] * 6
+    assert few_prompts(chance, prompts, 1.0, is_told) == {"all-or-nothing"}
 
 
 # Held-out rewards
@@ -214,35 +270,58 @@ def evaluated(held_out: Sequence[float], rewards: Sequence[float], deviation: fl
     found = []
     for i, (value, reward) in enumerate(zip(held_out, rewards, strict=True)):
         for step in range(5 * i + 1, 5 * i + 6):
-            found += examination.add({**HEALTHY, "reward": reward, "step": step})
+            found += examination.add({"reward": reward, "step": step})
         found += examination.add({"eval_reward": value, "eval_reward_std": deviation, "step": 5 * i + 5})
     return found
 
 
 def test_a_held_out_reward_that_falls_while_the_reward_rises() -> None:
-    # 0.25 deviations are 0.1: the last two are 0.12 and 0.15 below the best, which is that of step 10.
-    (finding,) = evaluated([0.4, 0.6, 0.48, 0.45], [0.4, 0.5, 0.6, 0.7])
-    assert (finding.rule.name, finding.step) == ("held-out", 20)
+    # The best three end at step 20, and the last three are 0.2 lower. Two successive differences are 0.1 and 0.2, the
+    # others 0. Of 9 evaluations one has an error of (0.05 / 8 / 2) ** 0.5 = 0.056, a difference of means of three one
+    # of 0.056 * (2 / 3) ** 0.5, and 4.5 of them are 0.205. Of 10 evaluations they are 0.194.
+    held_out = [0.5, 0.6, 0.6, 0.6, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4]
+    (finding,) = evaluated(held_out, [0.4, 0.4, 0.4, 0.5, *[0.7] * 8])
+    assert (finding.rule.name, finding.step) == ("held-out", 50)
     assert finding.seen == (
-        "since step 10 the reward rose from 0.5 to 0.7, and the held-out reward fell from 0.6 to 0.48"
+        "since step 20 the reward rose from 0.5 to 0.7, and the held-out reward fell from 0.6 to 0.4, in means of 3 "
+        "evaluations"
     )
 
 
 @pytest.mark.parametrize(
     ("held_out", "rewards"),
     [
-        ([0.4, 0.6, 0.45, 0.55], [0.4, 0.5, 0.6, 0.7]),  # one bad evaluation
-        ([0.4, 0.6, 0.48, 0.45], [0.4, 0.5, 0.5, 0.5]),  # both stand still or fall: another illness
-        ([0.6, 0.45], [0.4, 0.5]),
+        ([*[0.6] * 6, 0.4, *[0.6] * 5], [0.05 * i for i in range(12)]),  # one bad evaluation
+        ([*[0.6] * 6, *[0.4] * 12], [0.5] * 18),  # the reward stands still: another illness
+        ([*[0.6] * 6, *[0.55] * 12], [0.05 * i for i in range(18)]),  # sure, and small
+        ([0.6, 0.6, 0.6, 0.3, 0.3], [0.05 * i for i in range(5)]),  # few
     ],
 )
 def test_held_out_rewards_that_vary(held_out: list[float], rewards: list[float]) -> None:
     assert evaluated(held_out, rewards) == []
 
 
+def sampled_evaluations(chance: random.Random, skills: Sequence[float], completions: int) -> list[float]:
+    return [sum(chance.random() < skill for _ in range(completions)) / completions for skill in skills]
+
+
+@pytest.mark.parametrize("completions", [16, 32, 64, 256])
+def test_evaluations_of_a_constant_skill_are_noise(completions: int) -> None:
+    chance, rewards = random.Random(completions), [0.3 + 0.02 * i for i in range(20)]
+    constant = [sampled_evaluations(chance, [0.6] * 20, completions) for _ in range(60)]
+    assert sum(bool(evaluated(held_out, rewards, 0.49)) for held_out in constant) <= 2
+
+
+def test_a_real_fall_is_more_than_noise() -> None:
+    chance, rewards = random.Random(0), [0.3 + 0.02 * i for i in range(20)]
+    skills = [*[0.6] * 8, 0.52, 0.45, 0.37, *[0.3] * 9]
+    falling = [sampled_evaluations(chance, skills, 64) for _ in range(20)]
+    assert all(evaluated(held_out, rewards, 0.49) for held_out in falling)
+
+
 def test_several_held_out_sets_are_averaged() -> None:
     examination = Examination()
-    for step, values in [(1, (0.0, 1.0)), (2, (0.5, 0.5)), (3, (1.0, 0.0))]:
+    for step, values in [(step, (0.0, 1.0) if step < 5 else (1.0, 0.0)) for step in range(1, 10)]:
         for value in values:
             assert examination.add({"eval_reward": value, "reward": 0.1 * step, "step": step}) == []
 
@@ -256,6 +335,17 @@ def test_an_illness_is_told_again_when_it_is_twice_as_bad() -> None:
     # Means of three: 0.2 from step 3 on, (0.39 + 2 * 0.41) / 3 = 0.403 at step 12, and (0.41 + 2 * 0.9) / 3 = 0.737 is
     # not yet twice as much.
     assert [finding.step for finding in found] == [3, 12, 18]
+
+
+def test_a_gradient_that_is_not_finite_hides_no_jump() -> None:
+    found = findings_of({"grad_norm": [math.inf] * 20 + [0.2] * 15 + [50.0] + [math.nan] * 20})
+    assert [(finding.rule.name, finding.step) for finding in found] == [("not-finite", 20), ("gradient", 36)]
+
+
+def test_one_log_of_many_steps_may_be_an_overflow() -> None:
+    examination = Examination()
+    found = [examination.add({"grad_norm": math.inf, "step": step}) for step in (100, 200, 300)]
+    assert list(map(len, found)) == [0, 0, 1]
 
 
 def test_an_illness_that_comes_back_is_not_told_again() -> None:

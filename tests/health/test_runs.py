@@ -55,6 +55,7 @@ def test_a_step_of_the_tree_log_by_hand(tmp_path: Path) -> None:
             "tree/finish_length_frac": 1 / 3,
             "tree/finish_repetition_frac": 0.0,
             "tree/leaf_unique_ratio": 11 / 9,
+            "tree/prompts": 2,
             "tree/equal_rewards_frac": 0.5,
             # Around their means: rewards 0.5, -0.5, 0 and lengths 1/3, -2/3, 1/3; equal rewards and lengths 1/2, -1/2.
             "tree/length_reward_correlation": 0.5 / (0.5 * (6 / 9 + 0.5)) ** 0.5,
@@ -79,7 +80,7 @@ def test_the_tree_log_goes_on_where_the_last_checkpoint_ends(tmp_path: Path) -> 
 def test_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_state(Path("idle"), 6)
-    write_trees(Path("hard"), 6)
+    write_trees(Path("hard"), 40)
     main(["idle", "hard", "--health"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "idle (trainer_state.json up to step 6): 1 finding."
@@ -87,9 +88,9 @@ def test_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         "- step 5: the policy does not move: the learning rate was 0 in 5 logs one after the other"
     )
     assert lines[2].startswith("Not logged, so not examined: too-hard, too-easy, all-or-nothing, held-out, cut, ")
-    assert lines[3] == "hard (the tree log from step 1 to 6): 2 findings."
-    assert lines[4].startswith("- step 5: prompts are too hard")
-    assert lines[5].startswith("- step 5: completions are cut off: 33% of the completions")
+    assert lines[3] == "hard (the tree log from step 1 to 40): 2 findings."
+    assert lines[4].startswith("- step 5: completions are cut off: 33% of the completions")
+    assert lines[5].startswith("- step 40: prompts are too hard")  # one a step
     assert [path.name for path in Path().iterdir() if path.is_file()] == []
 
 

@@ -37,11 +37,11 @@ def signal_metrics(sums: Sequence[float]) -> dict[str, float]:
     """
     Metrics under `tree/` from sums over all processes.
 
-    `equal_rewards_frac` as a fraction of the prompts. `length_reward_correlation` between leaves of one prompt, from
-    -1 to 1; it is left out if all lengths or all rewards of each prompt are equal.
+    `prompts` is their number, `equal_rewards_frac` a fraction of them. `length_reward_correlation` between leaves of
+    one prompt, from -1 to 1; it is left out if all lengths or all rewards of each prompt are equal.
     """
     prompts, equal, covariance, of_rewards, of_lengths = sums
-    metrics = {"tree/equal_rewards_frac": equal / prompts}
+    metrics = {"tree/prompts": prompts, "tree/equal_rewards_frac": equal / prompts}
     scale = math.sqrt(of_rewards * of_lengths)
     if scale > 0:
         metrics["tree/length_reward_correlation"] = max(-1.0, min(1.0, covariance / scale))

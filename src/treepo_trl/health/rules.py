@@ -33,7 +33,8 @@ RULES: tuple[Rule, ...] = (
         "too-hard",
         "prompts are too hard, or the reward never matches",
         signs.EQUAL_METRICS,
-        f"mean of {signs.WINDOW} logs from {signs.EQUAL} on, with `reward` in the lower half of its range",
+        f"mean of {signs.WINDOW} logs and {signs.PROMPTS} prompts from {signs.EQUAL} on, with `reward` in the "
+        "lower half of its range",
         f"below {signs.EQUAL:.0%} of the prompts",
         "the completions and what the reward function looks for in them, easier prompts or a worked example, "
         "`num_generations`, `dynamic_sampling_rounds`",
@@ -43,8 +44,8 @@ RULES: tuple[Rule, ...] = (
         "too-easy",
         "prompts are too easy",
         signs.EQUAL_METRICS,
-        f"mean of {signs.WINDOW} logs from {signs.EQUAL} on, with `reward` in the upper half of its range; of "
-        f"{signs.SOLVED} logs if the training has learned them",
+        f"mean of {signs.WINDOW} logs and {signs.PROMPTS} prompts from {signs.EQUAL} on, with `reward` in the "
+        f"upper half of its range; of {signs.SOLVED} logs if the training has learned them",
         f"below {signs.EQUAL:.0%} of the prompts",
         "harder prompts, `dynamic_sampling_rounds`, or whether the training is done",
         signs.too_easy,
@@ -53,8 +54,8 @@ RULES: tuple[Rule, ...] = (
         "all-or-nothing",
         "each prompt is either too easy or too hard",
         signs.EQUAL_METRICS,
-        f"mean of {signs.WINDOW} logs from {signs.ALL_EQUAL} on, with `reward_std` from {signs.SPLIT} of the range of "
-        "rewards on",
+        f"mean of {signs.WINDOW} logs and {signs.PROMPTS} prompts from {signs.ALL_EQUAL} on, with `reward_std` from "
+        f"{signs.SPLIT} of the range of rewards on",
         f"below {signs.EQUAL:.0%} of the prompts",
         "prompts of middling difficulty, `dynamic_sampling_rounds`, `temperature`, `num_generations`",
         signs.all_or_nothing,
@@ -72,8 +73,9 @@ RULES: tuple[Rule, ...] = (
         "held-out",
         "the reward rises and the held-out reward falls",
         ("eval_reward",),
-        f"two evaluations lower than an earlier one by {signs.HELD_OUT} deviations of `eval_reward`, with `reward` "
-        "higher than then",
+        f"mean of the last third of evaluations, at least {signs.NEAR}, below that of {signs.NEAR} earlier ones by "
+        f"{signs.HELD_OUT} deviations of `eval_reward` and {signs.HELD_OUT_ERRORS} standard errors (from successive "
+        "differences), with `reward` higher than then",
         "both rise",
         "what the reward function can be fooled by, more prompts, `learning_rate`, `beta`, an earlier checkpoint",
         signs.held_out_falls,
@@ -126,10 +128,19 @@ RULES: tuple[Rule, ...] = (
         signs.engine_is_far,
     ),
     Rule(
+        "not-finite",
+        "the gradient is not finite",
+        ("grad_norm",),
+        f"`nan` or `inf` in {signs.NEAR} logs and {signs.NOT_FINITE} steps one after the other",
+        "finite, but for the first steps of `fp16`, which finds its scale so",
+        "`bf16` in place of `fp16`, `learning_rate`, `max_grad_norm`, and rewards that are not finite",
+        signs.gradient_is_not_finite,
+    ),
+    Rule(
         "gradient",
         "the gradient jumps",
         ("grad_norm",),
-        f"not finite, or above {signs.GRADIENT:g} and {signs.JUMP} times the median of the {signs.BEFORE} logs before",
+        f"above {signs.GRADIENT:g} and {signs.JUMP} times the median of the {signs.BEFORE} logs before",
         f"below {signs.GRADIENT:g}, or of the size of those before",
         "`learning_rate`, `max_grad_norm`, `warmup_steps`, and rewards of very different size",
         signs.gradient_jumps,

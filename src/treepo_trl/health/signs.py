@@ -6,7 +6,8 @@ None of them raises, whatever was logged. Each number is in a text of `rules.py`
 
 import math
 from dataclasses import dataclass
-from statistics import fmean, median, variance
+from itertools import pairwise
+from statistics import fmean, median, pvariance, variance
 
 from .history import History
 
@@ -14,6 +15,8 @@ from .history import History
 WINDOW = 5
 """Logs over which a lasting state is averaged, at the end of the training and at its start."""
 EQUAL, ALL_EQUAL = 0.9, 0.95  # fractions of the prompts
+PROMPTS = 40
+"""Prompts over which such a fraction is averaged, at least. Of a single prompt, each log says 0 or 1."""
 SOLVED = 20  # logs
 SPLIT = 0.25  # deviation of rewards, in units of their range
 CUT, REPEATED = 0.3, 0.2  # fractions of the completions
@@ -22,10 +25,12 @@ DISTANCE, NEAR = 0.1, 3  # nats per token, logs
 JUMP = 10  # times the median
 BEFORE, LEAST_BEFORE = 20, 10  # logs of that median
 GRADIENT = 1.0  # a norm
+NOT_FINITE = 20  # steps: by design fp16 skips one per halving of its scale, and 16 lead from 65536 to 1
 KL, KL_JUMP = 1.0, 0.1  # nats per token
 ENTROPY_LOW, ENTROPY_HIGH = 0.1, 2.0  # times that at the start
 ENTROPY_RISE = 1.0  # nats per token
 HELD_OUT = 0.25  # deviations of the held-out reward
+HELD_OUT_ERRORS = 4.5  # the best of many windows, looked for after each evaluation, is 3 or more by chance
 LONGER, ERRORS = 1.5, 3  # times the length at the start; standard errors
 CORRELATION = 0.5
 GAIN = 0.1  # deviations of the reward
@@ -71,6 +76,21 @@ def _before(values: list[float]) -> float | None:
 EQUAL_METRICS = ("tree/equal_rewards_frac", "frac_reward_zero_std")
 
 
+def _prompts_of_log(history: History) -> float:
+    """Prompts that a log stands for, at least: from their number, or from the steps in which their fraction moves."""
+    recent = history.known(*EQUAL_METRICS)[-PROMPTS:]
+    told = (history.known("tree/prompts") or [1.0])[-1]
+    for count in range(1, PROMPTS):
+        if all(abs(value * count - round(value * count)) < 1e-4 for value in recent):
+            return max(1.0, told, count)
+    return PROMPTS
+
+
+def _window(history: History) -> int:
+    """Logs of enough prompts."""
+    return max(WINDOW, math.ceil(PROMPTS / _prompts_of_log(history)))
+
+
 def _equal_rewards(history: History, count: int, least: float) -> str | None:
     equal, reward = _last(history.known(*EQUAL_METRICS), count), _last(history.known("reward"), count)
     if equal is None or reward is None or equal < least:
@@ -79,47 +99,63 @@ def _equal_rewards(history: History, count: int, least: float) -> str | None:
     return f"{seen}, at a mean reward of {reward:.3g}"
 
 
-def _scale(history: History) -> tuple[float, float]:
+def _moments(history: History, count: int) -> tuple[float, float]:
+    """Mean and deviation of the rewards of the last logs: that within logs and, of few prompts, that between them."""
+    rewards, within = history.known("reward")[-count:], history.known("reward_std")[-count:]
+    if not rewards:
+        return 0.0, 0.0
+    return fmean(rewards), math.sqrt(pvariance(rewards) + (fmean(each**2 for each in within) if within else 0.0))
+
+
+def _scale(history: History, count: int) -> tuple[float, float]:
     """Lowest reward and range of rewards, as far as the logs tell. 0 is taken for one of the rewards."""
     rewards = history.known("reward")
-    mean, deviation = _last(rewards) or 0.0, _last(history.known("reward_std")) or 0.0
-    lowest = min(0.0, *rewards)
-    # Means do not show the range while all are low. Of rewards that are 0 or R, R is the second moment over the mean.
-    return lowest, max(0.0, *rewards, (mean**2 + deviation**2) / abs(mean) if mean else 0.0) - lowest
+    mean, deviation = _moments(history, count)
+    lowest, highest = min([0.0, *rewards]), max([0.0, *rewards])
+    # Means do not show the range while all are near 0. Of rewards that are 0 or R, R is the second moment over the
+    # mean: above 0, or below it where all are penalties.
+    other = (mean**2 + deviation**2) / mean if mean else 0.0
+    if mean > 0:
+        highest = max(highest, other)
+    elif highest == 0:
+        lowest = min(lowest, other)
+    return lowest, highest - lowest
 
 
-def _is_high(reward: float, history: History) -> bool:
-    """Whether a mean reward is in the upper half of the range."""
-    lowest, extent = _scale(history)
-    return reward > lowest + extent / 2
+def _is_high(rewards: list[float], history: History, count: int) -> bool:
+    """Whether the mean of rewards is in the upper half of the range."""
+    lowest, extent = _scale(history, count)
+    return bool(rewards) and fmean(rewards) > lowest + extent / 2
 
 
-def _is_split(history: History) -> bool:
+def _is_split(history: History, count: int) -> bool:
     """Whether the rewards of different prompts differ much, beside their range."""
-    deviation = _last(history.known("reward_std"))
-    return bool(deviation) and deviation >= SPLIT * _scale(history)[1]
+    deviation = _moments(history, count)[1]
+    return deviation > 0 and deviation >= SPLIT * _scale(history, count)[1]
 
 
 def too_hard(history: History) -> Sighting | None:
-    seen, rewards = _equal_rewards(history, WINDOW, EQUAL), history.known("reward")
-    if seen is None or _is_split(history) or _is_high(fmean(rewards[-WINDOW:]), history):
+    count = _window(history)
+    seen = _equal_rewards(history, count, EQUAL)
+    if seen is None or _is_split(history, count) or _is_high(history.known("reward")[-count:], history, count):
         return None
     return Sighting(seen)
 
 
 def too_easy(history: History) -> Sighting | None:
-    rewards = history.known("reward")
+    rewards, count = history.known("reward"), _window(history)
     # What was learned in this training was not too easy. It is told when nothing is left to learn for long.
-    was_high = bool(rewards) and _is_high(fmean(rewards[:WINDOW]), history)
-    seen = _equal_rewards(history, WINDOW if was_high else SOLVED, EQUAL)
-    if seen is None or _is_split(history) or not _is_high(fmean(rewards[-WINDOW:]), history):
+    was_high = _is_high(rewards[:count], history, count)
+    seen = _equal_rewards(history, count if was_high else max(SOLVED, count), EQUAL)
+    if seen is None or _is_split(history, count) or not _is_high(rewards[-count:], history, count):
         return None
     return Sighting(seen)
 
 
 def all_or_nothing(history: History) -> Sighting | None:
-    seen = _equal_rewards(history, WINDOW, ALL_EQUAL)
-    if seen is None or not _is_split(history) or _entropy_fall(history) is not None:
+    count = _window(history)
+    seen = _equal_rewards(history, count, ALL_EQUAL)
+    if seen is None or not _is_split(history, count) or _entropy_fall(history) is not None:
         return None
     return Sighting(f"{seen}, and prompts differ")
 
@@ -145,22 +181,33 @@ def _is_missing(value: float | None) -> bool:
 
 
 def held_out_falls(history: History) -> Sighting | None:
-    held_out = _by_step(history, "eval_reward")
-    if len(held_out) < 3:
+    evaluations = _by_step(history, "eval_reward")
+    values = [value for _, value in evaluations]
+    count = max(NEAR, len(values) // 3)
+    if len(values) < NEAR + count:
         return None
-    best, top = max(held_out[:-2], key=lambda pair: pair[1])
-    now = max(value for _, value in held_out[-2:])
-    deviation = dict(_by_step(history, "eval_reward_std")).get(best, 0.0)
+    windows = [(fmean(values[end - NEAR : end]), end) for end in range(NEAR, len(values) - count + 1)]
+    top, end = max(windows)
+    step, now = evaluations[end - 1][0], fmean(values[-count:])
+    deviation = dict(_by_step(history, "eval_reward_std")).get(step, 0.0)
     fall = (top - now) / (deviation or 1.0)
-    rewards, steps = history.known("reward"), history.steps("reward")
-    then = _last([value for value, step in zip(rewards, steps, strict=True) if step <= best])
-    end = _last(rewards)
-    if fall < HELD_OUT or then is None or end is None or end <= then:
+    error = _error(values) * math.sqrt(1 / NEAR + 1 / count)
+    rewards = list(zip(history.known("reward"), history.steps("reward"), strict=True))
+    before, after = _last([value for value, at in rewards if at <= step]), _last([value for value, _ in rewards])
+    if fall < HELD_OUT or top - now <= HELD_OUT_ERRORS * error or before is None or after is None or after <= before:
         return None
-    seen = (
-        f"since step {best} the reward rose from {then:.3g} to {end:.3g}, and the held-out reward fell from {top:.3g}"
-    )
-    return Sighting(f"{seen} to {now:.3g}", fall)
+    reward = f"since step {step} the reward rose from {before:.3g} to {after:.3g}"
+    means = f"in means of {NEAR} evaluations" if count == NEAR else f"in means of {NEAR} and {count} evaluations"
+    return Sighting(f"{reward}, and the held-out reward fell from {top:.3g} to {now:.3g}, {means}", fall)
+
+
+def _error(values: list[float]) -> float:
+    """
+    Standard error of one value, from successive differences: a slow rise or fall adds little to them.
+
+    Of how many completions an evaluation is the mean is not logged.
+    """
+    return math.sqrt(fmean((value - last) ** 2 for last, value in pairwise(values)) / 2)
 
 
 def _by_step(history: History, name: str) -> list[tuple[int, float]]:
@@ -224,10 +271,16 @@ def engine_is_far(history: History) -> Sighting | None:
     return Sighting(seen, distance)
 
 
+def gradient_is_not_finite(history: History) -> Sighting | None:
+    last = history.logged("grad_norm")[-NEAR:]
+    steps = history.step - [0, *history.steps("grad_norm")[-1:]][-1]
+    if len(last) < NEAR or steps < NOT_FINITE or any(value is None or math.isfinite(value) for value in last):
+        return None
+    return Sighting(f"its norm is {last[-1]}, and none was finite in {steps} steps")
+
+
 def gradient_jumps(history: History) -> Sighting | None:
-    logged, known = history.logged("grad_norm"), history.known("grad_norm")
-    if logged and logged[-1] is not None and not math.isfinite(logged[-1]):
-        return Sighting(f"its norm is {logged[-1]}", math.inf)
+    known = history.known("grad_norm")
     before = _before([value for value in known if value > 0])  # equal rewards give none
     if before is None or known[-1] <= max(JUMP * before, GRADIENT):
         return None
@@ -250,9 +303,10 @@ def _entropy_fall(history: History) -> tuple[float, float] | None:
 
 
 def entropy_collapses(history: History) -> Sighting | None:
-    fall, equal = _entropy_fall(history), _equal_rewards(history, WINDOW, ALL_EQUAL)
+    count = _window(history)
+    fall, equal = _entropy_fall(history), _equal_rewards(history, count, ALL_EQUAL)
     # Of a task that is solved, the entropy is low too. Then the rewards of different prompts are equal as well.
-    if fall is None or equal is None or not _is_split(history):
+    if fall is None or equal is None or not _is_split(history, count):
         return None
     return Sighting(f"it fell from {fall[0]:.3g} to {fall[1]:.3g} nats per token, and {equal}")
 
