@@ -89,8 +89,8 @@ def compare_with_plain_forward(model: PreTrainedModel, token_ids: list[int], log
         precision = " in float32" if is_exact else ""
         raise RuntimeError(
             f"The transformers engine does not compute what {type(model).__name__} computes: after {len(token_ids)} "
-            f"tokens, log-probabilities differ by {difference:.2g} nats on average, where rounding{precision} explains "
-            f"{tolerance:.2g}. Put the model into evaluation mode, or set `use_vllm=True`."
+            f"tokens, log-probabilities differ by {difference:.2g} nats on average, where rounding{precision} "
+            f"explains {tolerance:.2g}. Put the model into evaluation mode, or set `use_vllm=True`."
         )
 
 
