@@ -112,7 +112,7 @@ def _with_new_adapter(model_args: ModelConfig, adapter: "PeftConfig") -> ModelCo
         ("use_rslora", "use_rslora"),
         ("use_dora", "use_dora"),
     ):
-        setattr(model_args, option, getattr(adapter, name))
+        setattr(model_args, option, getattr(adapter, name, getattr(model_args, option)))
     return model_args
 
 
