@@ -20,6 +20,7 @@ from treepo_trl.doctor.needs import Needs, everything
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a card")
 
 RECIPES = ROOT / "examples/cli_configs"
+QUICKSTART = ROOT / "src/treepo_trl/quickstart/recipe.yaml"
 
 
 def needs_of(file: Path) -> Needs:
@@ -54,7 +55,8 @@ def test_without_a_recipe_everything_is_checked() -> None:
     ],
 )
 def test_a_recipe_is_checked_for_what_it_needs(recipe: str, more: list[str], less: list[str]) -> None:
-    names = checks_of(needs_of(RECIPES / f"{recipe}.yaml"))
+    file = QUICKSTART if recipe == "quickstart" else RECIPES / f"{recipe}.yaml"
+    names = checks_of(needs_of(file))
     assert {"number type", *ENGINE, *more} <= set(names)
     assert not set(less) & set(names)
 
@@ -113,7 +115,7 @@ def test_a_recipe_that_goes_on_from_an_adapter(
     """An adapter of rank 4 on queries and values is planned and checked, not all weights."""
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
     config.base_model_name_or_path = small_model_dir
-    config.save_pretrained(tmp_path / "sft")
+    config.save_pretrained(str(tmp_path / "sft"))
     planned = []
     plan_training = doctor.plan_training
     monkeypatch.setattr(doctor, "plan_training", lambda *given: planned.append(plan_training(*given)) or planned[-1])
