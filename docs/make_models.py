@@ -180,6 +180,7 @@ EXPLANATION = """
 - **Sample, vLLM.** Trees of the tiny model. In float32, log-probabilities are within 0.01 nats of transformers' own.
   Models with recurrent layers are served in bfloat16, as vLLM's kernels for processors have no float32. There the
   token that differs most is within 0.5 nats.
+  Qwen3.5 needs torchvision: without it vLLM refuses to load the model. It was installed here.
 - **Packed update.** `yes`: log-probabilities of packed rows are within 1e-4 of those of plain rows, and gradients
   within 1e-5. `plain rows`: nothing is shared in the update, and the log says so. `padding`: a row's values depend on
   its padding, in `GRPOTrainer` too.

@@ -69,6 +69,51 @@ def layer_types(config: "PreTrainedConfig") -> list[str]:
     return list(getattr(config, "layer_types", None) or [])  # of some models a property
 
 
+@dataclass(frozen=True)
+class Heads:
+    """
+    Attention heads of a layer.
+
+    Args:
+        count (`int`), key_count (`int`):
+            Heads of queries, and of keys and values.
+        size (`int`), value_size (`int`):
+            Dimensions of a head of queries and keys, and of values.
+    """
+
+    count: int
+    key_count: int
+    size: int
+    value_size: int
+
+
+def is_heterogeneous(config: "PreTrainedConfig") -> bool:
+    """Whether settings differ between layers, as head sizes of Gemma 4 do. Older transformers have no such configs."""
+    return getattr(config, "is_heterogeneous", False)
+
+
+def layer_heads(config: "PreTrainedConfig") -> list[Heads]:
+    """
+    The heads of each layer, as if each had attention.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            The text config of the model.
+    """
+    if is_heterogeneous(config):
+        return [_heads(layer) for layer in config.per_layer_config]
+    return [_heads(config)] * config.num_hidden_layers
+
+
+def _heads(config: "PreTrainedConfig") -> Heads:
+    count = config.num_attention_heads
+    key_count = getattr(config, "num_key_value_heads", None) or count
+    if getattr(config, "kv_lora_rank", None):  # multi-head latent attention
+        return Heads(count, key_count, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
+    size = getattr(config, "head_dim", None) or config.hidden_size // count
+    return Heads(count, key_count, size, size)
+
+
 def other_layers(config: "PreTrainedConfig") -> str | None:
     """
     What a model's layers have that is no causal attention over full, sliding or chunked windows; `None` if nothing.
@@ -80,7 +125,7 @@ def other_layers(config: "PreTrainedConfig") -> str | None:
     Returns:
         Such as "layers of type linear_attention".
     """
-    if config.is_heterogeneous and len({getattr(c, "sliding_window", None) for c in config.per_layer_config}) > 1:
+    if is_heterogeneous(config) and len({getattr(c, "sliding_window", None) for c in config.per_layer_config}) > 1:
         return "windows of several sizes"
     other = sorted(set(layer_types(config)) - set(layer_reaches(config)))
     if other:

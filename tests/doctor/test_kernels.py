@@ -1,13 +1,16 @@
 """Number type, packed update and 4-bit layers: right here, and what is said where they are not."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from tests.support.broken_environments import hide
+from tests.support.families import FAMILY
+from treepo_trl.doctor import packed_update
 from treepo_trl.doctor.findings import BrokenError, CannotRunError
 from treepo_trl.doctor.four_bit import check_four_bit
 from treepo_trl.doctor.needs import Needs, NumberType, everything
@@ -67,6 +70,45 @@ def test_a_kernel_that_is_short_of_shared_memory(tiny_model_dir: str, monkeypatc
 
     monkeypatch.setattr(TreeAttention, "__call__", fails)
     with pytest.raises(BrokenError, match="shared memory, Required: 114688"):
+        check_packed(everything(tiny_model_dir), "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("family", "heads"),
+    [("Qwen2, Qwen2.5", "32"), ("Gemma 4", "32 and 64"), ("DeepSeek-V3", "32 and 96"), ("gpt-oss", "32")],
+)
+def test_models_with_other_attention(family: str, heads: str, tmp_path: Path) -> None:
+    """Heads whose size the config does not name, or whose sizes differ, and a model that has eager attention only."""
+    FAMILY[family].model().save_pretrained(tmp_path)
+    assert check_packed(everything(str(tmp_path)), "sdpa").endswith(f"; heads of {heads} dimensions")
+
+
+def test_a_kernel_that_eager_attention_does_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FAMILY["gpt-oss"].model().save_pretrained(tmp_path)
+    # A device that flex would be tried on, for a rule that looks at nothing else.
+    monkeypatch.setattr(packed_update, "training_device", lambda needs: SimpleNamespace(type="cuda"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    monkeypatch.setattr(packed_update, "_load", lambda *_: model)
+    with pytest.raises(CannotRunError, match="eager attention"):
+        check_packed(recipe(str(tmp_path), tree_packing="flex"), "flex")
+
+
+def test_gradients_of_few_layers_that_depend_on_all() -> None:
+    model = FAMILY["Gemma 4 E2B, E4B"].model()  # of four layers
+    packed_update._train_outer_layers(model)
+    trained = {name.split(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"0", "3"}
+
+
+@pytest.mark.parametrize("where", ["_load", "_packed_logps"])
+def test_a_card_without_memory_for_the_model_says_nothing_of_the_kernel(
+    where: str, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(packed_update, where, fails)
+    with pytest.raises(CannotRunError, match="too large to be compared here: CUDA out of memory"):
         check_packed(everything(tiny_model_dir), "sdpa")
 
 

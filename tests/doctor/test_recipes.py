@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig
 
 from tests.support.paths import ROOT
 from treepo_trl.commands import doctor
@@ -19,6 +20,7 @@ from treepo_trl.doctor.needs import Needs, everything
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a card")
 
 RECIPES = ROOT / "examples/cli_configs"
+QUICKSTART = ROOT / "src/treepo_trl/quickstart/recipe.yaml"
 
 
 def needs_of(file: Path) -> Needs:
@@ -53,7 +55,8 @@ def test_without_a_recipe_everything_is_checked() -> None:
     ],
 )
 def test_a_recipe_is_checked_for_what_it_needs(recipe: str, more: list[str], less: list[str]) -> None:
-    names = checks_of(needs_of(RECIPES / f"{recipe}.yaml"))
+    file = QUICKSTART if recipe == "quickstart" else RECIPES / f"{recipe}.yaml"
+    names = checks_of(needs_of(file))
     assert {"number type", *ENGINE, *more} <= set(names)
     assert not set(less) & set(names)
 
@@ -104,6 +107,25 @@ def test_a_recipe_that_does_not_fit_the_card(small_model_dir: str) -> None:
         memory_of(small_model_dir, 1)
     assert "`gradient_checkpointing=True`" in error.value.remedy
     assert "at most, of 24.0" in memory_of(small_model_dir, 24)
+
+
+def test_a_recipe_that_goes_on_from_an_adapter(
+    tmp_path: Path, small_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter of rank 4 on queries and values is planned and checked, not all weights."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    config.base_model_name_or_path = small_model_dir
+    config.save_pretrained(str(tmp_path / "sft"))
+    planned = []
+    plan_training = doctor.plan_training
+    monkeypatch.setattr(doctor, "plan_training", lambda *given: planned.append(plan_training(*given)) or planned[-1])
+    file = written(tmp_path, adapter_name_or_path=str(tmp_path / "sft"), bf16=False, max_completion_length=64)
+    needs, memory = doctor._recipe(["--config", str(file), "--card_gib", "24"], "any")
+    assert "at most, of 24.0" in memory()
+    assert planned[0].policy["adapter"] == 4 * 30 * 4 * ((576 + 576) + (576 + 192))
+    assert needs.has_adapter
+    assert (needs.model_settings["lora_r"], needs.model_settings["lora_alpha"]) == (4, 8)
+    assert "peft" in needs.packages
 
 
 def test_without_a_card_memory_is_unknown(small_model_dir: str) -> None:

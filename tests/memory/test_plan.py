@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, DeepseekV3Config, PreTrainedConfig
 from trl import ModelConfig
 
+from tests.support.families import FAMILY
 from tests.support.models import make_model
 from treepo_trl import TreePOConfig
 from treepo_trl.memory import GIB, MemoryPlan, plan_memory
@@ -266,6 +267,12 @@ def test_latent_attention_and_experts(plan: Plan) -> None:
     # In 4 bits vLLM has no such experts.
     with pytest.raises(ValueError, match="needs an adapter"):
         plan(1, config, lora, **SHARED, load_in_4bit=True)
+
+
+def test_a_cache_of_layers_with_different_heads(plan: Plan) -> None:
+    """One key head a layer: of 32 dimensions in the first, of 64 in the second."""
+    result = plan(1, FAMILY["Gemma 4"].config(), **VLLM, vllm_gpu_memory_utilization=0.5)
+    assert result.cache_tokens == (GIB // 2 - result.engine["weights"]) // (2 * 2 * (32 + 64))
 
 
 @pytest.mark.parametrize(("storage", "skipped"), [("uint8", ["none"]), ("bfloat16", None)])

@@ -128,9 +128,10 @@ class FlexOutOfResources(torch.autograd.Function):
         raise OutOfResources("out of resource: shared memory, Required: 131072, Hardware limit: 101376.")
 
 
+@pytest.mark.parametrize("is_sharded", [False, True])
 @pytest.mark.parametrize("where", ["forward", "backward", "compiler"])
 def test_a_card_on_which_flex_does_not_fit_gets_sdpa(
-    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    where: str, is_sharded: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls = []
 
@@ -144,7 +145,7 @@ def test_a_card_on_which_flex_does_not_fit_gets_sdpa(
 
     monkeypatch.setattr(tree_attention, "flex_attention_forward", flex)
     model, batch = ready_model(), trees()
-    forward = make_forward("flex")
+    forward = make_forward("flex", is_sharded=is_sharded)
     for _ in range(2):
         logps, entropies, _, _ = run(forward, model, batch)
         expected = run(make_forward("sdpa"), model, batch)

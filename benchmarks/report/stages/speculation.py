@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.report.cases import CannotRunError, Case, Record, Stage
+from benchmarks.report.cases import Case, Record, Stage
 
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
@@ -52,8 +52,6 @@ def grow(record: Record, label: str, speculation: dict[str, Any] | None, steps: 
     from benchmarks.common import seconds, small_model_folder
     from treepo_trl import TreePOConfig, TreePOTrainer
 
-    if "vllm_engine_kwargs" not in TreePOConfig.__dataclass_fields__:
-        raise CannotRunError("this version has no `vllm_engine_kwargs`")
     args = TreePOConfig(**settings(speculation, steps, is_toy=model is not None))
     trainer = TreePOTrainer(
         model=model or small_model_folder(),

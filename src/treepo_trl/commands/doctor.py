@@ -1,12 +1,15 @@
 """`treepo-trl doctor`: the environment as a table, and checks whether a training works here."""
 
 import argparse
+import copy
 import json
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
+from trl import ModelConfig
 
 from treepo_trl.doctor.examination import check_memory, examine
 from treepo_trl.doctor.needs import Needs, NumberType, everything, of_recipe
@@ -18,6 +21,11 @@ from .arguments import PlanArguments, check_config, make_parser, require_model
 from .errors import user_errors
 from .examples import EXAMPLES
 from .plan import plan_training
+from .train_adapter import starting_adapter
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 _DESCRIPTION = """\
@@ -76,7 +84,8 @@ def _recipe(argv: list[str], model: str) -> tuple[Needs, Callable[[], str]]:
     # A number type that does not work here would be refused now; that it does not is a finding.
     readable = [*argv, "--bf16", "false", "--fp16", "false", *(["--use_cpu", "true"] if on_cpu else [])]
     parser = make_parser("doctor", PlanArguments)
-    _, training_args, model_args, _, plan_args = parser.parse_args_and_config(readable)
+    script_args, training_args, model_args, _, plan_args = parser.parse_args_and_config(readable)
+    adapter = starting_adapter(script_args, model_args)
     card = free = None
     if plan_args.card_gib is not None:
         card = plan_args.card_gib * GIB
@@ -85,11 +94,26 @@ def _recipe(argv: list[str], model: str) -> tuple[Needs, Callable[[], str]]:
     model_args.model_name_or_path = model_args.model_name_or_path or model
 
     def plan(card: float) -> tuple[list[str], float]:
-        planned = plan_training(training_args, model_args, card)
+        planned = plan_training(training_args, model_args, card, adapter)
         return planned.problems(), max(planned.rollout, planned.update)
 
-    needs = of_recipe(model, training_args, model_args, number_type, use_cpu)
+    checked_args = model_args if adapter is None else _with_new_adapter(model_args, adapter)
+    needs = of_recipe(model, training_args, checked_args, number_type, use_cpu)
     return needs, partial(check_memory, plan, card, free)
+
+
+def _with_new_adapter(model_args: ModelConfig, adapter: "PeftConfig") -> ModelConfig:
+    """The settings of a new adapter that is like a given one: the checks run on a model that this may not fit."""
+    model_args = copy.copy(model_args)
+    model_args.use_peft = True
+    for option, name in (
+        ("lora_r", "r"),
+        ("lora_alpha", "lora_alpha"),
+        ("use_rslora", "use_rslora"),
+        ("use_dora", "use_dora"),
+    ):
+        setattr(model_args, option, getattr(adapter, name, getattr(model_args, option)))
+    return model_args
 
 
 def _number_type(argv: list[str]) -> tuple[NumberType, bool]:

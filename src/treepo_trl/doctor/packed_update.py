@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from treepo_trl.model_support import layer_reaches
+from treepo_trl.model_support import layer_heads, layer_reaches
 from treepo_trl.update.packable import why_no_trees, why_not_packable
 from treepo_trl.update.packed_forward import model_inputs
 from treepo_trl.update.packing import PackedRows, pack_rows
@@ -26,22 +26,34 @@ _BOUNDS = {torch.float32: (1e-3, 1e-3), torch.float16: (0.05, 0.05), torch.bfloa
 
 
 def check_packed(needs: Needs, backend: Literal["sdpa", "flex"]) -> str:
-    """
-    Compare log-probabilities and gradients of four rows that share prefixes, packed with `backend` and plain.
-    """
+    """Compare log-probabilities and gradients of four rows that share prefixes, packed with `backend` and plain."""
+    try:
+        return _compared(needs, backend)
+    except torch.OutOfMemoryError as error:
+        raise CannotRunError(f"{needs.model} is too large to be compared here: {last_line(str(error))}") from error
+
+
+def _compared(needs: Needs, backend: Literal["sdpa", "flex"]) -> str:
+    """What was seen; `BrokenError` if packed rows differ by more than rounding."""
     device = training_device(needs)
     if backend == "flex" and device.type != "cuda":
         raise CannotRunError("FlexAttention has no backward pass on a processor")
     dtype = _dtype(needs, device)
     model = _load(needs, device, dtype)
-    reason = why_not_packable(model.config.get_text_config()) or why_no_trees(model)
+    text = model.config.get_text_config()
+    reason = why_not_packable(text) or why_no_trees(model)
     if reason is not None:
         raise CannotRunError(f"this model trains on plain rows: {reason}")
-    ids, mask = _rows(model.config.get_text_config().vocab_size, device)
+    if backend == "flex" and text._attn_implementation == "eager":
+        raise CannotRunError("this model has eager attention, which takes no kernel")
+    _train_outer_layers(model)
+    ids, mask = _rows(text.vocab_size, device)
     packed = pack_rows(ids, mask, _SHARED + _OWN)
     plain_logps, plain_gradient = _with_gradient(model, lambda: _plain_logps(model, ids))
     try:
         logps, gradient = _with_gradient(model, lambda: _packed_logps(model, packed, backend, dtype))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # Triton's, the compiler's or CUDA's own
         _refuse(needs, backend, f"{type(error).__name__}: {last_line(str(error))}")
         raise
@@ -52,8 +64,8 @@ def check_packed(needs: Needs, backend: Literal["sdpa", "flex"]) -> str:
     bounds = _BOUNDS[dtype]
     if not (difference <= bounds[0] and relative <= bounds[1]):
         _refuse(needs, backend, f"{seen}, where rounding explains {bounds[0]} and {bounds[1]}")
-    head = getattr(model.config.get_text_config(), "head_dim", None)
-    return f"{seen}; heads of {head} dimensions"
+    sizes = sorted({size for heads in layer_heads(text) for size in (heads.size, heads.value_size)})
+    return f"{seen}; heads of {' and '.join(map(str, sizes))} dimensions"
 
 
 def _refuse(needs: Needs, backend: str, cause: str) -> None:
@@ -76,8 +88,18 @@ def _dtype(needs: Needs, device: torch.device) -> torch.dtype:
 def _load(needs: Needs, device: torch.device, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(needs.model, dtype=dtype, attn_implementation="sdpa")
+    # With the attention that transformers chooses: SDPA, or eager for a model that has no other.
+    model: Any = AutoModelForCausalLM.from_pretrained(needs.model, dtype=dtype)
     return cast("PreTrainedModel", model.to(device).eval())  # dropout would make the two differ
+
+
+def _train_outer_layers(model: "PreTrainedModel") -> None:
+    """Gradients for the first and the last layer only: they have passed through all, and take little memory."""
+    model.requires_grad_(False)
+    count = model.config.get_text_config().num_hidden_layers
+    layers = next(part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == count)
+    for layer in (layers[0], layers[-1]):
+        layer.requires_grad_(True)
 
 
 def _rows(vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +122,8 @@ def _plain_logps(model: "PreTrainedModel", ids: torch.Tensor) -> torch.Tensor:
 def _packed_logps(
     model: "PreTrainedModel", packed: PackedRows, backend: Literal["sdpa", "flex"], dtype: torch.dtype
 ) -> torch.Tensor:
-    inputs = model_inputs(packed, "sdpa", dtype, backend, layer_reaches(model.config.get_text_config()))
+    text = model.config.get_text_config()
+    inputs = model_inputs(packed, str(text._attn_implementation), dtype, backend, layer_reaches(text))
     labels = inputs.pop("shift_labels")
     assert isinstance(labels, torch.Tensor), "one label per packed position"
     logits = model(**inputs, use_cache=False).logits
@@ -112,10 +135,10 @@ def _logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def _with_gradient(model: "PreTrainedModel", forward: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities, and the gradient of their sum with alternating signs: all weights as a vector on the CPU."""
+    """Log-probabilities, and the gradient of their sum with alternating signs, as a vector on the CPU."""
     logps = forward()
     signs = 1 - 2 * (torch.arange(logps.numel(), device=logps.device).view_as(logps) % 2)
     (logps * signs).sum().backward()
-    gradient = torch.cat([p.grad.flatten().float().cpu() for p in model.parameters() if p.grad is not None])
+    gradient = torch.cat([p.grad.flatten().cpu().float() for p in model.parameters() if p.grad is not None])
     model.zero_grad()
     return logps.detach(), gradient

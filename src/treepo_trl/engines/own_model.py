@@ -1,5 +1,7 @@
 """What the engines over a model of this process share: its rows, the age of its weights, one comparison."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -76,14 +78,42 @@ def compare_with_plain_forward(model: PreTrainedModel, token_ids: list[int], log
     Raises:
         RuntimeError: if they differ by more than rounding explains.
     """
-    outputs = model(input_ids=torch.tensor([token_ids], device=model.device), use_cache=False)
+    types = {parameter.dtype for parameter in model.parameters()}
+    with _noted_type(model, types):
+        outputs = model(input_ids=torch.tensor([token_ids], device=model.device), use_cache=False)
     expected = outputs.logits[0, -1].float().log_softmax(-1)
     difference = (expected.exp() * (expected - logits.float().log_softmax(-1)).abs()).sum().item()
-    is_exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    tolerance = _TOLERANCE if is_exact and model.device.type == "cpu" else _HALF_PRECISION_TOLERANCE
+    is_exact = _is_exact(types | {outputs.logits.dtype}, model.device.type)
+    tolerance = _TOLERANCE if is_exact else _HALF_PRECISION_TOLERANCE
     if not difference <= tolerance:  # so that a difference that is no number stops the run too
+        precision = " in float32" if is_exact else ""
         raise RuntimeError(
             f"The transformers engine does not compute what {type(model).__name__} computes: after {len(token_ids)} "
-            f"tokens, log-probabilities differ by {difference:.2g} nats on average, where rounding explains "
-            f"{tolerance:.2g}. Put the model into evaluation mode, or set `use_vllm=True`."
+            f"tokens, log-probabilities differ by {difference:.2g} nats on average, where rounding{precision} "
+            f"explains {tolerance:.2g}. Put the model into evaluation mode, or set `use_vllm=True`."
         )
+
+
+@contextmanager
+def _noted_type(model: PreTrainedModel, types: set[torch.dtype]) -> Iterator[None]:
+    """
+    Add what the head computes in to `types` during a block.
+
+    Accelerate's mixed precision is inside the model's own `forward`, over weights and logits in float32.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_hook(lambda _head, _inputs, logits: types.add(logits.dtype))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _is_exact(types: set[torch.dtype], device_type: str) -> bool:
+    """Whether all of a model computes in float32: no half precision, no quantised weights, no TF32."""
+    if types != {torch.float32}:
+        return False
+    return device_type == "cpu" or (device_type == "cuda" and torch.get_float32_matmul_precision() == "highest")

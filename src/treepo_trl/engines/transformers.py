@@ -15,7 +15,7 @@ from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from treepo_trl.model_support import FULL_REACH, layer_reaches, leaves_out_softcap, other_layers
+from treepo_trl.model_support import FULL_REACH, is_heterogeneous, layer_reaches, leaves_out_softcap, other_layers
 
 from .base import SamplingOptions, SegmentEngine, SegmentEngineError, SegmentRequest, SegmentResult
 from .draw import TokenDraw
@@ -358,7 +358,7 @@ def why_no_slots(model: PreTrainedModel) -> str | None:
         return other
     if getattr(config, "alibi", False):
         return "ALiBi biases"
-    if config.is_heterogeneous:
+    if is_heterogeneous(config):
         return "layers of different sizes"
     if not base._supports_attention_backend:
         return "layers that do not go through transformers' common attention interface"

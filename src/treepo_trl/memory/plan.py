@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from trl import ModelConfig
 
+from treepo_trl.model_support import layer_heads
 from treepo_trl.policy.four_bit_base import base_of, by_size
 from treepo_trl.treepo_config import TreePOConfig
 
@@ -257,11 +258,8 @@ def _share_left(plan: MemoryPlan) -> float:
 def _cache_bytes_per_token(text: PreTrainedConfig) -> int:
     """Bytes of vLLM's cache in 16 bits, with full attention in every layer."""
     if getattr(text, "kv_lora_rank", None):  # multi-head latent attention caches one vector for all heads
-        numbers = text.kv_lora_rank + text.qk_rope_head_dim
-    else:
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        numbers = 2 * heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    return 2 * numbers * text.num_hidden_layers
+        return 2 * (text.kv_lora_rank + text.qk_rope_head_dim) * text.num_hidden_layers
+    return 2 * sum(heads.key_count * (heads.size + heads.value_size) for heads in layer_heads(text))
 
 
 def _dtype_in_checkpoint(config: PreTrainedConfig) -> torch.dtype | None:

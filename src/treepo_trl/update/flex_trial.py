@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedConfig
 
-from treepo_trl.model_support import layer_reaches
+from treepo_trl.model_support import Heads, Reach, layer_heads, layer_reaches, layer_types
 
 from .block_attention import Scores
 from .tree_attention import LayerAttention, TreeAttention
@@ -34,7 +34,7 @@ def why_too_small(shared_memory: int, config: PreTrainedConfig) -> str | None:
         config ([`~transformers.PreTrainedConfig`]):
             The text config of the model.
     """
-    head = max(_head_sizes(config))
+    head = max(max(heads.size, heads.value_size) for heads in layer_heads(config))
     needed = MIN_SHARED_MEMORY_OF_SMALL_HEADS if head <= LARGEST_SMALL_HEAD else MIN_SHARED_MEMORY
     if shared_memory >= needed:
         return None
@@ -55,17 +55,18 @@ def why_flex_fails(attention: TreeAttention, length: int, config: PreTrainedConf
         like (`torch.Tensor`):
             Has the device and the number type that the layers compute in.
     """
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    size, value_size = _head_sizes(config)
-    query, key, value = (
-        like.new_zeros(1, count, length, width, requires_grad=True)
-        for count, width in ((heads, size), (key_heads, size), (key_heads, value_size))
-    )
     scores = Scores(softcap=getattr(config, "attn_logit_softcapping", None))
     module = torch.nn.Identity().train()
     try:
-        for reach in layer_reaches(config).values():
+        for heads, reach in _kinds(config):
+            query, key, value = (
+                like.new_zeros(1, count, length, width, requires_grad=True)
+                for count, width in (
+                    (heads.count, heads.size),
+                    (heads.key_count, heads.size),
+                    (heads.key_count, heads.value_size),
+                )
+            )
             with torch.enable_grad():
                 output = attention(module, query, key, value, LayerAttention(scores, reach))
                 torch.autograd.grad(output, (query, key, value), torch.zeros_like(output))
@@ -77,12 +78,13 @@ def why_flex_fails(attention: TreeAttention, length: int, config: PreTrainedConf
     return None
 
 
-def _head_sizes(config: PreTrainedConfig) -> tuple[int, int]:
-    """Dimensions of a head of queries and keys, and of values."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if getattr(config, "kv_lora_rank", None):  # multi-head latent attention
-        return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-    return size, size
+def _kinds(config: PreTrainedConfig) -> list[tuple[Heads, Reach]]:
+    """Heads and reach of each kind of attention layer, each pair once."""
+    reaches, heads = layer_reaches(config), layer_heads(config)
+    kinds = layer_types(config) or [next(iter(reaches))] * len(heads)
+    return list(
+        dict.fromkeys((each, reaches[kind]) for each, kind in zip(heads, kinds, strict=True) if kind in reaches)
+    )
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

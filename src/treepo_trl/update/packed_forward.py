@@ -293,9 +293,12 @@ class PackedForward:
         if not packed.is_scored.any() and not self.is_sharded:
             return
         self.checked.add(key)
+        config = self._base_of(call.model).config.get_text_config()
+        runs = self._that_runs(backend, packed, config, call.model)
+        assert runs is not None, "a backend was given"
         batch_size = len(input_ids) if self.is_sharded else 1
         with _evaluated(module):  # dropout would make the two differ
-            logps = self._forward(module, packed, backend).logps
+            logps = self._forward(module, packed, runs).logps
             expected = call.plain(module, input_ids, attention_mask, call.num_scored, batch_size=batch_size)[0]
         if packed.is_scored.any():
             self._compare(module, logps[packed.is_scored], expected[packed.is_scored])
