@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import cast
 
@@ -10,7 +11,9 @@ from .engine import EngineArguments, uses_vllm
 
 def labels_of(adapters: Sequence[str]) -> list[str]:
     """
-    A short name for each adapter: the last part of its path, or all of it where that is not enough.
+    A name for each adapter: the last part of its path, or all of it where that is not enough, else with a number.
+
+    No two are the same, and none is `base`, which is the column of the model itself.
 
     Raises:
         ValueError: if an adapter is given twice.
@@ -20,8 +23,14 @@ def labels_of(adapters: Sequence[str]) -> list[str]:
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(f"`--adapters` has {twice} twice. Give each adapter once.")
     short = [path.name for path in paths]
-    is_plain = len(set(short)) == len(short) and not {"", "base"} & set(short)
-    return short if is_plain else [path.as_posix().strip("/").replace("/", "-") for path in paths]
+    if len(set(short)) == len(short) and not {"", "base"} & set(short):
+        return short
+    labels: list[str] = []
+    for path in paths:
+        whole = path.as_posix().strip("/").replace("/", "-")
+        names = chain([whole], (f"{whole}-{number}" for number in count(2)))
+        labels.append(next(name for name in names if name not in {"base", *labels}))
+    return labels
 
 
 def check_adapters(arguments: EngineArguments, adapters: Sequence[str]) -> None:
