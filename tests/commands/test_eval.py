@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -17,6 +17,7 @@ from tests.support.sample_runs import arguments as sample_arguments
 from treepo_trl.commands import eval_data
 from treepo_trl.commands import sample as sample_command
 from treepo_trl.commands.eval import main
+from treepo_trl.commands.eval_adapters import labels_of
 from treepo_trl.commands.sample import main as sample
 from treepo_trl.sampling import SegmentTree
 
@@ -31,7 +32,7 @@ def says_w1(completions, **columns):
 def unscored(completions, **columns):
     return [None for _ in completions]
 
-def needs_level(completions, level):
+def needs_level(completions, level, **columns):
     return [0.0 for _ in completions]
 '''
 
@@ -152,6 +153,20 @@ def test_without_the_base_the_first_adapter_is_what_others_are_compared_with(tin
     assert not Path("out/base.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("adapters", "expected"),
+    [
+        (["a/first", "b/second"], ["first", "second"]),
+        (["a/first", "b/first"], ["a-first", "b-first"]),
+        (["base"], ["base-2"]),
+        (["a/b/c", "a-b/c"], ["a-b-c", "a-b-c-2"]),
+        (["a-b-c-2", "a/b/c", "a-b/c"], ["a-b-c-2", "a-b-c", "a-b-c-3"]),
+    ],
+)
+def test_columns_have_names_of_their_own(adapters: list[str], expected: list[str]) -> None:
+    assert labels_of(adapters) == expected
+
+
 # A run that dies
 
 
@@ -232,6 +247,31 @@ def test_presets_read_the_columns_of_their_dataset(monkeypatch: pytest.MonkeyPat
         assert not loaded.judge(0, r"It is \boxed{8}").is_right
 
 
+def test_the_split_of_a_preset_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = {name: Dataset.from_dict({"question": [name], "answer": ["#### 1"]}) for name in ("test", "train")}
+    DatasetDict(splits).save_to_disk("gsm8k")
+    monkeypatch.setitem(
+        eval_data.PRESETS, "gsm8k", eval_data.Preset("./gsm8k", None, "test", "question", "answer", "####")
+    )
+    for split, expected in ((None, "test"), ("train", "train")):
+        loaded = eval_data.load_eval_set(eval_data.EvalArguments(dataset_name="gsm8k", dataset_split=split))
+        assert str(cast(Any, loaded.prompts[0])[0]["content"]).startswith(expected)
+    with pytest.raises(ValueError, match="no split 'dev', only test, train. Set `--dataset_split`"):
+        eval_data.load_eval_set(eval_data.EvalArguments(dataset_name="gsm8k", dataset_split="dev"))
+
+
+def test_columns_that_a_reward_function_gets_otherwise_are_left_out(tiny_model_dir: str) -> None:
+    """The prompts, and what is sampled: as keywords these come from the command, and not from the data."""
+    row = {"prompts": "w1", "completions": "no", "completion_ids": [1], "prompt": "w2", "level": 3}
+    Path("names.jsonl").write_text(json.dumps(row) + "\n")
+    flags = {"dataset_name": "names.jsonl", "prompt_column": "prompts", "reward_funcs": "eval_rewards.needs_level"}
+    main(arguments(tiny_model_dir, **flags))
+    assert [line["prompt"] for line in lines_of("base")] == ["w1"]
+    assert eval_data.load_eval_set(
+        eval_data.EvalArguments(dataset_name="names.jsonl", prompt_column="prompts", reward_funcs=["x"])
+    ).columns == {"level": [3]}
+
+
 def test_reasoning_gym_scores_its_own_answers() -> None:
     settings = '{"min_terms": 2, "max_terms": 2, "seed": 3}'
     loaded = eval_data.load_eval_set(
@@ -246,10 +286,15 @@ def test_reasoning_gym_scores_its_own_answers() -> None:
 
 
 def test_the_packaged_tasks_are_those_that_the_quickstart_holds_out() -> None:
+    from treepo_trl.commands.quickstart import QuickstartArguments
     from treepo_trl.quickstart import addition_tasks
 
+    train, held_out = addition_tasks(160, QuickstartArguments().num_held_out, 42)
+    everything = eval_data.load_eval_set(eval_data.EvalArguments(dataset_name="addition"))
+    assert everything.prompts == list(held_out["prompt"])
+    assert not any(prompt in list(train["prompt"]) for prompt in everything.prompts)
     loaded = eval_data.load_eval_set(eval_data.EvalArguments(dataset_name="addition", max_prompts=8))
-    assert loaded.prompts == list(addition_tasks(160, 8, 42)[1]["prompt"])
+    assert loaded.prompts == everything.prompts[:8]
     assert loaded.judge is not None
     assert loaded.judge(0, f"1 + 1 = {loaded.columns['answer'][0]}").is_right
 
@@ -267,6 +312,13 @@ def test_the_packaged_tasks_are_those_that_the_quickstart_holds_out() -> None:
         ({"answer_column": "gold"}, ["no column 'gold'", "--answer_column"]),
         ({"dataset_name": "reasoning_gym:chain_sums"}, ["no data set 'chain_sums'", "chain_sum"]),
         ({"dataset_name": "reasoning_gym:chain_sum", "dataset_config": '{"terms": 1}'}, ["dataset_config", "terms"]),
+        ({"dataset_name": "gsm8k", "prompt_column": "q"}, ["`--prompt_column q`", "`--dataset_name gsm8k`"]),
+        ({"dataset_name": "gsm8k", "answer_column": "a"}, ["`--answer_column a`", "its own"]),
+        ({"dataset_name": "math500", "dataset_config": "x"}, ["`--dataset_config x`", "`--dataset_name math500`"]),
+        ({"dataset_name": "addition", "dataset_split": "train"}, ["`--dataset_split train`", "addition"]),
+        ({"dataset_name": "addition", "dataset_config": '{"seed": 1}'}, ["`--dataset_config", "addition"]),
+        ({"dataset_name": "addition", "max_prompts": 65}, ["`--max_prompts 65`", "holds out 64"]),
+        ({"dataset_name": "reasoning_gym:chain_sum", "dataset_split": "x"}, ["`--dataset_split x`", "chain_sum"]),
         ({"k": [1, 8]}, ["`k` is [1, 8]", "`num_generations` (4)"]),
         ({"k": 0}, ["`k` is [0]", "between 1 and"]),
         ({"completions": "trees", "k": 4}, ["between 1 and the 2 children", "--initial_branching_factor"]),
