@@ -1,6 +1,7 @@
 """The life of an adapter, as `examples/scripts/life_of_an_adapter.sh` has it, in a fresh directory; two steps each."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,17 @@ def small(tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+@pytest.mark.parametrize("name", ["tasks.jsonl", "held_out.jsonl"])
+def test_files_of_the_user_are_not_overwritten(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).write_text("mine")
+    flags = ["--output_dir", str(tmp_path / "sft"), "--model_folder", str(tmp_path / "model")]
+    monkeypatch.setattr(sys, "argv", ["sft_adapter.py", *flags, "--use_cpu", "true", "--bf16", "false"])
+    with pytest.raises(SystemExit, match=f"{name} exists already"):
+        runpy.run_path(str(ROOT / "examples/scripts/sft_adapter.py"), run_name="__main__")
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_the_life_of_an_adapter(small_model_dir: str, tmp_path: Path) -> None:
     """Examples, rewards, a comparison, a look, and home: the last model says what the last adapter does."""
     tokenizer = AutoTokenizer.from_pretrained(small_model_dir)
@@ -35,7 +47,14 @@ def test_the_life_of_an_adapter(small_model_dir: str, tmp_path: Path) -> None:
     if not (binaries / "treepo-trl").exists():
         pytest.skip("treepo-trl is not installed in this environment")
     path = os.pathsep.join([str(binaries), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "MODEL": str(tmp_path / "model"), "STEPS": "2", "BATCH": "16", "PROMPTS": "2"}
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "MODEL": str(tmp_path / "model"),
+        "STEPS": "2",
+        "BATCH": "16",
+        "PROMPTS": "2",
+    }
     environment |= {"REWARD": "tests.support.trainers.parity_reward"}  # a random model never adds rightly
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     script = ROOT / "examples/scripts/life_of_an_adapter.sh"
