@@ -6,7 +6,10 @@ from itertools import chain, count
 from pathlib import Path
 from typing import cast
 
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from .engine import EngineArguments, uses_vllm
+from .train_adapter import has_tokenizer
 
 
 def labels_of(adapters: Sequence[str]) -> list[str]:
@@ -33,6 +36,25 @@ def labels_of(adapters: Sequence[str]) -> list[str]:
     return labels
 
 
+def tell_of_tokenizers(arguments: EngineArguments, adapters: Sequence[str], used: PreTrainedTokenizerBase) -> None:
+    """Say on standard error which adapters have another tokenizer or chat template of their own than is used."""
+    for name in adapters:
+        if not has_tokenizer(name):
+            continue
+        own = AutoTokenizer.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
+        pairs = {
+            "chat template": (own.chat_template, used.chat_template),
+            "vocabulary": (own.get_vocab(), used.get_vocab()),
+        }
+        other = [what for what, (first, second) in pairs.items() if first != second]
+        if other:
+            print(
+                f"The adapter `{name}` has a {' and a '.join(other)} of its own, and is evaluated with the tokenizer "
+                f"of `{arguments.model_name_or_path}`: its column may be too low.",
+                file=sys.stderr,
+            )
+
+
 def check_adapters(arguments: EngineArguments, adapters: Sequence[str]) -> None:
     """
     Raise unless each adapter is one, fits the layers of the model, and can be served by the engine.
@@ -55,7 +77,7 @@ def check_adapters(arguments: EngineArguments, adapters: Sequence[str]) -> None:
     )
     for name in adapters:
         adapter_config = read_adapter_config(name)
-        check_fits(name, adapter_config, model, model_config)
+        check_fits(name, adapter_config, model, model_config, arguments.trust_remote_code)
         base = cast("str | None", adapter_config.base_model_name_or_path)
         if base and Path(base).name.lower() != Path(model).name.lower():
             print(f"The adapter {name} names {base} as its base, and is evaluated on {model}.", file=sys.stderr)
