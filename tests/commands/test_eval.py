@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import pytest
 from datasets import Dataset, DatasetDict
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from tests.support.models import make_model
 from tests.support.sample_runs import PROMPTS, as_flags, cells, fail_to_build, save_adapter
 from tests.support.sample_runs import arguments as sample_arguments
-from treepo_trl.commands import eval_data
+from treepo_trl.commands import eval_data, eval_output
 from treepo_trl.commands import sample as sample_command
 from treepo_trl.commands.eval import main
 from treepo_trl.commands.eval_adapters import labels_of
@@ -223,6 +223,27 @@ def test_another_adapter_joins_and_nothing_that_is_there_is_sampled_again(
         main([*arguments(tiny_model_dir, adapters="other/first"), "--resume"])
 
 
+def test_a_kill_before_the_first_sample_leaves_a_folder_to_resume(
+    tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the settings and the samples, and before the settings have their name."""
+
+    def die(*given: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="Interrupted"):
+        patched.setattr(eval_output, "opened_output", die)
+        main(arguments(tiny_model_dir))
+    main([*arguments(tiny_model_dir), "--resume"])
+    assert results()["num_prompts"] == 4
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="Interrupted"):
+        patched.setattr(eval_output.os, "replace", die)
+        main(arguments(tiny_model_dir, output="draft"))
+    assert [file.name for file in Path("draft").iterdir()] == ["settings.tmp"]
+    main(arguments(tiny_model_dir, output="draft"))
+    assert results("draft")["num_prompts"] == 4
+
+
 # What goes in
 
 
@@ -256,7 +277,7 @@ def test_the_split_of_a_preset_can_be_chosen(monkeypatch: pytest.MonkeyPatch) ->
     for split, expected in ((None, "test"), ("train", "train")):
         loaded = eval_data.load_eval_set(eval_data.EvalArguments(dataset_name="gsm8k", dataset_split=split))
         assert str(cast(Any, loaded.prompts[0])[0]["content"]).startswith(expected)
-    with pytest.raises(ValueError, match="no split 'dev', only test, train. Set `--dataset_split`"):
+    with pytest.raises(ValueError, match=r"no split 'dev', only test, train\. Set `--dataset_split`"):
         eval_data.load_eval_set(eval_data.EvalArguments(dataset_name="gsm8k", dataset_split="dev"))
 
 
@@ -323,6 +344,7 @@ def test_the_packaged_tasks_are_those_that_the_quickstart_holds_out() -> None:
         ({"k": 0}, ["`k` is [0]", "between 1 and"]),
         ({"completions": "trees", "k": 4}, ["between 1 and the 2 children", "--initial_branching_factor"]),
         ({"completions": "trees", "max_tree_tokens": 40}, ["`max_tree_tokens` cuts paths"]),
+        ({"stop_pattern": "w1"}, ["`stop_pattern` is 'w1'", "--completions trees"]),
         ({"temperature": 0}, ["would be the same", "--num_generations 1"]),
         ({"base": "false"}, ["Nothing to evaluate"]),
         ({"adapter_name_or_path": "x"}, ["takes adapters as `--adapters"]),
@@ -369,6 +391,20 @@ def test_an_adapter_of_layers_that_are_not_there(tiny_model_dir: str) -> None:
     assert AutoConfig.from_pretrained(tiny_model_dir).num_hidden_layers == 2
     with pytest.raises(SystemExit, match=r"has no layer for model\.layers\.2\.self_attn\.q_proj.*deep-model"):
         main(arguments(tiny_model_dir, adapters="deep"))
+
+
+def test_an_adapter_with_another_template_is_told(tiny_model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    for name in ("same", "none", "other"):
+        save_adapter(tiny_model_dir, name)
+    tokenizer.save_pretrained("same")
+    tokenizer.chat_template = "{{ 'another' }}"
+    tokenizer.save_pretrained("other")
+    main(arguments(tiny_model_dir, adapters=["same", "none", "other"]))
+    told = [line for line in capsys.readouterr().err.splitlines() if "of its own" in line]
+    assert len(told) == 1
+    assert "`other`" in told[0]
+    assert "chat template" in told[0]
 
 
 def test_nothing_but_unscored_completions_is_an_error(tiny_model_dir: str) -> None:
