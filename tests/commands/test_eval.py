@@ -231,14 +231,16 @@ def test_a_kill_before_the_first_sample_leaves_a_folder_to_resume(
     def die(*given: Any) -> Any:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="Interrupted"):
+    with monkeypatch.context() as patched:
         patched.setattr(eval_output, "opened_output", die)
-        main(arguments(tiny_model_dir))
+        with pytest.raises(SystemExit, match="Interrupted"):
+            main(arguments(tiny_model_dir))
     main([*arguments(tiny_model_dir), "--resume"])
     assert results()["num_prompts"] == 4
-    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="Interrupted"):
+    with monkeypatch.context() as patched:
         patched.setattr(eval_output.os, "replace", die)
-        main(arguments(tiny_model_dir, output="draft"))
+        with pytest.raises(SystemExit, match="Interrupted"):
+            main(arguments(tiny_model_dir, output="draft"))
     assert [file.name for file in Path("draft").iterdir()] == ["settings.tmp"]
     main(arguments(tiny_model_dir, output="draft"))
     assert results("draft")["num_prompts"] == 4
