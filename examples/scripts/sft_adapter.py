@@ -17,7 +17,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from treepo_trl.quickstart import addition_tasks, small_model
+from treepo_trl.quickstart import NUM_HELD_OUT, addition_tasks, small_model
 
 
 @dataclass
@@ -42,8 +42,11 @@ def worked(prompt: list[dict[str, str]]) -> str:
 
 if __name__ == "__main__":
     script_args, training_args = TrlParser((AdapterArguments, SFTConfig)).parse_args_and_config()
-    tasks, held_out = addition_tasks(script_args.num_tasks, 32, training_args.seed)
     folder = Path(training_args.output_dir).parent
+    for file in (folder / "tasks.jsonl", folder / "held_out.jsonl"):
+        if file.exists():
+            raise SystemExit(f"{file} exists already. Remove it, or name an `--output_dir` in another folder.")
+    tasks, held_out = addition_tasks(script_args.num_tasks, NUM_HELD_OUT, training_args.seed)
     tasks.to_json(folder / "tasks.jsonl")
     held_out.to_json(folder / "held_out.jsonl")
     answers = [[{"role": "assistant", "content": worked(prompt)}] for prompt in tasks["prompt"]]

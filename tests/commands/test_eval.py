@@ -5,18 +5,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from datasets import Dataset, DatasetDict
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from tests.support.models import make_model
 from tests.support.sample_runs import PROMPTS, as_flags, cells, fail_to_build, save_adapter
 from tests.support.sample_runs import arguments as sample_arguments
-from treepo_trl.commands import eval_data
+from treepo_trl.commands import eval_data, eval_output
 from treepo_trl.commands import sample as sample_command
 from treepo_trl.commands.eval import main
+from treepo_trl.commands.eval_adapters import labels_of
 from treepo_trl.commands.sample import main as sample
 from treepo_trl.sampling import SegmentTree
 
@@ -31,7 +32,7 @@ def says_w1(completions, **columns):
 def unscored(completions, **columns):
     return [None for _ in completions]
 
-def needs_level(completions, level):
+def needs_level(completions, level, **columns):
     return [0.0 for _ in completions]
 '''
 
@@ -152,6 +153,20 @@ def test_without_the_base_the_first_adapter_is_what_others_are_compared_with(tin
     assert not Path("out/base.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("adapters", "expected"),
+    [
+        (["a/first", "b/second"], ["first", "second"]),
+        (["a/first", "b/first"], ["a-first", "b-first"]),
+        (["base"], ["base-2"]),
+        (["a/b/c", "a-b/c"], ["a-b-c", "a-b-c-2"]),
+        (["a-b-c-2", "a/b/c", "a-b/c"], ["a-b-c-2", "a-b-c", "a-b-c-3"]),
+    ],
+)
+def test_columns_have_names_of_their_own(adapters: list[str], expected: list[str]) -> None:
+    assert labels_of(adapters) == expected
+
+
 # A run that dies
 
 
@@ -208,6 +223,29 @@ def test_another_adapter_joins_and_nothing_that_is_there_is_sampled_again(
         main([*arguments(tiny_model_dir, adapters="other/first"), "--resume"])
 
 
+def test_a_kill_before_the_first_sample_leaves_a_folder_to_resume(
+    tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the settings and the samples, and before the settings have their name."""
+
+    def die(*given: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(eval_output, "opened_output", die)
+        with pytest.raises(SystemExit, match="Interrupted"):
+            main(arguments(tiny_model_dir))
+    main([*arguments(tiny_model_dir), "--resume"])
+    assert results()["num_prompts"] == 4
+    with monkeypatch.context() as patched:
+        patched.setattr(eval_output.os, "replace", die)
+        with pytest.raises(SystemExit, match="Interrupted"):
+            main(arguments(tiny_model_dir, output="draft"))
+    assert [file.name for file in Path("draft").iterdir()] == ["settings.tmp"]
+    main(arguments(tiny_model_dir, output="draft"))
+    assert results("draft")["num_prompts"] == 4
+
+
 # What goes in
 
 
@@ -232,6 +270,31 @@ def test_presets_read_the_columns_of_their_dataset(monkeypatch: pytest.MonkeyPat
         assert not loaded.judge(0, r"It is \boxed{8}").is_right
 
 
+def test_the_split_of_a_preset_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = {name: Dataset.from_dict({"question": [name], "answer": ["#### 1"]}) for name in ("test", "train")}
+    DatasetDict(splits).save_to_disk("gsm8k")
+    monkeypatch.setitem(
+        eval_data.PRESETS, "gsm8k", eval_data.Preset("./gsm8k", None, "test", "question", "answer", "####")
+    )
+    for split, expected in ((None, "test"), ("train", "train")):
+        loaded = eval_data.load_eval_set(eval_data.EvalArguments(dataset_name="gsm8k", dataset_split=split))
+        assert str(cast(Any, loaded.prompts[0])[0]["content"]).startswith(expected)
+    with pytest.raises(ValueError, match=r"no split 'dev', only test, train\. Set `--dataset_split`"):
+        eval_data.load_eval_set(eval_data.EvalArguments(dataset_name="gsm8k", dataset_split="dev"))
+
+
+def test_columns_that_a_reward_function_gets_otherwise_are_left_out(tiny_model_dir: str) -> None:
+    """The prompts, and what is sampled: as keywords these come from the command, and not from the data."""
+    row = {"prompts": "w1", "completions": "no", "completion_ids": [1], "prompt": "w2", "level": 3}
+    Path("names.jsonl").write_text(json.dumps(row) + "\n")
+    flags = {"dataset_name": "names.jsonl", "prompt_column": "prompts", "reward_funcs": "eval_rewards.needs_level"}
+    main(arguments(tiny_model_dir, **flags))
+    assert [line["prompt"] for line in lines_of("base")] == ["w1"]
+    assert eval_data.load_eval_set(
+        eval_data.EvalArguments(dataset_name="names.jsonl", prompt_column="prompts", reward_funcs=["x"])
+    ).columns == {"level": [3]}
+
+
 def test_reasoning_gym_scores_its_own_answers() -> None:
     settings = '{"min_terms": 2, "max_terms": 2, "seed": 3}'
     loaded = eval_data.load_eval_set(
@@ -246,10 +309,15 @@ def test_reasoning_gym_scores_its_own_answers() -> None:
 
 
 def test_the_packaged_tasks_are_those_that_the_quickstart_holds_out() -> None:
+    from treepo_trl.commands.quickstart import QuickstartArguments
     from treepo_trl.quickstart import addition_tasks
 
+    train, held_out = addition_tasks(160, QuickstartArguments().num_held_out, 42)
+    everything = eval_data.load_eval_set(eval_data.EvalArguments(dataset_name="addition"))
+    assert everything.prompts == list(held_out["prompt"])
+    assert not any(prompt in list(train["prompt"]) for prompt in everything.prompts)
     loaded = eval_data.load_eval_set(eval_data.EvalArguments(dataset_name="addition", max_prompts=8))
-    assert loaded.prompts == list(addition_tasks(160, 8, 42)[1]["prompt"])
+    assert loaded.prompts == everything.prompts[:8]
     assert loaded.judge is not None
     assert loaded.judge(0, f"1 + 1 = {loaded.columns['answer'][0]}").is_right
 
@@ -267,10 +335,18 @@ def test_the_packaged_tasks_are_those_that_the_quickstart_holds_out() -> None:
         ({"answer_column": "gold"}, ["no column 'gold'", "--answer_column"]),
         ({"dataset_name": "reasoning_gym:chain_sums"}, ["no data set 'chain_sums'", "chain_sum"]),
         ({"dataset_name": "reasoning_gym:chain_sum", "dataset_config": '{"terms": 1}'}, ["dataset_config", "terms"]),
+        ({"dataset_name": "gsm8k", "prompt_column": "q"}, ["`--prompt_column q`", "`--dataset_name gsm8k`"]),
+        ({"dataset_name": "gsm8k", "answer_column": "a"}, ["`--answer_column a`", "its own"]),
+        ({"dataset_name": "math500", "dataset_config": "x"}, ["`--dataset_config x`", "`--dataset_name math500`"]),
+        ({"dataset_name": "addition", "dataset_split": "train"}, ["`--dataset_split train`", "addition"]),
+        ({"dataset_name": "addition", "dataset_config": '{"seed": 1}'}, ["`--dataset_config", "addition"]),
+        ({"dataset_name": "addition", "max_prompts": 65}, ["`--max_prompts 65`", "holds out 64"]),
+        ({"dataset_name": "reasoning_gym:chain_sum", "dataset_split": "x"}, ["`--dataset_split x`", "chain_sum"]),
         ({"k": [1, 8]}, ["`k` is [1, 8]", "`num_generations` (4)"]),
         ({"k": 0}, ["`k` is [0]", "between 1 and"]),
         ({"completions": "trees", "k": 4}, ["between 1 and the 2 children", "--initial_branching_factor"]),
         ({"completions": "trees", "max_tree_tokens": 40}, ["`max_tree_tokens` cuts paths"]),
+        ({"stop_pattern": "w1"}, ["`stop_pattern` is 'w1'", "--completions trees"]),
         ({"temperature": 0}, ["would be the same", "--num_generations 1"]),
         ({"base": "false"}, ["Nothing to evaluate"]),
         ({"adapter_name_or_path": "x"}, ["takes adapters as `--adapters"]),
@@ -317,6 +393,20 @@ def test_an_adapter_of_layers_that_are_not_there(tiny_model_dir: str) -> None:
     assert AutoConfig.from_pretrained(tiny_model_dir).num_hidden_layers == 2
     with pytest.raises(SystemExit, match=r"has no layer for model\.layers\.2\.self_attn\.q_proj.*deep-model"):
         main(arguments(tiny_model_dir, adapters="deep"))
+
+
+def test_an_adapter_with_another_template_is_told(tiny_model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    for name in ("same", "none", "other"):
+        save_adapter(tiny_model_dir, name)
+    tokenizer.save_pretrained("same")
+    tokenizer.chat_template = "{{ 'another' }}"
+    tokenizer.save_pretrained("other")
+    main(arguments(tiny_model_dir, adapters=["same", "none", "other"]))
+    told = [line for line in capsys.readouterr().err.splitlines() if "of its own" in line]
+    assert len(told) == 1
+    assert "`other`" in told[0]
+    assert "chat template" in told[0]
 
 
 def test_nothing_but_unscored_completions_is_an_error(tiny_model_dir: str) -> None:

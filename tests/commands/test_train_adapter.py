@@ -8,12 +8,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl import ModelConfig
 
 from tests.support.models import make_model, make_tokenizer
 from tests.support.sample_runs import as_flags, fail_to_build
 from treepo_trl.commands import plan, train
+from treepo_trl.commands.arguments import TreePOScriptArguments
 from treepo_trl.commands.train import main
+from treepo_trl.commands.train_adapter import starting_adapter
+from treepo_trl.policy.starting_adapter import check_fits, read_adapter_config
 
 
 REWARD = """
@@ -60,6 +64,43 @@ def test_a_training_goes_on_from_the_adapter(folder: Path, tiny_model_dir: str) 
     assert (saved["r"], saved["lora_alpha"], saved["base_model_name_or_path"]) == (4, 16, tiny_model_dir)
     assert "of the sft" in (folder / "out/chat_template.jinja").read_text()
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), "out")
+
+
+def test_a_recipe_for_all_layers_suits_an_adapter_on_them(folder: Path, tiny_model_dir: str) -> None:
+    """PEFT writes the names of the layers in place of `all-linear`, so only the model could tell the two apart."""
+    config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config).save_pretrained("sft")
+    model_args = ModelConfig(lora_target_modules=["all-linear"])
+    found = starting_adapter(TreePOScriptArguments(dataset_name="x", adapter_name_or_path="sft"), model_args)
+    assert found is not None
+    assert any(name.endswith("q_proj") for name in found.target_modules or ())
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own-llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_the_base_is_trusted_if_asked(
+    folder: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
+    (folder / "own").mkdir()
+    (folder / "own/own_llama.py").write_text(CODE)
+    classes = {"AutoConfig": "own_llama.OwnConfig", "AutoModelForCausalLM": "own_llama.OwnForCausalLM"}
+    settings = json.loads((Path(tiny_model_dir) / "config.json").read_text())
+    settings |= {"model_type": "own-llama", "architectures": ["OwnForCausalLM"], "auto_map": classes}
+    (folder / "own/config.json").write_text(json.dumps(settings))
+    config = AutoConfig.from_pretrained("own", trust_remote_code=True)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        check_fits("sft", read_adapter_config("sft"), "own", config)
+    check_fits("sft", read_adapter_config("sft"), "own", config, trust_remote_code=True)
 
 
 def wrong_layer(folder: Path) -> None:

@@ -78,6 +78,21 @@ def current_umask() -> int:
     return mask
 
 
+def test_the_tokenizer_of_the_base_is_of_its_revision(
+    run: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped once the tokenizer is asked for: without one beside the adapter it is the base's."""
+
+    def load(name: str, **options: Any) -> Any:
+        raise ValueError(f"{name} at {options.get('revision')}")
+
+    for file in run.glob("tokenizer*"):
+        file.unlink()
+    monkeypatch.setattr(export_room.AutoTokenizer, "from_pretrained", load)
+    with pytest.raises(SystemExit, match=f"{tiny_model_dir} at v2"):
+        export(run, model_revision="v2")
+
+
 def test_a_checkpoint_is_exported_where_the_run_has_not_ended(run: Path, tiny_model_dir: str) -> None:
     """The newest one that is intact, with the tokenizer of its own folder."""
     state = json.dumps({"global_step": 3, "train_batch_size": 2})

@@ -1,6 +1,7 @@
 """The life of an adapter, as `examples/scripts/life_of_an_adapter.sh` has it, in a fresh directory; two steps each."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,17 @@ def small(tokenizer: Any, folder: Path) -> None:
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["tasks.jsonl", "held_out.jsonl"])
+def test_files_of_the_user_are_not_overwritten(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).write_text("mine")
+    flags = ["--output_dir", str(tmp_path / "sft"), "--model_folder", str(tmp_path / "model")]
+    monkeypatch.setattr(sys, "argv", ["sft_adapter.py", *flags, "--use_cpu", "true", "--bf16", "false"])
+    with pytest.raises(SystemExit, match=f"{name} exists already"):
+        runpy.run_path(str(ROOT / "examples/scripts/sft_adapter.py"), run_name="__main__")
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_the_life_of_an_adapter(small_model_dir: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from .arguments import options_parser
 from .cost_table import sample_independent
 from .engine import EngineArguments, load_tokenizer, use_adapter
 from .errors import user_errors
-from .eval_adapters import check_adapters, labels_of
+from .eval_adapters import check_adapters, labels_of, tell_of_tokenizers
 from .eval_arguments import EvalArguments, checked_ks
 from .eval_data import EvalSet, load_eval_set
 from .eval_output import EvalFolder, opened_folder
@@ -71,6 +71,7 @@ def prepared(
     adapters = arguments.adapters or []
     labels = labels_of(adapters)
     check_adapters(engine, adapters)
+    tell_of_tokenizers(engine, adapters, tokenizer)
     eval_set = load_eval_set(arguments)
     scorers = make_scorers(arguments.reward_funcs, eval_set, config)
     template = arguments.chat_template_kwargs

@@ -140,6 +140,11 @@ def checked_ks(
             "be the same. Set `--num_generations 1` for greedy decoding, or a temperature above 0."
         )
     num_samples, what = config.num_generations, f"`num_generations` ({config.num_generations})"
+    if arguments.completions == "independent" and config.stop_pattern is not None:
+        raise ValueError(
+            f"`stop_pattern` is {config.stop_pattern!r}, and it ends paths of trees alone. Leave it out, or set "
+            "`--completions trees`."
+        )
     if arguments.completions == "trees":
         if config.max_tree_tokens is not None:
             raise ValueError(

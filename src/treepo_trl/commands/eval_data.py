@@ -14,9 +14,11 @@ from .eval_arguments import EvalArguments
 from .prompts import load_named_dataset, prompt_column, take_split
 
 
-_NUM_GENERATED = 64  # tasks of generators, which have no end
+_NUM_GENERATED = 64  # tasks of reasoning-gym, which have no end
 _TASK_SEED = 42  # that of a training by default: the quickstart trains on no task that it holds out
 _GYM = "reasoning_gym:"
+_NO_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids")
+"""Columns that no reward function gets: TRL drops them, or has these names for what is sampled."""
 
 
 @dataclass
@@ -63,17 +65,31 @@ def load_eval_set(arguments: EvalArguments) -> EvalSet:
     """
     name = cast(str, arguments.dataset_name)
     if name in PRESETS:
+        _refuse(arguments, "dataset_config", "prompt_column", "answer_column")
         return _preset(PRESETS[name], arguments)
     if name == "addition":
-        return _additions(arguments.max_prompts or _NUM_GENERATED)
+        _refuse(arguments, "dataset_config", "dataset_split", "prompt_column", "answer_column")
+        return _additions(arguments.max_prompts)
     if name.startswith(_GYM):
+        _refuse(arguments, "dataset_split", "prompt_column", "answer_column")
         return _reasoning_gym(name.removeprefix(_GYM), arguments)
     return _own_data(name, arguments)
 
 
+def _refuse(arguments: EvalArguments, *options: str) -> None:
+    """Raise for options that mean nothing for the data that is asked for."""
+    for option in options:
+        if getattr(arguments, option) is not None:
+            raise ValueError(
+                f"`--{option} {getattr(arguments, option)}` is not for `--dataset_name {arguments.dataset_name}`, "
+                "which has its own. Leave it out, or name the dataset by its hub id, file or folder."
+            )
+
+
 def _preset(preset: Preset, arguments: EvalArguments) -> EvalSet:
     splits = load_named_dataset(preset.dataset_name, preset.dataset_config, preset.split)
-    dataset = _rows(cast(Dataset, take_split(splits, preset.split, "--dataset_split")), arguments)
+    split = arguments.dataset_split or preset.split
+    dataset = _rows(cast(Dataset, take_split(splits, split, "--dataset_split")), arguments)
     for column in (preset.question, preset.answer):
         if column not in dataset.column_names:
             raise ValueError(
@@ -96,12 +112,13 @@ def _own_data(name: str, arguments: EvalArguments) -> EvalSet:
     splits = load_named_dataset(name, config, arguments.dataset_split or "test")
     split = arguments.dataset_split or ("test" if "test" in splits or len(splits) > 1 else str(next(iter(splits))))
     dataset = _rows(cast(Dataset, take_split(splits, split, "--dataset_split")), arguments)
-    prompts = list(dataset[prompt_column(dataset, arguments.prompt_column)])
-    columns = {column: list(dataset[column]) for column in dataset.column_names if column != "prompt"}
+    prompts_from = prompt_column(dataset, arguments.prompt_column)
+    prompts, names = list(dataset[prompts_from]), dataset.column_names
+    columns = {name: list(dataset[name]) for name in names if name not in {prompts_from, *_NO_COLUMNS}}
     known = [column for column in ("solution", "answer") if column in columns]
     column = arguments.answer_column or (known[0] if known else None)
-    if column is not None and column not in columns:
-        raise ValueError(f"The dataset has no column {column!r}, only {', '.join(columns)}. Set `--answer_column`.")
+    if column is not None and column not in names:
+        raise ValueError(f"The dataset has no column {column!r}, only {', '.join(names)}. Set `--answer_column`.")
     if column is None:
         if not arguments.reward_funcs:
             raise ValueError(
@@ -109,13 +126,14 @@ def _own_data(name: str, arguments: EvalArguments) -> EvalSet:
                 "Set `--answer_column`, or score with `--reward_funcs`."
             )
         return EvalSet(prompts, columns)
-    missing = [i for i, answer in enumerate(columns[column]) if answer is None or not str(answer).strip()]
+    answers = list(dataset[column])
+    missing = [i for i, answer in enumerate(answers) if answer is None or not str(answer).strip()]
     if missing and not arguments.reward_funcs:
         raise ValueError(
             f"{name} lacks answers: `{column}` is empty for {len(missing)} of {len(prompts)} prompts, the first is "
             f"prompt {missing[0]}. Remove these rows, or set `--answer_column`."
         )
-    return _math_set(prompts, [str(answer) for answer in columns[column]], columns, bool(arguments.reward_funcs))
+    return _math_set(prompts, [str(answer) for answer in answers], columns, bool(arguments.reward_funcs))
 
 
 def _rows(dataset: Dataset, arguments: EvalArguments) -> Dataset:
@@ -141,10 +159,16 @@ def _math_set(
     return EvalSet(prompts, columns, lambda index, text: judge_math(text, answers[index]), math_answer)
 
 
-def _additions(num_tasks: int) -> EvalSet:
-    from treepo_trl.quickstart import addition_tasks, last_number
+def _additions(max_prompts: int | None) -> EvalSet:
+    from treepo_trl.quickstart import NUM_HELD_OUT, addition_tasks, last_number
 
-    _, held_out = addition_tasks(1, num_tasks, _TASK_SEED)
+    if max_prompts is not None and max_prompts > NUM_HELD_OUT:
+        raise ValueError(
+            f"`--max_prompts {max_prompts}` is above the tasks of addition that no training sees: the quickstart "
+            f"holds out {NUM_HELD_OUT}. Lower it."
+        )
+    _, held_out = addition_tasks(1, NUM_HELD_OUT, _TASK_SEED)
+    held_out = held_out.select(range(max_prompts or NUM_HELD_OUT))
     answers = list(held_out["answer"])
 
     def judge(index: int, text: str) -> Judgement:

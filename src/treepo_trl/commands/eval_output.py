@@ -81,7 +81,7 @@ def opened_folder(
     path, adapters = Path(arguments.output), arguments.adapters or []
     if path.exists() and not path.is_dir():
         raise ValueError(f"`--output {path}` is a file. Name a folder.")
-    is_used = path.is_dir() and any(path.iterdir())
+    is_used = path.is_dir() and any(file != _draft(path / _SETTINGS) for file in path.iterdir())
     if is_used and not arguments.resume:
         raise ValueError(f"`--output {path}` exists already. Remove it, name another folder, or add `--resume`.")
     columns = ["base"] * arguments.base + labels_of(adapters)
@@ -89,12 +89,16 @@ def opened_folder(
     if is_used:
         of_adapters = _adapters_of_used(path, settings, of_adapters)
     path.mkdir(parents=True, exist_ok=True)
+    about = {"settings": settings, "adapters": of_adapters}
+    if not is_used:  # before the samples: a run that is killed in between can be resumed
+        _write_json(path / _SETTINGS, about)
     with ExitStack() as stack:
         files = {
             column: stack.enter_context(opened_output(str(path / f"{column}.jsonl"), arguments.resume, prompts))
             for column in columns
         }
-        _write_json(path / _SETTINGS, {"settings": settings, "adapters": of_adapters})
+        if is_used:  # after the look at the samples: a run that is refused adds no adapters
+            _write_json(path / _SETTINGS, about)
         yield EvalFolder(path, cast("dict[str, TreeFile]", files))
 
 
@@ -124,8 +128,12 @@ def _adapters_of_used(path: Path, settings: dict[str, object], adapters: dict[st
     return known | adapters
 
 
+def _draft(path: Path) -> Path:
+    return path.with_suffix(".tmp")
+
+
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write a file as a whole, so that a killed run leaves the old one or the new one."""
-    draft = path.with_suffix(".tmp")
+    draft = _draft(path)
     draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(draft, path)

@@ -16,6 +16,7 @@ from trl import GRPOTrainer, ModelConfig, get_peft_config, get_quantization_conf
 from trl.import_utils import is_vllm_available
 
 from treepo_trl.quickstart import (
+    NUM_HELD_OUT,
     AnswerAccuracy,
     TreeProgressCallback,
     addition_tasks,
@@ -46,7 +47,9 @@ class QuickstartArguments:
             "user's cache."
         },
     )
-    num_held_out: int = field(default=64, metadata={"help": "Tasks for the accuracy before and after training."})
+    num_held_out: int = field(
+        default=NUM_HELD_OUT, metadata={"help": "Tasks for the accuracy before and after training."}
+    )
     stock_grpo: bool = field(default=False, metadata={"help": "Train with TRL's GRPOTrainer, for comparison."})
 
 

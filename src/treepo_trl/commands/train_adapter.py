@@ -53,6 +53,8 @@ def _check_options(adapter: str, peft_config: "PeftConfig", model_args: ModelCon
     """Raise for an option that was set and is not what the adapter has."""
     for option, name in _OPTIONS.items():
         given, own = getattr(model_args, option), getattr(peft_config, name, None)
+        if option == "lora_target_modules" and given in ("all-linear", ["all-linear"]):
+            continue  # PEFT has written names in its place, and which are all of them only the model knows
         if given != getattr(ModelConfig, option, None) and not _is_same(given, own):
             shown = sorted(own) if isinstance(own, set) else own
             raise ValueError(
@@ -79,23 +81,28 @@ def check_starting_adapter(
     policy_engine_for(training_args, base, peft_config)
     trust = bool(training_args.trust_remote_code)
     config = AutoConfig.from_pretrained(base, revision=model_args.model_revision, trust_remote_code=trust)
-    check_fits(adapter, peft_config, base, config)
+    check_fits(adapter, peft_config, base, config, trust)
     own = peft_config.base_model_name_or_path
     if own and own.rstrip("/").rpartition("/")[2] != base.rstrip("/").rpartition("/")[2]:
         print(f"The adapter `{adapter}` was trained on `{own}`. Its layers fit `{base}`, which it goes on from here.")
 
 
-def load_tokenizer_of(adapter: str, training_args: TreePOConfig, model_args: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer beside an adapter, with the chat template that it was trained with; else that of the base."""
-    options: dict[str, Any] = {"truncation_side": "left", "padding_side": "left"}  # as TRL loads it
-    options["trust_remote_code"] = training_args.trust_remote_code
+def has_tokenizer(adapter: str) -> bool:
+    """Whether a tokenizer lies beside an adapter of the hub or of a folder."""
     found = cached_file(
         adapter,
         "tokenizer_config.json",
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    if found is not None:
+    return found is not None
+
+
+def load_tokenizer_of(adapter: str, training_args: TreePOConfig, model_args: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer beside an adapter, with the chat template that it was trained with; else that of the base."""
+    options: dict[str, Any] = {"truncation_side": "left", "padding_side": "left"}  # as TRL loads it
+    options["trust_remote_code"] = training_args.trust_remote_code
+    if has_tokenizer(adapter):
         print(f"The tokenizer and its chat template are those beside the adapter `{adapter}`.", file=sys.stderr)
         return AutoTokenizer.from_pretrained(adapter, **options)
     base = require_model(model_args.model_name_or_path)

@@ -98,8 +98,10 @@ def export_model(
             log-probabilities are further from the adapter's than rounding explains. Then nothing is written.
     """
     config = AutoConfig.from_pretrained(source.base, revision=revision, trust_remote_code=trust_remote_code)
-    check_fits(str(source.folder), source.peft_config, source.base, config)
-    tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code)
+    check_fits(str(source.folder), source.peft_config, source.base, config, trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(  # of the base, or in a folder, which has no revisions
+        source.tokenizer, revision=revision, trust_remote_code=trust_remote_code
+    )
     texts = _token_ids(tokenizer, source.tokenizer)
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype}
     with new_folder(out) as folder:

@@ -54,7 +54,9 @@ def read_adapter_config(adapter: str) -> "PeftConfig":
         raise ValueError(f"The adapter `{adapter}` cannot be read: {error}") from error
 
 
-def check_fits(adapter: str, peft_config: "PeftConfig", base: str, config: PreTrainedConfig) -> None:
+def check_fits(
+    adapter: str, peft_config: "PeftConfig", base: str, config: PreTrainedConfig, trust_remote_code: bool = False
+) -> None:
     """
     Raise if the weights of an adapter do not fit a base. Loads the adapter, and of the base its config alone.
 
@@ -63,6 +65,8 @@ def check_fits(adapter: str, peft_config: "PeftConfig", base: str, config: PreTr
             Name or folder of the adapter, and its config.
         base (`str`), config ([`~transformers.PreTrainedConfig`]):
             Name or folder of the base, and its config.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code that comes with the base may run.
 
     Raises:
         ValueError: naming layers that do not fit, and the base that the adapter was for.
@@ -71,7 +75,7 @@ def check_fits(adapter: str, peft_config: "PeftConfig", base: str, config: PreTr
 
     was_for = f"It was for `{peft_config.base_model_name_or_path or 'an unnamed base'}`."
     try:
-        expected, in_base = _expected_shapes(peft_config, config)
+        expected, in_base = _expected_shapes(peft_config, config, trust_remote_code)
     except ValueError as error:  # PEFT: its target modules are not in this model
         raise ValueError(f"The adapter `{adapter}` does not fit the base `{base}`: {error} {was_for}") from error
     try:
@@ -91,7 +95,9 @@ def check_fits(adapter: str, peft_config: "PeftConfig", base: str, config: PreTr
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def _expected_shapes(peft_config: "PeftConfig", config: PreTrainedConfig) -> tuple[Shapes, Shapes]:
+def _expected_shapes(
+    peft_config: "PeftConfig", config: PreTrainedConfig, trust_remote_code: bool
+) -> tuple[Shapes, Shapes]:
     """Shapes of the adapter's weights on this base, by their names in its file, and of the base's own."""
     from peft import get_peft_model, get_peft_model_state_dict
 
@@ -104,7 +110,10 @@ def _expected_shapes(peft_config: "PeftConfig", config: PreTrainedConfig) -> tup
     name = (config.architectures or [""])[0]
     architecture = getattr(transformers, name, None)  # as TRL picks the class
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config) if architecture is None else architecture._from_config(config)
+        if architecture is None:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        else:
+            model = architecture._from_config(config)
         in_base = {f"base_model.model.{key}": tuple(value.shape) for key, value in model.state_dict().items()}
         wrapped = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
     state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)

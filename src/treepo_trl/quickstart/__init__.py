@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from .accuracy import AnswerAccuracy, greedy_completions
     from .model import small_model
     from .progress import TreeProgressCallback
-    from .tasks import addition_tasks, answer_reward, last_number
+    from .tasks import NUM_HELD_OUT, addition_tasks, answer_reward, last_number
 
 
 __all__ = [
+    "NUM_HELD_OUT",
     "AnswerAccuracy",
     "TreeProgressCallback",
     "addition_tasks",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "NUM_HELD_OUT": "tasks",
     "AnswerAccuracy": "accuracy",
     "TreeProgressCallback": "progress",
     "addition_tasks": "tasks",

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from datasets import Dataset
 
 
+NUM_HELD_OUT = 64
+"""Tasks that are kept for evaluation, by every command and script alike: what one evaluates, no other trains on."""
 _EXAMPLE = "3 + 4 + 5", "3 + 4 = 7, 7 + 5 = 12"
 
 
