@@ -36,6 +36,45 @@ def test_the_difference_is_that_of_the_tokens_that_were_sampled_and_scored() -> 
     assert logprob_difference({name: rows[name] for name in rows if "old" not in name}, accelerator) is None
 
 
+def test_a_policy_that_gives_no_number_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """float16 that overflows. Where the engine gives no number there is nothing to compare."""
+    nan = float("nan")
+    rows = {
+        "old_per_token_logps": torch.tensor([[nan, nan, nan]]),
+        "sampling_per_token_logps": torch.tensor([[-1.0, -2.0, nan]]),
+        "completion_mask": torch.tensor([[1, 1, 1]]),
+    }
+    difference = logprob_difference(rows, Accelerator(cpu=True))
+    assert difference is not None
+    assert difference.isnan().tolist() == [True, True]
+    with pytest.raises(RuntimeError, match="no number for 100.0% of the tokens"):
+        watch("error").batch(difference)
+    of_run = watch()
+    assert of_run.batch(torch.tensor([0.0, nan]))["engine/logp_difference_above_1"] == 0.5
+    of_run.batch(torch.tensor([0.2]))  # and it hides no later fault
+    assert len(caplog.records) == 2
+
+
+def test_a_batch_without_a_comparable_token_has_no_metrics() -> None:
+    rows = {
+        "old_per_token_logps": torch.tensor([[-1.0]]),
+        "sampling_per_token_logps": torch.tensor([[float("nan")]]),
+        "completion_mask": torch.tensor([[1]]),
+    }
+    assert watch("error").batch(logprob_difference(rows, Accelerator(cpu=True))) == {}
+
+
+def test_metrics_need_nothing_that_is_not_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA `full_determinism` refuses `kthvalue`."""
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("kthvalue CUDA does not have a deterministic implementation")
+
+    monkeypatch.setattr(torch.Tensor, "kthvalue", refused)
+    monkeypatch.setattr(torch, "kthvalue", refused)
+    assert watch().batch(torch.tensor([0.0, 0.001]))["engine/logp_difference_p99"] == pytest.approx(0.001)
+
+
 def test_metrics_of_a_batch() -> None:
     """Of 200 tokens one differs by 3 nats and two by 2: the 99th percentile is the 198th largest."""
     difference = torch.tensor([0.0] * 197 + [2.0, 2.0, 3.0])
