@@ -26,7 +26,7 @@ from treepo_trl.trl_seams import engine_class, vllm_generation_class
 
 from .adapter_probe import PROBE_TOKENS, own_draws, probe_adapter, segments_of
 from .adapter_sync import AdapterVLLMGeneration, check_adapter
-from .engine_check import EngineWatch, computing_dtype, different_tokens, dropout_of, logprob_difference
+from .engine_check import EngineWatch, check_dropout, computing_dtype, different_tokens, dropout_of, logprob_difference
 from .engine_options import check_engine_options, engine_options
 from .own_classes import give_classes_back
 from .shared_base import SHARDED
@@ -290,8 +290,8 @@ def policy_engine_for(
     The engine for these arguments of a trainer, not yet connected.
 
     Raises:
-        ValueError: for an adapter that the engine cannot serve, for options that it does not take, and for settings of
-            a LoRA engine's weights where there is no LoRA engine.
+        ValueError: for an adapter that the engine cannot serve or be compared with, for options that it does not
+            take, and for settings of a LoRA engine's weights where there is no LoRA engine.
     """
     check_engine_options(args)
     engine: PolicyEngine = TransformersPolicy(args)
@@ -301,6 +301,7 @@ def policy_engine_for(
         adapter = cast("PeftModel", model).active_peft_config
     if adapter is not None:
         _check_kind(adapter, args.use_vllm)
+        check_dropout(args, adapter)
     if args.use_vllm:
         if adapter is not None and args.vllm_lora_sync == "adapter":
             check_adapter(adapter)

@@ -6,7 +6,7 @@ A difference of the rounding's size is normal. A larger one trains on samples of
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate import Accelerator
@@ -14,9 +14,13 @@ from accelerate.logging import get_logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treepo_trl.engines import SamplingOptions
-from treepo_trl.treepo_config import EngineCheck
+from treepo_trl.treepo_config import EngineCheck, TreePOConfig
 
 from .adapter_probe import AdapterProbe
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 logger = get_logger(__name__)
@@ -173,6 +177,23 @@ def dropout_of(model: torch.nn.Module) -> list[str]:
         f"the policy computes with dropout ({names[0]} and {len(names) - 1} more), the engine without: "
         "`disable_dropout=True` ends that"
     ]
+
+
+def check_dropout(args: TreePOConfig, adapter: "PeftConfig") -> None:
+    """
+    Raise where every batch would be compared with a policy that its dropout makes another model.
+
+    Raises:
+        ValueError: if `engine_check` is `"error"` and the adapter has dropout.
+    """
+    dropout = float(getattr(adapter, "lora_dropout", 0.0))
+    is_compared = args.use_vllm and args.engine_check == "error" and not _leaves_tokens_out(args.sampling_options())
+    if is_compared and dropout > 0 and not args.disable_dropout:
+        raise ValueError(
+            f"`engine_check='error'`, but `lora_dropout` is {dropout:g}: the policy computes with dropout and vLLM "
+            "without, and that would end the training. Set `lora_dropout` to 0, `disable_dropout=True`, or "
+            "`engine_check='warn'`."
+        )
 
 
 def different_tokens(policy: PreTrainedTokenizerBase, engine: PreTrainedTokenizerBase) -> list[str]:
