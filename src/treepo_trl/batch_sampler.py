@@ -52,7 +52,7 @@ class BatchSampler:
         round_number: int = 0,
     ) -> list[SegmentTree]:
         """Sample the trees of this process's prompts, together with those of processes that share its engine."""
-        trees = self._sample(batch.name, prompts, self._turns.handler(conversations), round_number)
+        trees = self._sample(batch, prompts, self._turns.handler(conversations), round_number)
         batch.totals.append(tree_totals(trees, self._sampler.stats, self._policy_engine.processes_per_engine))
         return trees
 
@@ -64,19 +64,19 @@ class BatchSampler:
         is_training = model.training
         batch.num_sampled += 1
         try:
-            return self._sample(batch.name, prompts, turns)
+            return self._sample(batch, prompts, turns)
         finally:
             model.train(is_training)
 
     def _sample(
-        self, name: str, prompts: list[list[int]], turns: TurnHandler | None, round_number: int = 0
+        self, batch: TreeBatch, prompts: list[list[int]], turns: TurnHandler | None, round_number: int = 0
     ) -> list[SegmentTree]:
         trainer, num_processes = self._trainer, self._policy_engine.processes_per_engine
         args, state = cast(TreePOConfig, trainer.args), trainer.state
-        seed = f"{args.seed}/{name}/{trainer.accelerator.process_index // num_processes}"
+        seed = f"{args.seed}/{batch.name}/{trainer.accelerator.process_index // num_processes}"
         seed += f"/{round_number}" if round_number > 0 else ""
         prompts, own = self._policy_engine.gather(prompts)
-        with self._policy_engine.ready(seed, prompts):
+        with self._policy_engine.ready(seed, prompts, in_batch=batch.is_open):
             return self._sampler.sample(
                 prompts,
                 seed,

@@ -162,6 +162,7 @@ class TreePOTrainer(GRPOTrainer):
         writes = args.save_strategy != "no" or args.enable_jit_checkpoint or args.log_trees
         with only_training_in(str(args.output_dir), writes and self.accelerator.is_main_process):
             self._batch = TreeBatch(step=-1)
+            self.policy_engine.training_starts()
             return super().train(self._resume_point.restore(folder), trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:

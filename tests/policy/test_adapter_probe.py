@@ -27,6 +27,15 @@ def make_policy(**changes: Any) -> Any:
     return model.train()
 
 
+def make_trained_policy() -> Any:
+    """A policy whose adapter is not zero, as after a resume: it moves the base by more than rounding."""
+    policy = make_policy()
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return policy
+
+
 class Engine:
     """A copy of the policy that `sync` brings up to date, as a wrapped one does it."""
 
@@ -75,6 +84,56 @@ def test_what_the_engine_ignores_is_named(left_out: str, cause: str, ignored: tu
     assert found.before < 1e-4  # a fresh adapter hides it
     assert (found.cause, found.ignored) == (cause, ignored)
     assert all(name in str(found) for name in ignored)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "cause", "ignored"),
+    [
+        ("o_proj", "modules", ("*.o_proj",)),
+        ("layers.1.mlp.down_proj", "modules", ("model.layers.1.mlp.down_proj",)),
+        ("lora_", "adapter", ()),
+    ],
+)
+def test_what_the_engine_ignores_of_a_trained_adapter_is_named(
+    left_out: str, cause: str, ignored: tuple[str, ...]
+) -> None:
+    policy = make_trained_policy()
+    engine = Engine(make_policy(), copied=lambda name: left_out not in name)  # it has loaded nothing yet
+    engine.policy = policy
+    trained = {name: each.detach().clone() for name, each in policy.named_parameters()}
+    found = probe(engine)
+    assert found.before > ROUNDING
+    assert (found.cause, found.ignored) == (cause, ignored)
+    assert all(torch.equal(trained[name], each) for name, each in policy.named_parameters())
+    theirs = dict(engine.model.named_parameters())
+    assert all(torch.equal(trained[name], theirs[name]) for name in trained if left_out not in name)
+
+
+def test_a_trained_adapter_on_another_base() -> None:
+    engine = Engine(make_trained_policy())
+    with torch.no_grad():
+        engine.model.get_base_model().model.layers[0].mlp.gate_proj.base_layer.weight.mul_(1.5)
+    found = probe(engine)
+    assert found.before > ROUNDING
+    assert found.cause == "base"
+
+
+def test_an_engine_that_serves_a_trained_adapter_otherwise_than_a_zero_one() -> None:
+    """It divides what it is given by 2, and takes an adapter for its own once it was zero."""
+    engine = Engine(make_trained_policy())
+    original, was_zero = engine.sync, False
+
+    def sync() -> None:
+        nonlocal was_zero
+        original()
+        factors = [each for name, each in engine.model.named_parameters() if "lora_B" in name]
+        was_zero = was_zero or not any(each.any() for each in factors)
+        with torch.no_grad():
+            for each in factors:
+                each.mul_(1.0 if was_zero else 0.5)
+
+    engine.sync = sync
+    assert probe(engine).cause == "unknown"
 
 
 def test_an_engine_that_keeps_an_old_adapter() -> None:

@@ -146,3 +146,26 @@ def test_the_engine_samples_with_the_adapter_that_was_loaded_last(monkeypatch: p
         policy._trainer.state.global_step = step
         with policy.ready("7/0", [[1]]):
             assert policy.engine.lora_request == step
+
+
+def test_each_training_is_probed_once_whoever_has_loaded_the_adapter_before() -> None:
+    """Evaluation at the start loads it, and a user may sample on one process alone: probing is for all together."""
+    generation: Any = Generation(enable_sleep_mode=False)
+    policy = vllm_policy(generation)
+    policy._watch.is_on = True
+    policy._probe = lambda prompts: generation.calls.append(("probe", prompts))
+
+    def calls(in_batch: bool) -> list[Any]:
+        generation.calls.clear()
+        with policy.ready("7/0", [[1]], in_batch):
+            return list(generation.calls)
+
+    assert calls(in_batch=False) == ["sync"]
+    policy._trainer._last_loaded_step = 0  # as evaluation leaves it
+    assert calls(in_batch=True) == [("probe", [[1]])]
+    assert calls(in_batch=True) == []
+    policy.training_starts()
+    assert calls(in_batch=True) == [("probe", [[1]])]
+    policy.training_starts()
+    policy._watch.is_on = False
+    assert calls(in_batch=True) == []

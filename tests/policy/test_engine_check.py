@@ -5,11 +5,20 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
+from peft import LoraConfig
 
 from tests.support.models import make_tokenizer
+from treepo_trl import TreePOConfig
 from treepo_trl.engines import SamplingOptions
 from treepo_trl.policy.adapter_probe import AdapterProbe
-from treepo_trl.policy.engine_check import BOUNDS, EngineWatch, different_tokens, dropout_of, logprob_difference
+from treepo_trl.policy.engine_check import (
+    BOUNDS,
+    EngineWatch,
+    check_dropout,
+    different_tokens,
+    dropout_of,
+    logprob_difference,
+)
 
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
@@ -34,6 +43,45 @@ def test_the_difference_is_that_of_the_tokens_that_were_sampled_and_scored() -> 
     assert answered is not None
     assert answered.tolist() == [0.5, 0.0]
     assert logprob_difference({name: rows[name] for name in rows if "old" not in name}, accelerator) is None
+
+
+def test_a_policy_that_gives_no_number_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """float16 that overflows. Where the engine gives no number there is nothing to compare."""
+    nan = float("nan")
+    rows = {
+        "old_per_token_logps": torch.tensor([[nan, nan, nan]]),
+        "sampling_per_token_logps": torch.tensor([[-1.0, -2.0, nan]]),
+        "completion_mask": torch.tensor([[1, 1, 1]]),
+    }
+    difference = logprob_difference(rows, Accelerator(cpu=True))
+    assert difference is not None
+    assert difference.isnan().tolist() == [True, True]
+    with pytest.raises(RuntimeError, match=r"no number for 100\.0% of the tokens"):
+        watch("error").batch(difference)
+    of_run = watch()
+    assert of_run.batch(torch.tensor([0.0, nan]))["engine/logp_difference_above_1"] == 0.5
+    of_run.batch(torch.tensor([0.2]))  # and it hides no later fault
+    assert len(caplog.records) == 2
+
+
+def test_a_batch_without_a_comparable_token_has_no_metrics() -> None:
+    rows = {
+        "old_per_token_logps": torch.tensor([[-1.0]]),
+        "sampling_per_token_logps": torch.tensor([[float("nan")]]),
+        "completion_mask": torch.tensor([[1]]),
+    }
+    assert watch("error").batch(logprob_difference(rows, Accelerator(cpu=True))) == {}
+
+
+def test_metrics_need_nothing_that_is_not_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA `full_determinism` refuses `kthvalue`."""
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("kthvalue CUDA does not have a deterministic implementation")
+
+    monkeypatch.setattr(torch.Tensor, "kthvalue", refused)
+    monkeypatch.setattr(torch, "kthvalue", refused)
+    assert watch().batch(torch.tensor([0.0, 0.001]))["engine/logp_difference_p99"] == pytest.approx(0.001)
 
 
 def test_metrics_of_a_batch() -> None:
@@ -126,6 +174,17 @@ def test_dropout_is_named_where_there_is_some() -> None:
     (fact,) = dropout_of(layers)
     assert "(2 and 0 more)" in fact
     assert "disable_dropout=True" in fact
+
+
+def test_an_error_for_each_difference_and_dropout_do_not_go_together() -> None:
+    settings: dict[str, Any] = {"output_dir": "", "bf16": False, "use_vllm": True}
+    settings |= {"engine_check": "error", "disable_dropout": False, "top_p": 1.0}
+    adapter = LoraConfig(lora_dropout=0.05)
+    with pytest.raises(ValueError, match=r"engine_check='error'.*`lora_dropout` is 0\.05.*disable_dropout=True"):
+        check_dropout(TreePOConfig(**settings), adapter)
+    check_dropout(TreePOConfig(**settings), LoraConfig(lora_dropout=0.0))
+    for change in ({"engine_check": "warn"}, {"disable_dropout": True}, {"use_vllm": False}, {"top_p": 0.9}):
+        check_dropout(TreePOConfig(**settings | change), adapter)
 
 
 def test_what_a_probe_finds_is_told() -> None:

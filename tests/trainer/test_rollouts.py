@@ -175,3 +175,21 @@ def test_what_a_rollout_must_return(tmp_path: Path, rollout: Any, message: str) 
     trainer = build(TreePOTrainer, make_model(), make_config(tmp_path), rollout_func=rollout)
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+def test_only_batches_of_a_training_are_sampled_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all processes do together in a batch, one process that samples for a user must not wait for."""
+    trainer = build(TreePOTrainer, make_model(), make_config(tmp_path, max_steps=1))
+    seen: list[object] = []
+    engine = trainer.policy_engine
+    original = engine.ready
+
+    def ready(seed: str, prompts: list[list[int]], in_batch: bool = False) -> Any:
+        seen.append(in_batch)
+        return original(seed, prompts, in_batch)
+
+    monkeypatch.setattr(engine, "ready", ready)
+    monkeypatch.setattr(engine, "training_starts", lambda: seen.append("start"))
+    trainer.sample_trees([[5, 6]])
+    trainer.train()
+    assert seen == [False, "start", True]

@@ -10,7 +10,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
@@ -103,7 +103,7 @@ def probe_adapter(
         try:
             return _Probe(model, factors, sync, sample, prompts, bound).run()
         finally:
-            factors.restore(factors.names)
+            factors.give_back()
             sync()
 
 
@@ -131,9 +131,21 @@ class _Probe:
         self.sample, self.prompts, self.bound = sample, prompts, bound
 
     def run(self) -> AdapterProbe:
+        results, before = self._compared()
+        if before <= self.bound or self.factors.are_zero:
+            return self._moved(results, before)
+        # The base, or what the engine makes of this adapter: without the adapter it is the base alone.
+        self.factors.start_from_zero()
+        found = self._moved(*self._compared())
+        return replace(found, before=before, cause=found.cause or "unknown")
+
+    def _compared(self) -> tuple[list[SegmentResult], float]:
+        """What the engine samples with the adapter that the policy has, and how far the two are apart."""
         self.sync()
         results = self.sample(self.prompts)  # also fills the prefix cache
-        before = _mean(self._policy(self.prompts, results) - _logprobs(results))
+        return results, _mean(self._policy(self.prompts, results) - _logprobs(results))
+
+    def _moved(self, results: list[SegmentResult], before: float) -> AdapterProbe:
         movement = self._move(results)
         self.sync()
         results = self.sample(self.prompts)
@@ -249,20 +261,35 @@ class _Factors:
         self.names = list(self._parameters)
         self._order = {name: i for i, name in enumerate(self.names)}
         self._saved = {name: parameter.detach().cpu().clone() for name, parameter in self._parameters.items()}
+        self._start = self._saved
+
+    @property
+    def are_zero(self) -> bool:
+        return not any(bool(factor.any()) for factor in self._start.values())
+
+    def start_from_zero(self) -> None:
+        """Let the adapter compute nothing, and be moved from there."""
+        self._start = {name: torch.zeros_like(factor) for name, factor in self._saved.items()}
+        self.restore(self.names)
 
     def move(self, names: Iterable[str], scale: float | None = None) -> None:
-        """Set factors to what they were plus noise of this size, or of the last one."""
+        """Set factors to what they start from plus noise of this size, or of the last one."""
         self._scale = self._scale if scale is None else scale
         for name in names:
-            saved = self._saved[name]
+            start = self._start[name]
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._order[name])
-            noise = torch.randn(saved.shape, generator=generator) * (self._scale * abs(self._units[name]))
-            self._parameters[name].copy_(saved.float() + noise)
+            noise = torch.randn(start.shape, generator=generator) * (self._scale * abs(self._units[name]))
+            self._parameters[name].copy_(start.float() + noise)
 
     def restore(self, names: Iterable[str]) -> None:
-        """Set factors to what they were, bit for bit."""
+        """Set factors to what they start from."""
         for name in names:
-            self._parameters[name].copy_(self._saved[name])
+            self._parameters[name].copy_(self._start[name])
+
+    def give_back(self) -> None:
+        """Set all factors to what they were, bit for bit."""
+        for name, saved in self._saved.items():
+            self._parameters[name].copy_(saved)
 
 
 def _lora_layers(model: "PeftModel") -> Iterator[tuple[str, "LoraLayer", str]]:

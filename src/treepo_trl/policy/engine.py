@@ -26,7 +26,7 @@ from treepo_trl.trl_seams import engine_class, vllm_generation_class
 
 from .adapter_probe import PROBE_TOKENS, own_draws, probe_adapter, segments_of
 from .adapter_sync import AdapterVLLMGeneration, check_adapter
-from .engine_check import EngineWatch, computing_dtype, different_tokens, dropout_of, logprob_difference
+from .engine_check import EngineWatch, check_dropout, computing_dtype, different_tokens, dropout_of, logprob_difference
 from .engine_options import check_engine_options, engine_options
 from .own_classes import give_classes_back
 from .shared_base import SHARDED
@@ -75,8 +75,21 @@ class PolicyEngine:
         """Build the engine over what `GRPOTrainer.__init__` has made."""
         raise NotImplementedError
 
-    def ready(self, seed: str, prompts: list[list[int]]) -> AbstractContextManager[None]:
-        """Context in which the engine samples from the current policy, after these prompts among others."""
+    def training_starts(self) -> None:
+        """What was found out about the engine may be of another training."""
+
+    def ready(self, seed: str, prompts: list[list[int]], in_batch: bool = False) -> AbstractContextManager[None]:
+        """
+        Context in which the engine samples from the current policy, after these prompts among others.
+
+        Args:
+            seed (`str`):
+                Of the draws.
+            prompts (`list[list[int]]`):
+                Token ids of prompts that are to be continued.
+            in_batch (`bool`, *optional*, defaults to `False`):
+                Whether a batch of the training is sampled, which all processes do together. A user may sample on one.
+        """
         raise NotImplementedError
 
     def evaluation(self) -> AbstractContextManager[None]:
@@ -118,7 +131,7 @@ class TransformersPolicy(PolicyEngine):
         )
 
     @contextmanager
-    def ready(self, seed: str, prompts: list[list[int]]) -> Iterator[None]:
+    def ready(self, seed: str, prompts: list[list[int]], in_batch: bool = False) -> Iterator[None]:
         trainer = self._trainer
         with (
             profiling_context(trainer, "transformers.generate"),
@@ -158,6 +171,7 @@ class VLLMPolicy(PolicyEngine):
         super().__init__(args)
         self.processes_per_engine = args.vllm_tensor_parallel_size
         self._loads_adapter = loads_adapter
+        self._is_probed = False  # in this training
         self._num_evaluated = 0  # batches of completions that were sampled in evaluation
 
     def construction(self) -> AbstractContextManager[None]:
@@ -205,11 +219,12 @@ class VLLMPolicy(PolicyEngine):
         )
 
     @contextmanager
-    def ready(self, seed: str, prompts: list[list[int]]) -> Iterator[None]:
+    def ready(self, seed: str, prompts: list[list[int]], in_batch: bool = False) -> Iterator[None]:
         trainer, generation = self._trainer, self._generation
-        if trainer._last_loaded_step < 0 and self._can_probe():
+        if in_batch and not self._is_probed and self._can_probe():
             with profiling_context(trainer, "probe_adapter"):
                 self._probe(prompts)
+            self._is_probed = True
             trainer._last_loaded_step = trainer.state.global_step  # the probe has loaded the adapter again
         if trainer.state.global_step != trainer._last_loaded_step:
             with profiling_context(trainer, "sync_weights"):
@@ -219,6 +234,9 @@ class VLLMPolicy(PolicyEngine):
             if isinstance(generation, AdapterVLLMGeneration):
                 self.engine.lora_request = generation.llm.lora_request
             yield
+
+    def training_starts(self) -> None:
+        self._is_probed = False
 
     def evaluation(self) -> AbstractContextManager[None]:
         self._num_evaluated += 1
@@ -272,8 +290,8 @@ def policy_engine_for(
     The engine for these arguments of a trainer, not yet connected.
 
     Raises:
-        ValueError: for an adapter that the engine cannot serve, for options that it does not take, and for settings of
-            a LoRA engine's weights where there is no LoRA engine.
+        ValueError: for an adapter that the engine cannot serve or be compared with, for options that it does not
+            take, and for settings of a LoRA engine's weights where there is no LoRA engine.
     """
     check_engine_options(args)
     engine: PolicyEngine = TransformersPolicy(args)
@@ -283,6 +301,7 @@ def policy_engine_for(
         adapter = cast("PeftModel", model).active_peft_config
     if adapter is not None:
         _check_kind(adapter, args.use_vllm)
+        check_dropout(args, adapter)
     if args.use_vllm:
         if adapter is not None and args.vllm_lora_sync == "adapter":
             check_adapter(adapter)

@@ -6,7 +6,7 @@ A difference of the rounding's size is normal. A larger one trains on samples of
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate import Accelerator
@@ -14,9 +14,13 @@ from accelerate.logging import get_logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treepo_trl.engines import SamplingOptions
-from treepo_trl.treepo_config import EngineCheck
+from treepo_trl.treepo_config import EngineCheck, TreePOConfig
 
 from .adapter_probe import AdapterProbe
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 logger = get_logger(__name__)
@@ -24,6 +28,7 @@ logger = get_logger(__name__)
 BOUNDS: Mapping[torch.dtype, float] = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.1}
 """Largest mean difference of log-probabilities in nats per token that is rounding; of two types the larger counts."""
 _LARGE = 1.0  # nats: a token that is e times as likely in one of the two
+_PADDING = -1  # no distance; NaN is one of a policy that gives no number
 _REMEDY = (
     "Compare model, revision and number type of both; with a quantized model see `vllm_base_weights`. "
     "`vllm_lora_sync='merge'` gives the engine all weights instead of the adapter. `engine_check` says what happens "
@@ -53,7 +58,8 @@ def logprob_difference(output: Mapping[str, torch.Tensor], accelerator: Accelera
             Gathers those of the other processes.
 
     Returns:
-        `torch.Tensor` of shape `(tokens,)`, `None` without the log-probabilities of both.
+        `torch.Tensor` of shape `(tokens,)`, NaN where the policy gives no number; `None` without the
+        log-probabilities of both.
     """
     policy, engine = output.get("old_per_token_logps"), output.get("sampling_per_token_logps")
     if policy is None or engine is None:
@@ -61,11 +67,12 @@ def logprob_difference(output: Mapping[str, torch.Tensor], accelerator: Accelera
     mask = output["completion_mask"].bool()
     if output.get("tool_mask") is not None:
         mask = mask & output["tool_mask"].bool()
+    mask = mask & ~engine.isnan()  # vLLM gives no number for tokens that it could not score
     own = (policy - engine).abs().float()[mask]
-    own = torch.nn.functional.pad(own, (0, 1), value=math.nan)  # never empty
-    padded = accelerator.pad_across_processes(own, pad_index=math.nan)  # pyright: ignore[reportArgumentType]
+    own = torch.nn.functional.pad(own, (0, 1), value=_PADDING)  # never empty
+    padded = accelerator.pad_across_processes(own, pad_index=_PADDING)
     gathered = cast(torch.Tensor, accelerator.gather(cast(torch.Tensor, padded)))
-    return gathered[~gathered.isnan()]  # vLLM gives no number for tokens that it could not score
+    return gathered[gathered != _PADDING]
 
 
 class EngineWatch:
@@ -133,14 +140,15 @@ class EngineWatch:
         """
         if difference is None or not len(difference):
             return {}
-        mean, share = float(difference.mean()), float((difference > _LARGE).float().mean())
+        mean, share = float(difference.mean()), float((~(difference <= _LARGE)).float().mean())
         # A tenth more each time: a difference that grows is told of again, one that stays is not.
         if self._is_comparable and self.is_on and not mean <= max(self.bound, 1.1 * self._told):
-            self._told = mean
+            if math.isfinite(mean):
+                self._told = mean
             self._tell(
                 f"vLLM's log-probabilities of this batch differ from the policy's by {mean:.3f} nats per token on "
                 f"average, {share:.1%} of the tokens by more than {_LARGE:g}. Rounding is below {self.bound:g}: the "
-                f"engine does not compute the policy.{self._all_facts()} {_REMEDY}",
+                f"engine does not compute the policy.{_without_number(difference)}{self._all_facts()} {_REMEDY}",
                 RuntimeError,
             )
         return {
@@ -171,6 +179,23 @@ def dropout_of(model: torch.nn.Module) -> list[str]:
     ]
 
 
+def check_dropout(args: TreePOConfig, adapter: "PeftConfig") -> None:
+    """
+    Raise where every batch would be compared with a policy that its dropout makes another model.
+
+    Raises:
+        ValueError: if `engine_check` is `"error"` and the adapter has dropout.
+    """
+    dropout = float(getattr(adapter, "lora_dropout", 0.0))
+    is_compared = args.use_vllm and args.engine_check == "error" and not _leaves_tokens_out(args.sampling_options())
+    if is_compared and dropout > 0 and not args.disable_dropout:
+        raise ValueError(
+            f"`engine_check='error'`, but `lora_dropout` is {dropout:g}: the policy computes with dropout and vLLM "
+            "without, and that would end the training. Set `lora_dropout` to 0, `disable_dropout=True`, or "
+            "`engine_check='warn'`."
+        )
+
+
 def different_tokens(policy: PreTrainedTokenizerBase, engine: PreTrainedTokenizerBase) -> list[str]:
     """What two tokenizers mean differently by the same ids, in words."""
     ours, theirs = policy.get_vocab(), engine.get_vocab()
@@ -182,6 +207,11 @@ def different_tokens(policy: PreTrainedTokenizerBase, engine: PreTrainedTokenize
         f"the tokenizers, in the ids of {len(others)} tokens ({token!r} is {ours[token]} in the policy and "
         f"{theirs[token]} in the engine)"
     ]
+
+
+def _without_number(difference: torch.Tensor) -> str:
+    share = float(difference.isnan().float().mean())
+    return f" The policy gives no number for {share:.1%} of the tokens, as an overflow does." if share > 0 else ""
 
 
 def _difference_of_types(policy: torch.dtype, engine: torch.dtype) -> str | None:
@@ -197,5 +227,9 @@ def _leaves_tokens_out(options: SamplingOptions) -> bool:
 
 
 def _quantile(values: torch.Tensor, share: float) -> float:
-    """The value that this share of the others does not exceed. `torch.quantile` takes 16 million at most."""
-    return float(values.kthvalue(max(math.ceil(share * len(values)), 1)).values)
+    """
+    The value that this share of the others does not exceed.
+
+    `torch.quantile` takes 16 million at most, and `kthvalue` on CUDA is not deterministic.
+    """
+    return float(values.sort().values[max(math.ceil(share * len(values)), 1) - 1])
