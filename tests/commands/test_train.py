@@ -204,6 +204,9 @@ def test_the_checkpoint_is_chosen_before_the_model_is_loaded(
         def __init__(self, **settings: Any) -> None:
             pass
 
+        def pop_callback(self, callback: object) -> None:
+            """As with `disable_tqdm`: there is none."""
+
         def train(self, resume_from_checkpoint: str | None) -> None:
             calls.append(resume_from_checkpoint)
             raise KeyboardInterrupt
