@@ -9,9 +9,10 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import ProgressCallback
+from transformers import PreTrainedTokenizerBase, ProgressCallback
 from trl import GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 from trl.import_utils import is_vllm_available
 
@@ -82,12 +83,13 @@ def run(
     own: QuickstartArguments, training_args: TreePOConfig, model_args: ModelConfig, model_path: str
 ) -> dict[str, object]:
     """Accuracy, training, accuracy; what came out."""
+    assert training_args.generation_batch_size is not None, "set in __post_init__"
     num_train = training_args.max_steps * training_args.generation_batch_size // training_args.num_generations
     train_dataset, held_out = addition_tasks(num_train, own.num_held_out, training_args.seed)
     trainer_class = GRPOTrainer if own.stock_grpo else TreePOTrainer
     trainer = trainer_class(
         model=model_path,
-        reward_funcs=answer_reward,
+        reward_funcs=cast(Any, answer_reward),  # its columns have names
         args=training_args,
         train_dataset=train_dataset,
         quantization_config=get_quantization_config(model_args),
@@ -100,12 +102,14 @@ def run(
     def accuracy() -> float:
         texts = greedy_completions(
             trainer.accelerator.unwrap_model(trainer.model),
-            trainer.processing_class,
+            cast(PreTrainedTokenizerBase, trainer.processing_class),
             held_out["prompt"],
             training_args.max_completion_length,
             trainer.eos_token_ids,
         )
-        return metric.compute(predictions=texts, references=held_out["answer"])["accuracy"]
+        computed = metric.compute(predictions=texts, references=held_out["answer"])
+        assert computed is not None, "in one process"
+        return computed["accuracy"]
 
     before = accuracy()
     print(f"accuracy on {len(held_out)} held-out tasks before training: {before:.1%}")
