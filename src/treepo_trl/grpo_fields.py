@@ -67,7 +67,7 @@ def check_grpo_fields(settings: GRPOConfig, but: Collection[str]) -> None:
             for i, each in enumerate(_as_list(name, value)):
                 check_number(f"{name}[{i}]", each)
         elif name in settings._VALID_DICT_FIELDS:
-            _check_dictionary(name, value)
+            check_dictionary(name, value)
         elif str in options:
             continue
         elif {int, float} & set(options) and not (name in _BOUNDS and value == math.inf):
@@ -93,7 +93,7 @@ def _as_list(name: str, value: object) -> Iterable[object]:
     return value
 
 
-def _check_dictionary(name: str, value: object) -> None:
+def check_dictionary(name: str, value: object) -> None:
     """Raise for a number, which opens the file of that descriptor, and for text with a brace that is no JSON."""
     if isinstance(value, Real):
         raise TypeError(f"`{name}` is {value!r} ({type(value).__name__}); it must be a dictionary, or a file or JSON.")

@@ -7,7 +7,7 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from .engines import SamplingOptions
 from .field_checks import Ranges, check_fields
-from .grpo_fields import check_grpo_fields
+from .grpo_fields import check_dictionary, check_grpo_fields
 from .sampling.branching import BranchSchedule
 from .sampling.config import TreeSamplingConfig
 from .turns import EnvironmentForking
@@ -232,6 +232,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             self.tree_packing = "off"
         if self.engine_check is False:
             self.engine_check = "off"
+        check_dictionary("vllm_engine_kwargs", self.vllm_engine_kwargs)
         check_grpo_fields(
             self, but={*(each.name for each in fields(TreeSamplingConfig)), "vllm_gpu_memory_utilization"}
         )

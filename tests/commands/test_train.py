@@ -320,9 +320,9 @@ def test_a_planned_share_is_set_or_the_reason_is_said(
     check_on_small_gpu: Callable[..., None], small_model_dir: str, tmp_path: Path
 ) -> None:
     auto = {"vllm_gpu_memory_utilization": "auto", "use_vllm": True}
-    with pytest.raises(ValueError, match=r"'auto' is planned for one GPU in one process.*Give a number"):
+    with pytest.raises(ValueError, match=r"'auto'` is planned for one GPU in one process.*Give a number"):
         check_on_small_gpu(small_model_dir, world_size=2, **auto)
-    with pytest.raises(ValueError, match=r"'auto', but this training cannot be planned: .*Give a number"):
+    with pytest.raises(ValueError, match=r"'auto'`, but this training cannot be planned: .*Give a number"):
         check_on_small_gpu(str(tmp_path / "nothing"), **auto)
     with pytest.raises(ValueError, match="weights and gradients take"):
         check_on_small_gpu(small_model_dir, **auto)
