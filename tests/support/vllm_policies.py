@@ -66,10 +66,10 @@ def train_and_compare(trainer: TreePOTrainer, tolerance: float = 5e-3, least_cha
     generation.sync_weights = sync_and_look
     trainer.train()
     generation.sync_weights()
-    assert len(pairs) == 6
+    assert len(pairs) == 8  # the probe of the first step has two: the moved adapter, and the adapter as it was
     for engine, policy in pairs:
         torch.testing.assert_close(engine, policy, atol=tolerance, rtol=0)
-    for (_, before), (_, after) in pairwise(pairs):
+    for (_, before), (_, after) in pairwise(pairs[-6:]):
         assert (before - after).abs().max() > least_change
 
 
