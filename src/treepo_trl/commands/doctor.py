@@ -1,11 +1,11 @@
 """`treepo-trl doctor`: the environment as a table, and checks whether a training works here."""
 
 import argparse
-import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -104,16 +104,11 @@ def _recipe(argv: list[str], model: str) -> tuple[Needs, Callable[[], str]]:
 
 def _with_new_adapter(model_args: ModelConfig, adapter: "PeftConfig") -> ModelConfig:
     """The settings of a new adapter that is like a given one: the checks run on a model that this may not fit."""
-    model_args = copy.copy(model_args)
-    model_args.use_peft = True
-    for option, name in (
-        ("lora_r", "r"),
-        ("lora_alpha", "lora_alpha"),
-        ("use_rslora", "use_rslora"),
-        ("use_dora", "use_dora"),
-    ):
-        setattr(model_args, option, getattr(adapter, name, getattr(model_args, option)))
-    return model_args
+    options = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
+    given: dict[str, Any] = {
+        option: getattr(adapter, name) for option, name in options.items() if hasattr(adapter, name)
+    }
+    return replace(model_args, use_peft=True, **given)
 
 
 def _number_type(argv: list[str]) -> tuple[NumberType, bool]:
