@@ -16,6 +16,8 @@ from treepo_trl.update.tree_attention import serve_trees
 
 
 PAD = 1
+ALONE = [[5]] * 3, [[7] * 9, [8] * 9, [9] * 9]
+"""Prompts and completions that share little."""
 TINY: dict[str, Any] = {  # settings of a config of any architecture
     "vocab_size": 65,
     "hidden_size": 32,
