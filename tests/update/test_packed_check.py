@@ -8,11 +8,9 @@ import torch
 from torch import nn
 
 from tests.support.rows import ALONE, batch_of, make_forward, plain, ready_model, run, trees
+from treepo_trl.model_support import FULL_REACH
 from treepo_trl.update.packed_forward import model_inputs
 from treepo_trl.update.packing import pack_rows
-
-
-# The check
 
 
 class Broken(nn.Module):
