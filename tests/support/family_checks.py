@@ -16,7 +16,8 @@ from tests.support.rows import Batch, batch_of, plain, trees
 from tests.support.segments import EOS, PROMPTS, complete, drain, full_logprobs
 from treepo_trl import TreeSampler, TreeSamplingConfig
 from treepo_trl.engines import SamplingOptions, SegmentEngine, SegmentRequest
-from treepo_trl.engines.for_model import OwnModelEngine, engine_for_model, why_no_slots
+from treepo_trl.engines.for_model import engine_for_model, why_no_slots
+from treepo_trl.engines.own_model import OwnModelEngine
 from treepo_trl.model_support import layer_reaches
 from treepo_trl.update.packable import why_no_trees, why_not_packable
 from treepo_trl.update.packed_forward import model_inputs

@@ -257,7 +257,7 @@ def use_adapter(engine: SegmentEngine, adapters: Sequence[str], position: int | 
         position (`int`, *optional*):
             Which of them; `None` for the model alone.
     """
-    from treepo_trl.engines.for_model import OwnModelEngine
+    from treepo_trl.engines.own_model import OwnModelEngine
     from treepo_trl.engines.vllm import VLLMEngine
 
     if isinstance(engine, VLLMEngine):

@@ -6,12 +6,11 @@ from transformers import PreTrainedModel
 
 from .base import SamplingOptions
 from .forked_caches import ForkedCacheEngine
+from .own_model import OwnModelEngine
 from .transformers import TransformersEngine, why_no_slots
 
 
 logger = logging.getLogger(__name__)
-
-OwnModelEngine = TransformersEngine | ForkedCacheEngine
 
 
 def engine_for_model(

@@ -16,9 +16,8 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import DynamicCache, PreTrainedModel
 
-from .base import SamplingOptions, SegmentEngine, SegmentEngineError, SegmentRequest, SegmentResult
-from .draw import TokenDraw
-from .own_model import Row, compare_with_plain_forward, weights_version
+from .base import SamplingOptions, SegmentRequest, SegmentResult
+from .own_model import OwnModelEngine, Row, compare_with_plain_forward
 
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ class _Group:
     cache: DynamicCache
 
 
-class ForkedCacheEngine(SegmentEngine):
+class ForkedCacheEngine(OwnModelEngine):
     """
     [`SegmentEngine`] over any causal language model in this process that has a cache.
 
@@ -55,10 +54,6 @@ class ForkedCacheEngine(SegmentEngine):
             were used longest ago are dropped; what is needed again is computed again.
         with_entropies (`bool`, *optional*, defaults to `False`):
             Whether results carry the entropy of each token's distribution.
-
-    Attributes:
-        num_prefilled_tokens (`int`):
-            Prompt and path tokens computed so far; requests with the same prefix count once.
     """
 
     def __init__(
@@ -70,46 +65,13 @@ class ForkedCacheEngine(SegmentEngine):
         max_cached_bytes: int | None = None,
         with_entropies: bool = False,
     ) -> None:
-        config = model.config.get_text_config()
-        self.model = model
-        self.eos_token_ids = frozenset(eos_token_ids)
-        self.options = options or SamplingOptions()
-        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
-        self.reports_entropies = with_entropies
-        self.num_prompt_tokens = 0
-        self.num_prefilled_tokens = 0
+        super().__init__(model, eos_token_ids, options, with_entropies)
         base = cast("PeftModel", model).get_base_model() if is_peft_model(model) else model
         self._cache_argument, self._takes_positions = _arguments(cast(PreTrainedModel, base))
-        self._vocab_size = config.vocab_size
         affordable = _affordable_bytes(model.device)
         self.max_batch_bytes = affordable if max_batch_bytes is None else max_batch_bytes
         self._states = _States(affordable if max_cached_bytes is None else max_cached_bytes)
-        self._draw = TokenDraw(self.options, with_entropies)
-        self._pending: list[SegmentRequest] = []
         self._groups: list[_Group] = []
-        self._has_compared = False
-        self._weights_version = weights_version(model)
-
-    @property
-    def num_cached_tokens(self) -> int:
-        """Tokens of requests that were not computed again."""
-        return self.num_prompt_tokens - self.num_prefilled_tokens
-
-    def submit(self, requests: list[SegmentRequest]) -> None:
-        """
-        Queue requests. Returns at once.
-
-        Raises:
-            SegmentEngineError: for a request with a token that the model does not have.
-        """
-        for request in requests:
-            if not 0 <= min(request.token_ids) <= max(request.token_ids) < self._vocab_size:
-                raise SegmentEngineError(
-                    request.request_id,
-                    f"A request holds token ids outside of the model's vocabulary of {self._vocab_size}: the "
-                    "tokenizer does not belong to the model.",
-                )
-        self._pending.extend(requests)
 
     @torch.no_grad()
     def collect(self, wake: Callable[[], bool] | None = None) -> list[SegmentResult]:
@@ -134,9 +96,7 @@ class ForkedCacheEngine(SegmentEngine):
 
     def _admit(self) -> None:
         """Start the waiting requests of one length, as far as the memory allows."""
-        if self._weights_version != (version := weights_version(self.model)):
-            self._weights_version = version
-            self.reset_prefix_cache()
+        self._drop_stale_states()
         length = len(self._pending[0].token_ids)
         caches, rows = list[DynamicCache](), list[Row]()
         waiting: list[SegmentRequest] = []

@@ -1,4 +1,4 @@
-"""What the engines over a model of this process share: its rows, the age of its weights, one comparison."""
+"""What the engines over a model of this process share: what waits, its rows, the age of its weights, a comparison."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from .base import SegmentRequest, SegmentResult
+from .base import SamplingOptions, SegmentEngine, SegmentEngineError, SegmentRequest, SegmentResult
+from .draw import TokenDraw
 
 
 _TOLERANCE = 1e-3  # nats, mean under the model's own distribution, in float32
@@ -50,6 +51,70 @@ class Row:
             return None
         reason = "stop" if is_eos else "length"
         return SegmentResult(self.request.request_id, self.token_ids, self.logprobs, reason, self.entropies or None)
+
+
+class OwnModelEngine(SegmentEngine):
+    """
+    [`SegmentEngine`] over a model in this process: what waits, and what was counted.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model.
+        eos_token_ids (`list[int]`):
+            Tokens that end a segment.
+        options ([`SamplingOptions`], *optional*):
+            How tokens are drawn. They come from torch's global generator of the model's device.
+        with_entropies (`bool`):
+            Whether results carry the entropy of each token's distribution.
+
+    Attributes:
+        num_prefilled_tokens (`int`):
+            Prompt and path tokens computed so far; requests with the same prefix count once.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, eos_token_ids: list[int], options: SamplingOptions | None, with_entropies: bool
+    ) -> None:
+        config = model.config.get_text_config()
+        self.model = model
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.options = options or SamplingOptions()
+        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        self.reports_entropies = with_entropies
+        self.num_prompt_tokens = 0
+        self.num_prefilled_tokens = 0
+        self._vocab_size: int = config.vocab_size
+        self._draw = TokenDraw(self.options, with_entropies)
+        self._pending: list[SegmentRequest] = []
+        self._weights_version = weights_version(model)
+        self._has_compared = False
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of requests that were not computed again."""
+        return self.num_prompt_tokens - self.num_prefilled_tokens
+
+    def submit(self, requests: list[SegmentRequest]) -> None:
+        """
+        Queue requests. Returns at once.
+
+        Raises:
+            SegmentEngineError: for a request with a token that the model does not have.
+        """
+        for request in requests:
+            if not 0 <= min(request.token_ids) <= max(request.token_ids) < self._vocab_size:
+                raise SegmentEngineError(
+                    request.request_id,
+                    f"A request holds token ids outside of the model's vocabulary of {self._vocab_size}: the "
+                    "tokenizer does not belong to the model.",
+                )
+        self._pending.extend(requests)
+
+    def _drop_stale_states(self) -> None:
+        """Forget states that were computed with other weights."""
+        if self._weights_version != (version := weights_version(self.model)):
+            self._weights_version = version
+            self.reset_prefix_cache()
 
 
 def weights_version(model: torch.nn.Module) -> int:

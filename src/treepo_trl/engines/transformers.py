@@ -17,9 +17,8 @@ from transformers.cache_utils import Cache
 
 from treepo_trl.model_support import FULL_REACH, is_heterogeneous, layer_reaches, leaves_out_softcap, other_layers
 
-from .base import SamplingOptions, SegmentEngine, SegmentEngineError, SegmentRequest, SegmentResult
-from .draw import TokenDraw
-from .own_model import Row, compare_with_plain_forward, weights_version
+from .base import SamplingOptions, SegmentRequest, SegmentResult
+from .own_model import OwnModelEngine, Row, compare_with_plain_forward
 from .row_states import ROW_ATTENTION, ROW_ATTENTION_WITHOUT_SOFTCAP, Block, BlockCache, SlotLayer
 
 
@@ -35,7 +34,7 @@ class _BlockRow(Row):
     """Holds the states of every token of the request but the last."""
 
 
-class TransformersEngine(SegmentEngine):
+class TransformersEngine(OwnModelEngine):
     """
     [`SegmentEngine`] over a causal language model in this process.
 
@@ -54,10 +53,6 @@ class TransformersEngine(SegmentEngine):
             were used longest ago are dropped; what is needed again is computed again.
         with_entropies (`bool`, *optional*, defaults to `False`):
             Whether results carry the entropy of each token's distribution.
-
-    Attributes:
-        num_prefilled_tokens (`int`):
-            Prompt and path tokens computed so far; requests with the same prefix count once.
 
     Raises:
         ValueError: if the model's layers cannot serve rows of their own length. For such a model there is
@@ -80,18 +75,11 @@ class TransformersEngine(SegmentEngine):
                 f"`TransformersEngine` cannot sample from {type(model).__name__}, which has {reason}. Take "
                 "`engine_for_model`, or set `use_vllm=True`."
             )
-        self.model = model
-        self.eos_token_ids = frozenset(eos_token_ids)
-        self.options = options or SamplingOptions()
-        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        super().__init__(model, eos_token_ids, options, with_entropies)
         self.block_size: int | None = None
-        self.reports_entropies = with_entropies
-        self.num_prompt_tokens = 0
-        self.num_prefilled_tokens = 0
         # A mixture of experts with a load-balancing loss would compute it here too, and misread this engine's mask.
         has_router = getattr(config, "output_router_logits", False)
         self._without_router_logits = {"output_router_logits": False} if has_router else {}
-        self._vocab_size = config.vocab_size
         self._num_layers = config.num_hidden_layers
         self._num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -100,13 +88,9 @@ class TransformersEngine(SegmentEngine):
         max_cached_tokens = affordable if max_cached_tokens is None else max_cached_tokens
         self.num_cache_tokens: int | None = max_cached_tokens + self.max_batch_tokens
         self._reaches = layer_reaches(config)
-        self._draw = TokenDraw(self.options, with_entropies)
-        self._pending: list[SegmentRequest] = []
         self._rows: list[_BlockRow] = []
         self._storage: torch.Tensor | None = None
         self._blocks = BlockCache(max_cached_tokens)
-        self._weights_version = weights_version(model)
-        self._has_compared = False
         self._to_compare: tuple[list[int], torch.Tensor] | None = None
 
     def _affordable_tokens(self) -> int:
@@ -115,30 +99,9 @@ class TransformersEngine(SegmentEngine):
         memory = torch.cuda.get_device_properties(device).total_memory // 5 if device.type == "cuda" else 2**32
         return memory // bytes_per_token
 
-    @property
-    def num_cached_tokens(self) -> int:
-        """Tokens of requests that were not computed again."""
-        return self.num_prompt_tokens - self.num_prefilled_tokens
-
     def num_slots(self, length: int) -> int | None:
         """Rows of the batch that the token budget allows when the longest has `length` tokens."""
         return max(self.max_batch_tokens // length, 1) if length else None
-
-    def submit(self, requests: list[SegmentRequest]) -> None:
-        """
-        Queue requests. Returns at once.
-
-        Raises:
-            SegmentEngineError: for a request with a token that the model does not have.
-        """
-        for request in requests:
-            if not 0 <= min(request.token_ids) <= max(request.token_ids) < self._vocab_size:
-                raise SegmentEngineError(
-                    request.request_id,
-                    f"A request holds token ids outside of the model's vocabulary of {self._vocab_size}: the "
-                    "tokenizer does not belong to the model.",
-                )
-        self._pending.extend(requests)
 
     @torch.no_grad()
     def collect(self, wake: Callable[[], bool] | None = None) -> list[SegmentResult]:
@@ -180,9 +143,7 @@ class TransformersEngine(SegmentEngine):
 
     def _admit(self) -> None:
         """Move waiting requests into the running batch, as far as the token budget allows."""
-        if self._weights_version != (version := weights_version(self.model)):
-            self._weights_version = version
-            self.reset_prefix_cache()
+        self._drop_stale_states()
         length = max((len(row.request.token_ids) + row.request.max_tokens for row in self._rows), default=0)
         admitted = 0
         for request in self._pending:

@@ -36,7 +36,7 @@ from .starting_adapter import check_given_adapter
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel, PeftType
 
-    from treepo_trl.engines.for_model import OwnModelEngine
+    from treepo_trl.engines.own_model import OwnModelEngine
     from treepo_trl.engines.vllm import VLLMEngine
 
     from .lora_llm import PolicyLLM
