@@ -52,7 +52,7 @@ docs: setup
 	$(BIN)/python docs/make_settings.py
 	$(BIN)/python docs/make_models.py
 	$(BIN)/python docs/make_health.py
-	$(BIN)/python docs/tree_picture.py
+	$(BIN)/python -m docs.make_pictures
 	$(BIN)/python -m benchmarks.gpu_report --render
 	$(MAKE) site
 

@@ -100,7 +100,7 @@ def run_vllm(names: list[str]) -> None:
         results["families"].setdefault(name, {})["vllm"] = found
         results["versions"]["vLLM"] = importlib.import_module("vllm").__version__
         write_results(results)
-        print(name, found, flush=True)  # noqa: T201
+        print(name, found, flush=True)
 
 
 def versions_of(*packages: str) -> dict[str, str]:

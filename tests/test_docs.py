@@ -30,7 +30,6 @@ def name_of(path: Path) -> str:
         ("settings.md", "make_settings.py", "settings_page"),
         ("models.md", "make_models.py", "models_page"),
         ("health.md", "make_health.py", "health_page"),
-        ("tree.svg", "tree_picture.py", "draw"),
     ],
 )
 def test_generated_file_is_fresh(page: str, generator: str, function: str) -> None:
