@@ -76,3 +76,26 @@ def test_examples_of_docstrings(path: Path) -> None:
     results = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert results.attempted > 0
     assert results.failed == 0
+
+
+def test_figures_of_the_readme_are_those_of_the_performance_page() -> None:
+    prose = _LINK.sub("]", _CODE.sub("", (ROOT / "README.md").read_text(encoding="utf-8")))
+    figures = re.findall(r"(?<![\w.-])\d+\.\d+(?![\w.])", prose)
+    measured = re.findall(r"\d+\.\d+", (ROOT / "docs/performance.md").read_text(encoding="utf-8"))
+    assert len(figures) > 20
+    assert set(figures) <= set(measured)
+
+
+def test_public_names_are_on_their_page() -> None:
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    names = re.findall(r"^::: (\S+)\.(\w+)$", page, re.MULTILINE)
+    assert [name for module, name in names if not hasattr(importlib.import_module(module), name)] == []
+    faces = {name for face in ("treepo_trl", "treepo_trl.engines") for name in importlib.import_module(face).__all__}
+    assert faces - {name for _, name in names} == {"__version__"}
+
+
+@pytest.mark.parametrize("name", ["measure_words", "site_hooks"])
+def test_examples_of_the_scripts(name: str) -> None:
+    results = doctest.testmod(importlib.import_module(f"docs.{name}"))
+    assert results.attempted > 0
+    assert results.failed == 0
