@@ -83,7 +83,8 @@ def _paragraphs(text: str) -> list[str]:
     """The paragraphs and items of lists, each on one line."""
     found: list[list[str]] = [[]]
     for line in text.splitlines():
-        if not line.strip() or _NO_PROSE.match(line):
+        starts_indented = line.startswith("    ") and not found[-1] and not _ITEM.match(line)  # code without a fence
+        if not line.strip() or _NO_PROSE.match(line) or starts_indented:
             found.append([])
         elif _ITEM.match(line):
             found.append([_ITEM.sub("", line)])

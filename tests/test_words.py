@@ -20,6 +20,8 @@ Three words [right here](page.md#with-an-anchor). Then `one two` and more: five!
 1. A numbered item that goes on
    in the next line
 
+    python -m indented.code that is no sentence
+
 ```python
 code = 1  # Not a sentence.
 other = 2
@@ -40,7 +42,7 @@ def test_what_counts_as_a_sentence() -> None:
     )
     assert page.lengths == [2, 4, 4, 5, 10]
     assert page.mean == 5
-    assert (page.code_lines, page.first_code, page.pictures) == (2, 13, 1)
+    assert (page.code_lines, page.first_code, page.pictures) == (2, 15, 1)
 
 
 def test_the_readme_has_short_sentences() -> None:
