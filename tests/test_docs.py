@@ -78,14 +78,12 @@ def test_examples_of_docstrings(path: Path) -> None:
     assert results.failed == 0
 
 
-def test_figures_of_the_readme_are_those_of_the_performance_page() -> None:
-    """The figures of a sentence or a row stand together in one section of the page."""
+def test_figures_of_the_readme_are_those_of_the_performance_pages() -> None:
+    """The figures of a sentence or a row stand together in one section of a page."""
     prose = _LINK.sub("]", _CODE.sub("", (ROOT / "README.md").read_text(encoding="utf-8")))
     lines = [set(re.findall(r"(?<![\w.-])\d+\.\d+(?![\w.])", line)) for line in prose.splitlines()]
-    performance = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
-    sections = [
-        set(re.findall(r"\d+\.\d+", section)) for section in re.split(r"^##+ ", performance, flags=re.MULTILINE)
-    ]
+    measured = "\n".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("performance", "performance-gpu"))
+    sections = [set(re.findall(r"\d+\.\d+", section)) for section in re.split(r"^##+ ", measured, flags=re.MULTILINE)]
     assert len([line for line in lines if line]) >= 8
     assert [line for line in lines if not any(line <= section for section in sections)] == []
 
