@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 # which would replace torch by another build.
 GPU := $(shell command -v nvidia-smi > /dev/null 2>&1 && nvidia-smi > /dev/null 2>&1 && echo yes)
 
-.PHONY: setup quickstart gpu-report test check docs site format clean
+.PHONY: setup quickstart gpu-report test check docs site links format clean
 
 setup: $(VENV)/.done
 
@@ -52,13 +52,17 @@ docs: setup
 	$(BIN)/python docs/make_settings.py
 	$(BIN)/python docs/make_models.py
 	$(BIN)/python docs/make_health.py
-	$(BIN)/python docs/tree_picture.py
+	$(BIN)/python -m docs.make_pictures
 	$(BIN)/python -m benchmarks.gpu_report --render
 	$(MAKE) site
 
-# The site from the pages as they are; a broken link fails.
+# The site from the pages as they are; a broken link fails. The variable silences an announcement of the theme's makers.
 site: setup
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Addresses in the README and the pages that do not answer. It needs the network, so no other target runs it.
+links: setup
+	$(BIN)/python docs/check_links.py
 
 format: setup
 	$(BIN)/ruff format .

@@ -100,7 +100,7 @@ def run_vllm(names: list[str]) -> None:
         results["families"].setdefault(name, {})["vllm"] = found
         results["versions"]["vLLM"] = importlib.import_module("vllm").__version__
         write_results(results)
-        print(name, found, flush=True)  # noqa: T201
+        print(name, found, flush=True)
 
 
 def versions_of(*packages: str) -> dict[str, str]:
@@ -126,7 +126,8 @@ OPENING = """\
 
 # Models
 
-What works with which family, found out on tiny random models of each, on a CPU.
+This page says what works with which family of models.
+It was found out on a CPU, with a tiny random model of each family.
 Real checkpoints of a family are larger and have the same layers.
 
 | family | its layers have | sample, transformers | sample, vLLM | packed update | adapter to vLLM | QLoRA |
@@ -185,8 +186,8 @@ EXPLANATION = """
   within 1e-5. `plain rows`: nothing is shared in the update, and the log says so. `padding`: a row's values depend on
   its padding, in `GRPOTrainer` too.
 - **Adapter to vLLM.** A LoRA adapter in the engine moves it as it moves the policy.
-- **failed here.** vLLM raised an error on this CPU, which is quoted below. On a GPU it may work: vLLM's kernels for
-  experts with adapters need Triton, which this CPU has not.
+- **failed here.** vLLM raised an error on a CPU, which is quoted below. On a GPU it may work: vLLM's kernels for
+  experts with adapters need Triton, which is not there on a CPU.
 - **QLoRA.** An adapter on 4-bit weights trains, and the transformers engine samples from it. `not the
   experts`: bitsandbytes leaves experts as they are, at their full size, and `all-linear` gives them no adapter.
 
@@ -197,8 +198,8 @@ Positions are depths in the tree, so the rule is that of plain rows.
 The update has a mask for each kind of layer, with SDPA and with FlexAttention.
 The transformers engine keeps all keys of window layers, and masks them.
 
-Attention sinks and soft caps pack too. Gemma 2 needs `attn_implementation="eager"`: with SDPA, transformers leaves
-out its soft caps, so the policy would not be the model that vLLM serves. A warning says so.
+Attention sinks and soft caps pack too. Gemma 2 needs `attn_implementation="eager"`. With SDPA, transformers leaves
+out its soft caps, and the policy would not be the model that vLLM serves. A warning says so.
 gpt-oss has no SDPA in transformers. With eager attention it packs if `router_aux_loss_coef` is 0.
 
 ## Recurrent, convolutional and linear attention

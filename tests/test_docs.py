@@ -30,7 +30,6 @@ def name_of(path: Path) -> str:
         ("settings.md", "make_settings.py", "settings_page"),
         ("models.md", "make_models.py", "models_page"),
         ("health.md", "make_health.py", "health_page"),
-        ("tree.svg", "tree_picture.py", "draw"),
     ],
 )
 def test_generated_file_is_fresh(page: str, generator: str, function: str) -> None:
@@ -75,5 +74,30 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
 def test_examples_of_docstrings(path: Path) -> None:
     name = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
     results = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+def test_figures_of_the_readme_are_those_of_the_performance_pages() -> None:
+    """The figures of a sentence or a row stand together in one section of a page."""
+    prose = _LINK.sub("]", _CODE.sub("", (ROOT / "README.md").read_text(encoding="utf-8")))
+    lines = [set(re.findall(r"(?<![\w.-])\d+\.\d+(?![\w.])", line)) for line in prose.splitlines()]
+    measured = "\n".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("performance", "performance-gpu"))
+    sections = [set(re.findall(r"\d+\.\d+", section)) for section in re.split(r"^##+ ", measured, flags=re.MULTILINE)]
+    assert len([line for line in lines if line]) >= 8
+    assert [line for line in lines if not any(line <= section for section in sections)] == []
+
+
+def test_public_names_are_on_their_page() -> None:
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    names = re.findall(r"^::: (\S+)\.(\w+)$", page, re.MULTILINE)
+    assert [name for module, name in names if not hasattr(importlib.import_module(module), name)] == []
+    faces = {name for face in ("treepo_trl", "treepo_trl.engines") for name in importlib.import_module(face).__all__}
+    assert faces - {name for _, name in names} == {"__version__"}
+
+
+@pytest.mark.parametrize("name", ["measure_words", "site_hooks"])
+def test_examples_of_the_scripts(name: str) -> None:
+    results = doctest.testmod(importlib.import_module(f"docs.{name}"))
     assert results.attempted > 0
     assert results.failed == 0

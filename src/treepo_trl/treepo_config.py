@@ -64,10 +64,10 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "`value_difference` is the value of the segment's node minus its parent's. `treerl` adds that node's "
             "value minus the prompt's, and divides by the square root of the leaves below. `leave_one_out` is "
             "the node's value minus that of the leaves which are not below it, near relatives counting most. "
-            "`optimal_baseline` weights these leaves by how unsure the model was, the sum of 1 - p over their "
-            "tokens, which has less noise where right and wrong completions differ in that. With weighted leaves "
-            "and `fallback_policy='root'` the mean of `leave_one_out` is the policy gradient, and that of "
-            "`optimal_baseline` up to the bias of a ratio, below a hundredth where it was measured. Paper: "
+            "`optimal_baseline` weights these leaves by how unsure the model was: the sum of 1 - p over their "
+            "tokens. It has less noise where right and wrong completions differ in that. With weighted leaves and "
+            "`fallback_policy='root'` the mean of `leave_one_out` is the policy gradient. That of "
+            "`optimal_baseline` has the bias of a ratio beside it, below a hundredth where it was measured. Paper: "
             "`treepo`."
         },
     )
@@ -83,8 +83,8 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         default="auto",
         metadata={
             "help": "Weight of each leaf in the groups' means and in its advantages. `uniform` weights all alike, as "
-            "the paper does. `inverse_branching` weights by the product of 1/children along the path, which undoes "
-            "the tilt that branching puts on the leaves, and a fallback's leaves count behind their stem alone. "
+            "the paper does. `inverse_branching` weights by the product of 1/children along the path. That undoes "
+            "the tilt that branching puts on the leaves. A fallback's leaves then count behind their stem alone. "
             "`auto`: that for `leave_one_out` and `optimal_baseline`, whose mean it makes the policy gradient, else "
             "`uniform`. A KL term (`beta`) and an entropy term weight all leaves alike in any case."
         },
@@ -172,8 +172,8 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         default="warn",
         metadata={
             "help": "What happens when vLLM does not compute the policy. Its log-probabilities are compared with the "
-            "policy's in every batch, and with a moved LoRA adapter at the start and after a resume. `warn` says "
-            "what differs and goes on. `error` stops there. `off` does not look. Set `error` for a long run that "
+            "policy's in every batch. At the start and after a resume a moved LoRA adapter is compared too. `warn` "
+            "says what differs and goes on. `error` stops there. `off` does not look. Set `error` for a long run that "
             "nobody watches."
         },
     )

@@ -102,8 +102,8 @@ class SampleArguments:
     dataset_name: str = field(
         default="-",
         metadata={
-            "help": "Prompts: a dataset of the hub, a file (json, jsonl, csv, parquet or txt), a folder written by "
-            "`Dataset.save_to_disk`, or - for standard input with a prompt per line."
+            "help": "Where prompts come from: a dataset of the hub, a file (json, jsonl, csv, parquet or txt), or a "
+            "folder written by `Dataset.save_to_disk`. - is standard input, with a prompt per line."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})

@@ -26,7 +26,7 @@ class ExportArguments:
     dtype: WeightType = field(
         default="auto",
         metadata={
-            "help": "Precision of the weights that are written; auto is that of the base's files, with a 4-bit base "
+            "help": "Precision of the weights that are written. auto is that of the base's files, with a 4-bit base "
             "that of the training."
         },
     )

@@ -68,7 +68,7 @@ class TreeSamplingConfig:
             "help": "Tokens per segment, from 1 to `max_completion_length`. A tree branches only between segments. "
             "Default: a fourteenth of `max_completion_length`, rounded up, which is the paper's 14 segments. Paper: "
             "512. Set a tenth of a typical completion if completions are much shorter than `max_completion_length`. "
-            "vLLM ends a segment up to one cache block early (16 tokens on a GPU), so that a child computes one token "
+            "vLLM ends a segment up to one cache block early (16 tokens on a GPU). So a child computes one token "
             "again and not most of a block."
         },
     )
@@ -121,7 +121,7 @@ class TreeSamplingConfig:
         default="early",
         metadata={
             "help": "When a tree branches. Default: `sqrt` in training, `early` for sampling alone. `sqrt` opens "
-            "paths with the square root of the depth, which has the least noise per decoded token while nothing is "
+            "paths with the square root of the depth. That has the least noise per decoded token while nothing is "
             "known about the task. It takes lengths from the last batches, and of `branching_factor` only whether it "
             "is above 1. `early` branches as soon as it can, as the paper does. `spread` opens the branches evenly "
             "over the expected length. These two share more tokens, and their gradients lose more signal than that "
@@ -170,7 +170,7 @@ class TreeSamplingConfig:
             "help": r"Python regular expression that ends a path once it matches the path's text, for example "
             r"`\\boxed\{[^}]*\}`. Default: none. Paper: a boxed answer. Set it if the reward reads nothing behind the "
             "answer. A match may span segments, and tokens behind it are dropped. Special tokens are not part of the "
-            "text, `$` is the end of a segment, and a pattern that matches the empty text is refused. A search "
+            "text. `$` is the end of a segment. A pattern that matches the empty text is refused. A search "
             "of more than two seconds is an error, since some patterns would never end. Not with "
             "`mask_truncated_completions`: these paths have no EOS token and would be masked."
         },
@@ -178,7 +178,7 @@ class TreeSamplingConfig:
     stop_repetition: bool = field(
         default=True,
         metadata={
-            "help": f"Whether a path ends once its text runs into a loop: its last {MIN_REPEATED_CHARACTERS} "
+            "help": f"Whether a path ends once its text runs into a loop. Then its last {MIN_REPEATED_CHARACTERS} "
             f"characters or more repeat one unit at least {MIN_REPEATS} times. Paper: 32 characters, 8 times. Turn it "
             "off if text is legitimately periodic. `mask_truncated_completions` masks such a path, which has no EOS."
         },
