@@ -117,14 +117,11 @@ def _comparison(top: float, judged: str, value: str, others: str, advantage: str
         parts.append(edge(left + PROMPT[0], middle, columns[0], y))
         boxes.append(named_box(columns[0], y, size, BLUE if first == judged else GREY, first))
         for leaf, reward in leaves:
-            below = judged in (first, leaf)
+            colour = BLUE if judged in (first, leaf) else ORANGE
             leaf_y = top + gap * row
             parts.append(edge(columns[0] + size[0], y, columns[1], leaf_y))
-            boxes.append(named_box(columns[1], leaf_y, size, BLUE if below else ORANGE, leaf))
-            reward_words = f"reward {reward}"
-            boxes.append(
-                text(columns[1] + size[0] + 14, leaf_y + 5, reward_words, 14, BLUE if below else ORANGE, "start")
-            )
+            boxes.append(named_box(columns[1], leaf_y, size, colour, leaf))
+            boxes.append(text(columns[1] + size[0] + 14, leaf_y + 5, f"reward {reward}", 14, colour, "start"))
             row += 1
     x = columns[1] + size[0] + 120
     return [
