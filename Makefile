@@ -1,4 +1,4 @@
-# Set-up and checks. PYTHON and VENV may be set: `make setup PYTHON=python3.12`.
+# Set-up and checks. PYTHON, VENV and GPU may be set: `make setup GPU=yes` is for a card that this machine lacks.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 # which would replace torch by another build.
 GPU := $(shell command -v nvidia-smi > /dev/null 2>&1 && nvidia-smi > /dev/null 2>&1 && echo yes)
 
-.PHONY: setup quickstart gpu-report test check docs site format clean
+.PHONY: setup quickstart gpu-report test check docs site wheel format clean
 
 setup: $(VENV)/.done
 
@@ -59,6 +59,10 @@ docs: setup
 # The site from the pages as they are; a broken link fails.
 site: setup
 	$(BIN)/mkdocs build --strict --quiet
+
+# Wheel and sdist in fresh environments, with the network: docs/release.md.
+wheel:
+	PYTHON=$(PYTHON) bash .ci/wheel
 
 format: setup
 	$(BIN)/ruff format .
