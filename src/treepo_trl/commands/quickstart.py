@@ -29,7 +29,7 @@ from treepo_trl.quickstart.model import default_folder
 from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.treepo_trainer import TreePOTrainer
 
-from .arguments import options_parser
+from .arguments import OptionsParser, options_parser
 from .errors import user_errors
 
 
@@ -60,6 +60,11 @@ def has_fast_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def command_parser() -> OptionsParser:
+    """The options of `treepo-trl quickstart`."""
+    return options_parser("quickstart", QuickstartArguments, TreePOConfig, ModelConfig)
+
+
 def main(argv: list[str]) -> None:
     """Run the command with the arguments after `treepo-trl quickstart`; its recipe is in the package."""
     arguments = list(argv)
@@ -68,8 +73,7 @@ def main(argv: list[str]) -> None:
     if torch.cuda.is_available() and is_vllm_available() and "--use_vllm" not in arguments:
         arguments += ["--use_vllm", "true"]
     with user_errors():
-        parser = options_parser("quickstart", QuickstartArguments, TreePOConfig, ModelConfig)
-        own, training_args, model_args = parser.parse_args_and_config(arguments)
+        own, training_args, model_args = command_parser().parse_args_and_config(arguments)
         check_packages()
         model_path = model_args.model_name_or_path or small_model(own.model_folder or default_folder())
     automatic = "bfloat16" if has_fast_bfloat16() else "float32"
