@@ -1,4 +1,4 @@
-# Set-up and checks. PYTHON and VENV may be set: `make setup PYTHON=python3.12`.
+# Set-up and checks. PYTHON, VENV and GPU may be set: `make setup GPU=yes` is for a card that this machine lacks.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 # which would replace torch by another build.
 GPU := $(shell command -v nvidia-smi > /dev/null 2>&1 && nvidia-smi > /dev/null 2>&1 && echo yes)
 
-.PHONY: setup quickstart gpu-report test check docs site links format clean
+.PHONY: setup quickstart gpu-report test check docs site links wheel format clean
 
 setup: $(VENV)/.done
 
@@ -63,6 +63,10 @@ site: setup
 # Addresses in the README and the pages that do not answer. It needs the network, so no other target runs it.
 links: setup
 	$(BIN)/python docs/check_links.py
+
+# Wheel and sdist in fresh environments, with the network: docs/release.md.
+wheel:
+	PYTHON=$(PYTHON) bash .ci/wheel
 
 format: setup
 	$(BIN)/ruff format .

@@ -6,20 +6,8 @@ import sys
 from contextlib import nullcontext
 
 from . import __version__
+from .commands import COMMANDS
 from .commands.errors import tracebacks
-
-
-COMMANDS = {
-    "quickstart": ("a small model learns to add, without a hub", "quickstart"),
-    "train": ("fine-tune a model with TreePOTrainer", "train"),
-    "plan": ("what a training would take of a GPU's memory", "plan"),
-    "sample": ("sample trees of completions without training", "sample"),
-    "eval": ("how good a model and its adapters are", "eval"),
-    "doctor": ("whether training works on this machine", "doctor"),
-    "view": ("the trees of a run in a browser", "view"),
-    "export": ("merge an adapter into its base, checked", "export"),
-}
-"""A command's line of help, and the module in `commands` whose `main` takes the arguments after its name."""
 
 
 def usage() -> str:

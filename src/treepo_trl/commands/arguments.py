@@ -200,6 +200,12 @@ def require_model(name: str | None) -> str:
 class OptionsParser(TrlParser):
     """TRL's parser of options and of the file of `--config`, whose errors are one line."""
 
+    def __init__(self, dataclass_types: Any = None, **kwargs: Any) -> None:  # parameters as in TRL
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        # TRL takes it out of the arguments by its full name: here for `--help` and shells.
+        config_help = "YAML file with a setting per line, as `name: value`. Options go before it."
+        self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=config_help)
+
     def parse_args_and_config(  # parameters as in TRL
         self,
         args: Iterable[str] | None = None,

@@ -48,8 +48,13 @@ def main(argv: list[str]) -> None:
         raise SystemExit(report.exit_status)
 
 
-def _parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this command, and those of the training."""
+def command_parser() -> argparse.ArgumentParser:
+    """The options of `treepo-trl doctor`: its own, and those of the training that a recipe is for."""
+    parents = [make_parser("doctor", PlanArguments), _own_parser()]
+    return argparse.ArgumentParser("treepo-trl doctor", parents=parents, add_help=False, conflict_handler="resolve")
+
+
+def _own_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "treepo-trl doctor",
         description=f"{EXAMPLES['doctor']}\n{_DESCRIPTION}",
@@ -60,6 +65,12 @@ def _parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--model_name_or_path", metavar="MODEL", help=_MODEL_HELP)
     parser.add_argument("--json", action="store_true", help="Print JSON, to attach to an issue.")
     parser.add_argument("--card_gib", metavar="GIB", help="Memory of the card in GiB, for `--config`.")
+    return parser
+
+
+def _parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of this command, and those of the training."""
+    parser = _own_parser()
     if any(word in ("-h", "--help") for word in argv):
         parser.parse_args(argv)
     if "--config" in argv and not [word for word in argv[argv.index("--config") + 1 :][:1] if word[:2] != "--"]:

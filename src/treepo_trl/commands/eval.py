@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from treepo_trl.engines import SamplingOptions
 from treepo_trl.sampling import SegmentTree, TreeSampler, TreeSamplingConfig
 
-from .arguments import options_parser
+from .arguments import OptionsParser, options_parser
 from .cost_table import sample_independent
 from .engine import EngineArguments, load_tokenizer, use_adapter
 from .errors import user_errors
@@ -41,12 +41,16 @@ class Evaluation:
     """Which adapter each column of the table samples with, by its name; `None` for the model alone."""
 
 
+def command_parser() -> OptionsParser:
+    """The options of `treepo-trl eval`."""
+    return options_parser("eval", EvalArguments, EngineArguments, SamplingOptions, TreeSamplingConfig)
+
+
 def main(argv: list[str]) -> None:
     """Run the command with the arguments after `treepo-trl eval`."""
     with ExitStack() as stack:
         with user_errors():
-            parser = options_parser("eval", EvalArguments, EngineArguments, SamplingOptions, TreeSamplingConfig)
-            evaluation = prepared(*parser.parse_args_and_config(argv))
+            evaluation = prepared(*command_parser().parse_args_and_config(argv))
             output = evaluation.arguments.output
             stack.enter_context(advice_to_resume(output, can_resume=output is not None))
             folder = stack.enter_context(

@@ -50,4 +50,10 @@ examples:
   treepo-trl export outputs/run/checkpoint-200 --out step-200               # a checkpoint
   treepo-trl export my-adapter --load_in_4bit true --out merged             # QLoRA of another trainer
 """,
+    "completion": """\
+examples:
+  treepo-trl completion bash > ~/.local/share/bash-completion/completions/treepo-trl   # for new shells
+  source <(treepo-trl completion bash)                                                 # for this one
+  treepo-trl completion zsh > ~/.zfunc/_treepo-trl                                     # a folder of $fpath
+""",
 }

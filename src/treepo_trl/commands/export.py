@@ -9,7 +9,7 @@ from treepo_trl.export.folder import check_is_new
 from treepo_trl.field_checks import check_fields, check_text
 from treepo_trl.policy.four_bit_base import BaseQuantization
 
-from .arguments import options_parser, require_model
+from .arguments import OptionsParser, options_parser, require_model
 from .engine import WeightType
 from .errors import user_errors
 
@@ -54,6 +54,15 @@ class ExportArguments:
                 check_text(name, getattr(self, name))
 
 
+def command_parser() -> OptionsParser:
+    """The options of `treepo-trl export`, and the name of the run, checkpoint or adapter."""
+    parser = options_parser("export", ExportArguments)
+    parser.usage = "treepo-trl export RUN --out FOLDER [--config FILE] [options]"
+    run_help = "`output_dir` of a run, one of its checkpoints, or a folder with an adapter."
+    parser.add_argument("run", nargs="?", metavar="RUN", help=run_help)
+    return parser
+
+
 def main(argv: list[str]) -> None:
     """Run the command with the arguments after `treepo-trl export`."""
     with user_errors():
@@ -72,11 +81,7 @@ def main(argv: list[str]) -> None:
 
 def _parsed(argv: list[str]) -> tuple[ExportArguments, str]:
     """Options, and the name of the run, checkpoint or adapter."""
-    parser = options_parser("export", ExportArguments)
-    parser.usage = "treepo-trl export RUN --out FOLDER [--config FILE] [options]"
-    run_help = "`output_dir` of a run, one of its checkpoints, or a folder with an adapter."
-    parser.add_argument("run", nargs="?", metavar="RUN", help=run_help)
-    arguments, rest = parser.parse_args_and_config(argv)
+    arguments, rest = command_parser().parse_args_and_config(argv)
     if not rest.run:
         raise ValueError("Name what to export: a run's `output_dir`, a checkpoint, or a folder with an adapter.")
     check_text("run", rest.run)

@@ -9,13 +9,18 @@ from trl import ModelConfig
 from treepo_trl.memory import GIB, MemoryPlan, plan_memory
 from treepo_trl.treepo_config import TreePOConfig
 
-from .arguments import PlanArguments, make_parser, require_model
+from .arguments import OptionsParser, PlanArguments, make_parser, require_model
 from .errors import user_errors
 from .train_adapter import starting_adapter
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+
+def command_parser() -> OptionsParser:
+    """The options of `treepo-trl plan`."""
+    return make_parser("plan", PlanArguments)
 
 
 def main(argv: list[str]) -> None:
@@ -27,8 +32,7 @@ def main(argv: list[str]) -> None:
     if not torch.cuda.is_available():  # what the training would check on a machine that has one
         argv = [*argv, "--use_cpu", "true", "--bf16", "false"]
     with user_errors():
-        parser = make_parser("plan", PlanArguments)
-        script_args, training_args, model_args, _, plan_args = parser.parse_args_and_config(argv)
+        script_args, training_args, model_args, _, plan_args = command_parser().parse_args_and_config(argv)
         card = this_card() if plan_args.card_gib is None else plan_args.card_gib * GIB
         result = plan_training(training_args, model_args, card, starting_adapter(script_args, model_args))
     print(result.table())

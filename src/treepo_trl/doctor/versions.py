@@ -6,7 +6,7 @@ from importlib.metadata import requires, version
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from .environment import PACKAGES, installed_as
+from .environment import PACKAGES, installed_as, installed_builds
 from .findings import BrokenError
 
 
@@ -64,6 +64,12 @@ def excluded_pairs(needed: Sequence[str]) -> Iterator[tuple[str, str]]:
                     f'Run `pip install "{other}{wanted.specifier}"`.',
                 )
     yield from _plugin_problem(needed)
+    builds = installed_builds("vllm")
+    if "vllm" in needed and len(builds) > 1:
+        yield (
+            f"{' and '.join(builds)} are both installed, and each has files of the other.",
+            f"Run `pip uninstall {' '.join(builds)}` and install one of them anew: docs/install.md.",
+        )
 
 
 def _plugin_problem(needed: Sequence[str]) -> Iterator[tuple[str, str]]:
