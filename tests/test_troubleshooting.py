@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md has every message of this package and no other; texts of other packages are in their files."""
+"""docs/troubleshooting.md has every message of this package and no other; those of others are in their files."""
 
 import ast
 import importlib.util
@@ -73,7 +73,7 @@ def messages() -> dict[str, str]:
 
 
 def matches(entry: str, message: str) -> bool:
-    """Whether the parts of an entry, between its dots, stand in a message one after the other, with no zero between."""
+    """Whether the parts of an entry, between its dots, stand in a message one after the other, without a zero."""
     return re.search("[^\0]*".join(map(re.escape, entry.split("..."))), message) is not None
 
 
