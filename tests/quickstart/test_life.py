@@ -5,27 +5,16 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from tests.support.models import save_random_smollm2
 from tests.support.paths import ROOT
 from tests.support.segments import full_logprobs
-
-
-def small(tokenizer: Any, folder: Path) -> None:
-    """A random model of two layers with the tokenizer and the template of SmolLM2."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    settings = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "initializer_range": 0.2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **settings, num_key_value_heads=1, head_dim=32))
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", ["tasks.jsonl", "held_out.jsonl"])
@@ -42,7 +31,7 @@ def test_files_of_the_user_are_not_overwritten(name: str, tmp_path: Path, monkey
 def test_the_life_of_an_adapter(small_model_dir: str, tmp_path: Path) -> None:
     """Examples, rewards, a comparison, a look, and home: the last model says what the last adapter does."""
     tokenizer = AutoTokenizer.from_pretrained(small_model_dir)
-    small(tokenizer, tmp_path / "model")
+    save_random_smollm2(tokenizer, tmp_path / "model")
     binaries = Path(sys.executable).parent
     if not (binaries / "treepo-trl").exists():
         pytest.skip("treepo-trl is not installed in this environment")

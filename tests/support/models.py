@@ -1,8 +1,19 @@
 """Tiny models and tokenizers, built in code: no hub."""
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+)
 
 
 CHAT_TEMPLATE = (
@@ -50,3 +61,14 @@ def make_reward_model() -> Qwen3ForSequenceClassification:
     """A random model of the same size that gives a text a number."""
     torch.manual_seed(1)
     return Qwen3ForSequenceClassification(Qwen3Config(**{**make_model().config.to_dict(), "num_labels": 1}))
+
+
+def save_random_smollm2(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A random model of two layers with the tokenizer and the template of SmolLM2."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "initializer_range": 0.2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **settings, num_key_value_heads=1, head_dim=32))
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
