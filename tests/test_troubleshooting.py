@@ -4,15 +4,20 @@ import ast
 import importlib.util
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
 import pytest
+from trl import ModelConfig
+from trl.scripts.grpo import GRPOScriptArguments
 
 from tests.support.paths import ROOT
+from treepo_trl import TreePOConfig
 
 
-PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+DOCS = ROOT / "docs"
+PAGE = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 OWN, OTHERS = "## Messages of treepo-trl", "## Messages of other libraries"
 
@@ -125,3 +130,27 @@ def test_the_text_of_another_package_is_in_its_file(row: list[str]) -> None:
     if found is None or not found.submodule_search_locations:
         pytest.skip(f"{package} is not installed")
     assert matches(entries_of(row[0])[0], texts_of(Path(found.submodule_search_locations[0]) / name))
+
+
+def settings() -> set[str]:
+    """Names that a config file or the command line takes."""
+    sources = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    declared = set(re.findall(r'^    (\w+): |"--(\w+)"', sources, re.MULTILINE))
+    own = {name for pair in declared for name in pair if name}
+    return own | {each.name for group in (TreePOConfig, ModelConfig, GRPOScriptArguments) for each in fields(group)}
+
+
+@pytest.mark.parametrize("page", ["troubleshooting.md", "from-grpotrainer.md"])
+def test_settings_in_advice_exist(page: str) -> None:
+    text = _CODE.sub("", (DOCS / page).read_text(encoding="utf-8"))
+    named = re.findall(r"`(?:treepo-trl \w+ )?--(\w+)|`(\w+)(?:: [^`]+|=[^`]+)`", text)
+    names = {name for pair in named for name in pair if name and not name.isupper()}  # no environment variables
+    assert len(names) > 3
+    assert names - settings() == set()
+
+
+def test_settings_to_start_with_exist() -> None:
+    table = (DOCS / "choosing-settings.md").read_text(encoding="utf-8").partition("\n## Learning rate")[0]
+    names = set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
+    assert len(names) > 8
+    assert names - settings() == set()
