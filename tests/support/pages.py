@@ -80,7 +80,15 @@ class Runner:
             assert is_same, f"{block.name} says\n{text}\nand this was printed:\n{self.printed}"
 
     def python(self, code: str, name: str) -> None:
-        """Run Python code; lines of a notebook that begin with `!` are commands, with the values of `{names}`."""
+        """
+        Run Python code, or the code of a notebook's cell.
+
+        There a line that begins with `!` is a command with the values of `{names}`, and `%%writefile` writes the cell.
+        """
+        if code.startswith("%%writefile "):
+            first, _, text = code.partition("\n")
+            Path(first.split()[1]).write_text(text)
+            return
         self.names["_shell"] = self.shell
         code = re.sub(r"^( *)!(.+)$", r"\1_shell(fr'''\2''')", re.sub(r"\\\n\s*", " ", code), flags=re.MULTILINE)
         with redirect_stdout(io.StringIO()) as stream:
