@@ -77,11 +77,13 @@ def names(tiny_model_dir: str, chat_model_dir: str, tmp_path: Path, monkeypatch:
     tasks = Dataset.from_dict(
         {"prompt": [[{"role": "user", "content": f"w{i} w2"}] for i in range(8)], "solution": ["$1$"] * 8}
     )
+    my_reward: Any = length_reward
     adapter = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear"))
     adapter.save_pretrained("outputs/sft")
+    args = TreePOConfig(**settings)  # before the trainer, whose accelerator does not survive it
     trainer = TreePOTrainer(
         model=tiny_model_dir,
-        reward_funcs=length_reward,
+        reward_funcs=my_reward,
         args=TreePOConfig(**{**settings, "save_steps": 1, "disable_tqdm": False}),
         train_dataset=tasks,
     )
@@ -90,10 +92,10 @@ def names(tiny_model_dir: str, chat_model_dir: str, tmp_path: Path, monkeypatch:
         "model_folder": tiny_model_dir,
         "chat_folder": chat_model_dir,
         "settings": {name: value for name, value in settings.items() if name != "output_dir"},
-        "args": TreePOConfig(**settings),
+        "args": args,
         "tasks": tasks,
         "counts": tasks.add_column("start", list(range(8))),
-        "my_reward": length_reward,
+        "my_reward": my_reward,
         "trainer": trainer,
     }
 
