@@ -12,7 +12,8 @@ import pytest
 from tests.support.paths import ROOT
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMES = ("README.md", "CONTRIBUTING.md", "AGENTS.md", "examples/README.md")
+PAGES = [*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 EXAMPLES = [path for path in SOURCES if ">>> " in path.read_text(encoding="utf-8")]
 

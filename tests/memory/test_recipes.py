@@ -18,6 +18,7 @@ from treepo_trl.memory import GIB, plan_memory
 
 
 DOCUMENTATION = (ROOT / "docs/recipes.md").read_text()
+EXAMPLES = (ROOT / "examples/README.md").read_text()
 RECIPES = sorted(path.name for path in (ROOT / "examples/cli_configs").glob("*.yaml"))
 
 
@@ -77,6 +78,14 @@ def test_the_first_lines_of_a_recipe_say_what_the_documentation_says(name: str) 
     said = re.findall(r"`treepo-trl plan` counts ([\d.]+) GiB,\n# and ([\d.]+) GiB with", text)
     assert len(said) == 1
     assert said == documented(f"`{name.removesuffix('.yaml')}`")
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("paper")])
+def test_the_page_of_the_examples_says_what_the_documentation_says(name: str) -> None:
+    recipe = name.removesuffix(".yaml")
+    planned = re.findall(rf"\| `{re.escape(recipe)}` \|[^|]*\|[^|]*\| ([\d.]+) GiB \|", EXAMPLES)
+    assert planned == [alone for alone, _ in documented(f"`{recipe}`")]
+    assert f"treepo-trl train --config examples/cli_configs/{name}" in EXAMPLES
 
 
 @pytest.mark.parametrize("name", RECIPES)

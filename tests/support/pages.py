@@ -34,7 +34,12 @@ class Block:
     @property
     def name(self) -> str:
         """The place, as an editor opens it."""
-        return f"{self.page.relative_to(ROOT).as_posix()}:{self.line}"
+        return f"{name_of(self.page)}:{self.line}"
+
+
+def name_of(page: Path) -> str:
+    """Its path from the root."""
+    return page.relative_to(ROOT).as_posix()
 
 
 def blocks_of(page: Path) -> list[Block]:
@@ -46,6 +51,13 @@ def blocks_of(page: Path) -> list[Block]:
         line = text.count("\n", 0, match.start()) + 2
         blocks.append(Block(page, line, match[1], match[2], mark and mark[1]))
     return blocks
+
+
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "examples/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
 class Runner:
