@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, cast
 from benchmarks.common import device_name, make_parser, small_model_folder
 from treepo_trl.commands.engine import EngineArguments
 from treepo_trl.commands.eval import Evaluation, evaluated, prepared, sampler_of, settings_of
-from treepo_trl.commands.eval_arguments import EvalArguments
-from treepo_trl.commands.eval_output import opened_folder
-from treepo_trl.commands.eval_table import results_table
+from treepo_trl.commands.evaluation.arguments import EvalArguments
+from treepo_trl.commands.evaluation.output import opened_folder
+from treepo_trl.commands.evaluation.table import results_table
 from treepo_trl.engines import SamplingOptions
 from treepo_trl.sampling import TreeSampler, TreeSamplingConfig
 

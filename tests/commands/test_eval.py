@@ -13,10 +13,11 @@ from transformers import AutoConfig, AutoTokenizer
 from tests.support.models import make_model
 from tests.support.sample_runs import PROMPTS, as_flags, cells, fail_to_build, save_adapter
 from tests.support.sample_runs import arguments as sample_arguments
-from treepo_trl.commands import eval_data, eval_output
 from treepo_trl.commands import sample as sample_command
 from treepo_trl.commands.eval import main
-from treepo_trl.commands.eval_adapters import labels_of
+from treepo_trl.commands.evaluation import data as eval_data
+from treepo_trl.commands.evaluation import output as eval_output
+from treepo_trl.commands.evaluation.adapters import labels_of
 from treepo_trl.commands.sample import main as sample
 from treepo_trl.sampling import SegmentTree
 

@@ -13,4 +13,4 @@ COMMANDS = {
     "export": ("merge an adapter into its base, checked", "export"),
     "completion": ("a script that completes options in bash or zsh", "completion"),
 }
-"""A command's line of help, and its module: `main` gets the arguments after its name, `command_parser` has the options."""
+"""A command's line of help, and its module: `main` gets the arguments after its name, `command_parser` has options."""

@@ -13,9 +13,18 @@ import yaml
 from trl import TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
+from treepo_trl.engines import SamplingOptions
 from treepo_trl.field_checks import Ranges, check_fields, check_text
 
 from .examples import EXAMPLES
+
+
+CONFIG_HELP = "YAML file with a setting per line, as `name: value`. Options go before it."
+
+
+def help_of(owner: type, name: str) -> dict[str, str]:
+    """Metadata of a field with the help of another dataclass's: an option is described once for all commands."""
+    return {"help": owner.__dataclass_fields__[name].metadata["help"]}
 
 
 TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
@@ -132,9 +141,7 @@ class SampleArguments:
             "Default: none; the first prompt's completions are printed."
         },
     )
-    resume: bool = field(
-        default=False, metadata={"help": "Keep the trees that `output` holds, and sample the others."}
-    )
+    resume: bool = field(default=False, metadata={"help": "Keep what `output` holds, and sample the rest."})
     seed: int = field(default=0, metadata={"help": "Seed of branching and of the engine."})
     compare: Literal["independent"] | None = field(
         default=None,
@@ -197,14 +204,22 @@ def require_model(name: str | None) -> str:
     return name
 
 
+# Options of TRL's dataclasses that commands without a trainer have too: described by the latter's.
+_DESCRIBED_BY: dict[str, type] = dict.fromkeys(SamplingOptions.__dataclass_fields__, SamplingOptions)
+_DESCRIBED_BY["chat_template_kwargs"] = SampleArguments
+
+
 class OptionsParser(TrlParser):
     """TRL's parser of options and of the file of `--config`, whose errors are one line."""
 
     def __init__(self, dataclass_types: Any = None, **kwargs: Any) -> None:  # parameters as in TRL
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         # TRL takes it out of the arguments by its full name: here for `--help` and shells.
-        config_help = "YAML file with a setting per line, as `name: value`. Options go before it."
-        self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=config_help)
+        self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=CONFIG_HELP)
+        for action in self._actions:
+            owner = _DESCRIBED_BY.get(action.dest)
+            if owner is not None:
+                action.help = help_of(owner, action.dest)["help"]
 
     def parse_args_and_config(  # parameters as in TRL
         self,

@@ -17,7 +17,7 @@ from treepo_trl.memory import GIB
 from treepo_trl.quickstart import small_model
 from treepo_trl.quickstart.model import default_folder
 
-from .arguments import PlanArguments, check_config, make_parser, require_model
+from .arguments import CONFIG_HELP, PlanArguments, check_config, help_of, make_parser, require_model
 from .errors import user_errors
 from .examples import EXAMPLES
 from .plan import plan_training
@@ -61,10 +61,10 @@ def _own_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="A recipe: the YAML file of `treepo-trl train`.")
-    parser.add_argument("--model_name_or_path", metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
+    parser.add_argument("--model_name_or_path", type=str, metavar="MODEL", help=_MODEL_HELP)
     parser.add_argument("--json", action="store_true", help="Print JSON, to attach to an issue.")
-    parser.add_argument("--card_gib", metavar="GIB", help="Memory of the card in GiB, for `--config`.")
+    parser.add_argument("--card_gib", type=float, metavar="GIB", help=help_of(PlanArguments, "card_gib")["help"])
     return parser
 
 
@@ -81,7 +81,7 @@ def _parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if own.card_gib is not None:
         if not rest:
             raise ValueError("`--card_gib` is for the plan of a recipe. Add `--config`, or leave it out.")
-        rest += ["--card_gib", own.card_gib]
+        rest += ["--card_gib", str(own.card_gib)]
     return own, rest
 
 

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from trl import GRPOConfig, ModelConfig
+
 from treepo_trl.engines import SamplingOptions, SegmentEngine
 from treepo_trl.field_checks import Ranges, check_fields
 
-from .arguments import require_model
+from .arguments import help_of, require_model
 
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ class EngineArguments:
     """The model and the engine that samples from it."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Model of the hub, or folder."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
+    model_revision: str = field(default="main", metadata=help_of(ModelConfig, "model_revision"))
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "LoRA adapter to sample with, of the hub or a folder."}
     )
@@ -43,17 +45,12 @@ class EngineArguments:
         default=None,
         metadata={"help": "Attention that transformers loads the model with. The engine decodes with one of its own."},
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Whether code that comes with the model may run."}
-    )
+    trust_remote_code: bool = field(default=False, metadata=help_of(GRPOConfig, "trust_remote_code"))
     vllm_gpu_memory_utilization: float | None = field(
         default=None, metadata={"help": "Fraction of the memory that vLLM may use. Default: 0.9, on a CPU 0.3."}
     )
-    vllm_max_model_length: int | None = field(
-        default=None,
-        metadata={"help": "Longest sequence of the vLLM engine, prompt and completion. Default: the model's."},
-    )
-    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "Cards that share the model in vLLM."})
+    vllm_max_model_length: int | None = field(default=None, metadata=help_of(GRPOConfig, "vllm_max_model_length"))
+    vllm_tensor_parallel_size: int = field(default=1, metadata=help_of(GRPOConfig, "vllm_tensor_parallel_size"))
     vllm_max_num_seqs: int | None = field(
         default=None, metadata={"help": "Sequences that vLLM runs at once. Default: vLLM's."}
     )

@@ -14,12 +14,12 @@ from .arguments import OptionsParser, options_parser
 from .cost_table import sample_independent
 from .engine import EngineArguments, load_tokenizer, use_adapter
 from .errors import user_errors
-from .eval_adapters import check_adapters, labels_of, tell_of_tokenizers
-from .eval_arguments import EvalArguments, checked_ks
-from .eval_data import EvalSet, load_eval_set
-from .eval_output import EvalFolder, opened_folder
-from .eval_scores import Samples, Scorer, make_scorers, prompt_values
-from .eval_table import results_of, results_table
+from .evaluation.adapters import check_adapters, labels_of, tell_of_tokenizers
+from .evaluation.arguments import EvalArguments, checked_ks
+from .evaluation.data import EvalSet, load_eval_set
+from .evaluation.output import EvalFolder, opened_folder
+from .evaluation.scores import Samples, Scorer, make_scorers, prompt_values
+from .evaluation.table import results_of, results_table
 from .prompts import prompt_token_ids
 from .sample import advice_to_resume, build_sampler, progress_bar
 

@@ -9,8 +9,8 @@ from treepo_trl.export.folder import check_is_new
 from treepo_trl.field_checks import check_fields, check_text
 from treepo_trl.policy.four_bit_base import BaseQuantization
 
-from .arguments import OptionsParser, options_parser, require_model
-from .engine import WeightType
+from .arguments import OptionsParser, help_of, options_parser, require_model
+from .engine import EngineArguments, WeightType
 from .errors import user_errors
 
 
@@ -22,7 +22,7 @@ class ExportArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "The base. Default: the one that the adapter names."}
     )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the base."})
+    model_revision: str = field(default="main", metadata=help_of(EngineArguments, "model_revision"))
     dtype: WeightType = field(
         default="auto",
         metadata={
@@ -43,9 +43,7 @@ class ExportArguments:
     use_bnb_nested_quant: bool = field(
         default=False, metadata={"help": "With `load_in_4bit`: whether the scales were quantized too."}
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Whether code that comes with the model may run."}
-    )
+    trust_remote_code: bool = field(default=False, metadata=help_of(EngineArguments, "trust_remote_code"))
 
     def __post_init__(self) -> None:
         check_fields(self, ExportArguments, {})

@@ -8,8 +8,8 @@ from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .engine import EngineArguments, uses_vllm
-from .train_adapter import has_tokenizer
+from treepo_trl.commands.engine import EngineArguments, uses_vllm
+from treepo_trl.commands.train_adapter import has_tokenizer
 
 
 def labels_of(adapters: Sequence[str]) -> list[str]:

@@ -7,11 +7,11 @@ from typing import Any, cast
 
 from datasets import Dataset
 
+from treepo_trl.commands.prompts import load_named_dataset, prompt_column, take_split
 from treepo_trl.evaluation import Judgement
 from treepo_trl.evaluation.answers import judge_math, math_answer, math_verify_is_available, require_math_verify
 
-from .eval_arguments import EvalArguments
-from .prompts import load_named_dataset, prompt_column, take_split
+from .arguments import EvalArguments
 
 
 _NUM_GENERATED = 64  # tasks of reasoning-gym, which have no end

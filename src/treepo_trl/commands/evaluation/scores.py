@@ -12,7 +12,7 @@ from treepo_trl.evaluation import Judgement, majority_at_k, mean_score, pass_at_
 from treepo_trl.reward_watch import checked_rewards
 from treepo_trl.sampling import SegmentTree, TreeSamplingConfig
 
-from .eval_data import EvalSet
+from .data import EvalSet
 
 
 Judgements = list[Judgement | None]
@@ -42,7 +42,7 @@ def make_scorers(
     if not reward_funcs:
         assert eval_set.judge is not None, "data without answers is refused"
         return {"": _judged_by(eval_set.judge)}
-    from .train import reward_function
+    from treepo_trl.commands.train import reward_function
 
     scorers: dict[str, Scorer] = {}
     for path in reward_funcs:

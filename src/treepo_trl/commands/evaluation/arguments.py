@@ -3,14 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
+from treepo_trl.commands.arguments import TRL_REWARDS, SampleArguments, help_of, json_object
+from treepo_trl.commands.engine import EngineArguments
 from treepo_trl.engines import SamplingOptions
 from treepo_trl.evaluation import default_ks
 from treepo_trl.field_checks import Ranges, check_fields, check_int, check_text
 from treepo_trl.sampling import TreeSamplingConfig
 from treepo_trl.sampling.first_widths import num_first_branches
-
-from .arguments import TRL_REWARDS, json_object
-from .engine import EngineArguments
 
 
 _RANGES: Ranges = {"max_prompts": (lambda value: value >= 1, "at least 1")}
@@ -55,11 +54,7 @@ class EvalArguments:
         metadata={"help": "Number of prompts, from the first on. Default: all; 64 of addition and reasoning-gym."},
     )
     chat_template_kwargs: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "Further arguments of the chat template, as in `GRPOConfig`; JSON on the command line, such as "
-            """'{"enable_thinking": false}'."""
-        },
+        default=None, metadata=help_of(SampleArguments, "chat_template_kwargs")
     )
     reward_funcs: list[str] | None = field(
         default=None,
@@ -90,10 +85,8 @@ class EvalArguments:
             "soon as it is done. Default: none; the table is printed."
         },
     )
-    resume: bool = field(
-        default=False, metadata={"help": "Keep the samples that `output` holds, and sample the others."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of branching and of the engine."})
+    resume: bool = field(default=False, metadata=help_of(SampleArguments, "resume"))
+    seed: int = field(default=0, metadata=help_of(SampleArguments, "seed"))
 
     def __post_init__(self) -> None:
         check_fields(self, EvalArguments, _RANGES)

@@ -9,12 +9,12 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
+from treepo_trl.commands.tree_file import TreeFile, opened_output
 from treepo_trl.sampling import SegmentTree
 from treepo_trl.tree_log import SampledLine, read_trees
 
-from .eval_adapters import labels_of
-from .eval_arguments import EvalArguments
-from .tree_file import TreeFile, opened_output
+from .adapters import labels_of
+from .arguments import EvalArguments
 
 
 _SETTINGS, _RESULTS = "settings.json", "results.json"

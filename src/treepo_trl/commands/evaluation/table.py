@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from treepo_trl.commands.cost_table import markdown_table
 from treepo_trl.evaluation import estimates
-
-from .cost_table import markdown_table
 
 
 PromptValues = Sequence[Mapping[str, float] | None]
