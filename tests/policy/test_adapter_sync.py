@@ -157,11 +157,11 @@ def test_order_of_construction(monkeypatch: pytest.MonkeyPatch, shares: bool, ex
 def test_an_adapter_travels_through_memory_where_it_fits_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, is_writable: bool, fits: bool
 ) -> None:
-    monkeypatch.setattr(adapter_sync, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(temporary_folder, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     monkeypatch.setattr("os.access", lambda *_: is_writable)
     monkeypatch.setattr("tempfile.tempdir", "temporary")
-    place = adapter_sync._place_for(400)
+    place = temporary_folder.place_for(400)
     assert place == (tmp_path if fits else "temporary")
 
 

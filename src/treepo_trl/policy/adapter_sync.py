@@ -6,12 +6,8 @@ weights is lossy. In bfloat16 the weights drift with each merge and unmerge. Her
 engine loads the same base with LoRA enabled, and the adapter's files travel through memory-backed storage.
 """
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
@@ -25,7 +21,7 @@ from treepo_trl.trl_seams import engine_class
 from .four_bit_base import base_checkpoint, base_of, choose_base_weights, is_4bit
 from .gathered_adapter import gathered_adapter, num_bytes, write_adapter
 from .shared_base import SHARDED, check_sharing, different_weights, parked, report_sharing, share_weights
-from .temporary_folder import SHARED_MEMORY, TemporaryFolder
+from .temporary_folder import TemporaryFolder, place_for
 
 
 if TYPE_CHECKING:
@@ -129,7 +125,7 @@ class AdapterVLLMGeneration(VLLMGeneration):
     def _init_vllm(self) -> None:
         if self.share_base_weights:
             check_sharing(self.model, self.accelerator, self.tensor_parallel_size)
-        self._adapter_folder = TemporaryFolder("adapter", _place_for(num_bytes(self.model)))
+        self._adapter_folder = TemporaryFolder("adapter", place_for(num_bytes(self.model)))
         with ExitStack() as stack:
             options = self._engine_options() | stack.enter_context(self._base_options())
             stack.enter_context(engine_class(_lora_llm_class(options)))
@@ -265,11 +261,3 @@ def _lora_llm_class(engine_options: dict[str, object]) -> "type[LoraLLM]":
     from .lora_llm import LoraLLM
 
     return type("PolicyLLM", (LoraLLM,), {"engine_options": engine_options})
-
-
-def _place_for(size: int) -> str | Path:
-    """Memory that looks like a disk, if there is room in it; else the folder for temporary files."""
-    # Containers often have 64 MiB of it. Twice, for what else lies there.
-    if os.access(SHARED_MEMORY, os.W_OK) and shutil.disk_usage(SHARED_MEMORY).free > 2 * size:
-        return SHARED_MEMORY
-    return tempfile.gettempdir()
