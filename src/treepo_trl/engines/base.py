@@ -163,6 +163,8 @@ class SegmentEngine(ABC):
                 results = self.collect()
                 num_missing -= len(results)
                 yield from results
+            for tree in {request.tree for request in requests}:
+                self.end_tree(tree)
         except BaseException:
             self.abort()
             raise

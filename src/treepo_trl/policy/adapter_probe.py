@@ -114,7 +114,7 @@ def segments_of(
     engine: SegmentEngine, prompts: list[list[int]], max_tokens: int = PROBE_TOKENS
 ) -> list[SegmentResult]:
     """One segment for each prompt, in their order."""
-    requests = [SegmentRequest(i, ids, max_tokens) for i, ids in enumerate(prompts)]
+    requests = [SegmentRequest(i, ids, max_tokens, tree=i) for i, ids in enumerate(prompts)]
     return sorted(engine.complete(requests), key=lambda result: result.request_id)
 
 
