@@ -1,5 +1,6 @@
 """What is refused of the settings around vLLM: in this process, and on servers."""
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 
@@ -7,16 +8,16 @@ if TYPE_CHECKING:
     from .treepo_config import TreePOConfig
 
 
-_OWN_PROCESS = {
-    "vllm_share_base_weights": False,
-    "vllm_sleep_keeps_weights": False,
-    "vllm_enable_sleep_mode": False,
-    "vllm_engine_kwargs": None,
-    "vllm_base_weights": "auto",
-    "vllm_tensor_parallel_size": 1,
-    "vllm_model_impl": "auto",
-}
-"""Settings of an engine in this process, and the value with which they ask for nothing."""
+_OWN_PROCESS = (
+    "vllm_share_base_weights",
+    "vllm_sleep_keeps_weights",
+    "vllm_enable_sleep_mode",
+    "vllm_engine_kwargs",
+    "vllm_base_weights",
+    "vllm_tensor_parallel_size",
+    "vllm_model_impl",
+)
+"""Settings of an engine in this process."""
 
 
 def server_urls(base_url: str | None, host: str, port: int) -> list[str]:
@@ -58,9 +59,10 @@ def check_vllm_fields(settings: "TreePOConfig") -> None:
 
 def _check_servers(settings: "TreePOConfig") -> None:
     server_urls(settings.vllm_server_base_url, settings.vllm_server_host, settings.vllm_server_port)
-    for name, unset in _OWN_PROCESS.items():
+    defaults = {each.name: each.default for each in fields(settings)}
+    for name in _OWN_PROCESS:
         value = getattr(settings, name)
-        if value not in (unset, {}):
+        if value != defaults[name] and value != {}:
             raise ValueError(
                 f"`{name}={value!r}` is about an engine in this process, but `vllm_mode` is 'server'. Leave it out, "
                 "and give the servers flags of their own (`vllm serve --help`)."

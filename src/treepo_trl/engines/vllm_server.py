@@ -187,6 +187,16 @@ class VLLMServerEngine(SegmentEngine):
             except ServerLostError:
                 continue
 
+    def lose(self, connection: ServerConnection, error: ServerLostError) -> None:
+        """Give up a server that somebody else has found lost; it is asked until it is back."""
+
+        async def lose() -> None:
+            for server in self._pool.servers:
+                if server.connection is connection:
+                    self._send_again(set(self._pool.lose(server, error)))
+
+        asyncio.run_coroutine_threadsafe(lose(), self._loop).result()
+
     def close(self) -> None:
         """Drop everything, and ask for lost servers no more."""
         self.abort()

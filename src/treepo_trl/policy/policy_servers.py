@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch
 from accelerate.logging import get_logger
 
-from treepo_trl.engines.server_connection import ServerConnection, ServerFacts, ServerLostError
+from treepo_trl.engines.server_connection import ServerConnection, ServerLostError
+from treepo_trl.engines.server_facts import ServerFacts
 
 from .server_checks import ServerNeeds, check_server
 from .server_weights import PolicyVersions
@@ -44,6 +45,8 @@ class PolicyServers:
         reference (`torch.Tensor`, *optional*):
             What the servers compute for the tokens of `probe_ids` with the current version, in nats; `None` if nobody
             has asked.
+        on_lost (`Callable`):
+            Told of a server that is found lost.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class PolicyServers:
         self.servers = [ServerConnection(url, timeout) for url in urls]
         self.versions = versions
         self._needs, self._timeout, self._is_probed = needs, timeout, is_probed
+        self.on_lost: Callable[[ServerConnection, ServerLostError], None] = _warn
         self._lock = threading.Lock()  # a server that comes back is given the version of the moment
         self.reference: torch.Tensor | None = None
 
@@ -99,8 +103,7 @@ class PolicyServers:
             ValueError: if a server cannot load it, or computes something else with it than the first.
         """
         with self._lock:
-            answering = [server for server in self.servers if server.is_healthy()]
-            loaded = list(self._of_each(self.versions.load, answering))
+            loaded = list(self._of_each(self._give, self.servers))
             self.versions.remove_old(loaded)
             if self._is_probed:
                 self.reference = None
@@ -108,6 +111,10 @@ class PolicyServers:
                     if self.reference is None:
                         self.reference = logprobs
                     self._compare(server, logprobs)
+
+    def _give(self, server: ServerConnection) -> None:
+        check_server(server, self._needs)  # it may be another one than before
+        self.versions.load(server)
 
     def admit(self, server: ServerConnection) -> None:
         """
@@ -120,12 +127,12 @@ class PolicyServers:
         check_server(server, self._needs)
         with self._lock:
             if self.versions.name is not None:
-                self.versions.load(server)
+                self.versions.load(server)  # what is running on others goes on
                 if self.reference is not None:
                     self._compare(server, self._probe(server))
 
     def _probe(self, server: ServerConnection) -> torch.Tensor:
-        model = self.versions.model or server.models()[0].id
+        model = self.versions.model or server.facts().model_name
         return probe_logprobs(server, model, self.probe_ids())
 
     def probe_ids(self) -> list[int]:
@@ -157,8 +164,12 @@ class PolicyServers:
             try:
                 found[server] = future.result()
             except ServerLostError as error:
-                logger.warning(f"The vLLM server at {server.url} is lost: {error}")
+                self.on_lost(server, error)
         return found
+
+
+def _warn(server: ServerConnection, error: ServerLostError) -> None:
+    logger.warning(f"The vLLM server at {server.url} is lost: {error}")
 
 
 def probe_logprobs(server: ServerConnection, model: str, token_ids: list[int]) -> torch.Tensor:

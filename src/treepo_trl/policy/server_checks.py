@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, cast, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from treepo_trl.engines.server_connection import ServerConnection, ServerFacts, ServerRefusedError
+from treepo_trl.engines.server_connection import ServerConnection, ServerRefusedError
+from treepo_trl.engines.server_facts import ServerFacts
 
 
 if TYPE_CHECKING:
@@ -85,13 +86,6 @@ def _problems(facts: ServerFacts, needs: ServerNeeds) -> list[str]:
         lambda: (
             f"serves {facts.model!r}, and the policy is {needs.model!r}. Start it with `--model {needs.model}` "
             "(the same folder or hub name)."
-        ),
-    )
-    need(
-        facts.vocab_size is None or facts.vocab_size >= len(needs.tokenizer),
-        lambda: (
-            f"has {facts.vocab_size} tokens, and the policy's tokenizer has {len(needs.tokenizer)}. Save the policy "
-            "with its tokenizer, and serve that folder."
         ),
     )
     need(

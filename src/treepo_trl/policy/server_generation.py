@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from trl.generation.vllm_generation import VLLMGeneration
 
 from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
-from treepo_trl.engines.server_connection import ServerFacts
+from treepo_trl.engines.server_facts import ServerFacts
 from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.vllm_fields import server_urls
 
@@ -75,8 +75,8 @@ class ServerGeneration(VLLMGeneration):
     def _init_vllm(self) -> None:
         if is_4bit(cast("PeftModel", self.model)):
             raise ValueError(
-                "The policy's base is in 4 bits, and `vllm_mode` is 'server': a server loads the base in 16 bits, which "
-                "is another model. Load the policy in 16 bits, or set `vllm_mode='colocate'`."
+                "The policy's base is in 4 bits, and `vllm_mode` is 'server': a server loads it in 16 bits, which is "
+                "another model. Load the policy in 16 bits, or set `vllm_mode='colocate'`."
             )
         self.vllm_client = _CheckedServers()
         self.facts = from_main_process(self.accelerator, self._open)

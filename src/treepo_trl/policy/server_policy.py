@@ -85,7 +85,7 @@ class ServerPolicy(PolicyEngine):
         with_entropies, servers = self.args.branching_policy == "entropy", self._generation.servers
         if servers is None:
             return _NoEngine(with_entropies)
-        return VLLMServerEngine(
+        engine = VLLMServerEngine(
             servers.servers,
             eos_token_ids,
             self.args.sampling_options(),
@@ -95,6 +95,8 @@ class ServerPolicy(PolicyEngine):
             timeout=self.args.vllm_server_timeout,
             on_connect=servers.admit,
         )
+        servers.on_lost = engine.lose
+        return engine
 
     @contextmanager
     def ready(self, seed: str, prompts: list[list[int]], in_batch: bool = False) -> Iterator[None]:
