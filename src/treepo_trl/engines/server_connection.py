@@ -6,6 +6,7 @@ import json as json_module
 import re
 import threading
 import weakref
+from base64 import b64encode
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -71,7 +72,7 @@ class ServerConnection:
     """
 
     def __init__(self, url: str, timeout: float = 240.0) -> None:
-        self.url, self._auth = _without_credentials(url)
+        self.url, self._headers = _without_credentials(url)
         self.timeout = timeout
         self._loop = http_loop()
         self._session: aiohttp.ClientSession | None = None
@@ -141,7 +142,7 @@ class ServerConnection:
 
     def _open(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS)
-        session = aiohttp.ClientSession(connector=connector, auth=self._auth, trust_env=False)
+        session = aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=False)
         weakref.finalize(self, _close, session, self._loop)
         return session
 
@@ -216,17 +217,6 @@ class ServerConnection:
         """Tokens of a text by the server's tokenizer, without special tokens."""
         return self.post("/tokenize", {"prompt": text, "add_special_tokens": False}, _QUESTION_SECONDS)["tokens"]
 
-    def has_token(self, token_id: int) -> bool:
-        """Whether a token is in the vocabulary of the server's base: it decodes one token to find out."""
-        params = {"max_tokens": 1, "detokenize": False}
-        try:
-            self.post(GENERATE, {"token_ids": [token_id], "sampling_params": params})
-        except ServerRefusedError as error:
-            if "vocabulary" in error.body:
-                return False
-            raise
-        return True
-
     def reset_prefix_cache(self) -> None:
         """
         Forget all keys and values.
@@ -246,8 +236,8 @@ class ServerConnection:
         return f"What answers at {self.url} is no vLLM server. {reason} Start one there, or correct the address."
 
 
-def _without_credentials(url: str) -> tuple[str, aiohttp.BasicAuth | None]:
-    """An address without user, password and slash at its end; and the user and password."""
+def _without_credentials(url: str) -> tuple[str, dict[str, str]]:
+    """An address without user, password and slash at its end; and the header that these two become."""
     shown = re.sub(r"//[^/]*@", "//", url)
     try:
         parts = urlsplit(url)
@@ -259,10 +249,11 @@ def _without_credentials(url: str) -> tuple[str, aiohttp.BasicAuth | None]:
             f"The server address {shown!r} is none: write it as `http://host:port`, or `https://...`."
         ) from None
     place = parts.netloc.rpartition("@")[2]
-    auth = None
+    headers = {}
     if "@" in parts.netloc:
-        auth = aiohttp.BasicAuth(unquote(parts.username or ""), unquote(parts.password or ""))
-    return urlunsplit((parts.scheme, place, parts.path.rstrip("/"), "", "")), auth
+        user = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+        headers["Authorization"] = f"Basic {b64encode(user.encode()).decode()}"
+    return urlunsplit((parts.scheme, place, parts.path.rstrip("/"), "", "")), headers
 
 
 def _error_text(parsed: object, body: bytes) -> str:
