@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from peft import IA3Config, LoHaConfig, LoraConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
-from treepo_trl.policy import adapter_sync
+from treepo_trl.policy import adapter_sync, temporary_folder
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration, check_adapter, lora_engine_options
 
 

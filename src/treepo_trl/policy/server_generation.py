@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_peft_model
 from transformers import PreTrainedTokenizerBase, TrainerState
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -73,7 +73,7 @@ class ServerGeneration(VLLMGeneration):
         super().__init__(*args, **kwargs)
 
     def _init_vllm(self) -> None:
-        if is_4bit(cast("PeftModel", self.model)):
+        if is_peft_model(self.model) and is_4bit(cast("PeftModel", self.model)):
             raise ValueError(
                 "The policy's base is in 4 bits, and `vllm_mode` is 'server': a server loads it in 16 bits, which is "
                 "another model. Load the policy in 16 bits, or set `vllm_mode='colocate'`."

@@ -161,7 +161,7 @@ class WeightVersions(PolicyVersions):
             server.post("/update_weight_version", {"new_version": self.name})
         except ServerLostError as error:
             if server.is_healthy():
-                raise self._unreadable(server, str(error)) from error
+                raise self._unreadable(server, f"{error} Restart it: its weights are gone.") from error
             raise
         finally:
             with suppress(ServerLostError):
