@@ -14,7 +14,7 @@ PACKAGE = Path(treepo_trl.__file__).parent
 
 # From the ground up: a room imports from its own floor's folder and from floors below, never from beside or above.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("model_support", "trl_seams", "field_checks", "file_lock", "model_card"),
+    ("model_support", "trl_seams", "field_checks", "file_lock", "model_card", "vllm_fields"),
     ("engines", "grpo_fields", "checkpoints"),
     ("sampling",),
     ("turns", "evaluation"),
