@@ -1,12 +1,11 @@
 """Servers that die, come back, are silent, refuse or answer nonsense in the middle of a batch."""
 
 import random
-import time
 from typing import Any
 
 import pytest
 
-from tests.support.fake_vllm import Act, FakeVLLM, at_random, engine_of, fake_servers, path_determined, scripted
+from tests.support.fake_vllm import Act, FakeVLLM, at_random, engine_of, fake_servers, path_determined, scripted, until
 from tests.support.fakes import EOS, FakeEngine, memoryless
 from tests.support.sampling import fingerprint, make_config, prompts_of, trees_of
 from treepo_trl import SegmentTree, TreeSampler
@@ -33,14 +32,6 @@ def same_trees(trees: list[SegmentTree]) -> bool:
     return fingerprint(trees) == fingerprint(expected_trees(len(trees)))
 
 
-def until(condition: Any) -> None:
-    """Wait for another thread, five seconds at most."""
-    end = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.01)
-
-
 def requests_of(count: int, tokens: int = 4) -> list[SegmentRequest]:
     return [SegmentRequest(i, [100 + i] * 3, tokens, tree=i) for i in range(count)]
 
@@ -59,8 +50,8 @@ def test_a_server_lost_in_mid_batch_costs_no_segment(act: Act) -> None:
         assert engine.num_lost == 1
         assert engine.num_resent >= 1
         # Finished segments stay: only what was open is asked for again.
-        num_sent = len(first.bodies) + len(second.bodies)
-        assert num_sent == sampler.stats.num_segments + engine.num_resent
+        num_asked = len(first.bodies) + len(second.bodies)
+        assert sampler.stats.num_segments <= num_asked <= sampler.stats.num_segments + engine.num_resent
         engine.close()
 
 

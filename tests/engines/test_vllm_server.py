@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.fake_vllm import engine_of, fake_servers, markov, path_determined, scripted
+from tests.support.fake_vllm import engine_of, fake_servers, markov, path_determined, scripted, until
 from tests.support.fakes import EOS, FakeEngine, MarkovEngine, memoryless
 from tests.support.sampling import configs, fingerprint, make_config, prompts_of, trees_of
 from treepo_trl import TreeSampler, TreeSamplingConfig
@@ -52,7 +52,7 @@ def test_trees_are_those_of_an_engine_in_this_process(config: TreeSamplingConfig
         # Every tree has lived on one server, and none is left there.
         first, second = (set(server.trees) for server in servers)
         assert not first & second
-        assert [server.num_trees for server in engine._pool.servers] == [0, 0]
+        until(lambda: [server.num_trees for server in engine._pool.servers] == [0, 0])
         assert sampler.stats.num_prompt_tokens == sum(len(b["token_ids"]) for s in servers for b in s.bodies)
 
 
@@ -60,7 +60,7 @@ def test_weighted_means_over_trees_of_several_servers_are_those_of_the_chain() -
     """A chain whose completions are known exactly, as in `tests/sampling/test_leaf_weights.py`."""
     config = make_config(8, max_completion_length=12, segment_length=2, fallback_policy="none")
     with fake_servers(1, markov(1)) as one, fake_servers(1, markov(1, seed=1)) as other:
-        trees = trees_of(engine_of([*one, *other]), config, [[9]] * 300)
+        trees = trees_of(engine_of([*one, *other]), config, [[9]] * 150)
     for name, exact in MarkovEngine.exact(12).items():
         means = [
             sum(
@@ -132,15 +132,6 @@ def test_options_travel_in_vllms_names() -> None:
         "max_tokens": 4,
     }
     assert second == {**first, "model": "adapter-1"}
-
-
-def test_vllm_takes_what_is_sent() -> None:
-    """Every field is one of vLLM's, in process and over HTTP."""
-    sampling_params = pytest.importorskip("vllm.sampling_params")
-    with fake_servers(1) as (server,):
-        serve(engine_of([server]), requests_of(0))
-    params = sampling_params.SamplingParams(**server.bodies[0]["sampling_params"])
-    assert params.max_tokens == 4
 
 
 def test_no_segment_goes_beyond_the_context() -> None:

@@ -9,6 +9,7 @@ import json
 import random
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -250,6 +251,14 @@ def scripted(*acts: Act, then: Act = "answer") -> Script:
 def at_random(rng: random.Random, *acts: Act) -> Script:
     """An act drawn for each request."""
     return lambda body: rng.choice(acts)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for another thread, five seconds at most."""
+    end = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
 
 
 def main() -> None:

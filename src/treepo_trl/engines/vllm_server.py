@@ -223,21 +223,24 @@ class VLLMServerEngine(SegmentEngine):
             server.open.add(each)
             answer = await server.connection.ask("POST", GENERATE, each.body, place.headers, self.timeout)
             outcome = self._read(each.request, answer, server.connection.url)
-        except ServerLostError as error:
-            assert server is not None
-            each.num_failures += 1
-            if each.num_failures < _MOST_FAILURES:
-                self._send_again({each, *self._pool.lose(server, error)})
-                return
-            outcome = self._error(each, f"{each.num_failures} times a server was lost with it, the last time: {error}")
-            server.open.discard(each)
-            self._send_again(set(self._pool.lose(server, error)))
         except ServerRefusedError as error:
             outcome = self._error(each, str(error))
         except Exception as error:
             outcome = error
+        if self._tasks.get(each) is not asyncio.current_task():
+            return  # cancelled as its deadline came, which hides that: the request has another task
         if server is not None:
             server.open.discard(each)
+        if server is not None and isinstance(outcome, ServerLostError):
+            orphans = set(self._pool.lose(server, outcome))
+            each.num_failures += 1
+            if each.num_failures < _MOST_FAILURES:
+                self._send_again(orphans | {each})
+                return
+            self._send_again(orphans)
+            outcome = self._error(
+                each, f"{each.num_failures} times a server was lost with it; the last one: {outcome}"
+            )
         del self._tasks[each]
         self._done.put(outcome)
 
