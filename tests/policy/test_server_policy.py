@@ -18,6 +18,14 @@ from treepo_trl.engines.server_connection import ServerConnection
 
 pytestmark = pytest.mark.vllm
 
+SCRIPT = """
+import sys
+
+from tests.support.server_policies import train_and_write
+
+train_and_write(*sys.argv[1:])
+"""
+
 
 @pytest.fixture(scope="module")
 def model(tiny_model_dir: str) -> str:
@@ -89,18 +97,15 @@ def give_the_base_back(model: str, servers: list[VLLMServer]) -> None:
 
 def test_two_processes_update_and_one_samples(model: str, servers: list[VLLMServer], tmp_path: Path) -> None:
     """Each process gets the trees of its own prompts, from one sampling for both; evaluation too."""
-    script = (
-        "import sys\n\nfrom tests.support.server_policies import train_and_write\n\ntrain_and_write(*sys.argv[1:])\n"
-    )
-    ranks = run_in_two_processes(script, tmp_path, model, urls_of(servers), str(tmp_path))
-    assert [rank["sampled"] for rank in ranks] == [2 * [4], []]
-    for rank in ranks:
-        assert rank["got"] == 2 * [rank["own"]]
-    assert not set(map(tuple, ranks[0]["own"])) & set(map(tuple, ranks[1]["own"]))
-    assert ranks[0]["logs"] == ranks[1]["logs"]
-    for log in ranks[0]["logs"]:
+    ranks = run_in_two_processes(SCRIPT, tmp_path, model, urls_of(servers), str(tmp_path))
+    assert [rank["sampled"] for rank in ranks] == [[4, 4], []]  # prompts of both
+    for step in range(2):
+        first, second = (rank["got"][step] for rank in ranks)
+        assert len(first) == len(second) == 2
+        assert not any(prompt in second for prompt in first)
+    for log, other in zip(*(rank["logs"] for rank in ranks), strict=True):
         assert log["engine/logp_difference_mean"] < 1e-3
-        assert log["tree/unique_tokens"] == log["tree/decoded_tokens"]
+        assert all(log[name] == other[name] for name in ("loss", "grad_norm", "reward", "tree/decoded_tokens"))
     assert_same_parameters(*(torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)), 0.0)
 
 
