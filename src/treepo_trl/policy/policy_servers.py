@@ -66,9 +66,9 @@ class PolicyServers:
         Raises:
             ValueError: for a server that is not up in time, or not what the policy needs.
         """
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + self._timeout  # of all together
         for server in self.servers:
-            self._wait_for(server, deadline)
+            wait_for_server(server, deadline - time.monotonic())
         found = self._of_each(lambda server: check_server(server, self._needs), self.servers)
         facts = next(iter(found.values()), None)
         if facts is None or len(found) < len(self.servers):
@@ -81,19 +81,6 @@ class PolicyServers:
                 "the same `--dtype` and `--quantization`."
             )
         return facts
-
-    def _wait_for(self, server: ServerConnection, deadline: float) -> None:
-        is_told = False
-        while not server.is_healthy():
-            if time.monotonic() >= deadline:
-                raise ValueError(
-                    f"No vLLM server answers at {server.url} ({self._timeout:g} seconds, `vllm_server_timeout`). "
-                    "Start it with `vllm serve`, or correct `vllm_server_base_url`."
-                )
-            if not is_told:
-                logger.info(f"Waiting for the vLLM server at {server.url}.")
-                is_told = True
-            time.sleep(_AGAIN)
 
     def distribute(self) -> None:
         """
@@ -166,6 +153,26 @@ class PolicyServers:
             except ServerLostError as error:
                 self.on_lost(server, error)
         return found
+
+
+def wait_for_server(server: ServerConnection, seconds: float) -> None:
+    """
+    Wait until a server is up.
+
+    Raises:
+        ValueError: if it is not in time.
+    """
+    deadline, is_told = time.monotonic() + seconds, False
+    while not server.is_healthy():
+        if time.monotonic() >= deadline:
+            raise ValueError(
+                f"No vLLM server answers at {server.url}. Start it with `vllm serve`, or correct "
+                "`vllm_server_base_url`. `vllm_server_timeout` says for how many seconds a start waits."
+            )
+        if not is_told:
+            logger.info(f"Waiting for the vLLM server at {server.url}.")
+            is_told = True
+        time.sleep(_AGAIN)
 
 
 def _warn(server: ServerConnection, error: ServerLostError) -> None:
