@@ -106,7 +106,8 @@ def test_two_processes_update_and_one_samples(model: str, servers: list[VLLMServ
     for log, other in zip(*(rank["logs"] for rank in ranks), strict=True):
         assert log["engine/logp_difference_mean"] < 1e-3
         assert all(log[name] == other[name] for name in ("loss", "grad_norm", "reward", "tree/decoded_tokens"))
-    assert_same_parameters(*(torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)), 0.0)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert_same_parameters(first, second, 0.0)
 
 
 def test_a_server_is_killed_and_comes_back(model: str, servers: list[VLLMServer], tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -38,7 +38,7 @@ def trainer_on(model: str, urls: str, folder: Path, adapter: bool = True, **chan
     return TreePOTrainer(
         model=model,
         processing_class=make_tokenizer(),
-        reward_funcs=different_words,
+        reward_funcs=cast(Any, different_words),
         args=config(folder, **{**settings, **changes}),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         eval_dataset=Dataset.from_dict({"prompt": prompts[:4]}),

@@ -1,5 +1,6 @@
 """The vLLM servers of a training: checked before they sample, each with the current version of the policy."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -7,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
-from accelerate.logging import get_logger
 
 from treepo_trl.engines.server_connection import ServerConnection, ServerLostError
 from treepo_trl.engines.server_facts import ServerFacts
@@ -16,7 +16,7 @@ from .server_checks import ServerNeeds, check_server
 from .server_weights import PolicyVersions
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)  # also where nothing is accelerated
 Result = TypeVar("Result")
 
 PROBE_TOKENS = 64
