@@ -27,6 +27,7 @@ import statistics
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -84,6 +85,9 @@ class Wrapped(SegmentEngine):
     def num_slots(self, length: int) -> int | None:
         return self.engine.num_slots(length)
 
+    def end_tree(self, tree: int) -> None:
+        self.engine.end_tree(tree)
+
     def reset_prefix_cache(self) -> None:
         self.engine.reset_prefix_cache()
 
@@ -133,7 +137,7 @@ class RaggedEngine(Wrapped):
             rest = max(math.ceil(math.exp(self.distribution.inv_cdf(quantile))) - so_far, 1)
             if rest <= request.max_tokens:
                 self.ending.add(request.request_id)
-                request = SegmentRequest(request.request_id, request.token_ids, rest)
+                request = replace(request, max_tokens=rest)
             changed.append(request)
         self.engine.submit(changed)
 

@@ -83,6 +83,7 @@ THEMES: dict[str, tuple[str, ...]] = {
         "vllm_base_weights",
         "vllm_share_base_weights",
         "vllm_sleep_keeps_weights",
+        "vllm_server_adapter_dir",
     ),
     "The vLLM engine": ("engine_check", "vllm_engine_kwargs"),
     "Reward functions": ("reward_timeout",),

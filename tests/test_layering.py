@@ -14,7 +14,7 @@ PACKAGE = Path(treepo_trl.__file__).parent
 
 # From the ground up: a room imports from its own floor's folder and from floors below, never from beside or above.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("model_support", "trl_seams", "field_checks", "file_lock", "model_card"),
+    ("model_support", "trl_seams", "field_checks", "file_lock", "model_card", "vllm_fields"),
     ("engines", "grpo_fields", "checkpoints"),
     ("sampling",),
     ("turns", "evaluation"),
@@ -42,6 +42,11 @@ HEAVY_ALLOWED = {
     "turns": set(),
     "engines.base": set(),
     "engines.vllm": {"vllm", "numpy"},
+    "engines.vllm_sampling": {"numpy"},
+    "engines.vllm_server": {"numpy"},
+    "engines.server_pool": set(),
+    "engines.server_connection": set(),
+    "engines.server_facts": set(),
     "update.advantages": {"torch"},
     "update.packing": {"torch", "numpy"},
     "viewer": set(),

@@ -9,7 +9,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from .metrics import reduce_totals, tree_metrics, tree_totals, turn_metrics
 from .policy.engine import PolicyEngine
-from .sampling import SegmentTree, TreeSampler
+from .sampling import SamplingStats, SegmentTree, TreeSampler
 from .sampling.turns import TurnHandler
 from .trainer_turns import TrainerTurns
 from .tree_batch import TreeBatch
@@ -76,15 +76,22 @@ class BatchSampler:
         seed = f"{args.seed}/{batch.name}/{trainer.accelerator.process_index // num_processes}"
         seed += f"/{round_number}" if round_number > 0 else ""
         prompts, own = self._policy_engine.gather(prompts)
-        with self._policy_engine.ready(seed, prompts, in_batch=batch.is_open):
-            return self._sampler.sample(
+        sampler, schedule = self._sampler, self._width_schedule
+
+        def sample() -> tuple[list[SegmentTree], SamplingStats]:
+            trees = sampler.sample(
                 prompts,
                 seed,
                 progress=state.global_step / max(state.max_steps, 1),
-                expected_length=self._width_schedule.expected_length(state),
-                widths=self._width_schedule.widths(state),
+                expected_length=schedule.expected_length(state),
+                widths=schedule.widths(state),
                 turns=turns,
-            )[own]
+            )
+            return trees, sampler.stats
+
+        with self._policy_engine.ready(seed, prompts, in_batch=batch.is_open):
+            trees, sampler.stats = self._policy_engine.shared(sample)
+        return trees[own]
 
     def metrics(self, batch: TreeBatch, scaled_rewards: torch.Tensor) -> dict[str, float]:
         """

@@ -13,6 +13,7 @@ from .sampling.config import TreeSamplingConfig
 from .turns import EnvironmentForking
 from .update.advantages import EXACT_ESTIMATORS, AdvantageEstimator
 from .update.packing import TreePacking
+from .vllm_fields import check_vllm_fields
 
 
 LeafWeighting = Literal["auto", "uniform", "inverse_branching"]
@@ -168,6 +169,14 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "memory but not that of the weights. Needs `vllm_enable_sleep_mode=True` and `vllm_lora_sync='adapter'`."
         },
     )
+    vllm_server_adapter_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which the servers of `vllm_mode='server'` find the policy: its adapter, or "
+            "all weights. Default: a temporary folder, in memory where there is room. Set it to a shared disk if a "
+            "server runs on another machine or in a container."
+        },
+    )
     engine_check: EngineCheck = field(
         default="warn",
         metadata={
@@ -246,9 +255,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         self._check_micro_batches()
         self._check_supported()
         self._check_tools()
-        self._check_shared_base()
-        self._check_sleep()
-        self._check_engine_kwargs()
+        check_vllm_fields(self)
 
     @property
     def weights_leaves(self) -> bool:
@@ -335,11 +342,6 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             )
 
     def _check_supported(self) -> None:
-        if self.use_vllm and self.vllm_mode != "colocate":
-            raise ValueError(
-                f"`vllm_mode` is {self.vllm_mode!r}, which is not supported yet: segments are driven inside this "
-                "process. Set `vllm_mode='colocate'`."
-            )
         if self.use_transformers_continuous_batching:
             raise ValueError(
                 "`use_transformers_continuous_batching=True` is not supported, nor is `use_transformers_paged`, its "
@@ -351,47 +353,4 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             raise ValueError(
                 f"`tool_timeout={self.tool_timeout}` needs threads: a call in the main thread cannot be left. Set "
                 "`tool_workers` to 1 or more, or leave `tool_timeout` out."
-            )
-
-    def _check_adapter_engine(self, name: str) -> None:
-        if not (self.use_vllm and self.vllm_lora_sync == "adapter"):
-            raise ValueError(
-                f"`{name}=True` is about the vLLM engine of a LoRA policy. It needs `use_vllm=True` and "
-                "`vllm_lora_sync='adapter'`."
-            )
-
-    def _check_sleep(self) -> None:
-        if not self.vllm_sleep_keeps_weights:
-            return
-        self._check_adapter_engine("vllm_sleep_keeps_weights")
-        if not self.vllm_enable_sleep_mode:
-            raise ValueError(
-                "`vllm_sleep_keeps_weights=True` says how the engine sleeps, but it does not sleep. Set "
-                "`vllm_enable_sleep_mode=True`, or leave it out."
-            )
-
-    def _check_shared_base(self) -> None:
-        if not self.vllm_share_base_weights:
-            return
-        self._check_adapter_engine("vllm_share_base_weights")
-        if self.vllm_base_weights == "dequantized":
-            raise ValueError(
-                "`vllm_share_base_weights=True` needs the same weights in policy and engine, but "
-                "`vllm_base_weights='dequantized'` has them in 4 and in 16 bits. Set `vllm_base_weights='quantized'`, "
-                "or unset one of the two."
-            )
-        if self.vllm_tensor_parallel_size > 1:
-            raise ValueError(
-                "`vllm_share_base_weights=True` needs an engine that holds whole weights, but "
-                f"`vllm_tensor_parallel_size` is {self.vllm_tensor_parallel_size}. Unset one of the two."
-            )
-
-    def _check_engine_kwargs(self) -> None:
-        if isinstance(self.vllm_gpu_memory_utilization, str) and self.vllm_gpu_memory_utilization != "auto":
-            share = self.vllm_gpu_memory_utilization
-            raise TypeError(f"`vllm_gpu_memory_utilization` is {share!r}; it must be a number, or 'auto'.")
-        if not isinstance(self.vllm_engine_kwargs, dict | None):
-            raise TypeError(
-                f"`vllm_engine_kwargs` is {self.vllm_engine_kwargs!r}; give a dictionary, on the command line a JSON "
-                """object such as '{"attention_backend": "TRITON_ATTN"}'."""
             )

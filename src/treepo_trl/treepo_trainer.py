@@ -59,7 +59,7 @@ class TreePOTrainer(GRPOTrainer):
     [`~trl.GRPOTrainer`] with three changes: in training each prompt's completions grow as a tree of segments, the
     group advantages become tree segment advantages, and shared prefixes are forwarded once per unique token.
     Evaluation samples plain independent completions. Everything else, arguments included, is GRPOTrainer's, but for
-    image prompts and vLLM server mode, which are an error at construction.
+    image prompts, which are an error.
 
     Example:
 

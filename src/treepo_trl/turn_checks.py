@@ -27,6 +27,11 @@ def check_turns(args: TreePOConfig, tools: object, rollout_func: object, environ
             "processes of an engine must ask for the same segments at the same time, and tools take as long as they "
             "take. Set it to 1, with an engine per process."
         )
+    if used and args.use_vllm and args.vllm_mode == "server" and args.world_size > 1:
+        raise ValueError(
+            f"`{used[0]}` with `vllm_mode='server'` and {args.world_size} processes is not supported: one of them "
+            "samples for all, and has its own tools alone. Update in one process, or set `vllm_mode='colocate'`."
+        )
     if rollout_func is None:
         return
     if used:

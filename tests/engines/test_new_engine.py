@@ -49,6 +49,7 @@ def test_complete_yields_each_result_once_as_it_comes(rng: random.Random) -> Non
     assert [first, *results] == engine.results
     assert sorted(result.request_id for result in engine.results) == list(range(20))
     assert engine.aborted == 0
+    assert engine.ended == [0]
     assert list(FakeEngine(memoryless(0.3)).complete([])) == []
 
 

@@ -15,7 +15,8 @@ from tests.support.segments import drain, full_logits, full_logprobs
 from tests.support.vllm_policies import config
 from treepo_trl import TreeSampler, TreeSamplingConfig
 from treepo_trl.engines import SamplingOptions, SegmentEngineError, SegmentRequest, SegmentResult
-from treepo_trl.engines.vllm import VLLMEngine, entropies_of
+from treepo_trl.engines.vllm import VLLMEngine
+from treepo_trl.engines.vllm_sampling import entropies_of
 from treepo_trl.sampling.tree import SegmentTree
 
 

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from peft import IA3Config, LoHaConfig, LoraConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
-from treepo_trl.policy import adapter_sync
+from treepo_trl.policy import adapter_sync, temporary_folder
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration, check_adapter, lora_engine_options
 
 
@@ -119,7 +119,7 @@ def test_order_of_construction(monkeypatch: pytest.MonkeyPatch, shares: bool, ex
     generation = parts_of_a_generation(monkeypatch, share_base_weights=shares)
     calls = generation.calls
     generation.model.active_adapter = "default"
-    generation.model.peft_config = {"default": SimpleNamespace(r=4)}
+    generation.model.active_peft_config = SimpleNamespace(r=4)
     generation.model.named_parameters = dict[str, torch.nn.Parameter]().items
     base = SimpleNamespace(config=SimpleNamespace(_commit_hash=None), is_loaded_in_4bit=False, dtype=torch.bfloat16)
     generation.model.get_base_model = lambda: base
@@ -157,12 +157,11 @@ def test_order_of_construction(monkeypatch: pytest.MonkeyPatch, shares: bool, ex
 def test_an_adapter_travels_through_memory_where_it_fits_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, is_writable: bool, fits: bool
 ) -> None:
-    """A hundred float32 numbers."""
-    monkeypatch.setattr(adapter_sync, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(temporary_folder, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     monkeypatch.setattr("os.access", lambda *_: is_writable)
     monkeypatch.setattr("tempfile.tempdir", "temporary")
-    place = adapter_sync._place_for([torch.nn.Parameter(torch.zeros(10, 5)) for _ in range(2)])
+    place = temporary_folder.place_for(400)
     assert place == (tmp_path if fits else "temporary")
 
 

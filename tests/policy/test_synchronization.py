@@ -1,12 +1,11 @@
 """What a synchronization asks of the engine and when, and what the engine makes of TRL's calls. Without an engine."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from trl.generation.vllm_generation import VLLMGeneration
 
 from treepo_trl.policy import adapter_sync
@@ -22,22 +21,19 @@ def generation_with(monkeypatch: pytest.MonkeyPatch, adapter: str, shares: bool,
     generation: Any = AdapterVLLMGeneration(share_base_weights=shares)
     calls: list[Any] = []
 
-    @contextmanager
-    def gather_params(parameters: list[str]) -> Iterator[None]:
-        calls.append(("gathered", parameters))
-        yield
-        calls.append("back in parts")
+    def save(folder: str, selected_adapters: list[str], state_dict: dict[str, Any], **_: Any) -> None:
+        calls.append(("saved", folder, selected_adapters, list(state_dict)))
 
     generation.calls, generation.resets = calls, True
     generation.enable_sleep_mode = generation._llm_weights_sleeping = sleeps
     generation._adapter_folder = SimpleNamespace(path="folder")
-    generation._dist = SimpleNamespace(gather_params=gather_params)
+    generation.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=None))
     generation._share_base_weights = lambda: calls.append("base shared")
     names = [f"layer.lora_A.{name}.weight" for name in ("default", "other")] + ["layer.base_layer.weight"]
     generation.model = SimpleNamespace(
         active_adapter=adapter,
-        named_parameters=lambda: [(name, name) for name in names],
-        save_pretrained=lambda folder, selected_adapters, **_: calls.append(("saved", folder, selected_adapters)),
+        named_parameters=lambda: [(name, torch.nn.Parameter(torch.zeros(1))) for name in names],
+        save_pretrained=save,
     )
     generation.llm = SimpleNamespace(
         wake_up=lambda tags: calls.append(("awake", tags)),
@@ -58,9 +54,7 @@ def test_an_engine_has_the_adapter_and_nothing_of_the_one_before(
     generation.sync_weights()
     assert generation.calls == [
         *(["base shared"] if shares else []),  # preparing the policy for training may have copied it
-        ("gathered", [f"layer.lora_A.{adapter}.weight"]),
-        ("saved", "folder", [adapter]),
-        "back in parts",
+        ("saved", "folder", [adapter], [f"layer.lora_A.{adapter}.weight"]),
         *([("awake", ["weights"])] if sleeps else []),
         ("loaded", ("policy", 1, folder, True)),  # in the place of the one with this number
         "cache reset",

@@ -78,6 +78,9 @@ def test_every_tree_is_complete_and_made_of_what_the_engine_returned(
     )
     requests = {request.request_id: request for request in engine.requests}
     assert len(requests) == len(engine.requests), "request ids repeat"
+    # Requests name their tree, and every tree is ended once, when nothing of it is in flight.
+    assert all(request.token_ids[: len(prompts[0])] == prompts[request.tree] for request in engine.requests)
+    assert sorted(engine.ended) == list(range(len(prompts)))
     of_results = Counter(
         as_key(requests[result.request_id].token_ids, result.token_ids, result.logprobs) for result in engine.results
     )

@@ -59,6 +59,7 @@ class FakeEngine(QueueEngine):
         self.draw, self.seed, self.arrival, self.slots = draw, seed, arrival, slots
         self.requests: list[SegmentRequest] = []
         self.results: list[SegmentResult] = []
+        self.ended: list[int] = []
         for name, value in limits.items():
             assert hasattr(SegmentEngine, name), name
             setattr(self, name, value)
@@ -81,6 +82,10 @@ class FakeEngine(QueueEngine):
         self._pending = later
         self.results.extend(results)
         return results
+
+    def end_tree(self, tree: int) -> None:
+        assert tree not in [request.tree for request in self._pending]
+        self.ended.append(tree)
 
     def answer(self, request: SegmentRequest) -> SegmentResult:
         key = tuple(request.token_ids)

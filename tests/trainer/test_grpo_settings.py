@@ -37,7 +37,6 @@ def test_every_field_of_trl_is_in_one_group() -> None:
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "vllm_mode": {"use_vllm": True, "vllm_mode": "server"},
     "vllm_structured_outputs_regex": {"use_vllm": True, "vllm_structured_outputs_regex": "a+"},
     "use_transformers_continuous_batching": {"use_transformers_continuous_batching": True},
     "use_transformers_paged": {"use_transformers_paged": True},
@@ -47,6 +46,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 REFUSED_IN_PART: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.0},
     "generation_kwargs": {"generation_kwargs": {"num_beams": 2}},
+    "vllm_mode": {"use_vllm": True, "vllm_mode": "server", "vllm_enable_sleep_mode": True},
     "num_generations": {"num_generations": 6, "per_device_train_batch_size": 8},
     "mask_truncated_completions": {"mask_truncated_completions": True, "stop_pattern": "a"},
 }
@@ -70,10 +70,6 @@ def test_what_is_called_refused_is_refused(tmp_path: Path, name: str, monkeypatc
 
 
 OTHER_VALUES: dict[str, Any] = {
-    "vllm_server_base_url": "http://nowhere",
-    "vllm_server_host": "nowhere",
-    "vllm_server_port": 1,
-    "vllm_server_timeout": 1.0,
     "vllm_group_port": 2,
     "transformers_continuous_batching_config": {"max_memory_percent": 0.1},
     "log_multimodal": False,

@@ -52,11 +52,13 @@ OTHER: dict[str, Any] = {
 # What only the engine of an adapter has, and `vllm_lora_sync="merge"` not.
 ENGINE_WEIGHTS: dict[str, Any] = {"vllm_share_base_weights": True, "vllm_sleep_keeps_weights": True}
 LORA_ENGINE: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True}
+SERVERS: dict[str, Any] = {"use_vllm": True, "vllm_mode": "server"}
+OF_SERVERS = {"vllm_server_adapter_dir": "/shared"}
 
 
 def test_new_fields_are_all_covered_here() -> None:
     refused_in_training, dictionaries = {"max_tree_tokens"}, {"vllm_engine_kwargs"}
-    assert set(NEW_FIELDS) == {*OTHER, *ENGINE_WEIGHTS} | refused_in_training | dictionaries
+    assert set(NEW_FIELDS) == {*OTHER, *ENGINE_WEIGHTS, *OF_SERVERS} | refused_in_training | dictionaries
 
 
 @pytest.mark.parametrize("name", NEW_FIELDS)
@@ -212,7 +214,16 @@ def test_max_tree_depth(tmp_path: Path, length: int, segment: int | None, depth:
             {"stop_pattern": "x", "mask_truncated_completions": True},
             "`stop_pattern` and `mask_truncated_completions=True` ... Unset one",
         ),
-        ({"use_vllm": True, "vllm_mode": "server"}, "`vllm_mode` is 'server' ... vllm_mode='colocate'"),
+        (
+            {**SERVERS, "vllm_engine_kwargs": {"dtype": "float32"}},
+            "`vllm_engine_kwargs={'dtype': 'float32'}` is about an engine in this process ... `vllm_mode` is 'server'",
+        ),
+        ({**SERVERS, "vllm_enable_sleep_mode": True}, "`vllm_enable_sleep_mode=True` ... flags of their own"),
+        ({**SERVERS, "vllm_gpu_memory_utilization": "auto"}, "'auto' ... `--gpu-memory-utilization`"),
+        ({**SERVERS, "vllm_share_base_weights": True}, "`vllm_share_base_weights=True` ... `vllm_mode` is 'server'"),
+        ({**SERVERS, "vllm_server_base_url": "http://a:1, http://a:1/"}, "several different ones parted by commas"),
+        ({**SERVERS, "vllm_server_base_url": "http://a:1,"}, "several different ones parted by commas"),
+        ({"vllm_server_adapter_dir": "/shared"}, "`vllm_server_adapter_dir` ... no server samples"),
         (
             {"use_transformers_continuous_batching": True},
             "`use_transformers_continuous_batching=True` is not supported ... Leave it out",
@@ -318,6 +329,13 @@ def test_share_of_the_card_is_a_number_or_auto(tmp_path: Path) -> None:
     assert make(tmp_path, vllm_gpu_memory_utilization="auto").vllm_gpu_memory_utilization == "auto"
     with pytest.raises(TypeError, match=r"^`vllm_gpu_memory_utilization` is 'most'; it must be a number, or 'auto'"):
         make(tmp_path, vllm_gpu_memory_utilization="most")
+
+
+def test_settings_of_servers_are_taken(tmp_path: Path) -> None:
+    settings = {**SERVERS, **OF_SERVERS, "vllm_server_base_url": "http://a:1,http://b:1"}
+    arguments = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    assert_parses(tmp_path, arguments, {}, settings)
+    assert_parses(tmp_path, [], settings, settings)
 
 
 def test_command_line_wins_over_yaml(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import treepo_trl
 from tests.support.paths import ROOT
 from treepo_trl import TreePOConfig, TreePOTrainer, trl_seams
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
+from treepo_trl.policy.server_generation import ServerGeneration
 
 
 # Parameters as in a definition, without annotations.
@@ -238,6 +239,16 @@ def test_adapter_generation_overrides_no_more() -> None:
         assert f"self.{name} = " in source, name
 
 
+def test_server_generation_overrides_all_that_the_trainer_calls() -> None:
+    """TRL's own would open a client; of that the trainer asks one thing more."""
+    assert overridden_methods(ServerGeneration, VLLMGeneration) == {"__init__", *VLLM_SIGNATURES}
+    for name, signature in VLLM_SIGNATURES.items():
+        assert written(getattr(ServerGeneration, name)) == signature
+    source = inspect.getsource(GRPOTrainer)
+    assert source.count("vllm_client") == source.count("vllm_client.get_server_info()") == 1
+    assert set(re.findall(r"self\.vllm_generation\.(\w+)", source)) <= {"vllm_client", "llm", *VLLM_SIGNATURES}
+
+
 def test_parameters_of_the_vllm_generation_that_the_trainer_builds() -> None:
     names = {"model", "accelerator", "mode", "enable_sleep_mode", "max_model_length", "max_num_seqs", "logprobs"}
     assert names <= set(parameters(VLLMGeneration.__init__))
@@ -286,7 +297,8 @@ def test_replaced_names_are_listed() -> None:
 
 
 def test_overrides_around_the_engine_are_listed() -> None:
-    own = {name for name in vars(AdapterVLLMGeneration) if not hasattr(VLLMGeneration, name)}
+    classes = (AdapterVLLMGeneration, ServerGeneration)
+    own = {name for cls in classes for name in vars(cls) if not hasattr(VLLMGeneration, name)}
     overrides = {(name, method) for name, method in overrides_in_policy() if method not in {"__init__", *own}}
     assert ("KeepWeightsWorker", "_maybe_get_memory_pool_context") in overrides
     assert {(name, method) for name, method, _, _ in rows_below("`policy/` overrides methods")} == overrides

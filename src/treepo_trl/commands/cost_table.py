@@ -39,7 +39,7 @@ def sample_independent(
     for i, prompt in enumerate(prompts):
         cap = completion_cap(engine, config, prompt)
         first = i * config.num_generations
-        requests += [SegmentRequest(first + j, prompt, cap) for j in range(config.num_generations)]
+        requests += [SegmentRequest(first + j, prompt, cap, tree=i) for j in range(config.num_generations)]
     with closing(engine.complete(requests)) as results:  # an error of the callback aborts too
         for result in results:
             index = result.request_id // config.num_generations

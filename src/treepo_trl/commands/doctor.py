@@ -5,17 +5,23 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import yaml
-from trl import ModelConfig
+from transformers import AutoTokenizer
+from trl import ModelConfig, get_peft_config
 
 from treepo_trl.doctor.examination import check_memory, examine
 from treepo_trl.doctor.needs import Needs, NumberType, everything, of_recipe
+from treepo_trl.doctor.servers import check_servers
 from treepo_trl.memory import GIB
+from treepo_trl.policy.server_checks import ServerNeeds
+from treepo_trl.policy.server_weights import AdapterVersions
 from treepo_trl.quickstart import small_model
 from treepo_trl.quickstart.model import default_folder
+from treepo_trl.treepo_config import TreePOConfig
+from treepo_trl.vllm_fields import server_urls
 
 from .arguments import CONFIG_HELP, PlanArguments, check_config, help_of, make_parser, require_model
 from .errors import user_errors
@@ -39,10 +45,10 @@ def main(argv: list[str]) -> None:
     with user_errors():
         own, rest = _parsed(argv)
         model = require_model(own.model_name_or_path) if own.model_name_or_path else small_model(default_folder())
-        needs, memory = everything(model), None
+        needs, memory, servers = everything(model), None, None
         if rest:
-            needs, memory = _recipe(rest, model)
-    report = examine(needs, memory)
+            needs, memory, servers = _recipe(rest, model)
+    report = examine(needs, memory, servers)
     print(json.dumps(report.to_dict(), indent=2) if own.json else report.text())
     if report.exit_status:
         raise SystemExit(report.exit_status)
@@ -88,8 +94,8 @@ def _parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 _MODEL_HELP = "Folder or hub name of the model that the checks run on. Default: SmolLM2-135M-Instruct, from a package."
 
 
-def _recipe(argv: list[str], model: str) -> tuple[Needs, Callable[[], str]]:
-    """What a recipe needs, and the check of its memory."""
+def _recipe(argv: list[str], model: str) -> tuple[Needs, Callable[[], str], Callable[[], str] | None]:
+    """What a recipe needs, the check of its memory, and that of its servers if it has some."""
     number_type, use_cpu = _number_type(argv)
     on_cpu = use_cpu or not torch.cuda.is_available()
     # A number type that does not work here would be refused now; that it does not is a finding.
@@ -110,7 +116,26 @@ def _recipe(argv: list[str], model: str) -> tuple[Needs, Callable[[], str]]:
 
     checked_args = model_args if adapter is None else _with_new_adapter(model_args, adapter)
     needs = of_recipe(model, training_args, checked_args, number_type, use_cpu)
-    return needs, partial(check_memory, plan, card, free)
+    servers = partial(_check_servers, training_args, model_args, adapter) if needs.has_servers else None
+    return needs, partial(check_memory, plan, card, free), servers
+
+
+def _check_servers(training_args: TreePOConfig, model_args: ModelConfig, adapter: "PeftConfig | None") -> str:
+    """Check the servers of a recipe against the policy that it would train."""
+    adapter = adapter or get_peft_config(model_args)
+    has_adapter = adapter is not None and training_args.vllm_lora_sync == "adapter"
+    needs = ServerNeeds(
+        cast(str, model_args.model_name_or_path),
+        AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision),
+        training_args.vllm_max_model_length or training_args.max_completion_length + 1,
+        training_args.branching_policy == "entropy",
+        AdapterVersions.kept if has_adapter else 0,
+        getattr(adapter, "r", 0) if has_adapter else 0,
+    )
+    urls = server_urls(
+        training_args.vllm_server_base_url, training_args.vllm_server_host, training_args.vllm_server_port
+    )
+    return check_servers(urls, needs)
 
 
 def _with_new_adapter(model_args: ModelConfig, adapter: "PeftConfig") -> ModelConfig:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from trl import GRPOConfig, ModelConfig
@@ -18,9 +18,15 @@ if TYPE_CHECKING:
 
 
 EngineName = Literal["auto", "vllm", "transformers"]
+VLLMMode = Literal["colocate", "server"]
 WeightType = Literal["auto", "bfloat16", "float16", "float32"]
 
+_OF_THIS_PROCESS = (
+    *("dtype", "attn_implementation", "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_enforce_eager"),
+    *("vllm_tensor_parallel_size", "vllm_max_num_seqs", "vllm_quantization"),
+)
 _RANGES: Ranges = {
+    "vllm_server_timeout": (lambda value: value > 0, "above 0"),
     "vllm_gpu_memory_utilization": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "vllm_max_model_length": (lambda value: value >= 1, "at least 1 token"),
     "vllm_tensor_parallel_size": (lambda value: value >= 1, "at least 1"),
@@ -58,9 +64,35 @@ class EngineArguments:
         default=None, metadata={"help": "vLLM's quantization method, such as bitsandbytes. Default: the checkpoint's."}
     )
     vllm_enforce_eager: bool = field(default=False, metadata={"help": "Whether vLLM leaves CUDA graphs out."})
+    vllm_mode: VLLMMode = field(
+        default="colocate", metadata={"help": "Where vLLM runs: in this process (colocate), or on servers."}
+    )
+    vllm_server_base_url: str | None = field(
+        default=None,
+        metadata={"help": "Address of the server, or several parted by commas, for `vllm_mode='server'`."},
+    )
+    vllm_server_timeout: float = field(
+        default=240.0, metadata={"help": "Seconds to wait for the servers, and for an answer of one."}
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, EngineArguments, _RANGES)
+        self._check_servers()
+
+    def _check_servers(self) -> None:
+        if (self.vllm_mode == "server") != (self.vllm_server_base_url is not None):
+            raise ValueError(
+                "`vllm_mode='server'` and `vllm_server_base_url` go together: give both, such as `--vllm_mode server "
+                "--vllm_server_base_url http://localhost:8000`, or neither."
+            )
+        if self.vllm_mode == "colocate":
+            return
+        for each in fields(self):
+            if each.name in _OF_THIS_PROCESS and getattr(self, each.name) != each.default:
+                raise ValueError(
+                    f"`{each.name}={getattr(self, each.name)!r}` is about an engine in this process, but `vllm_mode` "
+                    "is 'server'. Leave it out, and give the servers flags of their own."
+                )
 
 
 def load_tokenizer(arguments: EngineArguments) -> "PreTrainedTokenizerBase":
@@ -115,6 +147,8 @@ def uses_vllm(arguments: EngineArguments) -> bool:
     """
     from trl.import_utils import is_vllm_available
 
+    if arguments.vllm_mode == "server" and arguments.engine == "transformers":
+        raise ValueError("`engine='transformers'` runs no vLLM, but `vllm_mode` is 'server'. Leave one of them out.")
     if arguments.engine == "vllm" and not is_vllm_available():
         raise ImportError(
             "`engine='vllm'`, but vLLM is not installed. Run `pip install treepo-trl[vllm]`, or choose "
@@ -153,6 +187,10 @@ def build_engine(
     """
     if not adapters and arguments.adapter_name_or_path is not None:
         adapters = [arguments.adapter_name_or_path]
+    if arguments.vllm_mode == "server":
+        from .server_engine import server_engine
+
+        return server_engine(arguments, load_tokenizer(arguments), eos_ids, options, with_entropies, adapters)
     if uses_vllm(arguments):
         return _vllm_engine(arguments, eos_ids, options, with_entropies, seed, adapters)
     return _transformers_engine(arguments, eos_ids, options, with_entropies, seed, adapters)
@@ -257,7 +295,11 @@ def use_adapter(engine: SegmentEngine, adapters: Sequence[str], position: int | 
     from treepo_trl.engines.own_model import OwnModelEngine
     from treepo_trl.engines.vllm import VLLMEngine
 
-    if isinstance(engine, VLLMEngine):
+    from .server_engine import ServedAdapters
+
+    if isinstance(engine, ServedAdapters):
+        engine.use(position)
+    elif isinstance(engine, VLLMEngine):
         from vllm.lora.request import LoRARequest
 
         request = None if position is None else LoRARequest(_name_of(position), position + 1, adapters[position])

@@ -14,7 +14,7 @@ from .versions import check_versions, how_to_install
 GIB = 2**30
 
 
-def examine(needs: Needs, memory: Callable[[], str] | None = None) -> Report:
+def examine(needs: Needs, memory: Callable[[], str] | None = None, servers: Callable[[], str] | None = None) -> Report:
     """
     Environment and findings for what is needed.
 
@@ -23,11 +23,16 @@ def examine(needs: Needs, memory: Callable[[], str] | None = None) -> Report:
             What is to be checked.
         memory (`Callable`, *optional*):
             The check whether a recipe fits the card; see [`check_memory`].
+        servers (`Callable`, *optional*):
+            The check of the servers that a recipe names; see `servers.py`.
     """
     report = Report(environment())
     report.findings.append(finding_of("versions", lambda: check_versions(needs.packages), ""))
     if memory is not None:
         report.findings.append(finding_of("memory", memory, "Give `--card_gib`, or name another model."))
+    if servers is not None:
+        _say("servers")
+        report.findings.append(finding_of("servers", servers, "Start them as docs/servers.md says."))
     _say("number type, packed update, 4-bit")
     report.findings += run_group("kernels", kernel_names(needs), needs)
     names = training_names(needs)

@@ -50,6 +50,8 @@ class Needs:
             Whether the training is to run on the processor.
         is_recipe (`bool`):
             Whether a recipe says what is needed. Else everything is.
+        has_servers (`bool`):
+            Whether vLLM servers sample, and not this machine.
     """
 
     model: str
@@ -58,10 +60,11 @@ class Needs:
     number_type: NumberType | None = None
     use_cpu: bool = False
     is_recipe: bool = False
+    has_servers: bool = False
 
     @property
     def uses_vllm(self) -> bool:
-        """Whether vLLM samples."""
+        """Whether vLLM samples in this process."""
         return bool(self.training["use_vllm"])
 
     @property
@@ -95,7 +98,7 @@ class Needs:
         engine_in_4bit = training.get("vllm_base_weights") == "quantized" or training.get("vllm_share_base_weights")
         optional = {
             "peft": self.has_adapter,
-            "vllm": self.uses_vllm,
+            "vllm": self.uses_vllm or self.has_servers,  # which TRL wants beside its trainer too
             "bitsandbytes": self.needs_4bit,
             "vllm-bnb-plugin": bool(self.uses_vllm and self.model_settings.get("load_in_4bit") and engine_in_4bit),
         }
@@ -121,7 +124,9 @@ def of_recipe(model: str, training_args: object, model_args: object, number_type
             What it says about them, which `training_args` may not: an unfit number type is refused there.
     """
     training, model_settings = _values(training_args, _TRAINING_SETTINGS), _values(model_args, _MODEL_SETTINGS)
-    return Needs(model, training, model_settings, number_type, use_cpu, is_recipe=True)
+    has_servers = training["use_vllm"] and getattr(training_args, "vllm_mode", None) == "server"
+    training["use_vllm"] = training["use_vllm"] and not has_servers
+    return Needs(model, training, model_settings, number_type, use_cpu, is_recipe=True, has_servers=has_servers)
 
 
 def _values(settings: object, names: tuple[str, ...]) -> dict[str, Any]:

@@ -56,6 +56,8 @@ class SegmentRequest:
     """Prompt and path so far: everything that the segment continues."""
     max_tokens: int
     """Longest segment to return, at least 1."""
+    tree: int = 0
+    """Requests of one tree share prefixes; an engine of several servers keeps them together. Unique in flight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,10 @@ class SegmentEngine(ABC):
         """Requests that run at once when the longest of them has `length` tokens; `None` without a limit."""
         return None
 
+    def end_tree(self, tree: int) -> None:
+        """No further request of this tree comes. An engine of several servers counts; does nothing by default."""
+        return
+
     def reset_prefix_cache(self) -> None:
         """Forget all keys and values. Needed after a change of the weights; does nothing by default."""
         return
@@ -157,6 +163,8 @@ class SegmentEngine(ABC):
                 results = self.collect()
                 num_missing -= len(results)
                 yield from results
+            for tree in {request.tree for request in requests}:
+                self.end_tree(tree)
         except BaseException:
             self.abort()
             raise

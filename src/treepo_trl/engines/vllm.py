@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from .base import SamplingOptions, SegmentEngine, SegmentEngineError, SegmentRequest, SegmentResult
+from .vllm_sampling import NUM_TOP_LOGPROBS, entropies_of, sampling_fields
 
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 _STEPS_PER_BURST = 16  # at most; a sixteenth of a segment where segments are short
-_NUM_TOP_LOGPROBS = 20  # vLLM's default limit
 
 
 class VLLMEngine(SegmentEngine):
@@ -86,24 +86,10 @@ class VLLMEngine(SegmentEngine):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        options = self.options
+        shared = sampling_fields(self.options, self.eos_token_ids, self.generation_kwargs, self.reports_entropies)
+        own = {"flat_logprobs": True, "output_kind": RequestOutputKind.FINAL_ONLY}
         for request in requests:
-            fields = {
-                "temperature": options.temperature,
-                "top_p": options.top_p,
-                "top_k": options.top_k,
-                "min_p": options.min_p or 0.0,
-                "repetition_penalty": options.repetition_penalty,
-                # With 0 only the sampled token's.
-                "logprobs": _NUM_TOP_LOGPROBS if self.reports_entropies else 0,
-                "flat_logprobs": True,
-                "stop_token_ids": sorted(self.eos_token_ids),
-                "ignore_eos": True,  # `eos_token_ids` alone decide, not the model's configuration
-                "detokenize": False,
-                "output_kind": RequestOutputKind.FINAL_ONLY,
-                **self.generation_kwargs,
-                "max_tokens": request.max_tokens,
-            }
+            fields = {**own, **shared, "max_tokens": request.max_tokens}
             request_id = str(request.request_id)
             try:
                 self.llm.llm_engine.add_request(
@@ -152,7 +138,7 @@ class VLLMEngine(SegmentEngine):
         (completion,) = output.outputs
         token_ids = list(completion.token_ids)
         logprobs = np.array(cast("FlatLogprobs", completion.logprobs).logprobs, dtype=np.float64)
-        width = 1 + (_NUM_TOP_LOGPROBS if self.reports_entropies else 0)  # the sampled token, then the most likely
+        width = 1 + (NUM_TOP_LOGPROBS if self.reports_entropies else 0)  # the sampled token, then the most likely
         if (
             completion.finish_reason not in ("stop", "length")
             or not token_ids
@@ -171,16 +157,3 @@ class VLLMEngine(SegmentEngine):
             "stop" if token_ids[-1] in self.eos_token_ids else "length",
             entropies_of(table[:, 1:]).tolist() if self.reports_entropies else None,
         )
-
-
-def entropies_of(top_logprobs: np.ndarray) -> np.ndarray:
-    """
-    Entropy in nats of each row's distribution, given its largest log-probabilities (rows, K), largest first.
-
-    Exact if the K tokens hold all the probability. The rest counts as if each of its tokens were as likely as the
-    K-th, which is the most likely that they can be: a lower bound.
-    """
-    probabilities = np.exp(top_logprobs)
-    finite = np.where(np.isfinite(top_logprobs), top_logprobs, 0.0)  # 0 * -inf is no number
-    rest = np.clip(1.0 - probabilities.sum(axis=1), 0.0, 1.0)
-    return -(probabilities * finite).sum(axis=1) - rest * finite[:, -1]

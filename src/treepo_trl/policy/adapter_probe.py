@@ -6,6 +6,7 @@ factors that are zero at the start by random values, gives that to the engine, a
 Afterwards model, engine and generators are as they were.
 """
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,8 @@ Sample = Callable[[list[list[int]]], list[SegmentResult]]
 Cause = Literal["base", "adapter", "modules", "prefix cache", "unknown", "unmoved"]
 
 PROBE_TOKENS = 32  # per prompt; four prompts make an ignored kind of module stand out of bfloat16's rounding
+_NUM_PROMPTS = 4
+_LONGEST_PROMPT = 512  # tokens
 _MOVEMENT = 0.5  # nats per token: far above rounding, and the text stays likely
 _SIGNIFICANT = 4.0  # standard deviations
 
@@ -111,8 +114,16 @@ def segments_of(
     engine: SegmentEngine, prompts: list[list[int]], max_tokens: int = PROBE_TOKENS
 ) -> list[SegmentResult]:
     """One segment for each prompt, in their order."""
-    requests = [SegmentRequest(i, ids, max_tokens) for i, ids in enumerate(prompts)]
+    requests = [SegmentRequest(i, ids, max_tokens, tree=i) for i, ids in enumerate(prompts)]
     return sorted(engine.complete(requests), key=lambda result: result.request_id)
+
+
+def probe_prompts(prompts: list[list[int]], context_length: int | None, block_size: int | None) -> list[list[int]]:
+    """A few of these prompts, repeated so that each fills a block of the prefix cache where the context allows."""
+    longest = min((context_length or _LONGEST_PROMPT) - PROBE_TOKENS, _LONGEST_PROMPT)
+    wanted = (block_size or 1) + 1
+    repeated = [ids * math.ceil(wanted / len(ids)) for ids in prompts[:_NUM_PROMPTS]]
+    return [ids[:longest] for ids in repeated]
 
 
 class _Probe:

@@ -6,12 +6,8 @@ weights is lossy. In bfloat16 the weights drift with each merge and unmerge. Her
 engine loads the same base with LoRA enabled, and the adapter's files travel through memory-backed storage.
 """
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
@@ -23,8 +19,9 @@ from treepo_trl.treepo_config import BaseWeights
 from treepo_trl.trl_seams import engine_class
 
 from .four_bit_base import base_checkpoint, base_of, choose_base_weights, is_4bit
+from .gathered_adapter import gathered_adapter, num_bytes, write_adapter
 from .shared_base import SHARDED, check_sharing, different_weights, parked, report_sharing, share_weights
-from .temporary_folder import SHARED_MEMORY, TemporaryFolder
+from .temporary_folder import TemporaryFolder, place_for
 
 
 if TYPE_CHECKING:
@@ -128,7 +125,7 @@ class AdapterVLLMGeneration(VLLMGeneration):
     def _init_vllm(self) -> None:
         if self.share_base_weights:
             check_sharing(self.model, self.accelerator, self.tensor_parallel_size)
-        self._adapter_folder = TemporaryFolder("adapter", _place_for(self._adapter_parameters()))
+        self._adapter_folder = TemporaryFolder("adapter", place_for(num_bytes(self.model)))
         with ExitStack() as stack:
             options = self._engine_options() | stack.enter_context(self._base_options())
             stack.enter_context(engine_class(_lora_llm_class(options)))
@@ -143,7 +140,7 @@ class AdapterVLLMGeneration(VLLMGeneration):
 
     def _engine_options(self) -> dict[str, object]:
         """Options of `vllm.LLM` that go before those of TRL."""
-        peft_config = cast("LoraConfig", self.model.peft_config[self._adapter])
+        peft_config = cast("LoraConfig", self.model.active_peft_config)
         # The commit that the policy was loaded from. TRL gives the engine the name alone.
         revision = getattr(base_of(self.model).config, "_commit_hash", None)
         return {
@@ -223,13 +220,6 @@ class AdapterVLLMGeneration(VLLMGeneration):
 
     # How the adapter travels
 
-    @property
-    def _adapter(self) -> str:
-        return cast(str, self.model.active_adapter)
-
-    def _adapter_parameters(self) -> list[torch.nn.Parameter]:
-        return [p for name, p in self.model.named_parameters() if f".{self._adapter}." in name]
-
     def _try_adapter(self) -> None:
         """Load the untrained adapter, so that what vLLM cannot serve is an error before the first step."""
         try:
@@ -250,10 +240,8 @@ class AdapterVLLMGeneration(VLLMGeneration):
 
         if self.share_base_weights:
             self._share_base_weights()  # again: preparing the policy for training may have copied it
-        adapter, folder = self._adapter, self._adapter_folder.path
-        with self._dist.gather_params(self._adapter_parameters()):
-            self.model.save_pretrained(folder, selected_adapters=[adapter], save_embedding_layers=False)
-        directory = folder if adapter == "default" else os.path.join(folder, adapter)
+        weights = gathered_adapter(self.model, self.accelerator)  # each process has an engine, or a part of one
+        directory = write_adapter(self.model, weights, self._adapter_folder.path)
         if self.enable_sleep_mode:
             empty_cache()
             self.llm.wake_up(tags=["weights"])
@@ -273,12 +261,3 @@ def _lora_llm_class(engine_options: dict[str, object]) -> "type[LoraLLM]":
     from .lora_llm import LoraLLM
 
     return type("PolicyLLM", (LoraLLM,), {"engine_options": engine_options})
-
-
-def _place_for(parameters: list[torch.nn.Parameter]) -> str | Path:
-    """Memory that looks like a disk, if there is room in it; else the folder for temporary files."""
-    size = sum(parameter.nbytes for parameter in parameters)
-    # Containers often have 64 MiB of it. Twice, for what else lies there.
-    if os.access(SHARED_MEMORY, os.W_OK) and shutil.disk_usage(SHARED_MEMORY).free > 2 * size:
-        return SHARED_MEMORY
-    return tempfile.gettempdir()

@@ -5,12 +5,11 @@ The engine that samples from the policy: which one it is, and what must hold whi
 part of the engine, and connected to the trainer afterwards.
 """
 
-import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from accelerate.utils import is_peft_model
@@ -24,7 +23,7 @@ from treepo_trl.engines import SegmentEngine, SegmentResult
 from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.trl_seams import engine_class, vllm_generation_class
 
-from .adapter_probe import PROBE_TOKENS, own_draws, probe_adapter, segments_of
+from .adapter_probe import own_draws, probe_adapter, probe_prompts, segments_of
 from .adapter_sync import AdapterVLLMGeneration, check_adapter
 from .engine_check import EngineWatch, check_dropout, computing_dtype, different_tokens, dropout_of, logprob_difference
 from .engine_options import check_engine_options, engine_options
@@ -42,8 +41,7 @@ if TYPE_CHECKING:
     from .lora_llm import PolicyLLM
 
 
-_PROBE_PROMPTS = 4
-_LONGEST_PROBE = 512  # tokens of a prompt
+Sampled = TypeVar("Sampled")
 
 
 class PolicyEngine:
@@ -99,6 +97,10 @@ class PolicyEngine:
     def gather(self, prompts: list[list[int]]) -> tuple[list[list[int]], slice]:
         """Prompts of all processes that sample together, and where this process's own are among them."""
         return prompts, slice(0, len(prompts))
+
+    def shared(self, sample: Callable[[], Sampled]) -> Sampled:
+        """What a sampling of the gathered prompts gives, in all processes that sample together. Inside of `ready`."""
+        return sample()
 
     def compare(self, output: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """
@@ -255,25 +257,17 @@ class VLLMPolicy(PolicyEngine):
     def _probe(self, prompts: list[list[int]]) -> None:
         generation = cast(AdapterVLLMGeneration, self._generation)
 
-        def sample(wanted: list[list[int]]) -> list[SegmentResult]:
+        def sample(prompts: list[list[int]]) -> list[SegmentResult]:
             from treepo_trl.engines.vllm import VLLMEngine
 
             with awake(generation):
                 # An engine of its own: the trainer's draws as the settings say, and counts tokens.
-                return segments_of(VLLMEngine(generation.llm, [], lora_request=generation.llm.lora_request), wanted)
+                return segments_of(VLLMEngine(generation.llm, [], lora_request=generation.llm.lora_request), prompts)
 
         policy = cast("PeftModel", self._trainer.accelerator.unwrap_model(self._trainer.model))
-        found = probe_adapter(
-            policy, generation.sync_weights, sample, self._probe_prompts(prompts), bound=self._watch.bound
-        )
+        wanted = probe_prompts(prompts, self.engine.context_length, self.engine.block_size)
+        found = probe_adapter(policy, generation.sync_weights, sample, wanted, bound=self._watch.bound)
         self._watch.probed(found)
-
-    def _probe_prompts(self, prompts: list[list[int]]) -> list[list[int]]:
-        """A few of these prompts, repeated so that each fills a block of the prefix cache where the context allows."""
-        longest = min((self.engine.context_length or _LONGEST_PROBE) - PROBE_TOKENS, _LONGEST_PROBE)
-        wanted = (self.engine.block_size or 1) + 1
-        repeated = [ids * math.ceil(wanted / len(ids)) for ids in prompts[:_PROBE_PROMPTS]]
-        return [ids[:longest] for ids in repeated]
 
 
 def _plain_llm_class(options: dict[str, object]) -> "type[PolicyLLM]":
@@ -303,9 +297,15 @@ def policy_engine_for(
         _check_kind(adapter, args.use_vllm)
         check_dropout(args, adapter)
     if args.use_vllm:
-        if adapter is not None and args.vllm_lora_sync == "adapter":
+        loads_adapter = adapter is not None and args.vllm_lora_sync == "adapter"
+        if adapter is not None and loads_adapter:
             check_adapter(adapter)
-            return VLLMPolicy(args, loads_adapter=True)
+        if args.vllm_mode == "server":
+            from .server_policy import ServerPolicy
+
+            return ServerPolicy(args, loads_adapter)
+        if loads_adapter:
+            return VLLMPolicy(args, loads_adapter)
         engine = VLLMPolicy(args, loads_adapter=False)
     for name in ("vllm_share_base_weights", "vllm_sleep_keeps_weights"):
         if getattr(args, name):

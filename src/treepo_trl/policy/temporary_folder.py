@@ -44,6 +44,41 @@ class TemporaryFolder:
         self.remove = weakref.finalize(self, _remove, self.path, descriptor)
 
 
+def place_for(size: int) -> str | Path:
+    """Memory that looks like a disk, if there is room in it; else the folder for temporary files."""
+    # Containers often have 64 MiB of it. Twice, for what else lies there.
+    if os.access(SHARED_MEMORY, os.W_OK) and shutil.disk_usage(SHARED_MEMORY).free > 2 * size:
+        return SHARED_MEMORY
+    return tempfile.gettempdir()
+
+
+def shared_folder(kind: str, parent: str | None, size: int) -> TemporaryFolder:
+    """
+    A temporary folder that other programs read too.
+
+    Args:
+        kind (`str`):
+            What it is for, a word for its name.
+        parent (`str`, *optional*):
+            Where to make it; made if it is missing. Default: as [`place_for`] says.
+        size (`int`):
+            Bytes that will lie in it.
+
+    Raises:
+        ValueError: if it cannot be made there.
+    """
+    try:
+        if parent is not None:
+            os.makedirs(parent, exist_ok=True)
+        folder = TemporaryFolder(kind, place_for(size) if parent is None else parent)
+        os.chmod(folder.path, 0o755)  # a server may run as another user
+    except OSError as error:
+        raise ValueError(
+            f"No folder can be made in {parent!r} (`vllm_server_adapter_dir`): {error.strerror}. Name another one."
+        ) from error
+    return folder
+
+
 def remove_leftovers(parent: Path) -> None:
     """Remove the temporary folders in `parent` that this user has made and no living process uses."""
     with suppress(OSError):  # not there, or not to be read

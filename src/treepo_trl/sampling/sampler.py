@@ -260,7 +260,7 @@ class TreeSampler:
             longest = max(longest, len(prefix) + max_tokens)
             request_id = self.stats.num_segments
             self.stats.num_segments += 1
-            requests.append(SegmentRequest(request_id, prefix, max_tokens))
+            requests.append(SegmentRequest(request_id, prefix, max_tokens, tree=index))
             run.in_flight[request_id] = index, position, len(prefix) + max_tokens
             if grown.num_taken == len(grown.level):
                 heapq.heappop(run.ready)
@@ -351,6 +351,7 @@ class TreeSampler:
             heapq.heappush(run.ready, index)
         else:
             run.unfinished.remove(index)
+            self.engine.end_tree(index)
             grown.tree.sort_leaves()
             if on_tree is not None:
                 on_tree(index, grown.tree)

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Two vLLM servers and a training on one processor: SmolLM2-135M learns to add three numbers.
+#
+#     bash examples/servers/two_servers.sh FOLDER
+#
+# FOLDER must not exist; it gets the logs and the adapter. FIRST_PORT is the port of the first server (8000).
+# Further words are options of `treepo-trl quickstart`: `--max_steps 20` for a training that learns.
+set -euo pipefail
+folder=$1
+shift
+mkdir "$folder"
+port=${FIRST_PORT:-8000}
+model=${MODEL:-$(python -c "
+from treepo_trl.quickstart.model import default_folder, small_model
+print(small_model(default_folder()))" 2> /dev/null)}
+
+export VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=True
+export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}
+
+# On a GPU: `vllm serve "$model"`, without the last line of flags. `vllm serve` does not start with the package vllm-cpu.
+servers=()
+trap 'kill "${servers[@]}" 2> /dev/null || true; wait' EXIT
+for i in 0 1; do
+  python -m vllm.entrypoints.openai.api_server --model "$model" --host 127.0.0.1 --port $((port + i)) \
+    --enable-scale-out --enable-prefix-caching --enable-prompt-tokens-details --logprobs-mode processed_logprobs \
+    --generation-config vllm --enable-lora --max-loras 2 --max-lora-rank 16 --disable-uvicorn-access-log \
+    --dtype float32 --max-model-len 512 --max-num-seqs 64 --enforce-eager --block-size 32 \
+    > "$folder/server-$i.log" 2>&1 &
+  servers+=($!)
+done
+
+treepo-trl quickstart --model_name_or_path "$model" --output_dir "$folder/run" --max_steps 3 --use_cpu true \
+  --dtype float32 --use_vllm true --vllm_mode server --vllm_server_timeout 600 \
+  --vllm_server_base_url "http://127.0.0.1:$port,http://127.0.0.1:$((port + 1))" "$@"

@@ -1,0 +1,202 @@
+"""Which server a tree lives on, which servers are lost, and how they come back."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from .server_connection import ServerConnection, ServerLostError
+from .server_facts import ServerFacts
+
+
+logger = logging.getLogger(__name__)
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.25, 5.0  # seconds between two questions whether a server is back
+_HEALTH_SECONDS = 5.0
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class PooledServer(Generic[T]):
+    """A server, its trees and its open requests."""
+
+    connection: ServerConnection
+    facts: ServerFacts
+    is_alive: bool = True
+    error: str = ""
+    """Why it was lost, or is kept out."""
+    places: list["Place[T]"] = field(default_factory=list["Place[T]"])
+    open: set[T] = field(default_factory=set[T])
+    """Requests that it was sent and has not answered."""
+
+    @property
+    def num_trees(self) -> int:
+        return sum(len(place.trees) for place in self.places)
+
+
+@dataclass(eq=False)
+class Place(Generic[T]):
+    """One prefix cache: a server, or a data-parallel rank of one."""
+
+    server: PooledServer[T]
+    headers: dict[str, str]
+    """What sends a request to this rank."""
+    trees: set[int] = field(default_factory=set[int])
+    """Unfinished trees."""
+
+
+class ServerPool(Generic[T]):
+    """
+    Servers of one engine. All methods but those of the first section run in the event loop.
+
+    Args:
+        servers (`list[tuple[ServerConnection, ServerFacts]]`):
+            Servers that answer now, and how they were started.
+        timeout (`float`):
+            Seconds without any server after which `place` fails.
+        check (`Callable[[ServerConnection, ServerFacts], None]`):
+            Called, in a thread, with a server that is back; it stays out while this raises.
+
+    Attributes:
+        num_lost (`int`):
+            How often a server was lost.
+    """
+
+    def __init__(
+        self,
+        servers: list[tuple[ServerConnection, ServerFacts]],
+        timeout: float,
+        check: Callable[[ServerConnection, ServerFacts], None],
+    ) -> None:
+        self.servers = [PooledServer[T](connection, facts) for connection, facts in servers]
+        for server in self.servers:
+            num_ranks = server.facts.data_parallel_size
+            ranks = [{"X-data-parallel-rank": str(rank)} for rank in range(num_ranks)] if num_ranks > 1 else [{}]
+            server.places = [Place(server, headers) for headers in ranks]
+        self.num_lost = 0
+        self._timeout, self._check = timeout, check
+        self._homes: dict[int, Place[T]] = {}
+        self._none_since = 0.0
+        self._returned = asyncio.Event()
+        self._reconnects: set[asyncio.Task[None]] = set()
+
+    def living(self) -> list[PooledServer[T]]:
+        """Servers that get requests."""
+        return [server for server in self.servers if server.is_alive]
+
+    # Trees
+
+    async def place(self, tree: int) -> Place[T]:
+        """
+        Where a tree lives; a new one, and one whose server is lost, goes where the fewest are unfinished.
+
+        Raises:
+            RuntimeError: if there is no server for too long.
+        """
+        while not self.living():
+            await self._wait_for_a_server()
+        home = self._homes.get(tree)
+        if home is None:
+            places = [place for server in self.living() for place in server.places]
+            home = min(places, key=lambda place: (len(place.trees), place.server.num_trees))
+            home.trees.add(tree)
+            self._homes[tree] = home
+        return home
+
+    def end_tree(self, tree: int) -> None:
+        """The tree is done."""
+        home = self._homes.pop(tree, None)
+        if home is not None:
+            home.trees.discard(tree)
+
+    def clear(self) -> None:
+        """All trees are done."""
+        for tree in list(self._homes):
+            self.end_tree(tree)
+
+    # Lost servers
+
+    def lose(self, server: PooledServer[T], error: ServerLostError) -> list[T]:
+        """Give up a server until it is back; returns what it had open. Its trees have no home any more."""
+        if not server.is_alive:
+            return []
+        server.is_alive, server.error = False, str(error)
+        self.num_lost += 1
+        logger.warning(
+            f"A vLLM server is lost: {error} {server.num_trees} unfinished trees and {len(server.open)} open requests "
+            f"go to the {len(self.living())} servers that are left."
+        )
+        for place in server.places:
+            for tree in list(place.trees):
+                self.end_tree(tree)
+        if not self.living():
+            self._none_since = asyncio.get_running_loop().time()
+            self._returned.clear()
+        task = asyncio.get_running_loop().create_task(self._reconnect(server))
+        self._reconnects.add(task)
+        task.add_done_callback(self._reconnects.discard)
+        orphans = list(server.open)
+        server.open.clear()
+        return orphans
+
+    async def _wait_for_a_server(self) -> None:
+        left = self._none_since + self._timeout - asyncio.get_running_loop().time()
+        try:
+            await asyncio.wait_for(self._returned.wait(), left)
+        except TimeoutError:
+            reasons = "".join(f"\n- {server.connection.url}: {server.error}" for server in self.servers)
+            raise RuntimeError(
+                f"No vLLM server has answered for {self._timeout:g} s. Start them again with the same flags and go on "
+                f"from the last checkpoint; a longer `vllm_server_timeout` waits longer.{reasons}"
+            ) from None
+
+    async def _reconnect(self, server: PooledServer[T]) -> None:
+        """Ask a lost server now and then; it gets requests again once it has passed all checks."""
+        connection, wait, told = server.connection, _FIRST_WAIT, ""
+        while True:
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, _LONGEST_WAIT)
+            try:
+                await connection.ask("GET", "/health", timeout=_HEALTH_SECONDS)
+                facts = await self._look_at(connection)
+            except ServerLostError:
+                continue  # why it was lost says more than that it still is
+            except Exception as error:
+                server.error = str(error)
+                if server.error != told:
+                    logger.warning(f"The server {connection.url} is back and gets no requests: {error}")
+                    told = server.error
+                continue
+            server.facts, server.is_alive, server.error = facts, True, ""
+            logger.warning(f"The server {connection.url} is back and gets new trees.")
+            self._returned.set()
+            return
+
+    async def _look_at(self, connection: ServerConnection) -> ServerFacts:
+        """Facts of a server that is back, after all checks, from a thread that may die with the process."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[ServerFacts] = loop.create_future()
+
+        def settle(set_outcome: Callable[..., None], outcome: object) -> None:
+            if not done.done():
+                set_outcome(outcome)
+
+        def look() -> None:
+            try:
+                facts = connection.facts()
+                self._check(connection, facts)
+            except BaseException as error:
+                loop.call_soon_threadsafe(settle, done.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(settle, done.set_result, facts)
+
+        threading.Thread(target=look, daemon=True).start()
+        return await done
+
+    def close(self) -> None:
+        """Ask for lost servers no more."""
+        for task in self._reconnects:
+            task.cancel()

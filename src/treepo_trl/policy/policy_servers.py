@@ -1,0 +1,203 @@
+"""The vLLM servers of a training: checked before they sample, each with the current version of the policy."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from treepo_trl.engines.server_connection import ServerConnection, ServerLostError
+from treepo_trl.engines.server_facts import ServerFacts
+
+from .server_checks import ServerNeeds, check_server
+from .server_weights import PolicyVersions
+
+
+logger = logging.getLogger(__name__)  # also where nothing is accelerated
+Result = TypeVar("Result")
+
+PROBE_TOKENS = 64
+_OTHER_MODEL = 0.1  # nats per token: rounding is far below, another adapter of a tiny model at 0.15
+_AGAIN = 1.0  # seconds between two questions whether a server is up
+
+
+class PolicyServers:
+    """
+    The servers, and what they have of the policy. Lives in the main process.
+
+    Args:
+        urls (`list[str]`):
+            Their addresses.
+        needs ([`ServerNeeds`]):
+            What each of them must be.
+        versions ([`PolicyVersions`]):
+            The policy in folders.
+        timeout (`float`):
+            Seconds that a start waits for them, and after which a request counts as lost.
+        is_probed (`bool`):
+            Whether servers are compared with each other whenever they get a version, and one that comes back with
+            what they computed then.
+
+    Attributes:
+        reference (`torch.Tensor`, *optional*):
+            What the servers compute for the tokens of `probe_ids` with the current version, in nats; `None` if nobody
+            has asked.
+        on_lost (`Callable`):
+            Told of a server that is found lost.
+    """
+
+    def __init__(
+        self, urls: list[str], needs: ServerNeeds, versions: PolicyVersions, timeout: float, is_probed: bool
+    ) -> None:
+        self.servers = [ServerConnection(url, timeout) for url in urls]
+        self.versions = versions
+        self._needs, self._timeout, self._is_probed = needs, timeout, is_probed
+        self.on_lost: Callable[[ServerConnection, ServerLostError], None] = _warn
+        self._lock = threading.Lock()  # a server that comes back is given the version of the moment
+        self.reference: torch.Tensor | None = None
+
+    def open(self) -> ServerFacts:
+        """
+        Wait until all servers are up, and check each; the facts of the first.
+
+        Raises:
+            ValueError: for a server that is not up in time, or not what the policy needs.
+        """
+        deadline = time.monotonic() + self._timeout  # of all together
+        for server in self.servers:
+            wait_for_server(server, deadline - time.monotonic())
+        found = self._of_each(lambda server: check_server(server, self._needs), self.servers)
+        facts = next(iter(found.values()), None)
+        if facts is None or len(found) < len(self.servers):
+            lost = next(server for server in self.servers if server not in found)
+            raise ValueError(f"The vLLM server at {lost.url} went away while it was checked. Look at its log.")
+        if any((other.dtype, other.quantization) != (facts.dtype, facts.quantization) for other in found.values()):
+            raise ValueError(
+                "The vLLM servers compute in different number types: "
+                f"{', '.join(f'{server.url} in {each.dtype}' for server, each in found.items())}. Start them all with "
+                "the same `--dtype` and `--quantization`."
+            )
+        return facts
+
+    def distribute(self) -> None:
+        """
+        Give the version that was just written to all servers that answer.
+
+        Raises:
+            ValueError: if a server cannot load it, or computes something else with it than the first.
+        """
+        with self._lock:
+            loaded = list(self._of_each(self._give, self.servers))
+            self.versions.remove_old(loaded)
+            if self._is_probed:
+                self.reference = None
+                for server, logprobs in self._of_each(self._probe, loaded).items():
+                    if self.reference is None:
+                        self.reference = logprobs
+                    self._compare(server, logprobs)
+
+    def _give(self, server: ServerConnection) -> None:
+        check_server(server, self._needs)  # it may be another one than before
+        self.versions.load(server)
+
+    def admit(self, server: ServerConnection) -> None:
+        """
+        Check a server that was lost and answers again, and give it the current version.
+
+        Raises:
+            ValueError: if it is not what it was.
+            ServerLostError: if it is lost again.
+        """
+        check_server(server, self._needs)
+        with self._lock:
+            if self.versions.name is not None:
+                self.versions.load(server)  # what is running on others goes on
+                if self.reference is not None:
+                    self._compare(server, self._probe(server))
+
+    def _probe(self, server: ServerConnection) -> torch.Tensor:
+        model = self.versions.model or server.facts().model_name
+        return probe_logprobs(server, model, self.probe_ids())
+
+    def probe_ids(self) -> list[int]:
+        """The tokens of a probe, the same at all times."""
+        count = min(PROBE_TOKENS, self._needs.context_length - 1)
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(len(self._needs.tokenizer), (max(count, 2),), generator=generator).tolist()
+
+    def _compare(self, server: ServerConnection, logprobs: torch.Tensor) -> None:
+        assert self.reference is not None, "set before"
+        difference = float((logprobs - self.reference).abs().mean())
+        if not difference <= _OTHER_MODEL:
+            raise ValueError(
+                f"The vLLM server at {server.url} computes another model than the others, or than before it was "
+                f"started anew: {difference:.3f} nats per token apart. Compare model, revision and number type of "
+                "the servers."
+            )
+
+    def _of_each(
+        self, function: Callable[[ServerConnection], Result], servers: list[ServerConnection]
+    ) -> dict[ServerConnection, Result]:
+        """Results of a function for several servers at once, without those that are lost meanwhile."""
+        if not servers:
+            return {}
+        with ThreadPoolExecutor(len(servers)) as threads:
+            futures = {server: threads.submit(function, server) for server in servers}
+        found = {}
+        for server, future in futures.items():
+            try:
+                found[server] = future.result()
+            except ServerLostError as error:
+                self.on_lost(server, error)
+        return found
+
+
+def wait_for_server(server: ServerConnection, seconds: float) -> None:
+    """
+    Wait until a server is up.
+
+    Raises:
+        ValueError: if it is not in time.
+    """
+    deadline, is_told = time.monotonic() + seconds, False
+    while not server.is_healthy():
+        if time.monotonic() >= deadline:
+            raise ValueError(
+                f"No vLLM server answers at {server.url}. Start it with `vllm serve`, or correct "
+                "`vllm_server_base_url`. `vllm_server_timeout` says for how many seconds a start waits."
+            )
+        if not is_told:
+            logger.info(f"Waiting for the vLLM server at {server.url}.")
+            is_told = True
+        time.sleep(_AGAIN)
+
+
+def _warn(server: ServerConnection, error: ServerLostError) -> None:
+    logger.warning(f"The vLLM server at {server.url} is lost: {error}")
+
+
+def probe_logprobs(server: ServerConnection, model: str, token_ids: list[int]) -> torch.Tensor:
+    """Log-probabilities of all tokens but the first, as a server computes them at temperature 1."""
+    options = {"max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0}
+    body = {"model": model, "token_ids": token_ids, "sampling_params": options}
+    found = server.post("/inference/v1/generate", body)["prompt_logprobs"]
+    scored = zip(found[1:], token_ids[1:], strict=True)
+    return torch.tensor([position[str(token)]["logprob"] for position, token in scored], dtype=torch.float64)
+
+
+def check_policy(difference: float, is_quantized: bool) -> None:
+    """
+    Raise if servers compute another model than the policy.
+
+    Raises:
+        ValueError: for a mean difference in nats per token that no rounding makes.
+    """
+    if not is_quantized and not difference <= _OTHER_MODEL:
+        raise ValueError(
+            f"The vLLM servers compute another model than the policy: {difference:.3f} nats per token apart with the "
+            "same adapter or weights. Compare model, revision and number type; restart a server that another "
+            "training has given its weights. `engine_check='off'` does not look."
+        )

@@ -1,0 +1,204 @@
+"""
+What stands in the place of TRL's `VLLMGeneration` where vLLM servers sample.
+
+TRL's own client opens an NCCL group with one server, and asks it for texts. It is not built. `GRPOTrainer` finds the
+same three names here: it sends the policy (`sync_weights`) and samples by itself in evaluation (`generate`).
+"""
+
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from transformers import PreTrainedTokenizerBase, TrainerState
+from trl.generation.vllm_generation import VLLMGeneration
+
+from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
+from treepo_trl.engines.server_facts import ServerFacts
+from treepo_trl.treepo_config import TreePOConfig
+from treepo_trl.vllm_fields import server_urls
+
+from .four_bit_base import is_4bit
+from .gathered_adapter import gathered_adapter, num_bytes, write_adapter
+from .main_process import from_main_process
+from .policy_servers import PolicyServers
+from .server_checks import ServerNeeds
+from .server_weights import AdapterVersions, WeightVersions, write_weights
+from .temporary_folder import shared_folder
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from trl.extras.profiling import ProfilingContext
+
+
+class _CheckedServers:
+    """What `GRPOTrainer` asks of its client: whether the log-probabilities are those of the sampling distribution."""
+
+    def get_server_info(self) -> dict[str, dict[str, str]]:
+        """Servers that give others are refused."""
+        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
+
+
+class ServerGeneration(VLLMGeneration):
+    """
+    [`~trl.generation.vllm_generation.VLLMGeneration`] over servers that load the policy from folders.
+
+    Args:
+        args ([`TreePOConfig`]):
+            Settings of the training.
+        loads_adapter (`bool`):
+            Whether the policy's adapter alone travels.
+
+    Attributes:
+        facts ([`~treepo_trl.engines.server_connection.ServerFacts`]):
+            Of the first server.
+        servers ([`PolicyServers`], *optional*):
+            In the main process.
+        engine ([`~treepo_trl.engines.SegmentEngine`]):
+            Over them, once it is there.
+        state ([`~transformers.TrainerState`], *optional*):
+            Of the training, once it is there.
+    """
+
+    engine: SegmentEngine
+
+    def __init__(self, *args: Any, settings: TreePOConfig, loads_adapter: bool, **kwargs: Any) -> None:
+        self._settings, self._loads_adapter = settings, loads_adapter
+        self.servers: PolicyServers | None = None
+        self.state: TrainerState | None = None
+        super().__init__(*args, **kwargs)
+
+    def _init_vllm(self) -> None:
+        if is_peft_model(self.model) and is_4bit(cast("PeftModel", self.model)):
+            raise ValueError(
+                "The policy's base is in 4 bits, and `vllm_mode` is 'server': a server loads it in 16 bits, which is "
+                "another model. Load the policy in 16 bits, or set `vllm_mode='colocate'`."
+            )
+        self.vllm_client = _CheckedServers()
+        self.facts = from_main_process(self.accelerator, self._open)
+        if self._loads_adapter:  # what the servers cannot load is an error now, not in the first batch
+            self.sync_weights()
+
+    def _open(self) -> ServerFacts:
+        settings, adapter = self._settings, cast("PeftModel", self.model) if self._loads_adapter else None
+        rank = 0 if adapter is None else cast("LoraConfig", adapter.active_peft_config).r
+        needs = ServerNeeds(
+            cast(str, self.model.name_or_path),
+            cast(PreTrainedTokenizerBase, getattr(self.processing_class, "tokenizer", self.processing_class)),
+            settings.vllm_max_model_length or settings.max_completion_length + 1,
+            settings.branching_policy == "entropy",
+            AdapterVersions.kept if self._loads_adapter else 0,
+            rank,
+        )
+        size = sum(p.nbytes for p in self.model.parameters()) if adapter is None else num_bytes(adapter)
+        self._folder = shared_folder("policy", settings.vllm_server_adapter_dir, size)
+        kind = AdapterVersions if self._loads_adapter else WeightVersions
+        self.servers = PolicyServers(
+            server_urls(settings.vllm_server_base_url, settings.vllm_server_host, settings.vllm_server_port),
+            needs,
+            kind(self._folder.path, uuid.uuid4().hex[:8]),
+            settings.vllm_server_timeout,
+            is_probed=settings.engine_check != "off",
+        )
+        return self.servers.open()
+
+    def sync_weights(self) -> None:
+        """Give the servers the policy as it is. All processes call it together."""
+        step = 0 if self.state is None else self.state.global_step
+        failed: Exception | None = None
+        try:
+            self._write(step)
+        except Exception as error:  # told to all processes below, which wait there
+            failed = error
+
+        def distribute() -> None:
+            if failed is not None:
+                raise failed
+            assert self.servers is not None, "of the main process"
+            self.servers.distribute()
+
+        from_main_process(self.accelerator, distribute)
+        if self.servers is not None and hasattr(self, "engine"):
+            self._take_version()
+
+    def _take_version(self) -> None:
+        """Let the engine's requests ask for the current version."""
+        from treepo_trl.engines.vllm_server import VLLMServerEngine
+
+        assert self.servers is not None
+        assert isinstance(self.engine, VLLMServerEngine)
+        if self.servers.versions.model is not None:
+            self.engine.model = self.servers.versions.model
+
+    def _write(self, step: int) -> None:
+        """Write the policy in the main process. What processes share is gathered by all of them."""
+        if self._loads_adapter:
+            model = cast("PeftModel", self.model)
+            weights = gathered_adapter(model, self.accelerator)
+            if self.servers is not None:
+                self.servers.versions.write(step, partial(write_adapter, model, weights))
+            return
+        weights = cast("Iterator[tuple[str, torch.Tensor]]", self._iter_named_params())
+        try:
+            if self.servers is not None:
+
+                def write(folder: str) -> str:
+                    write_weights(weights, folder)
+                    return folder
+
+                self.servers.versions.write(step, write)
+        finally:
+            for _ in weights:  # the others, and an error here, must not leave a gathering half done
+                pass
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        images: list[object] | None,
+        num_generations: int,
+        profiler: "ProfilingContext | None" = None,
+    ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]:
+        """Independent completions, one for each of these rows, as `VLLMGeneration.generate` gives them."""
+        if images is not None:
+            raise ValueError("Image prompts are not supported on servers. Use text prompts.")
+        rows, own = gathered_rows(prompts)[self.accelerator.process_index]
+        with profiler or nullcontext():
+            results = from_main_process(self.accelerator, lambda: self._complete(rows, num_generations))[own]
+        tokens = [result.token_ids for result in results]
+        logprobs = [[[value] for value in result.logprobs] for result in results]
+        return prompts, tokens, logprobs, [[[token] for token in ids] for ids in tokens]
+
+    def _complete(self, rows: list[list[int]], num_generations: int) -> list[SegmentResult]:
+        room = self.engine.context_length or self.facts.context_length
+        for ids in rows:
+            if len(ids) >= room:
+                raise ValueError(
+                    f"A prompt has {len(ids)} tokens and leaves no room for a completion in the {room} tokens of the "
+                    "servers. Drop or shorten such prompts, or start the servers with a larger `--max-model-len`."
+                )
+        longest = self.max_completion_length
+        return complete(self.engine, rows, lambda ids: min(longest, room - len(ids)), num_generations)
+
+
+def gathered_rows(rows: list[list[int]]) -> list[tuple[list[list[int]], slice]]:
+    """Rows of all processes in order of rank, and where those of each process are among them."""
+    parts = cast("list[list[list[int]]]", gather_object([rows]))
+    everything = [row for part in parts for row in part]
+    starts = [sum(map(len, parts[:rank])) for rank in range(len(parts))]
+    return [(everything, slice(start, start + len(part))) for start, part in zip(starts, parts, strict=True)]
+
+
+def complete(
+    engine: SegmentEngine, rows: list[list[int]], max_tokens: Callable[[list[int]], int], rows_per_prompt: int = 1
+) -> list[SegmentResult]:
+    """A segment after each row, in their order; rows of one prompt, which follow each other, go to one server."""
+    requests = [SegmentRequest(i, ids, max_tokens(ids), tree=i // rows_per_prompt) for i, ids in enumerate(rows)]
+    try:
+        return sorted(engine.complete(requests), key=lambda result: result.request_id)
+    finally:
+        for tree in {request.tree for request in requests}:
+            engine.end_tree(tree)

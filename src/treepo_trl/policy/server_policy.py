@@ -1,0 +1,186 @@
+"""The policy on vLLM servers: it is sent there before a batch, and the main process samples for all."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+import torch
+from transformers import PreTrainedModel
+from trl.extras.profiling import profiling_context
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
+from treepo_trl.treepo_config import TreePOConfig
+from treepo_trl.trl_seams import vllm_generation_class
+
+from .adapter_probe import PROBE_TOKENS, probe_adapter, probe_prompts
+from .engine import PolicyEngine, Sampled
+from .engine_check import EngineWatch, computing_dtype, dropout_of, logprob_difference
+from .main_process import from_main_process
+from .policy_servers import PolicyServers, check_policy
+from .server_generation import ServerGeneration, complete, gathered_rows
+from .shared_base import SHARDED
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class _NoEngine(SegmentEngine):
+    """In processes that do not sample: the main process does."""
+
+    def __init__(self, with_entropies: bool) -> None:
+        self.reports_entropies = with_entropies
+
+    def submit(self, requests: list[SegmentRequest]) -> None:
+        raise RuntimeError("The main process samples for all.")
+
+    def collect(self, wake: Callable[[], bool] | None = None) -> list[SegmentResult]:
+        raise RuntimeError("The main process samples for all.")
+
+    def abort(self) -> None:
+        return
+
+
+class ServerPolicy(PolicyEngine):
+    """
+    vLLM servers sample. The main process asks them for all processes.
+
+    Args:
+        args ([`TreePOConfig`]):
+            Settings of the training.
+        loads_adapter (`bool`):
+            Whether the policy's adapter alone travels to the servers.
+    """
+
+    gives_logprobs = True
+
+    def __init__(self, args: TreePOConfig, loads_adapter: bool) -> None:
+        super().__init__(args)
+        self.processes_per_engine = args.world_size
+        self._loads_adapter = loads_adapter
+        self._is_probed = False  # in this training
+
+    def construction(self) -> AbstractContextManager[None]:
+        return vllm_generation_class(partial(ServerGeneration, settings=self.args, loads_adapter=self._loads_adapter))
+
+    def connect(self, trainer: GRPOTrainer) -> None:
+        self._trainer = trainer
+        self._generation = cast(ServerGeneration, trainer.vllm_generation)
+        self._generation.state = trainer.state
+        self.engine = self._generation.engine = self._engine(trainer.eos_token_ids)
+        policy, facts = trainer.accelerator.unwrap_model(trainer.model), self._generation.facts
+        self._watch = EngineWatch(
+            self.args.engine_check,
+            computing_dtype(cast(PreTrainedModel, policy), trainer.accelerator),
+            getattr(torch, facts.dtype),
+            self.args.sampling_options(),
+            lambda: dropout_of(policy),
+        )
+
+    def _engine(self, eos_token_ids: list[int]) -> SegmentEngine:
+        from treepo_trl.engines.vllm_server import VLLMServerEngine
+
+        with_entropies, servers = self.args.branching_policy == "entropy", self._generation.servers
+        if servers is None:
+            return _NoEngine(with_entropies)
+        engine = VLLMServerEngine(
+            servers.servers,
+            eos_token_ids,
+            self.args.sampling_options(),
+            self.args.generation_options(),
+            with_entropies,
+            model=servers.versions.model,
+            timeout=self.args.vllm_server_timeout,
+            on_connect=servers.admit,
+        )
+        servers.on_lost = engine.lose
+        return engine
+
+    @contextmanager
+    def ready(self, seed: str, prompts: list[list[int]], in_batch: bool = False) -> Iterator[None]:
+        trainer = self._trainer
+        self._generation.state = trainer.state  # a training makes its own
+        if trainer.state.global_step != trainer._last_loaded_step:
+            with profiling_context(trainer, "sync_weights"):
+                self._generation.sync_weights()
+            trainer._last_loaded_step = trainer.state.global_step
+        if in_batch and not self._is_probed and self._watch.is_on:
+            with profiling_context(trainer, "probe_servers"):
+                self._compare_policy()
+                self._probe(prompts)
+            self._is_probed = True
+        with profiling_context(trainer, "vLLM.generate"):
+            yield
+
+    def training_starts(self) -> None:
+        self._is_probed = False
+
+    def gather(self, prompts: list[list[int]]) -> tuple[list[list[int]], slice]:
+        return gathered_rows(prompts)[self._trainer.accelerator.process_index]
+
+    def shared(self, sample: Callable[[], Sampled]) -> Sampled:
+        return from_main_process(self._trainer.accelerator, sample)
+
+    def compare(self, output: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        return self._watch.batch(logprob_difference(output, self._trainer.accelerator))
+
+    def _compare_policy(self) -> None:
+        """
+        Raise if the servers compute another model than the policy: another base, or an old version.
+
+        Raises:
+            ValueError: whatever `engine_check` says, unless it is `"off"`.
+        """
+        servers, accelerator = self._generation.servers, self._trainer.accelerator
+        probe = from_main_process(accelerator, lambda: cast(PolicyServers, servers).probe_ids())
+        policy = policy_logprobs(cast(torch.nn.Module, self._trainer.model_wrapped), probe, accelerator.device)
+
+        def check() -> None:
+            theirs = cast(PolicyServers, servers).reference
+            if theirs is not None:
+                difference = float((policy - theirs).abs().mean())
+                check_policy(difference, self._generation.facts.quantization is not None)
+
+        from_main_process(accelerator, check)
+
+    def _probe(self, prompts: list[list[int]]) -> None:
+        """Compare policy and servers with an adapter that is not zero, where each process holds all of it."""
+        if not self._loads_adapter or self._trainer.accelerator.distributed_type in SHARDED:
+            return
+        generation, accelerator = self._generation, self._trainer.accelerator
+
+        def sample(rows: list[list[int]]) -> list[SegmentResult]:
+            return from_main_process(accelerator, lambda: self._plain_segments(rows))
+
+        found = probe_adapter(
+            cast("PeftModel", accelerator.unwrap_model(self._trainer.model)),
+            generation.sync_weights,
+            sample,
+            probe_prompts(prompts, generation.facts.context_length, generation.facts.block_size),
+            bound=self._watch.bound,
+        )
+        self._watch.probed(found)
+
+    def _plain_segments(self, rows: list[list[int]]) -> list[SegmentResult]:
+        """Segments at temperature 1 from all tokens, by an engine of its own: the trainer's draws as settings say."""
+        from treepo_trl.engines.vllm_server import VLLMServerEngine
+
+        servers = cast(PolicyServers, self._generation.servers)
+        engine = VLLMServerEngine(servers.servers, [], model=servers.versions.model, timeout=60.0)
+        return complete(engine, rows, lambda _: PROBE_TOKENS)
+
+
+def policy_logprobs(model: torch.nn.Module, token_ids: list[int], device: torch.device) -> torch.Tensor:
+    """Log-probabilities of all tokens but the first by the policy without dropout. All processes call it together."""
+    is_training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            ids = torch.tensor([token_ids], device=device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    finally:
+        for module, mode in is_training:
+            module.training = mode
+    return logits.float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].double().cpu()

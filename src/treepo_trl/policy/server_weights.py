@@ -1,0 +1,200 @@
+"""
+Versions of a policy in folders, and how vLLM servers load them.
+
+A version has a folder of its own, which appears under its name when all of it is written. vLLM's prefix cache knows
+an adapter by name and folder, so states of an older one are never taken for its own. Loading in place under one name
+would do just that.
+"""
+
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from treepo_trl.engines.server_connection import ServerConnection, ServerLostError, ServerRefusedError
+
+
+_LOAD_TIMEOUT = 600.0  # seconds to read a model from a shared disk
+_BYTES_PER_FILE = 2**31  # of a model's weights: what the processor's memory holds of them at a time
+
+
+class PolicyVersions(ABC):
+    """
+    The versions of one training's policy. Lives in the process that talks to the servers.
+
+    Args:
+        folder (`str`):
+            Where the versions are written, which the servers can read.
+        run (`str`):
+            Name of the training, unlike that of any other on the same servers.
+
+    Attributes:
+        names (`list[str]`):
+            Versions whose folders are there, the current one last.
+    """
+
+    def __init__(self, folder: str, run: str) -> None:
+        self._folder, self._run = folder, run
+        self._num_written: Counter[int] = Counter()
+        self.names: list[str] = []
+
+    kept = 1
+    """Versions whose folders stay: a server that is started anew loads the current one."""
+
+    @property
+    def name(self) -> str | None:
+        """The current version; `None` before the first."""
+        return self.names[-1] if self.names else None
+
+    @property
+    def path(self) -> str:
+        """Folder of the current version."""
+        return os.path.join(self._folder, self.names[-1])
+
+    def write(self, step: int, write: Callable[[str], str]) -> None:
+        """
+        Write a new version, which is the current one from then on.
+
+        Args:
+            step (`int`):
+                Of the training.
+            write (`Callable`):
+                Writes into a folder, and returns the one below it or itself that a server is to load.
+        """
+        again = self._num_written[step]
+        name = f"treepo-{self._run}-{step}" + (f".{again}" if again else "")  # a probe has several at one step
+        being_written = os.path.join(self._folder, f".{name}")
+        shutil.rmtree(being_written, ignore_errors=True)
+        os.makedirs(being_written)
+        os.rename(write(being_written), os.path.join(self._folder, name))
+        shutil.rmtree(being_written, ignore_errors=True)
+        self._num_written[step] += 1
+        self.names.append(name)
+
+    def remove_old(self, servers: Iterable[ServerConnection]) -> None:
+        """Let the servers forget all but the last versions, and remove their folders."""
+        servers = list(servers)
+        while len(self.names) > self.kept:
+            name = self.names.pop(0)
+            for server in servers:
+                with suppress(ServerLostError, ServerRefusedError):  # it was started anew since
+                    self._forget(server, name)
+            shutil.rmtree(os.path.join(self._folder, name), ignore_errors=True)
+
+    @property
+    @abstractmethod
+    def model(self) -> str | None:
+        """What requests ask for; `None` for a server's own model."""
+
+    @abstractmethod
+    def load(self, server: ServerConnection) -> None:
+        """
+        Give a server the current version, if it does not have it.
+
+        Raises:
+            ValueError: if it cannot, saying what to do.
+            ServerLostError: if it cannot be reached.
+        """
+
+    def _forget(self, server: ServerConnection, name: str) -> None:
+        """Let a server forget a version."""
+        return
+
+    def _unreadable(self, server: ServerConnection, answer: str) -> ValueError:
+        return ValueError(
+            f"The vLLM server at {server.url} could not load {self.path}: {answer} Set `vllm_server_adapter_dir` to a "
+            "folder that training and servers share: /dev/shm on one machine, a shared disk on several."
+        )
+
+
+class AdapterVersions(PolicyVersions):
+    """LoRA adapters: each version has a name on the servers too."""
+
+    kept = 2  # a request of the version before may still run
+
+    @property
+    def model(self) -> str | None:
+        return self.name
+
+    def load(self, server: ServerConnection) -> None:
+        try:
+            server.post("/v1/load_lora_adapter", {"lora_name": self.name, "lora_path": self.path}, _LOAD_TIMEOUT)
+        except ServerRefusedError as error:
+            if any(model.id == self.name and model.root == self.path for model in server.models()):
+                return  # it has this version already
+            if error.status == 404 and "Not Found" in error.body:  # no such endpoint, unlike a folder not found
+                raise ValueError(
+                    f"The vLLM server at {server.url} loads no adapters while it runs. Start it with "
+                    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment."
+                ) from error
+            raise self._unreadable(server, error.body) from error
+
+    def _forget(self, server: ServerConnection, name: str) -> None:
+        server.post("/v1/unload_lora_adapter", {"lora_name": name})
+
+
+class WeightVersions(PolicyVersions):
+    """All weights: a server puts them in the place of its own."""
+
+    @property
+    def model(self) -> str | None:
+        return None
+
+    def load(self, server: ServerConnection) -> None:
+        if server.get("/weight_info")["weight_version"] == self.name:
+            return
+        server.post("/pause?mode=wait")  # which also empties the prefix cache
+        try:
+            kwargs = {"weights_path": self.path}
+            server.post(
+                "/collective_rpc",
+                {"method": "reload_weights", "kwargs": kwargs, "timeout": _LOAD_TIMEOUT},
+                _LOAD_TIMEOUT,
+            )
+            server.post("/update_weight_version", {"new_version": self.name})
+        except ServerLostError as error:
+            if server.is_healthy():
+                raise self._unreadable(server, f"{error} Restart it: its weights are gone.") from error
+            raise
+        finally:
+            with suppress(ServerLostError):
+                server.post("/resume")
+
+
+def write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: str) -> None:
+    """
+    Write a model's weights in files of a few GiB, as transformers and vLLM read them.
+
+    Args:
+        weights (`Iterator`):
+            Names as in the checkpoint, and whole tensors.
+        folder (`str`):
+            Which is there.
+    """
+    held: dict[str, torch.Tensor] = {}
+    index: dict[str, str] = {}
+    size = 0
+
+    def write() -> None:
+        file = f"model-{len(set(index.values())) + 1:05}.safetensors"
+        save_file(held, os.path.join(folder, file), metadata={"format": "pt"})
+        index.update(dict.fromkeys(held, file))
+        held.clear()
+
+    for name, tensor in weights:
+        held[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        size += held[name].nbytes
+        if size > _BYTES_PER_FILE:
+            write()
+            size = 0
+    if held:
+        write()
+    # vLLM reads only files of this list, where there is one.
+    Path(folder, "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))

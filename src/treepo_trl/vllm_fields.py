@@ -1,0 +1,121 @@
+"""What is refused of the settings around vLLM: in this process, and on servers."""
+
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .treepo_config import TreePOConfig
+
+
+_OWN_PROCESS = (
+    "vllm_share_base_weights",
+    "vllm_sleep_keeps_weights",
+    "vllm_enable_sleep_mode",
+    "vllm_engine_kwargs",
+    "vllm_base_weights",
+    "vllm_tensor_parallel_size",
+    "vllm_model_impl",
+)
+"""Settings of an engine in this process."""
+
+
+def server_urls(base_url: str | None, host: str, port: int) -> list[str]:
+    """
+    Addresses of the servers: those of `vllm_server_base_url`, parted by commas, else the one of host and port.
+
+    Raises:
+        ValueError: for an address that is given twice, or none between two commas.
+    """
+    if base_url is None:
+        return [f"http://{host}:{port}"]
+    urls = [url.strip().rstrip("/") for url in base_url.split(",")]
+    if "" in urls or len(set(urls)) < len(urls):
+        raise ValueError(
+            "`vllm_server_base_url` must be one address, or several different ones parted by commas, such as "
+            "'http://localhost:8000,http://localhost:8001'."
+        )
+    return urls
+
+
+def check_vllm_fields(settings: "TreePOConfig") -> None:
+    """
+    Raise for settings of vLLM that exclude each other, or that the mode does not have.
+
+    Raises:
+        ValueError, TypeError: naming the setting and what to do.
+    """
+    _check_shared_base(settings)
+    _check_sleep(settings)
+    _check_engine_kwargs(settings)
+    if settings.use_vllm and settings.vllm_mode == "server":
+        _check_servers(settings)
+    elif settings.vllm_server_adapter_dir is not None:
+        raise ValueError(
+            "`vllm_server_adapter_dir` is where servers find the policy, but no server samples. Set `use_vllm=True` "
+            "and `vllm_mode='server'`, or leave it out."
+        )
+
+
+def _check_servers(settings: "TreePOConfig") -> None:
+    server_urls(settings.vllm_server_base_url, settings.vllm_server_host, settings.vllm_server_port)
+    defaults = {each.name: each.default for each in fields(settings)}
+    for name in _OWN_PROCESS:
+        value = getattr(settings, name)
+        if value != defaults[name] and value != {}:
+            raise ValueError(
+                f"`{name}={value!r}` is about an engine in this process, but `vllm_mode` is 'server'. Leave it out, "
+                "and give the servers flags of their own (`vllm serve --help`)."
+            )
+    if settings.vllm_gpu_memory_utilization == "auto":
+        raise ValueError(
+            "`vllm_gpu_memory_utilization='auto'` plans a card that training and engine share, but `vllm_mode` is "
+            "'server'. Leave it out, and give the servers `--gpu-memory-utilization`."
+        )
+
+
+def _check_adapter_engine(settings: "TreePOConfig", name: str) -> None:
+    if not (settings.use_vllm and settings.vllm_lora_sync == "adapter"):
+        raise ValueError(
+            f"`{name}=True` is about the vLLM engine of a LoRA policy. It needs `use_vllm=True` and "
+            "`vllm_lora_sync='adapter'`."
+        )
+
+
+def _check_sleep(settings: "TreePOConfig") -> None:
+    if not settings.vllm_sleep_keeps_weights:
+        return
+    _check_adapter_engine(settings, "vllm_sleep_keeps_weights")
+    if not settings.vllm_enable_sleep_mode:
+        raise ValueError(
+            "`vllm_sleep_keeps_weights=True` says how the engine sleeps, but it does not sleep. Set "
+            "`vllm_enable_sleep_mode=True`, or leave it out."
+        )
+
+
+def _check_shared_base(settings: "TreePOConfig") -> None:
+    if not settings.vllm_share_base_weights:
+        return
+    _check_adapter_engine(settings, "vllm_share_base_weights")
+    if settings.vllm_base_weights == "dequantized":
+        raise ValueError(
+            "`vllm_share_base_weights=True` needs the same weights in policy and engine, but "
+            "`vllm_base_weights='dequantized'` has them in 4 and in 16 bits. Set `vllm_base_weights='quantized'`, "
+            "or unset one of the two."
+        )
+    if settings.vllm_tensor_parallel_size > 1:
+        raise ValueError(
+            "`vllm_share_base_weights=True` needs an engine that holds whole weights, but "
+            f"`vllm_tensor_parallel_size` is {settings.vllm_tensor_parallel_size}. Unset one of the two."
+        )
+
+
+def _check_engine_kwargs(settings: "TreePOConfig") -> None:
+    if isinstance(settings.vllm_gpu_memory_utilization, str) and settings.vllm_gpu_memory_utilization != "auto":
+        share = settings.vllm_gpu_memory_utilization
+        raise TypeError(f"`vllm_gpu_memory_utilization` is {share!r}; it must be a number, or 'auto'.")
+    if not isinstance(settings.vllm_engine_kwargs, dict | None):
+        raise TypeError(
+            f"`vllm_engine_kwargs` is {settings.vllm_engine_kwargs!r}; give a dictionary, on the command line a JSON "
+            """object such as '{"attention_backend": "TRITON_ATTN"}'."""
+        )

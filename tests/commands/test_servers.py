@@ -1,0 +1,97 @@
+"""The commands over servers without a model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.models import make_tokenizer
+from tests.support.policy_fake import PolicyFake
+from treepo_trl.commands.engine import EngineArguments, build_engine, use_adapter
+from treepo_trl.doctor.findings import BrokenError
+from treepo_trl.doctor.servers import check_servers
+from treepo_trl.engines import SamplingOptions, SegmentRequest
+from treepo_trl.policy.server_checks import ServerNeeds
+
+
+def adapter_in(folder: Path, rank: int = 4) -> str:
+    from peft import LoraConfig
+
+    LoraConfig(r=rank, target_modules=["q_proj"]).save_pretrained(str(folder))
+    (folder / "weights").write_text("1")
+    return str(folder)
+
+
+def arguments(model: str, *servers: PolicyFake, **changes: Any) -> EngineArguments:
+    urls = ",".join(server.url for server in servers)
+    settings = {"model_name_or_path": model, "vllm_mode": "server", "vllm_server_base_url": urls}
+    return EngineArguments(**{**settings, "vllm_server_timeout": 2.0, **changes})
+
+
+def serving(model: str) -> dict[str, Any]:
+    return {"model_config": {"model": model}, "lora_config": {"max_loras": 1, "max_lora_rank": 8}}
+
+
+def test_adapters_take_turns_on_all_servers(tiny_model_dir: str, tmp_path: Path) -> None:
+    adapters = [adapter_in(tmp_path / "a"), adapter_in(tmp_path / "b", rank=8)]
+    with PolicyFake(serving(tiny_model_dir)) as first, PolicyFake(serving(tiny_model_dir)) as second:
+        engine = build_engine(arguments(tiny_model_dir, first, second), [0], SamplingOptions(), adapters=adapters)
+        for position in (0, 1, None):
+            use_adapter(engine, adapters, position)
+            list(engine.complete([SegmentRequest(i, [5, 6], 3, tree=i) for i in range(2)]))
+        for server in (first, second):
+            assert list(server.adapters.values()) == adapters
+            assert [body["model"] for body in server.bodies] == [*server.adapters, "base"]
+        assert not set(first.adapters) - set(second.adapters)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vllm_server_base_url": None}, "go together"),
+        ({"vllm_mode": "colocate"}, "go together"),
+        (
+            {"vllm_quantization": "bitsandbytes"},
+            "`vllm_quantization='bitsandbytes'` is about an engine in this process",
+        ),
+        ({"dtype": "float32"}, "`dtype='float32'` is about an engine in this process"),
+    ],
+)
+def test_settings_that_do_not_go_with_servers(changes: dict[str, Any], message: str) -> None:
+    given = {"vllm_mode": "server", "vllm_server_base_url": "http://nowhere", **changes}
+    with pytest.raises(ValueError, match=message):
+        EngineArguments(**given)
+
+
+def test_an_adapter_above_the_rank_of_the_server(tiny_model_dir: str, tmp_path: Path) -> None:
+    adapter = adapter_in(tmp_path / "a", rank=16)
+    with PolicyFake(serving(tiny_model_dir)) as server, pytest.raises(ValueError, match="--max-lora-rank 16"):
+        build_engine(arguments(tiny_model_dir, server), [0], SamplingOptions(), adapters=[adapter])
+
+
+def test_the_doctor_names_server_and_flag() -> None:
+    needs = ServerNeeds("/models/base", make_tokenizer(), num_adapters=2, adapter_rank=4)
+    with PolicyFake() as server:
+        assert "2 servers of vLLM 0.31.0 in bfloat16: 16 requests" in check_servers([server.url] * 2, needs)
+    with pytest.raises(BrokenError, match=f"No vLLM server answers at {server.url}"):
+        check_servers([server.url], needs)
+    with PolicyFake({}) as server, pytest.raises(BrokenError, match="serves no adapters") as error:
+        check_servers([server.url], needs)
+    assert "--enable-lora --max-loras 2" in error.value.remedy
+
+
+def test_the_doctor_reads_the_servers_of_a_recipe(tiny_model_dir: str, tmp_path: Path) -> None:
+    from treepo_trl.commands import doctor
+
+    recipe = tmp_path / "recipe.yaml"
+    with PolicyFake(serving(tiny_model_dir) | {"lora_config": {"max_loras": 2, "max_lora_rank": 16}}) as server:
+        settings = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url, "use_peft": True}
+        settings |= {"model_name_or_path": tiny_model_dir, "bf16": False, "use_cpu": True}
+        recipe.write_text(yaml.safe_dump(settings))
+        needs, _, servers = doctor._recipe(["--config", str(recipe)], tiny_model_dir)
+        assert servers is not None
+        assert servers().startswith("1 server of vLLM")
+    assert needs.has_servers
+    assert not needs.uses_vllm
+    assert "vllm" in needs.packages

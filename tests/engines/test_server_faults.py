@@ -1,0 +1,277 @@
+"""Servers that die, come back, are silent, refuse or answer nonsense in the middle of a batch."""
+
+import random
+from typing import Any
+
+import pytest
+
+from tests.support.fake_vllm import Act, FakeVLLM, at_random, engine_of, fake_servers, path_determined, scripted, until
+from tests.support.fakes import EOS, FakeEngine, memoryless
+from tests.support.sampling import fingerprint, make_config, prompts_of, trees_of
+from treepo_trl import SegmentTree, TreeSampler
+from treepo_trl.engines import SegmentEngineError, SegmentRequest, SegmentResult
+from treepo_trl.engines.server_connection import ServerConnection
+from treepo_trl.engines.vllm_server import VLLMServerEngine
+
+
+CONFIG = make_config(8, max_completion_length=40, segment_length=8)
+LOST: list[Act] = [500, 502, 503, "close", "abort"]
+
+
+def expected_trees(count: int) -> list[SegmentTree]:
+    """The trees that an engine in this process grows of the same segments."""
+
+    class PathEngine(FakeEngine):
+        def answer(self, request: SegmentRequest) -> SegmentResult:
+            return path_determined()(request)
+
+    return trees_of(PathEngine(memoryless(0.0), slots=16, block_size=16, context_length=4096), CONFIG, count)
+
+
+def same_trees(trees: list[SegmentTree]) -> bool:
+    return fingerprint(trees) == fingerprint(expected_trees(len(trees)))
+
+
+def requests_of(count: int, tokens: int = 4) -> list[SegmentRequest]:
+    return [SegmentRequest(i, [100 + i] * 3, tokens, tree=i) for i in range(count)]
+
+
+# Lost
+
+
+@pytest.mark.parametrize("act", ["die", *LOST])
+def test_a_server_lost_in_mid_batch_costs_no_segment(act: Act) -> None:
+    with fake_servers(2, path_determined()) as (first, second):
+        first.script = scripted(*["answer"] * 9, act)
+        engine = engine_of([first, second])
+        sampler = TreeSampler(engine, CONFIG, [EOS])
+        trees = sampler.sample(prompts_of(6), seed=0)
+        assert same_trees(trees)
+        assert engine.num_lost == 1
+        assert engine.num_resent >= 1
+        # Finished segments stay: only what was open is asked for again.
+        num_asked = len(first.bodies) + len(second.bodies)
+        assert sampler.stats.num_segments <= num_asked <= sampler.stats.num_segments + engine.num_resent
+        engine.close()
+
+
+def test_trees_are_the_same_whatever_fails(rng: random.Random) -> None:
+    with fake_servers(3, path_determined()) as servers:
+        for server in servers:
+            server.script = at_random(rng, *["answer"] * 60, *LOST)
+        engine = engine_of(servers)
+        assert same_trees(trees_of(engine, CONFIG, 12))
+        assert engine.num_lost > 0
+        engine.close()
+
+
+def test_a_silent_server_is_lost_with_all_that_it_has() -> None:
+    with fake_servers(2, path_determined()) as (first, second):
+        first.script = scripted(then="silence")
+        engine = engine_of([first, second], timeout=0.5)
+        results = list(engine.complete(requests_of(8)))
+        assert sorted(result.request_id for result in results) == list(range(8))
+        assert (engine.num_lost, engine.num_resent) == (1, 4)
+        until(lambda: first.num_running == 0)
+        engine.close()
+
+
+def test_a_slow_server_is_no_lost_one() -> None:
+    with fake_servers(1) as (server,):
+        server.seconds = 0.3
+        engine = engine_of([server], timeout=5.0)
+        assert len(list(engine.complete(requests_of(4)))) == 4
+        assert engine.num_lost == 0
+
+
+def test_a_request_that_costs_server_after_server_is_given_up() -> None:
+    with fake_servers(2, path_determined()) as servers:
+        for server in servers:
+            server.script = lambda body: 500 if body["token_ids"][0] == 102 else "answer"
+        engine = engine_of(servers)
+        with pytest.raises(SegmentEngineError, match=r"5 times a server was lost with it.*scripted 500") as error:
+            list(engine.complete(requests_of(4)))
+        assert error.value.request_id == 2
+        assert sum(server.trees.count(102) for server in servers) == 5
+        engine.close()
+
+
+def test_without_a_server_it_fails_and_names_them_all() -> None:
+    with fake_servers(2) as (first, second):
+        engine = engine_of([first, second], timeout=0.4)
+        first.die()
+        second.script = scripted(then="die")
+        with pytest.raises(RuntimeError, match=r"No vLLM server has answered for 0\.4 s") as error:
+            TreeSampler(engine, CONFIG, [EOS]).sample(prompts_of(3), seed=0)
+        for server in (first, second):
+            assert server.url in str(error.value)
+        assert "last checkpoint" in str(error.value)
+        assert engine.living_servers() == []
+        assert engine.num_slots(1) == 16  # of those that requests wait for
+
+        # Once they are back, the same engine goes on.
+        second.script = None
+        for server in (first, second):
+            server.start()
+        until(lambda: len(engine.living_servers()) == 2)
+        assert len(trees_of(engine, CONFIG, 2)) == 2
+        engine.close()
+
+
+# Back
+
+
+def test_a_server_that_is_back_is_checked_before_it_gets_new_trees() -> None:
+    checked: list[tuple[str, int]] = []
+    with fake_servers(2, path_determined()) as (first, second):
+
+        def check(connection: ServerConnection) -> None:
+            assert connection.is_healthy()  # it may ask the server
+            checked.append((connection.url, len(first.bodies)))
+
+        engine = engine_of([first, second], on_connect=check)
+        first.script = scripted("answer", "answer", "die")
+        list(engine.complete(requests_of(6)))
+        sent = len(first.bodies)
+        assert checked == []
+        assert [server.url for server in engine.living_servers()] == [second.url]
+        assert engine.num_slots(1) == 8
+        assert engine.num_cache_tokens == 16_000
+
+        first.script = None
+        first.start()
+        until(lambda: len(engine.living_servers()) == 2)
+        assert checked == [(first.url, sent)]
+        assert engine.num_slots(1) == 16
+        list(engine.complete(requests_of(6)))
+        assert len(first.bodies) == sent + 3
+        engine.close()
+
+
+def test_trees_that_have_moved_stay() -> None:
+    with fake_servers(2) as (first, second):
+        engine = engine_of([first, second])
+        engine.submit(requests_of(4))
+        first.script = scripted("die")
+        collected: list[SegmentResult] = []
+        while len(collected) < 4:
+            collected += engine.collect()
+        first.start()
+        until(lambda: len(engine.living_servers()) == 2)
+        first.bodies.clear()
+        second.bodies.clear()
+        list(engine.complete([*requests_of(4), SegmentRequest(4, [104], 4, tree=4)]))
+        assert sorted(second.trees) == [100, 101, 102, 103]
+        assert first.trees == [104]
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_config": {"max_model_len": 64}}, "context of 64 and cache blocks of 16"),
+        ({"cache_config": {"block_size": 128}}, "cache blocks of 128 tokens; this training has 4096 and 16"),
+        (None, "another adapter"),
+    ],
+)
+def test_a_server_that_is_back_and_does_not_fit_stays_out(changes: Any, words: str) -> None:
+    def check(connection: ServerConnection) -> None:
+        raise ValueError("another adapter")
+
+    with fake_servers(2, path_determined()) as (first, second):
+        engine = engine_of([first, second], on_connect=check, timeout=1.0)
+        first.script = scripted("die")
+        list(engine.complete(requests_of(2)))
+        first.changes = changes or {}
+        first.bodies.clear()
+        first.start()
+        until(lambda: words in engine._pool.servers[0].error)
+        assert same_trees(trees_of(engine, CONFIG, 4))
+        assert first.bodies == []
+        second.script = scripted(then="die")
+        with pytest.raises(RuntimeError, match=words):
+            list(engine.complete(requests_of(2)))
+        engine.close()
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (400, "status 400: scripted 400"),
+        (404, "status 404: scripted 404"),
+        ("no json", "is no JSON: <html>"),
+        ("other json", "in a form that is not vLLM's"),
+    ],
+)
+def test_what_a_server_refuses_is_named_and_not_repeated(act: Act, words: str) -> None:
+    with fake_servers(2, path_determined()) as servers:
+        for server in servers:
+            server.script = lambda body: act if body["token_ids"][0] == 102 else "answer"
+        engine = engine_of(servers, model="adapter-7")
+        with pytest.raises(SegmentEngineError, match=words) as error:
+            TreeSampler(engine, CONFIG, [EOS]).sample(prompts_of(4), seed=0)
+        assert "of 3 tokens and for the model 'adapter-7'" in str(error.value)
+        (server,) = (server for server in servers if 102 in server.trees)
+        assert server.url in str(error.value)
+        (note,) = error.value.__notes__
+        assert note.startswith("While sampling prompt 2 of 4")
+        assert engine.num_lost == engine.num_resent == 0
+        # The engine is usable: nothing of the batch is left in it.
+        server.script = None
+        assert len(trees_of(engine, CONFIG, 2)) == 2
+
+
+def wrong(result: dict[str, Any]) -> Any:
+    """A server whose choice is changed."""
+
+    class Wrong(FakeVLLM):
+        def _proper(self, body: dict[str, Any]) -> dict[str, Any]:
+            answer = super()._proper(body)
+            answer["choices"][0] |= result
+            return answer
+
+    return Wrong
+
+
+@pytest.mark.parametrize(
+    "change", [{"token_ids": []}, {"token_ids": [1, 1]}, {"finish_reason": "error"}, {"finish_reason": None}]
+)
+def test_an_answer_without_a_log_probability_for_each_token_is_refused(change: dict[str, Any]) -> None:
+    with wrong(change)() as server:
+        engine: VLLMServerEngine = engine_of([server])
+        with pytest.raises(SegmentEngineError, match="expected one for each token"):
+            list(engine.complete(requests_of(1, tokens=4)))
+
+
+# Aborted
+
+
+def test_abort_closes_the_connections_and_leaves_the_engine_usable() -> None:
+    with fake_servers(2, path_determined()) as servers:
+        engine = engine_of(servers)
+        for server in servers:
+            server.script = scripted("answer", then="silence")
+        engine.submit(requests_of(8))
+        engine.collect()
+        until(lambda: sum(server.num_running for server in servers) == 6)
+        engine.abort()
+        assert engine.collect() == []
+        until(lambda: sum(server.num_running for server in servers) == 0)
+        for server in servers:
+            server.script = None
+        assert same_trees(trees_of(engine, CONFIG, 4))
+        assert engine.num_lost == 0
+
+
+def test_abort_without_a_server_returns() -> None:
+    with fake_servers(1) as (server,):
+        engine = engine_of([server])
+        server.die()
+        engine.submit(requests_of(3))
+        until(lambda: engine.num_lost == 1)
+        engine.abort()
+        assert engine.collect() == []
+        engine.close()

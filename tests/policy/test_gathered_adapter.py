@@ -1,0 +1,156 @@
+"""
+The adapter that reaches an engine where two processes share the policy's weights (FSDP2).
+
+Accelerate starts FSDP and DeepSpeed only on accelerators, so torch's own `fully_shard` wraps the model here, and
+ZeRO-3 is imitated: weights that are empty but where they are gathered.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from tests.support.models import make_model
+from tests.support.processes import run_in_two_processes
+from treepo_trl.policy.gathered_adapter import gathered_adapter, num_bytes, write_adapter
+
+
+SCRIPT = """
+import json
+import sys
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
+
+from tests.support.models import make_model
+from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
+
+folder = sys.argv[1]
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
+targets = ["embed_tokens", "q_proj", "down_proj"]
+
+
+def synchronized(model, adapter, where):
+    loaded = []
+    VLLMGeneration.__init__ = lambda self: None
+    generation = AdapterVLLMGeneration()
+    generation.model, generation.accelerator, generation._dist = model, accelerator, DistributedBackend(accelerator)
+    generation.enable_sleep_mode = False
+    generation._adapter_folder = SimpleNamespace(path=f"{folder}/{where}-{adapter}-{rank}")
+    engine = SimpleNamespace(add_lora=lambda request: loaded.append(request.lora_path))
+    generation.llm = SimpleNamespace(llm_engine=engine, reset_prefix_cache=lambda: True)
+    generation.sync_weights()
+    return load_file(f"{loaded[0]}/adapter_model.safetensors")
+
+
+results = {}
+for adapter in ("default", "other"):
+    model = get_peft_model(make_model(), LoraConfig(r=3, target_modules=targets), adapter_name=adapter)
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight)
+    whole = synchronized(model, adapter, "whole")
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    shards = {type(weight).__name__ for name, weight in model.named_parameters() if "lora_" in name}
+    gathered = synchronized(model, adapter, "gathered")
+    results[adapter] = {
+        "types": sorted(shards),
+        "same_names": whole.keys() == gathered.keys(),
+        "count": len(gathered),
+        "difference": max((whole[name] - gathered[name]).abs().max().item() for name in whole),
+        "size": min(weight.abs().max().item() for weight in gathered.values()),
+    }
+with open(f"{folder}/rank{rank}.json", "w") as file:
+    json.dump(results, file)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_an_engine_gets_the_whole_adapter_of_a_policy_in_parts(tmp_path: Path) -> None:
+    for rank in run_in_two_processes(SCRIPT, tmp_path, str(tmp_path)):
+        for found in rank.values():
+            assert found["types"] == ["DTensor"]
+            assert found["same_names"]
+            assert found["count"] == 2 * (1 + 2 * 2)  # two factors: of the embedding, and of two layers in two blocks
+            assert found["difference"] == 0.0
+            assert found["size"] > 0.1
+
+
+TARGETS = ["embed_tokens", "q_proj"]
+NUM_NUMBERS = 2 * (65 + 64) + 2 * 2 * (64 + 64)  # rank 2: of the embedding, and of a layer in each of two blocks
+
+
+def lora_model() -> Any:
+    model: Any = make_model()
+    return get_peft_model(model, LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+
+
+def accelerator_with(zero_stage: int) -> Any:
+    return SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=zero_stage)), device=torch.device("cpu")
+    )
+
+
+def partitioned(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Empty a model's parameters as ZeRO-3 does; the names of those that are gathered."""
+    whole = {name: parameter.data for name, parameter in model.named_parameters()}
+    names, asked = {id(parameter): name for name, parameter in model.named_parameters()}, list[str]()
+
+    @contextmanager
+    def gathered(parameters: list[Any]) -> Iterator[None]:
+        for parameter in parameters:
+            asked.append(names[id(parameter)])
+            parameter.data = whole[asked[-1]].clone()
+        yield
+        for parameter in parameters:
+            parameter.data.zero_()  # the memory is another's now
+            parameter.data = torch.empty(0)
+
+    zero = SimpleNamespace(GatheredParameters=gathered)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
+    for parameter in model.parameters():
+        parameter.ds_numel = parameter.numel()  # pyright: ignore[reportAttributeAccessIssue]
+        parameter.data = torch.empty(0)
+    return asked
+
+
+def test_an_adapter_in_parts_of_zero_3_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_model()
+    expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if "lora_" in name}
+    asked = partitioned(model, monkeypatch)
+    assert num_bytes(model) == 4 * NUM_NUMBERS
+    folder = write_adapter(model, gathered_adapter(model, accelerator_with(zero_stage=3)), str(tmp_path))
+    assert sorted(asked) == sorted(expected)  # the base, which is large, stays in parts
+    saved = load_file(f"{folder}/adapter_model.safetensors")
+    assert len(saved) == len(expected)
+    for name, weight in expected.items():
+        torch.testing.assert_close(saved[name.replace(".default", "")], weight, rtol=0, atol=0)
+
+
+def test_weights_have_the_names_that_they_have_without_wrappers() -> None:
+    model = lora_model()
+    before = gathered_adapter(model, accelerator_with(zero_stage=0))
+    layers: Any = model.get_base_model().model.layers
+    for i, layer in enumerate(layers):
+        layers[i] = checkpoint_wrapper(layer)
+    after = gathered_adapter(model, accelerator_with(zero_stage=0))
+    assert before.keys() == after.keys()
+    assert sum(weight.numel() for weight in after.values()) == NUM_NUMBERS == num_bytes(model) // 4

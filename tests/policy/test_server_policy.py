@@ -1,0 +1,140 @@
+"""Trainings whose policy is on two real vLLM servers: what these compute at each step, and after one was killed."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.processes import run_in_two_processes
+from tests.support.server_policies import trainer_on, watch
+from tests.support.trainers import assert_same_parameters
+from tests.support.vllm_policies import logged
+from tests.support.vllm_servers import LORA_FLAGS, VLLMServer, vllm_servers
+from treepo_trl.engines.server_connection import ServerConnection
+
+
+pytestmark = pytest.mark.vllm
+
+SCRIPT = """
+import sys
+
+from tests.support.server_policies import train_and_write
+
+train_and_write(*sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: str) -> str:
+    return tiny_model_dir
+
+
+@pytest.fixture(scope="module")
+def servers(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[VLLMServer]]:
+    flags = ["--dtype", "float32", "--max-model-len", "128", *LORA_FLAGS]
+    with vllm_servers(2, model, tmp_path_factory.mktemp("servers"), flags) as started:
+        yield started
+
+
+def urls_of(servers: list[VLLMServer]) -> str:
+    return ",".join(server.url for server in servers)
+
+
+def assert_followed(found: list[Any], steps: list[int], num_servers: int = 2) -> None:
+    """Every server computes what the policy computes, in each step, and each step has moved the policy."""
+    last = {step: (policy, theirs) for step, policy, theirs in found}
+    assert list(last) == steps
+    for policy, theirs in last.values():
+        assert len(theirs) == num_servers
+        for logprobs in theirs.values():
+            torch.testing.assert_close(logprobs, policy, atol=1e-3, rtol=0)
+    for before, after in pairwise(steps):
+        assert (last[before][0] - last[after][0]).abs().max() > 0.02
+
+
+def test_an_adapter_reaches_the_servers_at_each_step(model: str, servers: list[VLLMServer], tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    trainer = trainer_on(
+        model, urls_of(servers), tmp_path, vllm_server_adapter_dir=str(shared), eval_strategy="steps", eval_steps=5
+    )
+    found = watch(trainer)
+    trainer.train()
+    assert_followed(found, [0, 1, 2, 3, 4, 5])  # the last for an evaluation
+    assert max(logged(trainer, "engine/logp_difference_mean")) < 1e-3
+    assert all(log["eval_reward"] > 0 for log in trainer.state.log_history if "eval_reward" in log)
+    (folder,) = shared.iterdir()
+    names = trainer.vllm_generation.servers.versions.names
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    assert len(names) == 2  # older ones are gone, here and on the servers
+    loaded = {each.id for each in ServerConnection(servers[0].url).models() if each.parent is not None}
+    assert set(names) == {name for name in loaded if name.startswith(names[0].rsplit("-", 1)[0])}
+
+
+def test_all_weights_reach_the_servers_at_each_step(model: str, servers: list[VLLMServer], tmp_path: Path) -> None:
+    trainer = trainer_on(model, urls_of(servers), tmp_path, adapter=False, max_steps=2)
+    found = watch(trainer)
+    trainer.train()
+    trainer.vllm_generation.sync_weights()
+    assert_followed(found, [0, 1, 2])
+    versions = {ServerConnection(server.url).get("/weight_info")["weight_version"] for server in servers}
+    assert versions == {trainer.vllm_generation.servers.versions.name}
+    # An adapter on this base would be trained on samples of another model than the policy.
+    other = trainer_on(model, urls_of(servers), tmp_path, max_steps=1, engine_check="warn")
+    with pytest.raises(ValueError, match="another model than the policy"):
+        other.train()
+    give_the_base_back(model, servers)
+
+
+def give_the_base_back(model: str, servers: list[VLLMServer]) -> None:
+    for server in servers:
+        call = {"method": "reload_weights", "kwargs": {"weights_path": model}}
+        ServerConnection(server.url).post("/collective_rpc", call)
+        ServerConnection(server.url).reset_prefix_cache()
+
+
+def test_two_processes_update_and_one_samples(model: str, servers: list[VLLMServer], tmp_path: Path) -> None:
+    """Each process gets the trees of its own prompts, from one sampling for both; evaluation too."""
+    ranks = run_in_two_processes(SCRIPT, tmp_path, model, urls_of(servers), str(tmp_path))
+    assert [rank["sampled"] for rank in ranks] == [[4, 4], []]  # prompts of both
+    for step in range(2):
+        first, second = (rank["got"][step] for rank in ranks)
+        assert len(first) == len(second) == 2
+        assert not any(prompt in second for prompt in first)
+    for log, other in zip(*(rank["logs"] for rank in ranks), strict=True):
+        assert log["engine/logp_difference_mean"] < 1e-3
+        assert all(log[name] == other[name] for name in ("loss", "grad_norm", "reward", "tree/decoded_tokens"))
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert_same_parameters(first, second, 0.0)
+
+
+def test_a_server_is_killed_and_comes_back(model: str, servers: list[VLLMServer], tmp_path: Path) -> None:
+    """In the middle of a batch: the other one takes over; the next step is on the right adapter, on both."""
+    trainer = trainer_on(model, urls_of(servers), tmp_path, max_steps=4)
+    found, engine = watch(trainer), trainer.policy_engine.engine
+    submit, told = engine.submit, []
+
+    def submit_and_kill(requests: Any) -> None:
+        submit(requests)
+        if trainer.state.global_step == 1 and not told:
+            told.append("killed")
+            servers[0].kill()
+            servers[0].start()
+        if trainer.state.global_step == 2 and len(told) == 1:  # in the middle of a batch too
+            servers[0].wait()
+            told.append("back")
+
+    engine.submit = submit_and_kill
+    trainer.train()
+    assert told == ["killed", "back"]
+    assert engine.num_lost == 1
+    last = {step: (policy, theirs) for step, policy, theirs in found}
+    assert [len(theirs) for _, theirs in last.values()] == [2, 2, 1, 2]
+    for policy, theirs in last.values():
+        for logprobs in theirs.values():
+            torch.testing.assert_close(logprobs, policy, atol=1e-3, rtol=0)
+    assert all(loss == loss for loss in logged(trainer, "loss"))
+    assert max(logged(trainer, "engine/logp_difference_mean")) < 1e-3
+    assert len(logged(trainer, "loss")) == 4

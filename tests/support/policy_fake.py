@@ -1,0 +1,82 @@
+"""A fake vLLM server that is given a policy: adapters, weights, and a probe whose answer depends on them."""
+
+import json
+import os
+from typing import Any
+
+from aiohttp import web
+
+from tests.support.fake_vllm import FakeVLLM
+from tests.support.models import make_tokenizer
+
+
+LORA: dict[str, dict[str, Any]] = {"lora_config": {"max_loras": 2, "max_lora_rank": 8}}
+
+
+class PolicyFake(FakeVLLM):
+    """
+    A fake server that loads adapters and weights, and computes log-probabilities that depend on them.
+
+    Attributes:
+        adapters: name and folder of what is loaded, in order.
+        offset: nats by which this server is wrong.
+    """
+
+    def __init__(self, changes: Any = LORA) -> None:
+        self.adapters: dict[str, str] = {}
+        self.offset = 0.0
+        self.version = "0.31.0"
+        self.loads_adapters = True
+        self.tokenizer = make_tokenizer()
+        self.weights = "default"
+        self.unloaded: list[str] = []
+        self.reloads = True
+        super().__init__(changes=changes)
+
+    def restart(self) -> None:
+        self.adapters.clear()
+        self.weights = "default"
+        self.start()
+
+    def _proper(self, body: dict[str, Any]) -> dict[str, Any]:
+        if body["sampling_params"].get("prompt_logprobs") is None:
+            return super()._proper(body)
+        loaded = {**self.adapters, "base": self.weights}[body["model"]]
+        value = sum(map(ord, os.path.basename(loaded))) / 100 + self.offset  # of this version alone
+        ids = body["token_ids"]
+        return {"prompt_logprobs": [None, *({str(token): {"logprob": value}} for token in ids[1:])]}
+
+    async def _other(self, request: web.Request) -> web.Response:
+        body = json.loads(await request.read() or "{}") if request.method == "POST" else {}
+        path = request.path
+        if path == "/version":
+            return web.json_response({"version": self.version})
+        if path == "/tokenize":
+            ids = self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
+            return web.json_response({"tokens": ids})
+        if path == "/v1/models":
+            lines = [{"id": name, "root": root, "parent": "base"} for name, root in self.adapters.items()]
+            return web.json_response({"data": [{**line, "max_model_len": None} for line in lines]})
+        if path == "/v1/load_lora_adapter" and self.loads_adapters:
+            return self._load(body["lora_name"], body["lora_path"])
+        if path == "/v1/unload_lora_adapter":
+            self.unloaded.append(body["lora_name"])
+            del self.adapters[body["lora_name"]]
+            return web.Response(text="")
+        if path == "/weight_info":
+            return web.json_response({"weight_version": self.weights})
+        if path == "/update_weight_version":
+            self.weights = body["new_version"]
+        if path == "/collective_rpc" and not self.reloads:
+            return web.json_response({"error": {"message": "no such folder"}}, status=500)
+        if path in ("/pause", "/resume", "/update_weight_version", "/collective_rpc"):
+            return web.json_response({})
+        return await super()._other(request)
+
+    def _load(self, name: str, folder: str) -> web.Response:
+        if name in self.adapters:
+            return web.json_response({"error": {"message": f"'{name}' has already been loaded"}}, status=400)
+        if not os.path.isfile(f"{folder}/weights"):
+            return web.json_response({"error": {"message": f"No adapter found for {folder}"}}, status=404)
+        self.adapters[name] = folder
+        return web.Response(text="")
