@@ -5,7 +5,7 @@ from typing import Any, cast
 import pytest
 from datasets import Dataset, DatasetDict
 
-from treepo_trl.commands import eval_data
+from treepo_trl.commands.evaluation import data as eval_data
 
 
 pytestmark = pytest.mark.usefixtures("prompts_folder")
