@@ -211,7 +211,7 @@ def test_connections_of_all_slots_are_allowed_or_refused_at_once(monkeypatch: py
             engine_of(servers)
         assert set_limits == [(3024, 1_000_000), (3024, resource.RLIM_INFINITY)]
         monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 3000))
-        with pytest.raises(ValueError, match="run 2000 requests at once.*ulimit -Hn 3024"):
+        with pytest.raises(ValueError, match=r"run 2000 requests at once.*ulimit -Hn 3024"):
             engine_of(servers)
 
 
