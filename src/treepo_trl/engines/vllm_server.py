@@ -221,7 +221,7 @@ class VLLMServerEngine(SegmentEngine):
         except Exception as error:
             outcome = error
         if self._tasks.get(each) is not asyncio.current_task():
-            return  # cancelled as its deadline came, which hides that: the request has another task
+            return  # cancelled as its deadline came, which hides that: the request is another task's, or dropped
         if server is not None:
             server.open.discard(each)
         if server is not None and isinstance(outcome, ServerLostError):
@@ -247,10 +247,10 @@ class VLLMServerEngine(SegmentEngine):
 
     async def _cancel_all(self) -> None:
         tasks = list(self._tasks.values())
+        self._tasks.clear()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._tasks.clear()
         for server in self._pool.servers:
             server.open.clear()
         self._pool.clear()
