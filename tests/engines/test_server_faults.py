@@ -76,6 +76,16 @@ def test_a_silent_server_is_lost_with_all_that_it_has() -> None:
         engine.close()
 
 
+def test_what_waits_on_a_lost_server_is_sent_again_before_its_deadline() -> None:
+    with fake_servers(2, path_determined()) as (first, second):
+        first.script = scripted("silence", "silence", "silence", 500)
+        engine = engine_of([first, second])  # the deadline of minutes never comes here
+        assert len(list(engine.complete(requests_of(8)))) == 8
+        assert (engine.num_lost, engine.num_resent) == (1, 4)
+        until(lambda: first.num_running == 0)
+        engine.close()
+
+
 def test_a_slow_server_is_no_lost_one() -> None:
     with fake_servers(1) as (server,):
         server.seconds = 0.3
@@ -145,6 +155,21 @@ def test_a_server_that_is_back_is_checked_before_it_gets_new_trees() -> None:
         assert engine.num_slots(1) == 16
         list(engine.complete(requests_of(6)))
         assert len(first.bodies) == sent + 3
+        engine.close()
+
+
+def test_a_server_that_is_back_may_have_other_ranks() -> None:
+    with fake_servers(2) as (first, second):
+        first.changes = {"parallel_config": {"data_parallel_size": 2}}
+        engine = engine_of([first, second])
+        first.script = scripted("die")
+        list(engine.complete(requests_of(2)))
+        first.changes = {}
+        first.start()
+        until(lambda: len(engine.living_servers()) == 2)
+        first.headers.clear()
+        list(engine.complete(requests_of(4)))
+        assert ["x-data-parallel-rank" in each for each in first.headers] == [False, False]
         engine.close()
 
 

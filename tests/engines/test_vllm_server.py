@@ -1,6 +1,7 @@
 """The engine over servers: trees, placement, what is sent, limits, entropies. Faults: `test_server_faults.py`."""
 
 import math
+import resource
 from dataclasses import replace
 from typing import Any
 
@@ -200,6 +201,20 @@ def test_a_server_without_token_ids_is_refused_at_once() -> None:
         engine_of([])
 
 
+def test_connections_of_all_slots_are_allowed_or_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection counts as a file: without one a server would look lost."""
+    set_limits: list[Any] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: set_limits.append(limits))
+    with fake_servers(2, changes={"scheduler_config": {"max_num_seqs": 1000}}) as servers:
+        for limits in ((1024, 1_000_000), (1024, resource.RLIM_INFINITY), (4096, 4096)):
+            monkeypatch.setattr(resource, "getrlimit", lambda which, limits=limits: limits)
+            engine_of(servers)
+        assert set_limits == [(3024, 1_000_000), (3024, resource.RLIM_INFINITY)]
+        monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 3000))
+        with pytest.raises(ValueError, match=r"run 2000 requests at once.*ulimit -Hn 3024"):
+            engine_of(servers)
+
+
 # Entropies
 
 
@@ -213,7 +228,7 @@ def test_entropies_by_hand() -> None:
             entry(0.25, 0.5, 0.25),  # all of the distribution, the drawn token among the likeliest
             entry(0.05, 0.4, 0.2),  # the drawn token has taken the third place: 0.4 are left, each at most 0.2
             entry(0.2, 0.4, 0.1),  # 0.3 are left, each at most 0.1
-            entry(1.0, 0.0, 0.0),  # top_k = 1: vLLM writes -9999 for the others
+            entry(1 - 1e-6, 0.0, 0.0),  # top_k = 1, up to rounding: vLLM writes -9999 for the others
         ]
     )
     known = -0.4 * math.log(0.4) - 0.2 * math.log(0.2)
@@ -223,5 +238,6 @@ def test_entropies_by_hand() -> None:
             known - 0.4 * math.log(0.2),
             known - 0.1 * math.log(0.1) - 0.3 * math.log(0.1),
             0.0,
-        ]
+        ],
+        abs=1e-5,
     )

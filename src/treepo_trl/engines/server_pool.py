@@ -48,6 +48,12 @@ class Place(Generic[T]):
     """Unfinished trees."""
 
 
+def _places_of(server: PooledServer[T]) -> list[Place[T]]:
+    num_ranks = server.facts.data_parallel_size
+    ranks = [{"X-data-parallel-rank": str(rank)} for rank in range(num_ranks)] if num_ranks > 1 else [{}]
+    return [Place(server, headers) for headers in ranks]
+
+
 class ServerPool(Generic[T]):
     """
     Servers of one engine. All methods but those of the first section run in the event loop.
@@ -73,9 +79,7 @@ class ServerPool(Generic[T]):
     ) -> None:
         self.servers = [PooledServer[T](connection, facts) for connection, facts in servers]
         for server in self.servers:
-            num_ranks = server.facts.data_parallel_size
-            ranks = [{"X-data-parallel-rank": str(rank)} for rank in range(num_ranks)] if num_ranks > 1 else [{}]
-            server.places = [Place(server, headers) for headers in ranks]
+            server.places = _places_of(server)
         self.num_lost = 0
         self._timeout, self._check = timeout, check
         self._homes: dict[int, Place[T]] = {}
@@ -126,8 +130,8 @@ class ServerPool(Generic[T]):
         server.is_alive, server.error = False, str(error)
         self.num_lost += 1
         logger.warning(
-            f"A vLLM server is lost: {error} {server.num_trees} unfinished trees and {len(server.open)} open requests "
-            f"go to the {len(self.living())} servers that are left."
+            f"A vLLM server is lost: {error} Its unfinished trees ({server.num_trees}) and open requests "
+            f"({len(server.open)}) go to the servers that are left ({len(self.living())})."
         )
         for place in server.places:
             for tree in list(place.trees):
@@ -171,6 +175,7 @@ class ServerPool(Generic[T]):
                     told = server.error
                 continue
             server.facts, server.is_alive, server.error = facts, True, ""
+            server.places = _places_of(server)
             logger.warning(f"The server {connection.url} is back and gets new trees.")
             self._returned.set()
             return
