@@ -27,6 +27,10 @@ _RANGES: Ranges = {
     "tool_workers": (lambda value: value >= 0, "0 (calls run in the main thread, one after another) or more"),
     "tool_timeout": (lambda value: value > 0, "above 0; leave it out for no limit"),
     "max_tool_answer_tokens": (lambda value: value >= 1, "at least 1; leave it out for no limit"),
+    "rollout_ahead": (
+        lambda value: value in (0, 1),
+        "0 or 1: trees of two updates ago gain little and are off-policy",
+    ),
     "dynamic_sampling_rounds": (lambda value: value >= 0, "0 (train on every prompt as it comes) or more"),
     "max_tokens_per_micro_batch": (
         lambda value: value >= 1,
@@ -168,6 +172,16 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "memory but not that of the weights. Needs `vllm_enable_sleep_mode=True` and `vllm_lora_sync='adapter'`."
         },
     )
+    rollout_ahead: int = field(
+        default=0,
+        metadata={
+            "help": "Batches that are sampled ahead: 0, or 1 to sample the next batch while this one is updated. Its "
+            "trees are then one update old, which TRL's importance ratio corrects "
+            "(`vllm_importance_sampling_correction=True`). Set 1 where servers sample "
+            "(`vllm_mode='server'`) and sampling takes about as long as the update. Not with dynamic sampling, tools, "
+            "environments or a `rollout_func`."
+        },
+    )
     engine_check: EngineCheck = field(
         default="warn",
         metadata={
@@ -244,6 +258,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         self._check_whole_trees()
         self._check_batches()
         self._check_micro_batches()
+        self._check_rollout_ahead()
         self._check_supported()
         self._check_tools()
         self._check_shared_base()
@@ -256,6 +271,11 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         if self.leaf_weighting == "auto":
             return self.advantage_estimator in EXACT_ESTIMATORS
         return self.leaf_weighting == "inverse_branching"
+
+    @property
+    def micro_steps_per_batch(self) -> int:
+        """Micro-batches that are trained on one generation batch."""
+        return self.steps_per_generation * self.num_iterations
 
     def generation_options(self) -> dict[str, object]:
         """`generation_kwargs`, empty where there are none."""
@@ -333,6 +353,34 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
                 f"`max_tokens_per_micro_batch={budget}` counts tokens of packed rows, but `tree_packing` is 'off'. "
                 "Set `tree_packing='auto'`, or lower `per_device_train_batch_size` instead."
             )
+
+    def _check_rollout_ahead(self) -> None:
+        if self.rollout_ahead == 0:
+            return
+        reason = ""
+        if not (self.use_vllm and self.vllm_mode == "server"):
+            reason = (
+                "an engine in this process shares its memory and its main thread with the update. Set `use_vllm=True` "
+                "and `vllm_mode='server'`"
+            )
+        elif not self.vllm_importance_sampling_correction:
+            reason = (
+                "its trees are one update old, and `vllm_importance_sampling_correction=False` leaves that "
+                "uncorrected. Set it"
+            )
+        elif self.dynamic_sampling_rounds > 0:
+            reason = (
+                f"`dynamic_sampling_rounds={self.dynamic_sampling_rounds}` chooses prompts by their rewards, which "
+                "are known when a batch is used. Set it to 0"
+            )
+        elif self.micro_steps_per_batch % self.gradient_accumulation_steps:
+            reason = (
+                f"a batch (`steps_per_generation` {self.steps_per_generation} x `num_iterations` "
+                f"{self.num_iterations}) must end with an optimizer step of {self.gradient_accumulation_steps} "
+                "micro-batches. Make it a multiple of `gradient_accumulation_steps`"
+            )
+        if reason:
+            raise ValueError(f"`rollout_ahead={self.rollout_ahead}`, but {reason}, or leave it out.")
 
     def _check_supported(self) -> None:
         if self.use_vllm and self.vllm_mode != "colocate":

@@ -27,6 +27,12 @@ def check_turns(args: TreePOConfig, tools: object, rollout_func: object, environ
             "processes of an engine must ask for the same segments at the same time, and tools take as long as they "
             "take. Set it to 1, with an engine per process."
         )
+    ahead = [name for name, value in (given | {"rollout_func": rollout_func}).items() if value]
+    if ahead and args.rollout_ahead > 0:
+        raise ValueError(
+            f"`rollout_ahead={args.rollout_ahead}` samples a batch while another one is scored, but `{ahead[0]}` has "
+            "state or threads of its own, which one batch at a time may use. Leave one of them out."
+        )
     if rollout_func is None:
         return
     if used:

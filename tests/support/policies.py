@@ -9,6 +9,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from tests.support.fakes import FakeEngine, memoryless
 from treepo_trl import TreePOConfig, treepo_trainer
+from treepo_trl.engines import SegmentEngine
 from treepo_trl.policy.engine import PolicyEngine
 
 
@@ -21,9 +22,14 @@ class FakePolicy(PolicyEngine):
 
     gives_logprobs = True
 
-    def __init__(self, args: TreePOConfig, synchronize: Callable[[Any], object] = lambda _: None) -> None:
+    def __init__(
+        self,
+        args: TreePOConfig,
+        synchronize: Callable[[Any], object] = lambda _: None,
+        engine: SegmentEngine | None = None,
+    ) -> None:
         super().__init__(args)
-        self.engine = FakeEngine(memoryless(0.1))
+        self.engine = engine or FakeEngine(memoryless(0.1))
         self._synchronize = synchronize
 
     def connect(self, trainer: GRPOTrainer) -> None:

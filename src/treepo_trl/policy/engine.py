@@ -7,10 +7,10 @@ part of the engine, and connected to the trainer afterwards.
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from accelerate.utils import is_peft_model
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 _PROBE_PROMPTS = 4
 _LONGEST_PROBE = 512  # tokens of a prompt
+Sampled = TypeVar("Sampled")
 
 
 class PolicyEngine:
@@ -100,6 +101,10 @@ class PolicyEngine:
     def gather(self, prompts: list[list[int]]) -> tuple[list[list[int]], slice]:
         """Prompts of all processes that sample together, and where this process's own are among them."""
         return prompts, slice(0, len(prompts))
+
+    def shared(self, sample: Callable[[], Sampled]) -> Sampled:
+        """What a sampling of the gathered prompts gives, in all processes that sample together. Inside of `ready`."""
+        return sample()
 
     def compare(self, output: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """
