@@ -68,7 +68,7 @@ def steps_of(trainer: Any) -> list[str]:
 def test_a_batch_comes_from_the_policy_before_the_update_of_the_last_one(
     tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four batches in two epochs of three: only the next one is ahead, and none beyond the end."""
+    """Five batches, three an epoch: only the next one of an epoch is ahead, and none beyond the end."""
     scored: list[int] = []
 
     def reward(completion_ids: Any, trainer_state: Any, **_: Any) -> list[float]:
