@@ -85,7 +85,7 @@ THEMES: dict[str, tuple[str, ...]] = {
         "vllm_sleep_keeps_weights",
         "vllm_server_adapter_dir",
     ),
-    "The vLLM engine": ("engine_check", "vllm_engine_kwargs"),
+    "The vLLM engine": ("rollout_ahead", "engine_check", "vllm_engine_kwargs"),
     "Reward functions": ("reward_timeout",),
     "Tools and environments": ("tool_workers", "tool_timeout", "max_tool_answer_tokens", "environment_forking"),
     "Logs": ("log_trees",),

@@ -1,6 +1,7 @@
 """Trees from a trainer's engine while it holds the current policy, and what they have cost and shown."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import cast
 
 import torch
@@ -11,6 +12,7 @@ from .metrics import reduce_totals, tree_metrics, tree_totals, turn_metrics
 from .policy.engine import PolicyEngine
 from .sampling import SamplingStats, SegmentTree, TreeSampler
 from .sampling.turns import TurnHandler
+from .sampling_under_way import Sampled, SamplingUnderWay, in_thread
 from .trainer_turns import TrainerTurns
 from .tree_batch import TreeBatch
 from .treepo_config import TreePOConfig
@@ -43,6 +45,7 @@ class BatchSampler:
         self._trainer, self._sampler, self._turns = trainer, sampler, turns
         self._policy_engine = policy_engine
         self._width_schedule = WidthSchedule(cast(TreePOConfig, trainer.args))
+        self._under_way: SamplingUnderWay | None = None
 
     def sample(
         self,
@@ -68,30 +71,74 @@ class BatchSampler:
         finally:
             model.train(is_training)
 
+    def begin(self, batch: TreeBatch, prompts: list[list[int]]) -> SamplingUnderWay:
+        """
+        Sample the trees of a later batch in a thread, from the policy as it is now.
+
+        The engine has the policy when this returns. Whatever samples next waits for the thread.
+        """
+        self.wait()
+        ready = ExitStack()
+        sample, own = self._prepared(ready, batch, prompts, None, 0, in_batch=True)
+        engine = self._policy_engine
+        future = in_thread(sample if engine.samples_here else lambda: None)
+
+        def share(result: Callable[[], tuple[list[SegmentTree], SamplingStats]]) -> Sampled:
+            trees, stats = engine.shared(result)
+            return trees[own], tree_totals(trees[own], stats, engine.processes_per_engine)
+
+        self._under_way = SamplingUnderWay(batch.name, prompts, future, share, ready)
+        return self._under_way
+
+    def wait(self) -> None:
+        """Wait until nothing is sampled in a thread: the engine is free. All processes call it together."""
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            under_way.result()
+
+    def drop(self) -> None:
+        """Wait until this process samples nothing in a thread, whatever comes of it."""
+        if self._under_way is not None:
+            self._under_way.discard()
+            self._under_way = None
+
     def _sample(
         self, batch: TreeBatch, prompts: list[list[int]], turns: TurnHandler | None, round_number: int = 0
     ) -> list[SegmentTree]:
+        self.wait()
+        with ExitStack() as ready:
+            sample, own = self._prepared(ready, batch, prompts, turns, round_number, in_batch=batch.is_open)
+            trees, self._sampler.stats = self._policy_engine.shared(sample)
+        return trees[own]
+
+    def _prepared(
+        self,
+        ready: ExitStack,
+        batch: TreeBatch,
+        prompts: list[list[int]],
+        turns: TurnHandler | None,
+        round_number: int,
+        in_batch: bool,
+    ) -> tuple[Callable[[], tuple[list[SegmentTree], SamplingStats]], slice]:
+        """What samples, while `ready` is open, the trees of all processes of an engine; and which are this one's."""
         trainer, num_processes = self._trainer, self._policy_engine.processes_per_engine
         args, state = cast(TreePOConfig, trainer.args), trainer.state
         seed = f"{args.seed}/{batch.name}/{trainer.accelerator.process_index // num_processes}"
         seed += f"/{round_number}" if round_number > 0 else ""
-        prompts, own = self._policy_engine.gather(prompts)
+        gathered, own = self._policy_engine.gather(prompts)
+        ready.enter_context(self._policy_engine.ready(seed, gathered, in_batch=in_batch))
         sampler, schedule = self._sampler, self._width_schedule
+        # Asked now: a thread would find what later batches have shown.
+        expected_length, widths = schedule.expected_length(state), schedule.widths(state)
+        progress = batch.step / max(state.max_steps, 1)
 
         def sample() -> tuple[list[SegmentTree], SamplingStats]:
             trees = sampler.sample(
-                prompts,
-                seed,
-                progress=state.global_step / max(state.max_steps, 1),
-                expected_length=schedule.expected_length(state),
-                widths=schedule.widths(state),
-                turns=turns,
+                gathered, seed, progress=progress, expected_length=expected_length, widths=widths, turns=turns
             )
             return trees, sampler.stats
 
-        with self._policy_engine.ready(seed, prompts, in_batch=batch.is_open):
-            trees, sampler.stats = self._policy_engine.shared(sample)
-        return trees[own]
+        return sample, own
 
     def metrics(self, batch: TreeBatch, scaled_rewards: torch.Tensor) -> dict[str, float]:
         """

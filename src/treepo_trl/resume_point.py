@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from trl import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
+    from .rollout_ahead import RolloutAhead
+
 
 logger = get_logger(__name__)
 
@@ -65,10 +67,12 @@ class ResumePoint(TrainerCallback):
     Args:
         trainer ([`~trl.GRPOTrainer`]):
             Has the rows and the state of the training.
+        ahead ([`RolloutAhead`]):
+            Has the next batch where that is being sampled.
     """
 
-    def __init__(self, trainer: "GRPOTrainer") -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: "GRPOTrainer", ahead: "RolloutAhead") -> None:
+        self._trainer, self._ahead = trainer, ahead
         self._global_step = -1
         self._resumed_at = 0  # global step
 
@@ -90,6 +94,7 @@ class ResumePoint(TrainerCallback):
         self._random = _random_states(trainer.accelerator)
         self._micro_steps = cast(int, trainer._step)
         self._rows = trainer._buffered_inputs if self._micro_steps % self._window else None
+        self._next_batch = self._ahead.pending
 
     @property
     def _window(self) -> int:
@@ -110,6 +115,9 @@ class ResumePoint(TrainerCallback):
             if self._rows is not None and not trainer.args.save_only_model:
                 folder.mkdir(parents=True, exist_ok=True)
                 torch.save(self._rows, self._file(folder))
+            if self._next_batch is not None and not trainer.args.save_only_model:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._next_batch.write(self._ahead_file(folder))
             yield
 
     @contextmanager
@@ -129,6 +137,9 @@ class ResumePoint(TrainerCallback):
 
     def _file(self, folder: str | Path) -> Path:
         return Path(folder, f"generation_batch_{self._trainer.accelerator.process_index}.pt")
+
+    def _ahead_file(self, folder: str | Path) -> Path:
+        return Path(folder, f"next_batch_{self._trainer.accelerator.process_index}.json")
 
     def restore(self, folder: str | None) -> str | None:
         """
@@ -185,6 +196,7 @@ class ResumePoint(TrainerCallback):
         trainer._step = saved["micro_steps"]
         if is_inside:
             self._load_rows(folder)
+        self._ahead.restore(self._ahead_file(folder))
 
     def _load_rows(self, folder: str) -> None:
         trainer, reason = self._trainer, None

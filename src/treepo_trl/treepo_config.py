@@ -28,6 +28,10 @@ _RANGES: Ranges = {
     "tool_workers": (lambda value: value >= 0, "0 (calls run in the main thread, one after another) or more"),
     "tool_timeout": (lambda value: value > 0, "above 0; leave it out for no limit"),
     "max_tool_answer_tokens": (lambda value: value >= 1, "at least 1; leave it out for no limit"),
+    "rollout_ahead": (
+        lambda value: value in (0, 1),
+        "0 or 1: trees of two updates ago gain little and are off-policy",
+    ),
     "dynamic_sampling_rounds": (lambda value: value >= 0, "0 (train on every prompt as it comes) or more"),
     "max_tokens_per_micro_batch": (
         lambda value: value >= 1,
@@ -177,6 +181,16 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "server runs on another machine or in a container."
         },
     )
+    rollout_ahead: int = field(
+        default=0,
+        metadata={
+            "help": "Batches that are sampled ahead: 0, or 1 to sample the next batch while this one is updated. Its "
+            "trees are then one update old, which TRL's importance ratio corrects "
+            "(`vllm_importance_sampling_correction=True`). Set 1 where servers sample "
+            "(`vllm_mode='server'`) and sampling takes about as long as the update. Not with dynamic sampling, tools, "
+            "environments or a `rollout_func`."
+        },
+    )
     engine_check: EngineCheck = field(
         default="warn",
         metadata={
@@ -263,6 +277,11 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         if self.leaf_weighting == "auto":
             return self.advantage_estimator in EXACT_ESTIMATORS
         return self.leaf_weighting == "inverse_branching"
+
+    @property
+    def micro_steps_per_batch(self) -> int:
+        """Micro-batches that are trained on one generation batch."""
+        return self.steps_per_generation * self.num_iterations
 
     def generation_options(self) -> dict[str, object]:
         """`generation_kwargs`, empty where there are none."""

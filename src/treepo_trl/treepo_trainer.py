@@ -5,7 +5,7 @@ The only file that overrides private methods of `GRPOTrainer`; `tests/trainer/te
 What the steps are made of lies in the rooms; what TRL has no argument for is replaced in `trl_seams`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -35,6 +35,7 @@ from .policy.half_precision import keep_master_weights
 from .policy.starting_adapter import adapter_resumed_too, match_reference
 from .resume_point import ResumePoint
 from .reward_watch import RewardWatch
+from .rollout_ahead import RolloutAhead
 from .sampling import SegmentTree, TreeSampler, text_decoder
 from .sampling.turns import TurnHandler
 from .trainer_turns import TrainerTurns
@@ -144,11 +145,12 @@ class TreePOTrainer(GRPOTrainer):
         self.sampler = TreeSampler(self.policy_engine.engine, args, self.eos_token_ids, self._decode)
         self._turns = TrainerTurns(self)
         self._batch_sampler = BatchSampler(self, self.sampler, self.policy_engine, self._turns)
+        self._ahead = RolloutAhead(self, self._batch_sampler)
         sample, rounds = self._batch_sampler.sample, args.dynamic_sampling_rounds
         self.dynamic_sampling = DynamicSampling(self, sample, self._turns) if rounds > 0 else None
         self._packed_forward = packed_forward_or_none(self.model, args, self.accelerator, self.aux_loss_enabled)
         self._batch = TreeBatch(step=-1)  # under way, or the last one: GRPOTrainer's methods cannot hand it on
-        self._resume_point = ResumePoint(self)
+        self._resume_point = ResumePoint(self, self._ahead)
         self.add_callback(self._resume_point)
 
     # A training from its start or a checkpoint
@@ -163,7 +165,10 @@ class TreePOTrainer(GRPOTrainer):
         with only_training_in(str(args.output_dir), writes and self.accelerator.is_main_process):
             self._batch = TreeBatch(step=-1)
             self.policy_engine.training_starts()
-            return super().train(self._resume_point.restore(folder), trial, ignore_keys_for_eval)
+            try:
+                return super().train(self._resume_point.restore(folder), trial, ignore_keys_for_eval)
+            finally:
+                self._ahead.end()
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         with self._resume_point.saved(trial):
@@ -220,13 +225,14 @@ class TreePOTrainer(GRPOTrainer):
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         if not self.model.training:
             given = prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            self._batch_sampler.wait()
             with self.policy_engine.evaluation():
                 return super()._generate_single_turn(*given)
         if images is not None:
             raise ValueError("Image prompts are not supported yet by `TreePOTrainer`. Use text prompts.")
         prompts = prompts_of_trees(prompt_ids, num_generations)
         batch, conversations = self._open_batch(), self._turns.of_rows(len(prompts))
-        self._turns.sampled(batch.take(lambda: self._batch_sampler.sample(batch, prompts, conversations)))
+        self._turns.sampled(batch.take(lambda: self._ahead.sample(batch, prompts, conversations)))
         completion_ids, logprobs = batch.first_turns()
         return completion_ids, logprobs if self.policy_engine.gives_logprobs else None
 
@@ -281,6 +287,11 @@ class TreePOTrainer(GRPOTrainer):
             return self._resume_point.after_epochs(super().get_train_dataloader())
         with trl_seams.train_dataset(self, self.dynamic_sampling.placeholders()):
             return super().get_train_dataloader()
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Rows], num_batches: int, device: torch.device
+    ) -> tuple[list[Rows], torch.Tensor | int | None]:
+        return super().get_batch_samples(self._ahead.look_ahead(epoch_iterator), num_batches, device)
 
     # The update
 

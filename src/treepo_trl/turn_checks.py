@@ -32,6 +32,12 @@ def check_turns(args: TreePOConfig, tools: object, rollout_func: object, environ
             f"`{used[0]}` with `vllm_mode='server'` and {args.world_size} processes is not supported: one of them "
             "samples for all, and has its own tools alone. Update in one process, or set `vllm_mode='colocate'`."
         )
+    ahead = [name for name, value in (given | {"rollout_func": rollout_func}).items() if value]
+    if ahead and args.rollout_ahead > 0:
+        raise ValueError(
+            f"`rollout_ahead={args.rollout_ahead}` samples a batch while another one is scored, but `{ahead[0]}` has "
+            "state or threads of its own, which one batch at a time may use. Leave one of them out."
+        )
     if rollout_func is None:
         return
     if used:

@@ -48,6 +48,7 @@ def check_vllm_fields(settings: "TreePOConfig") -> None:
     _check_shared_base(settings)
     _check_sleep(settings)
     _check_engine_kwargs(settings)
+    _check_rollout_ahead(settings)
     if settings.use_vllm and settings.vllm_mode == "server":
         _check_servers(settings)
     elif settings.vllm_server_adapter_dir is not None:
@@ -119,3 +120,32 @@ def _check_engine_kwargs(settings: "TreePOConfig") -> None:
             f"`vllm_engine_kwargs` is {settings.vllm_engine_kwargs!r}; give a dictionary, on the command line a JSON "
             """object such as '{"attention_backend": "TRITON_ATTN"}'."""
         )
+
+
+def _check_rollout_ahead(settings: "TreePOConfig") -> None:
+    if settings.rollout_ahead == 0:
+        return
+    reason = ""
+    if not (settings.use_vllm and settings.vllm_mode == "server"):
+        reason = (
+            "an engine in this process shares its memory and its main thread with the update. Set `use_vllm=True` "
+            "and `vllm_mode='server'`"
+        )
+    elif not settings.vllm_importance_sampling_correction:
+        reason = (
+            "its trees are one update old, and `vllm_importance_sampling_correction=False` leaves that "
+            "uncorrected. Set it"
+        )
+    elif settings.dynamic_sampling_rounds > 0:
+        reason = (
+            f"`dynamic_sampling_rounds={settings.dynamic_sampling_rounds}` chooses prompts by their rewards, which "
+            "are known when a batch is used. Set it to 0"
+        )
+    elif settings.micro_steps_per_batch % settings.gradient_accumulation_steps:
+        reason = (
+            f"a batch (`steps_per_generation` {settings.steps_per_generation} x `num_iterations` "
+            f"{settings.num_iterations}) must end with an optimizer step of {settings.gradient_accumulation_steps} "
+            "micro-batches. Make it a multiple of `gradient_accumulation_steps`"
+        )
+    if reason:
+        raise ValueError(f"`rollout_ahead={settings.rollout_ahead}`, but {reason}, or leave it out.")

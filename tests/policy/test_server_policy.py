@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from tests.support.processes import run_in_two_processes
 from tests.support.server_policies import trainer_on, watch
-from tests.support.trainers import assert_same_parameters
+from tests.support.trainers import assert_same_parameters, watch_loss
 from tests.support.vllm_policies import logged
 from tests.support.vllm_servers import LORA_FLAGS, VLLMServer, vllm_servers
 from treepo_trl.engines.server_connection import ServerConnection
@@ -93,6 +94,39 @@ def give_the_base_back(model: str, servers: list[VLLMServer]) -> None:
         call = {"method": "reload_weights", "kwargs": {"weights_path": model}}
         ServerConnection(server.url).post("/collective_rpc", call)
         ServerConnection(server.url).reset_prefix_cache()
+
+
+def test_a_batch_ahead_is_from_the_adapter_before_the_last_update(
+    model: str, servers: list[VLLMServer], tmp_path: Path
+) -> None:
+    """By the log-probabilities that servers gave with the tokens: those of that adapter, and of no later one."""
+    trainer = trainer_on(model, urls_of(servers), tmp_path, max_steps=3, rollout_ahead=1)
+    adapters: list[dict[str, torch.Tensor]] = []  # at each step
+    distances: list[list[float]] = []  # of each batch, from each adapter up to now
+    ratios: list[torch.Tensor] = []
+
+    def look(policy: Any, inputs: dict[str, torch.Tensor]) -> None:
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        is_token, peft = inputs["completion_mask"].bool(), trainer.accelerator.unwrap_model(policy)
+        adapters.append({name: value.clone() for name, value in get_peft_model_state_dict(peft).items()})
+        distances.append([])
+        for adapter in adapters:  # ends with that of now
+            set_peft_model_state_dict(peft, adapter)
+            with torch.no_grad():
+                logprobs, *_ = trainer._get_per_token_logps_and_entropies(policy, ids, mask, is_token.size(1))
+            distances[-1].append(float((logprobs - inputs["sampling_per_token_logps"])[is_token].abs().max()))
+        ratios.append(inputs["importance_sampling_ratio"])
+
+    watch_loss(trainer, look)
+    trainer.train()
+    assert len(distances) == 3
+    for step, of_adapters in enumerate(distances):
+        sampled_from = max(step - 1, 0)
+        assert of_adapters[sampled_from] < 1e-3
+        assert all(value > 0.02 for version, value in enumerate(of_adapters) if version != sampled_from)
+    assert all(ratio.isfinite().all() for ratio in ratios)
+    assert all(loss == loss for loss in logged(trainer, "loss"))
 
 
 def test_two_processes_update_and_one_samples(model: str, servers: list[VLLMServer], tmp_path: Path) -> None:

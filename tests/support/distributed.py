@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from torch import distributed
 
 from tests.support.environments import GAME, GOES_ON, Counter, Forking, fresh
 from tests.support.fsdp import start_fsdp2
-from tests.support.policies import FakePolicy, use_fake_policy
+from tests.support.policies import FakePolicy, SharedPolicy, use_fake_policy
 from tests.support.tools import FIRST, LATER, ScriptedAgent, tool_config, tool_trainer
-from tests.support.trainers import RecordingTrainer, build, make_config, parameters_of, reward_by_kind, train
+from tests.support.trainers import RecordingTrainer, build, change, make_config, parameters_of, reward_by_kind, train
 from treepo_trl import SegmentTree, TreePOTrainer
 from treepo_trl.policy.gathered_adapter import gathered_adapter
 from treepo_trl.update import packed_forward
@@ -184,6 +185,47 @@ def train_sharded_and_write(model: str, folder: str) -> None:
     moved = max((runs[0][-1][key] - runs[0][0][key]).abs().max().item() for key in runs[0][0])
     types = sorted({type(parameter).__name__ for parameter in trainer.model.parameters()})
     _write(trainer, folder, {"difference": largest, "moved": moved, "types": types, "whole": logs[0]})
+
+
+def train_ahead_and_write(model: str, folder: str) -> None:
+    """
+    Train without a batch ahead and with one, where the first process samples for both.
+
+    Writes both logs, the versions that were sampled from, the threads that sampled and how far the weights are apart.
+    """
+    trainers, versions, threads = [], [], []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for ahead in (0, 1):
+            steps: list[int] = []
+            synchronize = partial(lambda steps, trainer: steps.append(trainer.state.global_step), steps)
+            use_fake_policy(monkeypatch, partial(SharedPolicy, synchronize=synchronize))
+            changes = {"per_device_train_batch_size": 4, "max_steps": 4, "branch_schedule": "early"}
+            changes |= {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 2}
+            to = Path(folder, str(ahead))
+            trainer = make_trainer(model, to, RecordingTrainer, ddp_backend="gloo", **changes)
+            trainer.args.rollout_ahead = ahead  # behind the check for servers
+            names: list[str] = []
+            sample = trainer.sampler.sample
+
+            def named(*args: Any, sample: Any = sample, names: list[str] = names, **kwargs: Any) -> Any:
+                names.append(threading.current_thread().name)
+                return sample(*args, **kwargs)
+
+            trainer.sampler.sample = named
+            trainer.train()
+            trainers.append(trainer)
+            versions.append(steps)
+            threads.append(names)
+    off, on = map(parameters_of, trainers)
+    result = {
+        "off": trainers[0].state.log_history,
+        "versions": versions,
+        "threads": threads,
+        "difference": max((off[name] - on[name]).abs().max().item() for name in off),
+        "moved": change(trainers[1]),
+        "got": [[prompts for prompts, _ in trainer.updated] for trainer in trainers],
+    }
+    _write(trainers[1], folder, result)
 
 
 def reward_and_log(prompts: list[str], completion_ids: Any, kind: list[str], log_extra: Any, **_: Any) -> list:

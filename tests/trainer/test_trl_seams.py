@@ -44,6 +44,7 @@ SIGNATURES = {
     "_save": "self, output_dir=None, state_dict=None",
     "_load_from_checkpoint": "self, resume_from_checkpoint, model=None",
     "get_train_dataloader": "self",
+    "get_batch_samples": "self, epoch_iterator, num_batches, device",
     "train": "self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None",
 }
 # What dynamic sampling and turns call, or replace for a call.

@@ -54,6 +54,8 @@ class PolicyEngine:
             What the sampler drives, inside of `ready`.
         processes_per_engine (`int`):
             Processes that sample together with one engine.
+        samples_here (`bool`):
+            Whether this process drives the engine, and not another one for it.
         gives_logprobs (`bool`):
             Whether the engine's log-probabilities are to be compared with the policy's. Where the policy itself has
             sampled, they are its own up to rounding, and `GRPOTrainer` has none either.
@@ -61,6 +63,7 @@ class PolicyEngine:
 
     engine: SegmentEngine
     processes_per_engine = 1
+    samples_here = True
     gives_logprobs = False
 
     def __init__(self, args: TreePOConfig) -> None:

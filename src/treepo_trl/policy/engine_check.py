@@ -127,13 +127,15 @@ class EngineWatch:
         if probe.cause is not None:
             self._tell(f"A probe with a moved adapter: {probe}.{self._all_facts()} {_REMEDY}", RuntimeError)
 
-    def batch(self, difference: torch.Tensor | None) -> dict[str, float]:
+    def batch(self, difference: torch.Tensor | None, is_older: bool = False) -> dict[str, float]:
         """
         Metrics of one batch; tells if its tokens were sampled from another model than the policy.
 
         Args:
             difference (`torch.Tensor` of shape `(tokens,)`, *optional*):
                 What [`logprob_difference`] returns.
+            is_older (`bool`, *optional*, defaults to `False`):
+                Whether the tokens are from the policy before an update, so that a difference says nothing.
 
         Raises:
             RuntimeError: if `mode` is `"error"` and the mean difference is above the bound.
@@ -142,7 +144,7 @@ class EngineWatch:
             return {}
         mean, share = float(difference.mean()), float((~(difference <= _LARGE)).float().mean())
         # A tenth more each time: a difference that grows is told of again, one that stays is not.
-        if self._is_comparable and self.is_on and not mean <= max(self.bound, 1.1 * self._told):
+        if not is_older and self._is_comparable and self.is_on and not mean <= max(self.bound, 1.1 * self._told):
             if math.isfinite(mean):
                 self._told = mean
             self._tell(

@@ -67,6 +67,7 @@ class ServerPolicy(PolicyEngine):
 
     def connect(self, trainer: GRPOTrainer) -> None:
         self._trainer = trainer
+        self.samples_here = trainer.accelerator.is_main_process
         self._generation = cast(ServerGeneration, trainer.vllm_generation)
         self._generation.state = trainer.state
         self.engine = self._generation.engine = self._engine(trainer.eos_token_ids)
@@ -124,7 +125,8 @@ class ServerPolicy(PolicyEngine):
         return from_main_process(self._trainer.accelerator, sample)
 
     def compare(self, output: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        return self._watch.batch(logprob_difference(output, self._trainer.accelerator))
+        difference = logprob_difference(output, self._trainer.accelerator)
+        return self._watch.batch(difference, is_older=self.args.rollout_ahead > 0)
 
     def _compare_policy(self) -> None:
         """

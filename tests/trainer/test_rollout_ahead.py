@@ -1,0 +1,277 @@
+"""Batches that are sampled while the one before is updated: when, from which policy, and through a resume."""
+
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.distributed import SCRIPT
+from tests.support.fakes import FakeEngine, memoryless
+from tests.support.policies import FakePolicy, use_fake_policy
+from tests.support.processes import run_in_two_processes
+from tests.support.trainers import (
+    RecordingTrainer,
+    assert_same_parameters,
+    assert_same_run,
+    build,
+    change,
+    logs_of,
+    make_config,
+    parity_reward,
+    plain_prompts,
+    watch_loss,
+)
+from treepo_trl import TreePOConfig
+from treepo_trl.rollout_ahead import LookAhead
+
+
+class GatedEngine(FakeEngine):
+    """Waits before each answer for `gate`, which is called in the thread that samples."""
+
+    def __init__(self, gate: Callable[[], object] = lambda: None) -> None:
+        super().__init__(memoryless(0.1))
+        self.gate = gate
+
+    def collect(self, wake: Callable[[], bool] | None = None) -> Any:
+        self.gate()
+        return super().collect(wake)
+
+
+def trainer_with(
+    folder: Path, model: str, monkeypatch: pytest.MonkeyPatch, engine: FakeEngine | None = None, **changes: Any
+) -> Any:
+    """A trainer whose `versions` are the global steps at which its engine got the policy."""
+    versions: list[int] = []
+    reward = changes.pop("reward", parity_reward)
+    data, evaluated = changes.pop("data", plain_prompts()), changes.pop("eval_dataset", None)
+    ahead = changes.pop("rollout_ahead", 1)
+    use_fake_policy(
+        monkeypatch,
+        partial(FakePolicy, synchronize=lambda trainer: versions.append(trainer.state.global_step), engine=engine),
+    )
+    config = make_config(folder, **{"max_steps": 4, **changes})
+    config.rollout_ahead = ahead  # behind the check for servers: this engine shares nothing with the update
+    trainer = build(RecordingTrainer, model, config, reward_funcs=reward, train_dataset=data, eval_dataset=evaluated)
+    trainer.versions = versions
+    return trainer
+
+
+def steps_of(trainer: Any) -> list[str]:
+    """The step of each batch that was sampled, by its seed: `seed/step/number/engine`."""
+    return [told["seed"].split("/")[1] for told in trainer.told]
+
+
+def test_a_batch_comes_from_the_policy_before_the_update_of_the_last_one(
+    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five batches, three an epoch: only the next one of an epoch is ahead, and none beyond the end."""
+    scored: list[int] = []
+
+    def reward(completion_ids: Any, trainer_state: Any, **_: Any) -> list[float]:
+        scored.append(trainer_state.global_step)
+        return parity_reward(completion_ids)
+
+    trainer = trainer_with(tmp_path, tiny_model_dir, monkeypatch, data=plain_prompts(6), max_steps=5, reward=reward)
+    trainer.train()
+    assert steps_of(trainer) == ["0", "1", "2", "3", "4"]
+    assert trainer.versions == [0, 0, 1, 3, 3]  # an epoch begins with the fourth batch
+    assert scored == [0, 1, 2, 3, 4]
+    assert change(trainer) > 1e-2
+
+
+def test_sampling_goes_on_while_the_batch_before_is_scored_and_updated(
+    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updating, main = [threading.Event() for _ in range(4)], threading.main_thread()
+    late: list[bool] = []
+
+    def wait_for_the_update() -> None:
+        if threading.current_thread() is not main:
+            before = int(steps_of(trainer)[-1]) - 1
+            late.append(updating[before].wait(60))
+
+    trainer = trainer_with(tmp_path, tiny_model_dir, monkeypatch, GatedEngine(wait_for_the_update))
+    watch_loss(trainer, lambda *_: updating[trainer.state.global_step].set())
+    trainer.train()
+    assert len(late) >= 3
+    assert all(late)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_iterations": 2, "gradient_accumulation_steps": 2}], ids=["", "twice"])
+def test_only_the_time_of_sampling_changes(
+    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """An engine that does not know the policy: the same trees, rewards and updates. Learned widths come later."""
+    runs = []
+    for ahead in (0, 1):
+        settings = {"rollout_ahead": ahead, "branch_schedule": "early", **changes}
+        runs.append(trainer_with(tmp_path / str(ahead), tiny_model_dir, monkeypatch, **settings))
+        runs[-1].train()
+    assert_same_run(*runs, parameter_tolerance=0.0)
+    assert runs[0].sampled == runs[1].sampled
+    assert runs[0].versions != runs[1].versions
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_iterations": 2}], ids=["after a batch", "inside of one"])
+def test_a_training_that_is_resumed_is_the_same_number_for_number(
+    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """The trees that were sampled ahead are in the checkpoint; the policy that they are from is not."""
+    changes = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, **changes}
+    whole = trainer_with(tmp_path / "whole", tiny_model_dir, monkeypatch, **changes)
+    whole.train()
+    seed = count(1)  # another engine draws otherwise
+
+    class Other(FakeEngine):
+        def __init__(self) -> None:
+            super().__init__(memoryless(0.1), seed=next(seed))
+
+    checkpoint = str(tmp_path / "whole/checkpoint-3")
+    resumed = trainer_with(tmp_path / "resumed", tiny_model_dir, monkeypatch, **changes)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert_same_run(whole, resumed, parameter_tolerance=0.0)
+    other = trainer_with(tmp_path / "other", tiny_model_dir, monkeypatch, Other(), **changes | {"max_steps": 4})
+    other.train(resume_from_checkpoint=checkpoint)
+    assert logs_of(other, "loss")[3] == logs_of(whole, "loss")[3]
+
+
+def test_the_main_process_samples_ahead_for_all(tmp_path: Path, tiny_model_dir: str) -> None:
+    """Two processes with one engine that does not know the policy: the same run as without, checkpoints too."""
+    ranks = run_in_two_processes(SCRIPT, tmp_path, "train_ahead_and_write", tiny_model_dir, str(tmp_path))
+    ahead = "treepo-trl-ahead"
+    assert ranks[0]["threads"] == [["MainThread"] * 4, ["MainThread", ahead, ahead, ahead]]
+    assert ranks[1]["threads"] == [[], []]
+    for rank in ranks:
+        assert rank["versions"] == [[0, 1, 2, 3], [0, 0, 1, 2]]
+        assert rank["got"][0] == rank["got"][1]
+        assert rank["difference"] == 0
+        assert rank["moved"] > 1e-2
+        for log, other in zip(rank["off"], rank["logs"], strict=True):
+            assert all(other[name] == log[name] for name in ("loss", "reward") if name in log)
+    assert not any(prompts in ranks[1]["got"][1] for prompts in ranks[0]["got"][1])
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert_same_parameters(first, second, 0.0)
+
+
+def test_an_error_of_the_thread_ends_the_step_that_needs_its_trees(
+    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError("the server has gone")
+
+    trainer = trainer_with(tmp_path, tiny_model_dir, monkeypatch, GatedEngine(fail))
+    with pytest.raises(OSError, match="the server has gone") as error:
+        trainer.train()
+    assert trainer.state.global_step == 1  # the first update was made
+    assert "collect" in [frame.name for frame in traceback.extract_tb(error.tb)]
+    trainer.policy_engine.engine.gate = lambda: None
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_an_evaluation_waits_for_the_thread(
+    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def be_slow() -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.3)
+
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8, "max_steps": 3}
+    trainer = trainer_with(
+        tmp_path, tiny_model_dir, monkeypatch, GatedEngine(be_slow), eval_dataset=plain_prompts(2), **settings
+    )
+    done: list[bool | None] = []
+    evaluation = trainer.policy_engine.evaluation
+
+    def look() -> Any:
+        pending = trainer._ahead.pending
+        done.append(None if pending is None else pending._future.done())
+        return evaluation()
+
+    trainer.policy_engine.evaluation = look
+    trainer.train()
+    assert done == [True, True, None]
+
+
+def test_the_ratio_corrects_the_age_of_the_trees(
+    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's numbers are of the time of sampling, and the policy's of the time of use."""
+    trainer = trainer_with(tmp_path, tiny_model_dir, monkeypatch, vllm_importance_sampling_mode="token_truncate")
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+    ratios: list[float] = []
+
+    def look(model: Any, inputs: dict[str, Any]) -> None:
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        with torch.no_grad():
+            now, *_ = trainer._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_ids"].size(1))
+        is_token = inputs["completion_mask"].bool()
+        expected = (
+            (now - inputs["sampling_per_token_logps"]).exp().clamp(max=trainer.vllm_importance_sampling_clip_max)
+        )
+        torch.testing.assert_close(inputs["importance_sampling_ratio"][is_token], expected[is_token])
+        sampled = {value for tree in trainer._batch.trees for leaf in tree.leaves for value in tree.logprobs(leaf)}
+        for value in inputs["sampling_per_token_logps"][is_token].tolist():
+            assert min(abs(value - each) for each in sampled) < 1e-6
+        ratios.append(float(expected.mean()))
+
+    watch_loss(trainer, look)
+    trainer.train()
+    assert len(ratios) == 4
+
+
+def test_what_is_to_come_is_seen_and_given_once() -> None:
+    rows: list[Any] = [[{"prompt": str(i)}] for i in range(4)]
+    epoch = LookAhead(iter(rows))
+    assert next(epoch) == rows[0]
+    assert epoch.peek(1) == rows[2]
+    assert epoch.peek(0) == rows[1]
+    assert epoch.peek(3) is None
+    assert list(epoch) == rows[1:]
+
+
+SERVER = {"use_vllm": True, "vllm_mode": "server", "rollout_ahead": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"use_vllm": False}, r"an engine in this process .* Set `use_vllm=True` and `vllm_mode='server'`"),
+        ({"vllm_mode": "colocate"}, r"shares its memory and its main thread with the update"),
+        ({"vllm_importance_sampling_correction": False}, r"one update old.*uncorrected\. Set it, or leave it out"),
+        ({"dynamic_sampling_rounds": 2}, r"`dynamic_sampling_rounds=2` chooses prompts by their rewards"),
+        (
+            {"gradient_accumulation_steps": 2, "steps_per_generation": 1},
+            r"must end with an optimizer step of 2 micro-batches\. Make it a multiple",
+        ),
+        ({"rollout_ahead": 2}, r"`rollout_ahead` is 2.*0 or 1"),
+    ],
+    ids=str,
+)
+def test_where_it_cannot_be_right(tmp_path: Path, changes: dict[str, Any], part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        make_config(tmp_path, **{**SERVER, **changes})
+
+
+@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
+def test_turns_are_of_one_batch(name: str) -> None:
+    from treepo_trl.turn_checks import check_turns
+
+    class Settings:
+        use_vllm, vllm_mode, world_size, rollout_ahead = True, "server", 1, 1
+        vllm_tensor_parallel_size, dynamic_sampling_rounds = 1, 0
+
+    given: dict[str, Any] = {"tools": None, "rollout_func": None, "environment_factory": None, name: [print]}
+    args: Any = Settings()
+    with pytest.raises(ValueError, match=rf"`rollout_ahead=1` samples .* but `{name}` has"):
+        check_turns(args, **given)
+    assert isinstance(TreePOConfig.__dataclass_fields__["rollout_ahead"].default, int)
