@@ -24,6 +24,8 @@ OWN, OTHERS = "## Messages of treepo-trl", "## Messages of other libraries"
 NO_USER_MEETS = {
     "module ... has no attribute ": "Python's own words about a lazy import; a misspelt import in code",
     "The storage is allocated by the engine.": "an engine that is built here calls it never",
+    "The main process samples for all.": "an engine that no process calls",
+    "There is no server: give at least one address.": "an engine that code builds by hand",
     "there are no such locks on Windows": "caught where a lock is asked for",
     "A segment needs at least one token.": "a tree that code builds by hand",
     "Got ... log-probabilities for ... tokens.": "a tree that code builds by hand",
