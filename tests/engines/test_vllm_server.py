@@ -1,6 +1,7 @@
 """The engine over servers: trees, placement, what is sent, limits, entropies. Faults: `test_server_faults.py`."""
 
 import math
+import resource
 from dataclasses import replace
 from typing import Any
 
@@ -198,6 +199,20 @@ def test_a_server_without_token_ids_is_refused_at_once() -> None:
             engine_of([first, second])
     with pytest.raises(ValueError, match="at least one address"):
         engine_of([])
+
+
+def test_connections_of_all_slots_are_allowed_or_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection counts as a file: without one a server would look lost."""
+    set_limits: list[Any] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: set_limits.append(limits))
+    with fake_servers(2, changes={"scheduler_config": {"max_num_seqs": 1000}}) as servers:
+        for limits in ((1024, 1_000_000), (1024, resource.RLIM_INFINITY), (4096, 4096)):
+            monkeypatch.setattr(resource, "getrlimit", lambda which, limits=limits: limits)
+            engine_of(servers)
+        assert set_limits == [(3024, 1_000_000), (3024, resource.RLIM_INFINITY)]
+        monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 3000))
+        with pytest.raises(ValueError, match=r"run 2000 requests at once.*ulimit -Hn 3024"):
+            engine_of(servers)
 
 
 # Entropies

@@ -126,8 +126,8 @@ class ServerPool(Generic[T]):
         server.is_alive, server.error = False, str(error)
         self.num_lost += 1
         logger.warning(
-            f"A vLLM server is lost: {error} {server.num_trees} unfinished trees and {len(server.open)} open requests "
-            f"go to the {len(self.living())} servers that are left."
+            f"A vLLM server is lost: {error} Its unfinished trees ({server.num_trees}) and open requests "
+            f"({len(server.open)}) go to the servers that are left ({len(self.living())})."
         )
         for place in server.places:
             for tree in list(place.trees):

@@ -8,6 +8,7 @@ Whole trees are placed, so that their prefixes meet again. A lost server costs c
 import asyncio
 import json
 import queue
+import resource
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from .vllm_sampling import NUM_TOP_LOGPROBS, entropies_of, sampling_fields
 
 
 _MOST_FAILURES = 5  # of one request, each of which has cost a server
+_OTHER_FILES = 1024  # what a process may open by default, and what the training has
 _WAKE_SECONDS = 0.02
 _NO_PROBABILITY = -9999.0  # vLLM's JSON for minus infinity
 
@@ -94,6 +96,7 @@ class VLLMServerEngine(SegmentEngine):
     ) -> None:
         facts = [server.facts() for server in servers]
         _check_together(servers, facts, with_entropies)
+        _allow_connections(sum(each.num_slots for each in facts))
         self.eos_token_ids = frozenset(eos_token_ids)
         self.reports_entropies = with_entropies
         self.context_length: int | None = min(each.context_length for each in facts)
@@ -345,6 +348,19 @@ def _check_together(servers: list[ServerConnection], facts: list[ServerFacts], w
     if not all(server.can_generate() for server in servers):
         missing = ", ".join(server.url for server in servers if not server.can_generate())
         raise ValueError(f"{missing} takes no token ids: start it again with the flag `--enable-scale-out`.")
+
+
+def _allow_connections(count: int) -> None:
+    """Let this process open as many connections, which count as files, or raise if it must not."""
+    needed = count + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ValueError(
+            f"The servers run {count} requests at once, each over a connection of its own, and this process may open "
+            f"{hard} files. Raise the limit (`ulimit -Hn {needed}`), or lower `--max-num-seqs` of the servers."
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _check_json(fields: Mapping[str, object]) -> None:
