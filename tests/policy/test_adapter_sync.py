@@ -77,7 +77,9 @@ def parts_of_a_generation(monkeypatch: pytest.MonkeyPatch, **options: Any) -> An
     generation: Any = AdapterVLLMGeneration(**options)
     generation.calls = []
     generation.tensor_parallel_size = 1
-    generation.accelerator = SimpleNamespace(device=torch.device("cpu"), distributed_type=DistributedType.NO)
+    generation.accelerator = SimpleNamespace(
+        device=torch.device("cpu"), distributed_type=DistributedType.NO, state=SimpleNamespace(deepspeed_plugin=None)
+    )
     generation.model = SimpleNamespace(get_base_model=lambda: SimpleNamespace(hf_device_map={"": 0}))
     return generation
 

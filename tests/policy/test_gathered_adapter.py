@@ -20,7 +20,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from tests.support.models import make_model
 from tests.support.processes import run_in_two_processes
-from treepo_trl.policy.gathered_adapter import gathered_adapter, num_bytes, write_adapter
+from treepo_trl.policy.gathered_adapter import (
+    check_own_forward,
+    check_whole_adapter,
+    gathered_adapter,
+    num_bytes,
+    write_adapter,
+)
 
 
 SCRIPT = """
@@ -103,10 +109,11 @@ def lora_model() -> Any:
     return get_peft_model(model, LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
 
 
-def accelerator_with(zero_stage: int) -> Any:
-    return SimpleNamespace(
-        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=zero_stage)), device=torch.device("cpu")
-    )
+def accelerator_with(zero_stage: int = 0, fsdp_version: int | None = None, num_processes: int = 2) -> Any:
+    zero = SimpleNamespace(zero_stage=zero_stage) if zero_stage else None
+    fsdp = SimpleNamespace(fsdp_version=fsdp_version) if fsdp_version else None
+    state = SimpleNamespace(deepspeed_plugin=zero, fsdp_plugin=fsdp)
+    return SimpleNamespace(state=state, device=torch.device("cpu"), num_processes=num_processes)
 
 
 def partitioned(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -147,10 +154,29 @@ def test_an_adapter_in_parts_of_zero_3_is_written_whole(tmp_path: Path, monkeypa
 
 def test_weights_have_the_names_that_they_have_without_wrappers() -> None:
     model = lora_model()
-    before = gathered_adapter(model, accelerator_with(zero_stage=0))
+    before = gathered_adapter(model, accelerator_with())
     layers: Any = model.get_base_model().model.layers
     for i, layer in enumerate(layers):
         layers[i] = checkpoint_wrapper(layer)
-    after = gathered_adapter(model, accelerator_with(zero_stage=0))
+    after = gathered_adapter(model, accelerator_with())
     assert before.keys() == after.keys()
     assert sum(weight.numel() for weight in after.values()) == NUM_NUMBERS == num_bytes(model) // 4
+
+
+def test_an_adapter_below_the_first_fsdp_is_refused() -> None:
+    for served in ({}, {"fsdp_version": 2}, {"zero_stage": 2}, {"zero_stage": 3}):
+        check_whole_adapter(accelerator_with(**served))
+    with pytest.raises(ValueError, match=r"Set `fsdp_version: 2` .*fsdp2\.yaml.*`vllm_lora_sync='merge'`"):
+        check_whole_adapter(accelerator_with(fsdp_version=1))
+
+
+def test_a_policy_whose_forwards_are_collective_does_not_sample_itself() -> None:
+    """Trees of the processes need different numbers of forwards: they would wait for each other."""
+    for served in ({}, {"zero_stage": 2}, {"fsdp_version": 2, "num_processes": 1}):
+        check_own_forward(accelerator_with(**served), gathers_zero_3=False)
+    check_own_forward(accelerator_with(zero_stage=3), gathers_zero_3=True)
+    for version in (1, 2):
+        with pytest.raises(ValueError, match=r"cannot sample below FSDP.*Set `use_vllm=True`, or train without FSDP"):
+            check_own_forward(accelerator_with(fsdp_version=version), gathers_zero_3=True)
+    with pytest.raises(ValueError, match=r"below ZeRO-3.*`use_vllm=True`, or `ds3_gather_for_generation=True`"):
+        check_own_forward(accelerator_with(zero_stage=3), gathers_zero_3=False)

@@ -2,18 +2,23 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import distributed
 
 from tests.support.environments import GAME, GOES_ON, Counter, Forking, fresh
+from tests.support.fsdp import start_fsdp2
+from tests.support.policies import FakePolicy, use_fake_policy
 from tests.support.tools import FIRST, LATER, ScriptedAgent, tool_config, tool_trainer
 from tests.support.trainers import RecordingTrainer, build, make_config, parameters_of, reward_by_kind, train
 from treepo_trl import SegmentTree, TreePOTrainer
+from treepo_trl.policy.gathered_adapter import gathered_adapter
 from treepo_trl.update import packed_forward
 
 
@@ -146,6 +151,39 @@ def resume_and_write(model: str, folder: str) -> None:
         "sampled": [len(trainer.sampled) for trainer in trainers],
     }
     _write(trainers[1], folder, result)
+
+
+def train_sharded_and_write(model: str, folder: str) -> None:
+    """
+    Train an adapter on equal trees, with whole weights and with FSDP2.
+
+    Writes both logs, and how far the adapters that the engine got are from each other, the trained ones last.
+    """
+    runs: list[list[dict[str, torch.Tensor]]] = []
+    logs: list[list[dict[str, Any]]] = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in ("whole", "sharded"):
+            adapters: list[dict[str, torch.Tensor]] = []
+
+            def synchronize(trainer: Any, adapters: list[dict[str, torch.Tensor]] = adapters) -> None:
+                policy = trainer.accelerator.unwrap_model(trainer.model)
+                adapters.append(gathered_adapter(policy, trainer.accelerator))
+
+            use_fake_policy(monkeypatch, partial(FakePolicy, synchronize=synchronize))
+            if name == "sharded":
+                start_fsdp2(monkeypatch)
+            trainer = make_trainer(model, Path(folder, name), lora=True, tree_packing="sdpa", ddp_backend="gloo")
+            trainer.train()
+            synchronize(trainer)
+            runs.append(adapters)
+            logs.append(trainer.state.log_history)
+    largest = [
+        max((whole[key] - sharded[key]).abs().max().item() for key in whole)
+        for whole, sharded in zip(*runs, strict=True)
+    ]
+    moved = max((runs[0][-1][key] - runs[0][0][key]).abs().max().item() for key in runs[0][0])
+    types = sorted({type(parameter).__name__ for parameter in trainer.model.parameters()})
+    _write(trainer, folder, {"difference": largest, "moved": moved, "types": types, "whole": logs[0]})
 
 
 def reward_and_log(prompts: list[str], completion_ids: Any, kind: list[str], log_extra: Any, **_: Any) -> list:

@@ -178,3 +178,15 @@ def _records(folder: Path, step: int) -> list[dict[str, Any]]:
 
 def _recorded_trees(folder: Path, step: int) -> list[SegmentTree]:
     return [SegmentTree.from_dict(record["tree"]) for record in _records(folder, step)]
+
+
+def test_sharded_training_is_that_of_whole_weights(tmp_path: Path, tiny_model_dir: str) -> None:
+    """With FSDP2: the adapter that goes to the engine before each batch, the losses, and the trained adapter."""
+    for rank in run_in_two_processes(SCRIPT, tmp_path, "train_sharded_and_write", tiny_model_dir, str(tmp_path)):
+        assert rank["types"] == ["DTensor"]
+        assert len(rank["difference"]) == 3  # two batches, and the end
+        assert rank["moved"] > 1e-2
+        assert max(rank["difference"]) < 1e-5
+        whole, sharded = ([log for log in logs if "loss" in log] for logs in (rank["whole"], rank["logs"]))
+        for key in ("loss", "grad_norm"):
+            assert [log[key] for log in sharded] == pytest.approx([log[key] for log in whole], abs=1e-5), key

@@ -19,7 +19,7 @@ from treepo_trl.treepo_config import BaseWeights
 from treepo_trl.trl_seams import engine_class
 
 from .four_bit_base import base_checkpoint, base_of, choose_base_weights, is_4bit
-from .gathered_adapter import gathered_adapter, num_bytes, write_adapter
+from .gathered_adapter import check_whole_adapter, gathered_adapter, num_bytes, write_adapter
 from .shared_base import SHARDED, check_sharing, different_weights, parked, report_sharing, share_weights
 from .temporary_folder import TemporaryFolder, place_for
 
@@ -123,6 +123,7 @@ class AdapterVLLMGeneration(VLLMGeneration):
     # What the engine is given
 
     def _init_vllm(self) -> None:
+        check_whole_adapter(self.accelerator)
         if self.share_base_weights:
             check_sharing(self.model, self.accelerator, self.tensor_parallel_size)
         self._adapter_folder = TemporaryFolder("adapter", place_for(num_bytes(self.model)))

@@ -27,6 +27,7 @@ from .adapter_probe import own_draws, probe_adapter, probe_prompts, segments_of
 from .adapter_sync import AdapterVLLMGeneration, check_adapter
 from .engine_check import EngineWatch, check_dropout, computing_dtype, different_tokens, dropout_of, logprob_difference
 from .engine_options import check_engine_options, engine_options
+from .gathered_adapter import check_own_forward
 from .own_classes import give_classes_back
 from .shared_base import SHARDED
 from .starting_adapter import check_given_adapter
@@ -125,6 +126,7 @@ class TransformersPolicy(PolicyEngine):
         from treepo_trl.engines.for_model import engine_for_model
 
         self._trainer = trainer
+        check_own_forward(trainer.accelerator, self.args.ds3_gather_for_generation)
         self.engine = engine_for_model(
             trainer.accelerator.unwrap_model(trainer.model),
             trainer.eos_token_ids,

@@ -58,6 +58,42 @@ def gathered_adapter(model: "PeftModel", accelerator: Accelerator) -> dict[str, 
     return weights
 
 
+def check_whole_adapter(accelerator: Accelerator) -> None:
+    """
+    Raise where the adapter's weights cannot be gathered alone.
+
+    Raises:
+        ValueError: below the first version of FSDP.
+    """
+    if DistributedBackend(accelerator).fsdp_version == 1:
+        raise ValueError(
+            "FSDP version 1 joins the adapter's weights with those of the base, so the adapter cannot be gathered "
+            "alone. Set `fsdp_version: 2` (examples/accelerate_configs/fsdp2.yaml), or `vllm_lora_sync='merge'`."
+        )
+
+
+def check_own_forward(accelerator: Accelerator, gathers_zero_3: bool) -> None:
+    """
+    Raise where each forward of the policy is one of all processes, which sample with different numbers of them.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Says how the weights are shared.
+        gathers_zero_3 (`bool`):
+            `ds3_gather_for_generation`: whether ZeRO-3's weights are whole while the policy samples.
+
+    Raises:
+        ValueError: below FSDP, and below ZeRO-3 without gathering.
+    """
+    backend = DistributedBackend(accelerator)
+    if accelerator.num_processes > 1 and (backend.is_fsdp or (backend.is_zero3 and not gathers_zero_3)):
+        sharing, other = ("FSDP", "") if backend.is_fsdp else ("ZeRO-3", ", or `ds3_gather_for_generation=True`")
+        raise ValueError(
+            f"The transformers engine cannot sample below {sharing}: processes share each weight, and their trees "
+            f"need different numbers of forwards. Set `use_vllm=True`{other}, or train without {sharing}."
+        )
+
+
 def write_adapter(model: "PeftModel", weights: dict[str, torch.Tensor], folder: str) -> str:
     """
     Write the weights of [`gathered_adapter`] and the adapter's config below `folder`; one process alone may call it.

@@ -1,0 +1,42 @@
+"""A trainer's engine without a model, beside which the policy is trained all the same."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from tests.support.fakes import FakeEngine, memoryless
+from treepo_trl import TreePOConfig, treepo_trainer
+from treepo_trl.policy.engine import PolicyEngine
+
+
+class FakePolicy(PolicyEngine):
+    """
+    Samples from a `FakeEngine`, whatever the policy.
+
+    `synchronize` is called with the trainer where an engine would get the policy's weights.
+    """
+
+    gives_logprobs = True
+
+    def __init__(self, args: TreePOConfig, synchronize: Callable[[Any], object] = lambda _: None) -> None:
+        super().__init__(args)
+        self.engine = FakeEngine(memoryless(0.1))
+        self._synchronize = synchronize
+
+    def connect(self, trainer: GRPOTrainer) -> None:
+        self._trainer = trainer
+
+    @contextmanager
+    def ready(self, seed: str, prompts: list[list[int]], in_batch: bool = False) -> Iterator[None]:
+        self._synchronize(self._trainer)
+        yield
+
+
+def use_fake_policy(
+    monkeypatch: pytest.MonkeyPatch, build: Callable[[TreePOConfig], PolicyEngine] = FakePolicy
+) -> None:
+    """Let trainers that are made from now on have this engine."""
+    monkeypatch.setattr(treepo_trainer, "policy_engine_for", lambda args, *_: build(args))
