@@ -145,7 +145,7 @@ def settings() -> set[str]:
 @pytest.mark.parametrize("page", ["troubleshooting.md", "from-grpotrainer.md"])
 def test_settings_in_advice_exist(page: str) -> None:
     text = _CODE.sub("", (DOCS / page).read_text(encoding="utf-8"))
-    named = re.findall(r"`(?:treepo-trl \w+ )?--(\w+)|`(\w+)(?:: [^`]+|=[^`]+)`", text)
+    named = re.findall(r"`(?:treepo-trl \w+ )?--(\w+)(?![-\w])|`(\w+)(?:: [^`]+|=[^`]+)`", text)
     names = {name for pair in named for name in pair if name and not name.isupper()}  # no environment variables
     assert len(names) > 3
     assert names - settings() == set()
