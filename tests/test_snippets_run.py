@@ -30,7 +30,7 @@ WHY_NOT_RUN = {
     ),
     "takes minutes": r"-m benchmarks\.|make |quickstart|doctor",
     "needs a trainer": r"\btrainer\.",
-    "installs or shows": r"pip install|trackio|GenericEnvClient|docker|uv ",
+    "installs, sets or shows": r"pip install|trackio|GenericEnvClient|docker|uv |^export ",
 }
 """Why a snippet does not run in a test, by what is in it. A page can also say so: `<!-- not run: reason -->`."""
 
