@@ -140,8 +140,7 @@ def models_page() -> str:
     results = read_results()
     found = results["families"]
     rows = [
-        "| " + " | ".join([family.name, family.has or "", *_cells(**found[family.name])]) + " |"
-        for family in FAMILIES
+        "| " + " | ".join([family.name, family.has or "", *_cells(**found[family.name])]) + " |" for family in FAMILIES
     ]
     names: dict[str, list[str]] = {}
     for family in FAMILIES:

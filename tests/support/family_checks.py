@@ -209,7 +209,7 @@ def serve(family: Family, folder: Path, has_adapter: bool) -> Served:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
-    from treepo_trl.engines.vllm import VLLMEngine
+    from treepo_trl.engines.vllm import VLLMEngine, cache_options
     from treepo_trl.policy.adapter_sync import lora_engine_options
     from treepo_trl.policy.own_classes import give_classes_back
 
@@ -229,6 +229,7 @@ def serve(family: Family, folder: Path, has_adapter: bool) -> Served:
         gpu_memory_utilization=0.1,
         logprobs_mode="processed_logprobs",
         enable_prefix_caching=True,
+        **cache_options(),
         **family.engine_options,
         **(lora_engine_options(4) if has_adapter else {}),
     )

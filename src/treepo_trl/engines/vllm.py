@@ -7,6 +7,7 @@ than it saves.
 """
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -171,6 +172,21 @@ class VLLMEngine(SegmentEngine):
             "stop" if token_ids[-1] in self.eos_token_ids else "length",
             entropies_of(table[:, 1:]).tolist() if self.reports_entropies else None,
         )
+
+
+def cache_options() -> dict[str, object]:
+    """
+    Options of `vllm.LLM` with which children find their parents in the prefix cache in all kinds of layers.
+
+    Of window and recurrent layers vLLM keeps only what a prompt has left, and children follow what was decoded.
+    """
+    try:
+        from vllm import EngineArgs
+    except ImportError:
+        return {}  # TRL says what is missing
+
+    name = "prefix_cache_retention_interval"  # older versions have none, and keep everything
+    return {name: None} if name in {each.name for each in fields(EngineArgs)} else {}
 
 
 def _block_size(llm: "LLM") -> int | None:
