@@ -211,6 +211,14 @@ gpt-oss has no SDPA in transformers. With eager attention it packs if `router_au
 These layers have no keys that a mask could hide, so rows stay plain in the update.
 In sampling, the state at a node's end is what its children start from.
 vLLM finds a prefix again in whole blocks only, which are large for such layers.
+It makes the blocks of attention as large, so the sampler's block is that of both.
+Segments much shorter than a block share little: take longer ones.
+`num_cached_tokens` is vLLM's own count, so what is not shared shows there.
+
+vLLM 0.31 forgets the decoded tokens of window and recurrent layers, and children follow decoded tokens.
+The engine is started with `prefix_cache_retention_interval=None`, which keeps them.
+Set another value in `vllm_engine_kwargs` to save memory.
+A finer `prefix_match_unit` helps prompts alone, as states are kept at ends of blocks while decoding.
 
 ## A family that is not here
 
