@@ -209,7 +209,16 @@ FAMILIES = [
         packs=False,
         served_in="bfloat16",
     ),
-    Family("Qwen3.5", "qwen3_5_text", "gated delta nets", _DELTA, packs=False, served_in="bfloat16"),
+    Family(
+        "Qwen3.5",
+        "qwen3_5_text",
+        "gated delta nets",
+        _DELTA,
+        packs=False,
+        served_in="bfloat16",
+        about_vllm="how far transformers in bfloat16 is from float32 was measured on other paths than vLLM's, those of "
+        "the transformers engine",
+    ),
     Family(
         "LFM2",
         "lfm2",
