@@ -54,7 +54,7 @@ _YARN: dict[str, Any] = {
     "mscale_all_dim": 1.0,
 }
 _ABOUT_LATENT = (
-    "DeepSeek's own checkpoints are right, as they stretch positions with YaRN. vLLM's kernel for processors rotates "
+    "right with YaRN, which DeepSeek's own checkpoints have. vLLM's kernel for processors rotates "
     "queries of latent attention wrongly if a config has none, and log-probabilities are off by whole nats then. On "
     "processors without AMX, vLLM computes latent attention without a prefix cache"
 )
@@ -165,8 +165,7 @@ FAMILIES = [
         {**_WINDOWS, "logit_scale": 1.0},
         served_as={"sliding_window": WINDOW - 1},
         about_vllm="a window of vLLM holds one token more than that of transformers, so vLLM's was set one shorter "
-        "here. A real checkpoint is right up to its window of 4,096 tokens. Behind it the oldest token of each window "
-        "makes the difference",
+        "here. A real checkpoint differs only behind its window of 4,096 tokens, by the oldest token of each window",
     ),
     Family("EXAONE 4", "exaone4", "windows, QK norms", _WINDOWS),
     Family(
@@ -216,8 +215,8 @@ FAMILIES = [
         _DELTA,
         packs=False,
         served_in="bfloat16",
-        about_vllm="how far transformers in bfloat16 is from float32 was measured on other paths than vLLM's, those of "
-        "the transformers engine",
+        about_vllm="how far transformers in bfloat16 is from float32 was measured on other paths than vLLM's, "
+        "those of the transformers engine",
     ),
     Family(
         "LFM2",
