@@ -37,6 +37,7 @@ All settings of TRL's [`GRPOConfig`](https://huggingface.co/docs/trl/grpo_traine
 has those that trees add.
 `TreeSamplingConfig` and `treepo-trl sample` have the ones about trees and paths.
 Most need no change, so start with eight.
+[Choosing settings](choosing-settings.md#where-to-start) has values for them.
 
 ## The eight that matter first
 
@@ -44,7 +45,7 @@ Most need no change, so start with eight.
 2. [`segment_length`](#segment_length) says where a tree can branch. If a segment is as long as a completion, no prefix
    is shared but the prompt.
 3. [`stop_pattern`](#stop_pattern) ends a path at its answer. Without it, paths go on over tokens that no reward reads.
-4. [`branch_schedule`](#branch_schedule) says when a tree branches. The default teaches most per token.
+4. [`branch_schedule`](#branch_schedule) says when a tree branches. The default has little noise per token.
 5. [`advantage_estimator`](#advantage_estimator) says what a completion, or each of its segments, is compared with.
 6. `use_vllm` is TRL's, and says how fast trees are sampled. Set it with `vllm_mode="colocate"`. With LoRA the adapter
    alone then travels to the engine ([`vllm_lora_sync`](#vllm_lora_sync)).

@@ -27,7 +27,8 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder like the repository's, with the files that readers are said to have."""
     for name in ("examples", "docs", "benchmarks", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copy(ROOT / "src/treepo_trl/quickstart/recipe.yaml", tmp_path / "recipe.yaml")
+    for name in ("recipe.yaml", "config.yaml", "FILE"):
+        shutil.copy(ROOT / "src/treepo_trl/quickstart/recipe.yaml", tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

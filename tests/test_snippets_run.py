@@ -26,11 +26,11 @@ WHY_NOT_RUN = {
     "needs the hub": r"\b[A-Z][\w-]+/[\w.-]*\d+(\.\d+)?[BMK]\b|trl-lib/|gsm8k|math500|\baime\b|git clone|openenv-core",
     "needs a card of its own": r"cli_configs/|gpu[-_]report|--card_gib",
     "needs a model, data or a run of the reader's": (
-        r"\b(MODEL|RUN|NAME|FILE)\b|outputs/|\bmy[-_]|prompts\.jsonl|recipe\.yaml|=\.\.\."
+        r"\b(MODEL|RUN|NAME|FILE)\b|outputs/|\bmy[-_]|prompts\.jsonl|(recipe|config)\.yaml|=\.\.\."
     ),
     "takes minutes": r"-m benchmarks\.|make |quickstart|doctor",
     "needs a trainer": r"\btrainer\.",
-    "installs or shows": r"pip install|trackio|GenericEnvClient|docker|uv ",
+    "installs, sets or shows": r"pip install|trackio|GenericEnvClient|docker|uv |^export |completion ",
 }
 """Why a snippet does not run in a test, by what is in it. A page can also say so: `<!-- not run: reason -->`."""
 

@@ -24,6 +24,8 @@ OWN, OTHERS = "## Messages of treepo-trl", "## Messages of other libraries"
 NO_USER_MEETS = {
     "module ... has no attribute ": "Python's own words about a lazy import; a misspelt import in code",
     "The storage is allocated by the engine.": "an engine that is built here calls it never",
+    "The main process samples for all.": "an engine that no process calls",
+    "There is no server: give at least one address.": "an engine that code builds by hand",
     "there are no such locks on Windows": "caught where a lock is asked for",
     "A segment needs at least one token.": "a tree that code builds by hand",
     "Got ... log-probabilities for ... tokens.": "a tree that code builds by hand",
@@ -143,7 +145,7 @@ def settings() -> set[str]:
 @pytest.mark.parametrize("page", ["troubleshooting.md", "from-grpotrainer.md"])
 def test_settings_in_advice_exist(page: str) -> None:
     text = _CODE.sub("", (DOCS / page).read_text(encoding="utf-8"))
-    named = re.findall(r"`(?:treepo-trl \w+ )?--(\w+)|`(\w+)(?:: [^`]+|=[^`]+)`", text)
+    named = re.findall(r"`(?:treepo-trl \w+ )?--(\w+)(?![-\w])|`(\w+)(?:: [^`]+|=[^`]+)`", text)
     names = {name for pair in named for name in pair if name and not name.isupper()}  # no environment variables
     assert len(names) > 3
     assert names - settings() == set()

@@ -1,10 +1,12 @@
 """The tutorial, as a reader goes through it: every block in order, in one folder and one namespace."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from tests.support.models import save_random_smollm2
@@ -26,7 +28,7 @@ SHORTER = {
 
 
 def test_the_tutorial_runs_and_prints_what_it_says(
-    small_model_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """One tree from the packaged model; the commands behind it have a random one of its kind."""
     (tmp_path / "model").symlink_to(small_model_dir)
@@ -34,6 +36,7 @@ def test_the_tutorial_runs_and_prints_what_it_says(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     runner = Runner(SHORTER)
+    request.addfinalizer(partial(torch.set_printoptions, profile="default"))  # which the page changes
     for block in blocks_of(ROOT / "docs/tutorial.md"):
         if block.why_not_run is None:
             runner.run_block(block)

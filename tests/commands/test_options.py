@@ -13,6 +13,7 @@ from treepo_trl.cli import COMMANDS
 _NO_TRAINING_BESIDE = "no policy is trained beside the engine, which may have the whole card"
 _OTHER_DATA = "each command reads other data"
 _OTHER_OUTPUT = "each command writes something else"
+_NO_COLOCATION = "TRL's has `colocate` too, of a policy that is trained; its texts are of a training"
 _OF_THE_PAST = "export is told of a training that is over"
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("adapter_name_or_path", "help"): "a training goes on from it, sampling uses it",
@@ -42,6 +43,11 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("vllm_gpu_memory_utilization", "default"): _NO_TRAINING_BESIDE,
     ("vllm_gpu_memory_utilization", "help"): _NO_TRAINING_BESIDE,
     ("vllm_gpu_memory_utilization", "type"): "`auto` is planned, and a plan is of a training",
+    ("vllm_mode", "choices"): _NO_COLOCATION,
+    ("vllm_mode", "help"): _NO_COLOCATION,
+    ("vllm_mode", "type"): _NO_COLOCATION,
+    ("vllm_server_base_url", "help"): _NO_COLOCATION,
+    ("vllm_server_timeout", "help"): _NO_COLOCATION,
 }
 
 

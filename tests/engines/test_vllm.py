@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,31 @@ def test_children_start_with_one_token_to_compute(small_llm: Any, monkeypatch: p
     children = [count for length, count in computed if length not in (8, 45)]
     assert len(children) >= 2 * (2 + 4)
     assert set(children) == {1}
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_blocks_of_several_sizes(is_here: bool) -> None:
+    """
+    Layers with heads of two sizes, as Gemma 4 has them: a prefix is found again at ends of both kinds of blocks.
+
+    The config holds the smaller ones. 64 tokens take 3 of the 12 blocks.
+    """
+    cache = SimpleNamespace(block_size=32, num_gpu_blocks=12, kv_cache_size_tokens=256)
+    engine = SimpleNamespace(
+        vllm_config=SimpleNamespace(
+            cache_config=cache,
+            model_config=SimpleNamespace(max_model_len=512),
+            scheduler_config=SimpleNamespace(max_num_seqs=8),
+        ),
+        engine_core=SimpleNamespace(),  # a client of another process knows no more
+    )
+    if is_here:
+        engine.engine_core.engine_core = SimpleNamespace(scheduler=SimpleNamespace(block_size=64))
+    found = VLLMEngine(SimpleNamespace(llm_engine=engine), [])
+    assert found.block_size == (64 if is_here else 32)
+    assert found.num_cache_tokens == 256
+    del cache.kv_cache_size_tokens  # older versions have none
+    assert VLLMEngine(SimpleNamespace(llm_engine=engine), []).num_cache_tokens == 12 * 32
 
 
 def test_the_models_own_eos_ends_nothing_that_the_caller_did_not_name(small_llm: Any) -> None:

@@ -51,7 +51,7 @@ def test_the_wheel_holds_the_package_with_its_data(built: tuple[Path, Path]) -> 
 def test_the_sdist_holds_what_setup_and_tests_need(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[1]) as sdist:
         held = {name.partition("/")[2] for name in sdist.getnames()}
-    needed = {".ci/run", "Makefile", "mkdocs.yml", "pyproject.toml", "uv.lock", "LICENSE", "CITATION.cff"}
+    needed = {".ci/run", "Makefile", "mkdocs.yml", "pyproject.toml", "LICENSE", "CITATION.cff"}
     for pattern in ("requirements/*.txt", "docs/**/*.md", "tests/**/*.py", "benchmarks/**/*.py", "examples/**/*.yaml"):
         found = {path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)}
         assert found, pattern

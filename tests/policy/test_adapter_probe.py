@@ -149,6 +149,22 @@ def test_an_engine_that_keeps_an_old_adapter() -> None:
     assert "keeps an old one" in str(found)
 
 
+@pytest.mark.parametrize("is_trained", [False, True])
+@pytest.mark.parametrize("std", [0.05, 0.2])  # a little and far from what the policy computes
+def test_an_engine_that_keeps_the_adapter_of_another_training(is_trained: bool, std: float) -> None:
+    """It was right about the base, and nothing that it is given arrives: it is not on another base."""
+    engine = Engine(make_trained_policy() if is_trained else make_policy())
+    torch.manual_seed(5)
+    for name, parameter in engine.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    engine.copied = lambda name: False
+    found = probe(engine)
+    assert found.before > ROUNDING
+    assert found.cause == "adapter"
+    assert "keeps an old one" in str(found)
+
+
 def test_an_engine_on_another_base() -> None:
     engine = Engine(make_policy())
     with torch.no_grad():

@@ -14,11 +14,25 @@ def make(folder: Path, **changes: Any) -> TreePOConfig:
 
 
 def test_the_engine_computes_in_what_mixed_precision_says(tmp_path: Path) -> None:
-    given = {"vllm_engine_kwargs": {"seed_of_nothing": 1}}
-    assert engine_options(make(tmp_path)) == {}
-    assert engine_options(make(tmp_path, bf16=True, **given)) == {"dtype": "bfloat16", "seed_of_nothing": 1}
-    assert engine_options(make(tmp_path, fp16=True)) == {"dtype": "float16"}
-    assert engine_options(make(tmp_path, fp16=True, vllm_engine_kwargs={"dtype": "float32"})) == {"dtype": "float32"}
+    def dtype(**changes: Any) -> object:
+        return engine_options(make(tmp_path, **changes)).get("dtype")
+
+    assert dtype() is None
+    assert dtype(bf16=True) == "bfloat16"
+    assert dtype(fp16=True) == "float16"
+    assert dtype(fp16=True, vllm_engine_kwargs={"dtype": "float32"}) == "float32"
+
+
+def test_decoded_segments_stay_in_the_cache_of_all_layers_unless_the_user_says_otherwise(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    from vllm import EngineArgs
+
+    name = "prefix_cache_retention_interval"
+    assert engine_options(make(tmp_path)) == ({name: None} if hasattr(EngineArgs, name) else {})
+    assert engine_options(make(tmp_path, vllm_engine_kwargs={name: 0, "seed_of_nothing": 1})) == {
+        name: 0,
+        "seed_of_nothing": 1,
+    }
 
 
 @pytest.mark.parametrize("name", OWNED)

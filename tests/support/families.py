@@ -42,6 +42,22 @@ _LATENT: dict[str, Any] = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
+# As all checkpoints of DeepSeek-V2 and V3 have it, here 4 times as long as in training.
+_YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+_ABOUT_LATENT = (
+    "right with YaRN, which DeepSeek's own checkpoints have. vLLM's kernel for processors rotates "
+    "queries of latent attention wrongly if a config has none, and log-probabilities are off by whole nats then. On "
+    "processors without AMX, vLLM computes latent attention without a prefix cache"
+)
 _DELTA: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
@@ -79,6 +95,12 @@ class Family:
     packs: bool = True
     served_in: str = "float32"
     """What vLLM computes in on a CPU: some of its kernels know no float32."""
+    served_as: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Settings of the config that vLLM gets, where it means another thing by them than transformers does."""
+    engine_options: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Options of vLLM that the family needs on a CPU."""
+    about_vllm: str = ""
+    """What the page says of vLLM and the family's real checkpoints."""
 
     def config(self) -> PreTrainedConfig:
         config_class = CONFIG_MAPPING[self.kind]
@@ -136,7 +158,15 @@ FAMILIES = [
     Family("OLMo 3", "olmo3", "windows, QK norms", _WINDOWS),
     Family("Granite 3", "granite", ""),
     Family("GLM-4", "glm4", ""),
-    Family("Cohere 2", "cohere2", "windows", {**_WINDOWS, "logit_scale": 1.0}),
+    Family(
+        "Cohere 2",
+        "cohere2",
+        "windows",
+        {**_WINDOWS, "logit_scale": 1.0},
+        served_as={"sliding_window": WINDOW - 1},
+        about_vllm="a window of vLLM holds one token more than that of transformers, so vLLM's was set one shorter "
+        "here. A real checkpoint differs only behind its window of 4,096 tokens, by the oldest token of each window",
+    ),
     Family("EXAONE 4", "exaone4", "windows, QK norms", _WINDOWS),
     Family(
         "Llama 4",
@@ -152,14 +182,23 @@ FAMILIES = [
         adapted=_ATTENTION,
     ),
     Family(
-        "DeepSeek-V2", "deepseek_v2", "latent attention, experts", {**_LATENT, "topk_method": "greedy"}, ("head_dim",)
+        "DeepSeek-V2",
+        "deepseek_v2",
+        "latent attention, experts",
+        {**_LATENT, "topk_method": "group_limited_greedy", "rope_parameters": _YARN},
+        ("head_dim",),
+        engine_options={"attention_backend": "CPU_MLA"},  # the faster one knows no float32
+        about_vllm=_ABOUT_LATENT,
     ),
     Family(
         "DeepSeek-V3",
         "deepseek_v3",
         "latent attention, experts",
-        {**_LATENT, "topk_method": "noaux_tc"},
+        # vLLM takes a softmax where a config does not name the function; transformers knows the sigmoid alone.
+        {**_LATENT, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "rope_parameters": _YARN},
         ("head_dim",),
+        engine_options={"attention_backend": "CPU_MLA"},
+        about_vllm=_ABOUT_LATENT,
     ),
     Family(
         "Qwen3-Next",
@@ -169,7 +208,16 @@ FAMILIES = [
         packs=False,
         served_in="bfloat16",
     ),
-    Family("Qwen3.5", "qwen3_5_text", "gated delta nets", _DELTA, packs=False, served_in="bfloat16"),
+    Family(
+        "Qwen3.5",
+        "qwen3_5_text",
+        "gated delta nets",
+        _DELTA,
+        packs=False,
+        served_in="bfloat16",
+        about_vllm="how far transformers in bfloat16 is from float32 was measured on other paths than vLLM's, "
+        "those of the transformers engine",
+    ),
     Family(
         "LFM2",
         "lfm2",

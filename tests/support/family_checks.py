@@ -1,5 +1,7 @@
 """What `docs/models.md` says about a family, found out on a tiny random model of it."""
 
+import copy
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,9 +191,13 @@ class Served:
     """What vLLM makes of a family."""
 
     base: float
-    """Largest difference of a sampled log-probability to the model's plain forward, in nats."""
+    """Largest difference of a sampled log-probability to the model's plain forward in float32, in nats."""
+    rounding: float = 0.0
+    """The same of transformers' own log-probabilities of these tokens, in the number type that vLLM computes in."""
     adapter: float | None = None
-    """The same with an adapter in the engine."""
+    """As `base`, with an adapter in the engine."""
+    adapter_rounding: float = 0.0
+    """As `rounding`, with an adapter."""
     moved: float | None = None
     """How far the adapter moves the model."""
     cached: float = 0.0
@@ -204,13 +210,15 @@ def serve(family: Family, folder: Path, has_adapter: bool) -> Served:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
-    from treepo_trl.engines.vllm import VLLMEngine
+    from treepo_trl.engines.vllm import VLLMEngine, cache_options
     from treepo_trl.policy.adapter_sync import lora_engine_options
     from treepo_trl.policy.own_classes import give_classes_back
 
     dtype = getattr(torch, family.served_in)
     model = family.model().to(dtype).float()
     model.save_pretrained(folder)
+    config_file = folder / "config.json"
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), **family.served_as}))
     make_tokenizer().save_pretrained(folder)
     llm = LLM(
         str(folder),
@@ -222,32 +230,41 @@ def serve(family: Family, folder: Path, has_adapter: bool) -> Served:
         gpu_memory_utilization=0.1,
         logprobs_mode="processed_logprobs",
         enable_prefix_caching=True,
+        **cache_options(),
+        **family.engine_options,
         **(lora_engine_options(4) if has_adapter else {}),
     )
     give_classes_back(model)
     engine = VLLMEngine(llm, [EOS], SamplingOptions())
-    base = _tree_distance(engine, model)
+    base, rounding = _tree_distance(engine, model, dtype)
     cached = engine.num_cached_tokens / max(engine.num_prompt_tokens, 1)
     if not has_adapter:
-        return Served(base, cached=cached)
+        return Served(base, rounding, cached=cached)
     torch.manual_seed(2)
     policy = with_adapter(family, model).eval()
     policy.save_pretrained(folder / "adapter")
     engine = VLLMEngine(llm, [EOS], SamplingOptions(), lora_request=LoRARequest("policy", 1, str(folder / "adapter")))
-    served = _tree_distance(engine, policy)
+    served, served_rounding = _tree_distance(engine, policy, dtype)
     path = LONG[:12]
     with policy.disable_adapter():
         before = full_logprobs(policy, path[:2], path[2:])
     moved = (full_logprobs(policy, path[:2], path[2:]) - before).abs().max().item()
-    return Served(base, served, moved, cached)
+    return Served(base, rounding, served, served_rounding, moved, cached)
 
 
-def _tree_distance(engine: SegmentEngine, model: Any) -> float:
-    """Largest difference of a log-probability of sampled trees to a plain forward."""
+def _tree_distance(engine: SegmentEngine, model: Any, dtype: torch.dtype) -> tuple[float, float]:
+    """
+    Largest difference of a log-probability of sampled trees to a plain forward in float32.
+
+    And the largest that a plain forward in `dtype` has for the same tokens.
+    """
     config = TreeSamplingConfig(num_generations=8, max_completion_length=48, segment_length=16, stop_repetition=False)
-    worst = 0.0
+    rounded = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
+    worst = own = 0.0
     for tree in TreeSampler(engine, config, [EOS]).sample([LONG[:9], (LONG * 3)[:40]], seed=0):
         for leaf in tree.leaves:
-            expected = full_logprobs(model, tree.prompt_ids, tree.completion_ids(leaf))
+            path = tree.prompt_ids, tree.completion_ids(leaf)
+            expected = full_logprobs(model, *path)
             worst = max(worst, (torch.tensor(tree.logprobs(leaf)) - expected).abs().max().item())
-    return worst
+            own = max(own, (full_logprobs(rounded, *path) - expected).abs().max().item())
+    return worst, own

@@ -33,6 +33,9 @@ class PolicyFake(FakeVLLM):
         self.reloads = True
         super().__init__(changes=changes)
 
+    def __enter__(self) -> "PolicyFake":
+        return self
+
     def restart(self) -> None:
         self.adapters.clear()
         self.weights = "default"

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Checks whether training works on this machine, and says what to change where it does not.
 With --config it checks what that recipe needs and no more; further options are those of `treepo-trl train`.
+With --config R --model_name_or_path M it plans R's model, and runs the checks on M.
 The exit status is 1 if something is broken."""
 
 

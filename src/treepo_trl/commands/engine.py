@@ -211,7 +211,7 @@ def _vllm_engine(
     from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
 
-    from treepo_trl.engines.vllm import VLLMEngine
+    from treepo_trl.engines.vllm import VLLMEngine, cache_options
     from treepo_trl.policy.adapter_sync import lora_engine_options
 
     on_cpu = current_platform.is_cpu()
@@ -225,6 +225,7 @@ def _vllm_engine(
         "quantization": arguments.vllm_quantization,
         "enforce_eager": arguments.vllm_enforce_eager,
         "enable_prefix_caching": True,
+        **cache_options(),
         "logprobs_mode": "processed_logprobs",
         "seed": seed,
     }

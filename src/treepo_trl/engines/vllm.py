@@ -7,6 +7,7 @@ than it saves.
 """
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ from .vllm_sampling import NUM_TOP_LOGPROBS, entropies_of, sampling_fields
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
+    from vllm.config import CacheConfig
     from vllm.logprobs import FlatLogprobs
     from vllm.lora.request import LoRARequest
 
@@ -60,9 +62,8 @@ class VLLMEngine(SegmentEngine):
         self.reports_entropies = with_entropies
         config = llm.llm_engine.vllm_config
         self.context_length: int | None = config.model_config.max_model_len
-        num_blocks, block_size = config.cache_config.num_gpu_blocks, config.cache_config.block_size
-        self.num_cache_tokens: int | None = num_blocks * block_size if num_blocks and block_size else None
-        self.block_size: int | None = block_size
+        self.num_cache_tokens: int | None = _num_cache_tokens(config.cache_config)
+        self.block_size: int | None = _block_size(llm)
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
         self._max_num_seqs: int = config.scheduler_config.max_num_seqs
@@ -157,3 +158,38 @@ class VLLMEngine(SegmentEngine):
             "stop" if token_ids[-1] in self.eos_token_ids else "length",
             entropies_of(table[:, 1:]).tolist() if self.reports_entropies else None,
         )
+
+
+def cache_options() -> dict[str, object]:
+    """
+    Options of `vllm.LLM` with which children find their parents in the prefix cache in all kinds of layers.
+
+    Of window and recurrent layers vLLM keeps only what a prompt has left, and children follow what was decoded.
+    """
+    try:
+        from vllm import EngineArgs
+    except ImportError:
+        return {}  # TRL says what is missing
+
+    name = "prefix_cache_retention_interval"  # older versions have none, and keep everything
+    return {name: None} if name in {each.name for each in fields(EngineArgs)} else {}
+
+
+def _block_size(llm: "LLM") -> int | None:
+    """
+    Tokens of a block of the prefix cache.
+
+    Kinds of layers may have blocks of different sizes, and a prefix is found again where blocks of all of them end.
+    The config holds the smallest size, and the scheduler their common multiple.
+    """
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)  # it may run in another process
+    return llm.llm_engine.vllm_config.cache_config.block_size if core is None else core.scheduler.block_size
+
+
+def _num_cache_tokens(config: "CacheConfig") -> int | None:
+    """Tokens that the cache holds. Kinds of layers take blocks of their own out of it."""
+    counted = getattr(config, "kv_cache_size_tokens", None)  # not in vLLM's older versions
+    if counted is not None:
+        return counted
+    num_blocks, block_size = config.num_gpu_blocks, config.block_size
+    return num_blocks * block_size if num_blocks and block_size else None

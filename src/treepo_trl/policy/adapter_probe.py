@@ -35,6 +35,7 @@ _NUM_PROMPTS = 4
 _LONGEST_PROMPT = 512  # tokens
 _MOVEMENT = 0.5  # nats per token: far above rounding, and the text stays likely
 _SIGNIFICANT = 4.0  # standard deviations
+_REPEATS = 8  # of each prompt: enough that tokens come again in the same place
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,8 @@ class _Probe:
         return results, _mean(self._policy(self.prompts, results) - _logprobs(results))
 
     def _moved(self, results: list[SegmentResult], before: float) -> AdapterProbe:
+        is_right = before <= self.bound  # no number is no agreement
+        earlier = {} if is_right else dict(self._places(self._repeated()))
         movement = self._move(results)
         self.sync()
         results = self.sample(self.prompts)
@@ -165,8 +168,8 @@ class _Probe:
         moved = _mean(difference)
         if movement < 0.1 * _MOVEMENT:
             return AdapterProbe(before, moved, movement, "unmoved")
-        if not before <= self.bound:  # no number is no agreement
-            return AdapterProbe(before, moved, movement, "base")
+        if not is_right:
+            return AdapterProbe(before, moved, movement, "adapter" if self._has_stayed(earlier) else "base")
         kinds = self.factors.kinds
         ignored = self._ignored(kinds, results, policy, difference)
         cause: Cause | None = None
@@ -229,6 +232,40 @@ class _Probe:
         left = _mean(_logprobs(results) - self._policy(self.prompts, results))
         self.factors.move(self.factors.names)
         return left <= self.bound and left < 0.5 * _mean(difference)
+
+    def _has_stayed(self, earlier: dict[tuple[int, ...], float]) -> bool:
+        """
+        Whether the engine computes what it computed before the move, whatever that was.
+
+        Only the engine knows that, and it says no more than the tokens that it draws. So those are compared that it
+        has drawn in the same place both times.
+        """
+        results = self._repeated()
+        prompts = [ids for ids in self.prompts for _ in range(_REPEATS)]
+        moved = self._policy(prompts, results)
+        self.factors.restore(self.factors.names)
+        effects = self._policy(prompts, results) - moved
+        self.factors.move(self.factors.names)
+        pairs = [
+            (logprob - earlier[place], effect)
+            for (place, logprob), effect in zip(self._places(results), effects.tolist(), strict=True)
+            if place in earlier
+        ]
+        changes, effects = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).T
+        change, effect = _mean(changes), _mean(effects)
+        return change <= self.bound and change < 0.5 * effect
+
+    def _repeated(self) -> list[SegmentResult]:
+        """Several continuations of each prompt."""
+        return self.sample([ids for ids in self.prompts for _ in range(_REPEATS)])
+
+    def _places(self, results: list[SegmentResult]) -> Iterator[tuple[tuple[int, ...], float]]:
+        """Each sampled token behind all that is before it, and its log-probability."""
+        for i, result in enumerate(results):
+            path = (*self.prompts[i // _REPEATS], *result.token_ids)
+            first = len(path) - len(result.token_ids) + 1
+            for n, logprob in enumerate(result.logprobs):
+                yield path[: first + n], logprob
 
     def _policy(self, prompts: list[list[int]], results: list[SegmentResult]) -> torch.Tensor:
         """The policy's log-probabilities of this process's sampled tokens, on the CPU: shape `(tokens,)`."""
@@ -361,9 +398,9 @@ def _summed(values: list[float]) -> list[float]:
 
 
 def _mean(differences: torch.Tensor) -> float:
-    """Mean absolute value over the tokens of all processes."""
+    """Mean absolute value over the tokens of all processes; no number if there are none."""
     total, count = _summed([float(differences.abs().sum()), float(len(differences))])
-    return total / count
+    return total / count if count else math.nan
 
 
 def _listed(names: tuple[str, ...], most: int = 6) -> str:

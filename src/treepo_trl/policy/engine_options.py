@@ -3,6 +3,7 @@
 from dataclasses import fields
 from typing import cast
 
+from treepo_trl.engines.vllm import cache_options
 from treepo_trl.treepo_config import TreePOConfig
 
 
@@ -35,9 +36,14 @@ OWNED = {
 
 
 def engine_options(args: TreePOConfig) -> dict[str, object]:
-    """`vllm_engine_kwargs`, and the number type of mixed precision: the engine computes in what the policy does."""
+    """
+    `vllm_engine_kwargs`, and before them what trees need.
+
+    Also the number type of mixed precision: the engine computes in what the policy does.
+    """
     mixed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
-    return ({"dtype": mixed} if mixed else {}) | cast("dict[str, object]", args.vllm_engine_kwargs or {})
+    own = cache_options() | ({"dtype": mixed} if mixed else {})
+    return own | cast("dict[str, object]", args.vllm_engine_kwargs or {})
 
 
 def check_engine_options(args: TreePOConfig) -> None:

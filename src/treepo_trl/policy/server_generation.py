@@ -22,7 +22,7 @@ from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.vllm_fields import server_urls
 
 from .four_bit_base import is_4bit
-from .gathered_adapter import gathered_adapter, num_bytes, write_adapter
+from .gathered_adapter import check_whole_adapter, gathered_adapter, num_bytes, write_adapter
 from .main_process import from_main_process
 from .policy_servers import PolicyServers
 from .server_checks import ServerNeeds
@@ -78,6 +78,8 @@ class ServerGeneration(VLLMGeneration):
                 "The policy's base is in 4 bits, and `vllm_mode` is 'server': a server loads it in 16 bits, which is "
                 "another model. Load the policy in 16 bits, or set `vllm_mode='colocate'`."
             )
+        if self._loads_adapter:
+            check_whole_adapter(self.accelerator)
         self.vllm_client = _CheckedServers()
         self.facts = from_main_process(self.accelerator, self._open)
         if self._loads_adapter:  # what the servers cannot load is an error now, not in the first batch
