@@ -8,11 +8,10 @@ Afterwards model, engine and generators are as they were.
 
 import math
 import random
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -20,10 +19,11 @@ from accelerate.utils import gather_object, set_seed
 
 from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
 
+from .lora_factors import MovableFactors
+
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
 
 
 Sample = Callable[[list[list[int]]], list[SegmentResult]]
@@ -103,7 +103,7 @@ def probe_adapter(
         ValueError: if the model has no LoRA layers.
     """
     with _as_it_was(model, seed), torch.no_grad():
-        factors = _Factors(model, seed)
+        factors = MovableFactors(model, seed)
         try:
             return _Probe(model, factors, sync, sample, prompts, bound).run()
         finally:
@@ -133,7 +133,7 @@ class _Probe:
     def __init__(
         self,
         model: "PeftModel",
-        factors: "_Factors",
+        factors: MovableFactors,
         sync: Callable[[], None],
         sample: Sample,
         prompts: list[list[int]],
@@ -282,80 +282,6 @@ class _Probe:
             tokens = torch.tensor(result.token_ids, device=device)
             found.append(logprobs.gather(1, tokens[:, None])[:, 0].cpu().double())
         return torch.cat(found)
-
-
-class _Factors:
-    """
-    The factor of each LoRA layer that is zero at the start, and how it is moved.
-
-    The noise gives the products of both factors the same size in all layers, as base weights are of a size.
-    """
-
-    def __init__(self, model: "PeftModel", seed: int) -> None:
-        self._seed = seed
-        self._parameters: dict[str, torch.Tensor] = {}
-        self._units: dict[str, float] = {}  # size of the noise for products of size 1
-        self._scale = 0.0
-        self.kinds: dict[str, list[str]] = defaultdict(list)
-        for name, layer, adapter in _lora_layers(model):
-            zero, other = _both_factors(layer, adapter)
-            size = float(other.float().square().mean().sqrt()) * min(other.shape) ** 0.5 * layer.scaling[adapter]
-            if size == 0.0:
-                continue
-            self._parameters[name], self._units[name] = zero, 1.0 / size
-            self.kinds[f"*.{name.rpartition('.')[2]}"].append(name)
-        if not self._parameters:
-            raise ValueError("The model has no LoRA layer that could be moved. Pass a PEFT model with a LoRA adapter.")
-        self.names = list(self._parameters)
-        self._order = {name: i for i, name in enumerate(self.names)}
-        self._saved = {name: parameter.detach().cpu().clone() for name, parameter in self._parameters.items()}
-        self._start = self._saved
-
-    @property
-    def are_zero(self) -> bool:
-        return not any(bool(factor.any()) for factor in self._start.values())
-
-    def start_from_zero(self) -> None:
-        """Let the adapter compute nothing, and be moved from there."""
-        self._start = {name: torch.zeros_like(factor) for name, factor in self._saved.items()}
-        self.restore(self.names)
-
-    def move(self, names: Iterable[str], scale: float | None = None) -> None:
-        """Set factors to what they start from plus noise of this size, or of the last one."""
-        self._scale = self._scale if scale is None else scale
-        for name in names:
-            start = self._start[name]
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._order[name])
-            noise = torch.randn(start.shape, generator=generator) * (self._scale * abs(self._units[name]))
-            self._parameters[name].copy_(start.float() + noise)
-
-    def restore(self, names: Iterable[str]) -> None:
-        """Set factors to what they start from."""
-        for name in names:
-            self._parameters[name].copy_(self._start[name])
-
-    def give_back(self) -> None:
-        """Set all factors to what they were, bit for bit."""
-        for name, saved in self._saved.items():
-            self._parameters[name].copy_(saved)
-
-
-def _lora_layers(model: "PeftModel") -> Iterator[tuple[str, "LoraLayer", str]]:
-    """Name in the base, layer and adapter of each layer with an active LoRA adapter."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, layer in model.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer):
-            for adapter in layer.active_adapters:
-                if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
-                    yield name, layer, adapter
-
-
-def _both_factors(layer: "LoraLayer", adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factor that PEFT sets to zero, and the other."""
-    if adapter in layer.lora_embedding_A:
-        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-    return cast(torch.Tensor, layer.lora_B[adapter].weight), cast(torch.Tensor, layer.lora_A[adapter].weight)
 
 
 @contextmanager
