@@ -8,11 +8,12 @@
 set -euo pipefail
 folder=$1
 shift
-mkdir "$folder"
 port=${FIRST_PORT:-8000}
 model=${MODEL:-$(python -c "
 from treepo_trl.quickstart.model import default_folder, small_model
-print(small_model(default_folder()))" 2> /dev/null)}
+print(small_model(default_folder()))")}
+mkdir -p "$(dirname "$folder")"
+mkdir "$folder"
 
 export VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=True
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -28,6 +29,10 @@ for i in 0 1; do
     --dtype float32 --max-model-len 512 --max-num-seqs 64 --enforce-eager --block-size 32 \
     > "$folder/server-$i.log" 2>&1 &
   servers+=($!)
+done
+sleep 10
+for i in 0 1; do
+  kill -0 "${servers[$i]}" 2> /dev/null || { echo "Server $i has ended: $(tail -n 1 "$folder/server-$i.log")" >&2; exit 1; }
 done
 
 treepo-trl quickstart --model_name_or_path "$model" --output_dir "$folder/run" --max_steps 3 --use_cpu true \

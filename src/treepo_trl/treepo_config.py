@@ -1,7 +1,7 @@
 """`TreePOConfig`: what TreePO adds to [`~trl.GRPOConfig`], with every check that needs no model."""
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from trl.trainer.grpo_config import GRPOConfig
 
@@ -13,7 +13,7 @@ from .sampling.config import TreeSamplingConfig
 from .turns import EnvironmentForking
 from .update.advantages import EXACT_ESTIMATORS, AdvantageEstimator
 from .update.packing import TreePacking
-from .vllm_fields import check_vllm_fields
+from .vllm_fields import check_vllm_fields, without_credentials
 
 
 LeafWeighting = Literal["auto", "uniform", "inverse_branching"]
@@ -329,6 +329,13 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
                 "`stop_pattern` and `mask_truncated_completions=True` exclude each other: a path that the pattern "
                 "ended has no EOS token, so its completion would be masked as truncated. Unset one of them."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, for loggers and files. The user and password of a server's address are left out."""
+        settings = super().to_dict()
+        if isinstance(self.vllm_server_base_url, str):
+            settings["vllm_server_base_url"] = without_credentials(self.vllm_server_base_url)
+        return settings
 
     def _check_whole_trees(self) -> None:
         offline = ""

@@ -1,5 +1,6 @@
 """What is refused of the settings around vLLM: in this process, and on servers."""
 
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,11 @@ _OWN_PROCESS = (
     "vllm_model_impl",
 )
 """Settings of an engine in this process."""
+
+
+def without_credentials(urls: str) -> str:
+    """Addresses without their users and passwords."""
+    return re.sub(r"//[^/,]*@", "//", urls)
 
 
 def server_urls(base_url: str | None, host: str, port: int) -> list[str]:

@@ -31,6 +31,14 @@ def serve(engine: Any, requests: list[SegmentRequest]) -> list[SegmentResult]:
     return results
 
 
+def test_servers_know_their_model_by_one_name() -> None:
+    other = {"model_config": {"served_model_name": "another"}}
+    with fake_servers(1) as (one,), fake_servers(1, changes=other) as (two,):
+        with pytest.raises(ValueError, match=r"different names: .*'another'.*`--served-model-name`"):
+            engine_of([one, two])
+        engine_of([one, two], model="an-adapter")
+
+
 # Trees
 
 

@@ -154,6 +154,32 @@ def test_a_folder_that_the_server_cannot_read(tmp_path: Path) -> None:
         assert fake.url in str(error.value)
 
 
+def test_an_adapter_that_a_living_server_fails_on_is_no_lost_server(tmp_path: Path) -> None:
+    """vLLM answers 500 for most of what it cannot load."""
+    with ExitStack() as stack:
+        servers, (fake,) = opened(stack, tmp_path)
+        fake.can_load = False
+        with pytest.raises(ValueError, match=r"could not load .*rank 64 is too large"):
+            give(servers, 0)
+        fake.die()
+        with pytest.raises(ServerLostError):
+            servers.versions.load(servers.servers[0])
+
+
+def test_a_version_can_be_read_by_everybody(tmp_path: Path) -> None:
+    versions = AdapterVersions(str(tmp_path), "run")
+
+    def write(folder: str) -> str:
+        os.chmod(folder, 0o700)
+        write_version(folder)
+        os.chmod(f"{folder}/weights", 0o600)  # as safetensors does
+        return folder
+
+    versions.write(0, write)
+    assert Path(versions.path).stat().st_mode & 0o777 == 0o755
+    assert Path(versions.path, "weights").stat().st_mode & 0o777 == 0o644
+
+
 def test_a_server_that_loads_nothing_while_it_runs(tmp_path: Path) -> None:
     with ExitStack() as stack:
         servers, (fake,) = opened(stack, tmp_path)
@@ -228,6 +254,18 @@ def test_all_weights_have_a_version_on_the_server(tmp_path: Path) -> None:
         fake.die()
         fake.restart()
         servers.admit(servers.servers[0])
+        assert fake.weights == "treepo-run-1"
+
+
+def test_weights_written_while_a_server_loads_others_are_not_taken_for_loaded(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        servers, (fake,) = opened(stack, tmp_path, versions=WeightVersions)
+        servers.versions.write(0, write_version)
+        fake.while_reloading = lambda: servers.versions.write(1, write_version)
+        servers.versions.load(servers.servers[0])
+        assert fake.weights == "treepo-run-0"
+        fake.while_reloading = lambda: None
+        servers.versions.load(servers.servers[0])
         assert fake.weights == "treepo-run-1"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -27,10 +28,12 @@ class PolicyFake(FakeVLLM):
         self.offset = 0.0
         self.version = "0.31.0"
         self.loads_adapters = True
+        self.can_load = True
         self.tokenizer = make_tokenizer()
         self.weights = "default"
         self.unloaded: list[str] = []
         self.reloads = True
+        self.while_reloading: Callable[[], None] = lambda: None
         super().__init__(changes=changes)
 
     def __enter__(self) -> "PolicyFake":
@@ -70,6 +73,8 @@ class PolicyFake(FakeVLLM):
             return web.json_response({"weight_version": self.weights})
         if path == "/update_weight_version":
             self.weights = body["new_version"]
+        if path == "/collective_rpc":
+            self.while_reloading()
         if path == "/collective_rpc" and not self.reloads:
             return web.json_response({"error": {"message": "no such folder"}}, status=500)
         if path in ("/pause", "/resume", "/update_weight_version", "/collective_rpc"):
@@ -79,6 +84,8 @@ class PolicyFake(FakeVLLM):
     def _load(self, name: str, folder: str) -> web.Response:
         if name in self.adapters:
             return web.json_response({"error": {"message": f"'{name}' has already been loaded"}}, status=400)
+        if not self.can_load:
+            return web.json_response({"error": {"message": "rank 64 is too large"}}, status=500)
         if not os.path.isfile(f"{folder}/weights"):
             return web.json_response({"error": {"message": f"No adapter found for {folder}"}}, status=404)
         self.adapters[name] = folder

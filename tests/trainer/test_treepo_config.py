@@ -354,6 +354,15 @@ def test_to_dict_is_json_and_makes_the_same_config(tmp_path: Path) -> None:
     config.to_sanitized_dict()
 
 
+def test_loggers_get_addresses_without_passwords(tmp_path: Path) -> None:
+    address = "http://me:secret@a:8000,http://b:8001/@x"
+    config = make(tmp_path, use_vllm=True, vllm_mode="server", vllm_server_base_url=address)
+    assert config.vllm_server_base_url == address
+    for text in (config.to_json_string(), str(config.to_dict()), str(config.to_sanitized_dict())):
+        assert "secret" not in text
+    assert config.to_dict()["vllm_server_base_url"] == "http://a:8000,http://b:8001/@x"
+
+
 def test_shipped_recipes_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file in examples/cli_configs has only known keys."""
     known = {f.name for f in fields(TreePOConfig)}

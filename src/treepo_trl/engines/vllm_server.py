@@ -96,6 +96,8 @@ class VLLMServerEngine(SegmentEngine):
     ) -> None:
         facts = [server.facts() for server in servers]
         _check_together(servers, facts, with_entropies)
+        if model is None:
+            _check_names(servers, facts)
         _allow_connections(sum(each.num_slots for each in facts))
         self.eos_token_ids = frozenset(eos_token_ids)
         self.reports_entropies = with_entropies
@@ -361,6 +363,16 @@ def _allow_connections(count: int) -> None:
         )
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _check_names(servers: list[ServerConnection], facts: list[ServerFacts]) -> None:
+    """Raise for servers that do not know their model by one name: requests ask for it."""
+    if len({each.model_name for each in facts}) > 1:
+        told = ", ".join(f"{server.url} as {each.model_name!r}" for server, each in zip(servers, facts, strict=True))
+        raise ValueError(
+            f"The servers serve their model under different names: {told}. Start them with the same `--model` or "
+            "`--served-model-name`."
+        )
 
 
 def _check_json(fields: Mapping[str, object]) -> None:

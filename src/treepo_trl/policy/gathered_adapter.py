@@ -6,6 +6,7 @@ whole ones: it fails on the parts of FSDP2, and writes empty tensors of ZeRO-3.
 """
 
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -30,7 +31,12 @@ def adapter_parameters(model: "PeftModel") -> dict[str, torch.nn.Parameter]:
 
 def num_bytes(model: "PeftModel") -> int:
     """Size of the whole active adapter; a parameter of ZeRO-3 that is not gathered says itself that it is empty."""
-    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in adapter_parameters(model).values())
+    return bytes_of(adapter_parameters(model).values())
+
+
+def bytes_of(parameters: Iterable[torch.Tensor]) -> int:
+    """Size of whole parameters, also of those that ZeRO-3 has not gathered."""
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters)
 
 
 def gathered_adapter(model: "PeftModel", accelerator: Accelerator) -> dict[str, torch.Tensor]:

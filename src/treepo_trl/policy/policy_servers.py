@@ -170,7 +170,7 @@ def wait_for_server(server: ServerConnection, seconds: float) -> None:
                 "`vllm_server_base_url`. `vllm_server_timeout` says for how many seconds a start waits."
             )
         if not is_told:
-            logger.info(f"Waiting for the vLLM server at {server.url}.")
+            logger.warning(f"Waiting for the vLLM server at {server.url}.")
             is_told = True
         time.sleep(_AGAIN)
 

@@ -22,7 +22,7 @@ from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.vllm_fields import server_urls
 
 from .four_bit_base import is_4bit
-from .gathered_adapter import check_whole_adapter, gathered_adapter, num_bytes, write_adapter
+from .gathered_adapter import bytes_of, check_whole_adapter, gathered_adapter, num_bytes, write_adapter
 from .main_process import from_main_process
 from .policy_servers import PolicyServers
 from .server_checks import ServerNeeds
@@ -96,7 +96,7 @@ class ServerGeneration(VLLMGeneration):
             AdapterVersions.kept if self._loads_adapter else 0,
             rank,
         )
-        size = sum(p.nbytes for p in self.model.parameters()) if adapter is None else num_bytes(adapter)
+        size = bytes_of(self.model.parameters()) if adapter is None else num_bytes(adapter)
         self._folder = shared_folder("policy", settings.vllm_server_adapter_dir, size)
         kind = AdapterVersions if self._loads_adapter else WeightVersions
         self.servers = PolicyServers(
@@ -124,6 +124,8 @@ class ServerGeneration(VLLMGeneration):
             self.servers.distribute()
 
         from_main_process(self.accelerator, distribute)
+        if failed is not None:  # in this process alone
+            raise failed
         if self.servers is not None and hasattr(self, "engine"):
             self._take_version()
 
@@ -199,8 +201,15 @@ def complete(
 ) -> list[SegmentResult]:
     """A segment after each row, in their order; rows of one prompt, which follow each other, go to one server."""
     requests = [SegmentRequest(i, ids, max_tokens(ids), tree=i // rows_per_prompt) for i, ids in enumerate(rows)]
+    # A request that only waits in a server's queue would use up its deadline there.
+    at_once = engine.num_slots(max(map(len, rows), default=1)) or max(len(requests), 1)
     try:
-        return sorted(engine.complete(requests), key=lambda result: result.request_id)
+        results = [
+            result
+            for start in range(0, len(requests), at_once)
+            for result in engine.complete(requests[start : start + at_once])
+        ]
+        return sorted(results, key=lambda result: result.request_id)
     finally:
         for tree in {request.tree for request in requests}:
             engine.end_tree(tree)

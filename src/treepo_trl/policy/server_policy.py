@@ -170,8 +170,17 @@ class ServerPolicy(PolicyEngine):
         from treepo_trl.engines.vllm_server import VLLMServerEngine
 
         servers = cast(PolicyServers, self._generation.servers)
-        engine = VLLMServerEngine(servers.servers, [], model=servers.versions.model, timeout=60.0)
-        return complete(engine, rows, lambda _: PROBE_TOKENS)
+        engine = VLLMServerEngine(
+            cast(VLLMServerEngine, self.engine).living_servers() or servers.servers,
+            [],
+            model=servers.versions.model,
+            timeout=self.args.vllm_server_timeout,
+            on_connect=servers.admit,
+        )
+        try:
+            return complete(engine, rows, lambda _: PROBE_TOKENS)
+        finally:
+            engine.close()
 
 
 def policy_logprobs(model: torch.nn.Module, token_ids: list[int], device: torch.device) -> torch.Tensor:

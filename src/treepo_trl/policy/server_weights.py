@@ -73,7 +73,9 @@ class PolicyVersions(ABC):
         being_written = os.path.join(self._folder, f".{name}")
         shutil.rmtree(being_written, ignore_errors=True)
         os.makedirs(being_written)
-        os.rename(write(being_written), os.path.join(self._folder, name))
+        written = write(being_written)
+        _let_all_read(written)
+        os.rename(written, os.path.join(self._folder, name))
         shutil.rmtree(being_written, ignore_errors=True)
         self._num_written[step] += 1
         self.names.append(name)
@@ -107,9 +109,9 @@ class PolicyVersions(ABC):
         """Let a server forget a version."""
         return
 
-    def _unreadable(self, server: ServerConnection, answer: str) -> ValueError:
+    def _unreadable(self, server: ServerConnection, path: str, answer: str) -> ValueError:
         return ValueError(
-            f"The vLLM server at {server.url} could not load {self.path}: {answer} Set `vllm_server_adapter_dir` to a "
+            f"The vLLM server at {server.url} could not load {path}: {answer} Set `vllm_server_adapter_dir` to a "
             "folder that training and servers share: /dev/shm on one machine, a shared disk on several."
         )
 
@@ -124,17 +126,22 @@ class AdapterVersions(PolicyVersions):
         return self.name
 
     def load(self, server: ServerConnection) -> None:
+        name, path = self.name, self.path  # a new version may be written meanwhile
         try:
-            server.post("/v1/load_lora_adapter", {"lora_name": self.name, "lora_path": self.path}, _LOAD_TIMEOUT)
+            server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, _LOAD_TIMEOUT)
+        except ServerLostError as error:
+            if server.is_healthy():  # vLLM answers 500 for an adapter that it cannot load
+                raise self._unreadable(server, path, str(error)) from error
+            raise
         except ServerRefusedError as error:
-            if any(model.id == self.name and model.root == self.path for model in server.models()):
+            if any(model.id == name and model.root == path for model in server.models()):
                 return  # it has this version already
             if error.status == 404 and "Not Found" in error.body:  # no such endpoint, unlike a folder not found
                 raise ValueError(
                     f"The vLLM server at {server.url} loads no adapters while it runs. Start it with "
                     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment."
                 ) from error
-            raise self._unreadable(server, error.body) from error
+            raise self._unreadable(server, path, error.body) from error
 
     def _forget(self, server: ServerConnection, name: str) -> None:
         server.post("/v1/unload_lora_adapter", {"lora_name": name})
@@ -148,24 +155,33 @@ class WeightVersions(PolicyVersions):
         return None
 
     def load(self, server: ServerConnection) -> None:
-        if server.get("/weight_info")["weight_version"] == self.name:
+        name, path = self.name, self.path  # a new version may be written meanwhile
+        if server.get("/weight_info")["weight_version"] == name:
             return
         server.post("/pause?mode=wait")  # which also empties the prefix cache
         try:
-            kwargs = {"weights_path": self.path}
+            kwargs = {"weights_path": path}
             server.post(
                 "/collective_rpc",
                 {"method": "reload_weights", "kwargs": kwargs, "timeout": _LOAD_TIMEOUT},
                 _LOAD_TIMEOUT,
             )
-            server.post("/update_weight_version", {"new_version": self.name})
+            server.post("/update_weight_version", {"new_version": name})
         except ServerLostError as error:
             if server.is_healthy():
-                raise self._unreadable(server, f"{error} Restart it: its weights are gone.") from error
+                raise self._unreadable(server, path, f"{error} Restart it: its weights are gone.") from error
             raise
         finally:
             with suppress(ServerLostError):
                 server.post("/resume")
+
+
+def _let_all_read(folder: str) -> None:
+    """A server may run as another user, and safetensors writes files for their owner alone."""
+    for place, _, files in os.walk(folder):
+        os.chmod(place, 0o755)
+        for file in files:
+            os.chmod(os.path.join(place, file), 0o644)
 
 
 def write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: str) -> None:
