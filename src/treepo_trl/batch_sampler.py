@@ -91,10 +91,14 @@ class BatchSampler:
         return self._under_way
 
     def wait(self) -> None:
-        """Wait until nothing is sampled in a thread: the engine is free. All processes call it together."""
+        """
+        Wait until nothing is sampled in a thread: the engine is free. All processes call it together.
+
+        An error of the thread is of those who need its trees.
+        """
         if self._under_way is not None:
             under_way, self._under_way = self._under_way, None
-            under_way.result()
+            under_way.error()
 
     def drop(self) -> None:
         """Wait until this process samples nothing in a thread, whatever comes of it."""

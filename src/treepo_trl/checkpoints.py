@@ -44,6 +44,7 @@ _TORCH_FILES = (
 _SAVED = (
     *_TORCH_FILES,
     STATE_FILE,
+    "next_batch_*.json",
     "model*.safetensors",
     "adapter_model*.safetensors",
     "*model*.index.json",

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     from .rollout_ahead import RolloutAhead
+    from .sampling_under_way import SamplingUnderWay
 
 
 logger = get_logger(__name__)
@@ -111,14 +112,30 @@ class ResumePoint(TrainerCallback):
         trainer = self._trainer
         folder = Path(trainer._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
         self._follow()
+        is_next_lost = False
         with written_anew(folder, trainer.accelerator, trainer.args.should_save), self._in_the_trainer():
             if self._rows is not None and not trainer.args.save_only_model:
                 folder.mkdir(parents=True, exist_ok=True)
                 torch.save(self._rows, self._file(folder))
             if self._next_batch is not None and not trainer.args.save_only_model:
-                folder.mkdir(parents=True, exist_ok=True)
-                self._next_batch.write(self._ahead_file(folder))
+                is_next_lost = not self._write_next(self._next_batch, folder)
             yield
+        if is_next_lost:
+            trainer.accelerator.wait_for_everyone()  # a process that ends with the error may end the others
+
+    def _write_next(self, batch: "SamplingUnderWay", folder: Path) -> bool:
+        """Write a batch that is sampled ahead, unless that has failed: the update before it is not to be lost too."""
+        error = batch.error()
+        if error is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            batch.write(self._ahead_file(folder))
+            return True
+        logger.warning(
+            f"{folder} is written without the batch that was being sampled ahead: {type(error).__name__}: {error}. "
+            "The step that needs it ends with this error. A training that is resumed samples it anew, from a "
+            "policy that is one update newer."
+        )
+        return False
 
     @contextmanager
     def _in_the_trainer(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -22,6 +23,8 @@ from .tree_batch import TreeBatch, prompts_of_trees
 from .treepo_config import TreePOConfig
 from .turns.conversations import Conversation
 
+
+logger = get_logger(__name__)
 
 Rows = list[dict[str, object]]
 
@@ -133,7 +136,21 @@ class RolloutAhead:
     # Checkpoints hold the trees: sampled again, they would be from another policy
 
     def restore(self, path: Path) -> None:
-        """Take up what a checkpoint holds of the next batch, if all processes find it."""
-        pending = SamplingUnderWay.read(path) if self._args.rollout_ahead > 0 and path.exists() else None
-        if all(cast("list[bool]", gather_object([pending is not None]))):
+        """Take up what a checkpoint holds of the next batch, if all processes can read it."""
+        pending, reason = None, None
+        try:
+            if self._args.rollout_ahead > 0 and path.exists():
+                pending = SamplingUnderWay.read(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"{path.name} cannot be read ({type(error).__name__}: {error})"
+        found = cast("list[tuple[bool, str | None]]", gather_object([(pending is not None, reason)]))
+        if all(is_there for is_there, _ in found):
             self.pending = pending
+            return
+        reasons = [each for _, each in found if each is not None]
+        if reasons or any(is_there for is_there, _ in found):  # on any process: they sample together
+            logger.warning(
+                f"{path.parent} holds the next batch, but {(reasons or ['not of every process'])[0]}. It is sampled "
+                "anew, from a policy that is one update newer: this is not the curve of a training that was not "
+                "interrupted."
+            )

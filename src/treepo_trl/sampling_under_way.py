@@ -68,6 +68,14 @@ class SamplingUnderWay:
                 self._result = self._share(self._future.result)
         return self._result
 
+    def error(self) -> Exception | None:
+        """Wait for the trees, and what `result` raises, if anything. All processes call it together."""
+        try:
+            self.result()
+        except Exception as error:
+            return error
+        return None
+
     def discard(self) -> None:
         """Wait until the engine is free, for this process alone and whatever the outcome."""
         with self._ready:
@@ -83,7 +91,12 @@ class SamplingUnderWay:
 
     @classmethod
     def read(cls, path: Path) -> "SamplingUnderWay":
-        """What `write` has written."""
+        """
+        What `write` has written.
+
+        Raises:
+            OSError, ValueError, KeyError or TypeError: if it is not that.
+        """
         record = json.loads(path.read_text())
         done: Future[Sampled] = Future()
         done.set_result(([SegmentTree.from_dict(tree) for tree in record["trees"]], record["totals"]))

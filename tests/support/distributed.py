@@ -19,6 +19,7 @@ from tests.support.policies import FakePolicy, SharedPolicy, use_fake_policy
 from tests.support.tools import FIRST, LATER, ScriptedAgent, tool_config, tool_trainer
 from tests.support.trainers import RecordingTrainer, build, change, make_config, parameters_of, reward_by_kind, train
 from treepo_trl import SegmentTree, TreePOTrainer
+from treepo_trl.checkpoints import newest_checkpoint
 from treepo_trl.policy.gathered_adapter import gathered_adapter
 from treepo_trl.update import packed_forward
 
@@ -226,6 +227,63 @@ def train_ahead_and_write(model: str, folder: str) -> None:
         "got": [[prompts for prompts, _ in trainer.updated] for trainer in trainers],
     }
     _write(trainers[1], folder, result)
+
+
+def lose_what_is_ahead_and_write(model: str, folder: str) -> None:
+    """
+    Train until the thread of the first process fails, go on from the checkpoint, then resume one of two next batches.
+
+    Writes the error, the checkpoint that it left, whether each resume had a next batch, and the steps of all samplings
+    since.
+    """
+    steps: list[str] = []
+    errors: list[str] = []
+
+    def trainer_to(max_steps: int, is_failing: bool = False) -> Any:
+        changes = {"per_device_train_batch_size": 4, "max_steps": max_steps, "eval_strategy": "no"}
+        changes |= {"save_strategy": "steps", "save_steps": 1, "log_trees": False}
+        trainer = make_trainer(model, Path(folder), RecordingTrainer, ddp_backend="gloo", **changes)
+        trainer.args.rollout_ahead = 1  # behind the check for servers
+        sample = trainer.sampler.sample
+
+        def told(prompts: Any, seed: str, **kwargs: Any) -> Any:
+            if is_failing and threading.current_thread() is not threading.main_thread():
+                raise OSError("the server has gone")
+            if not is_failing:
+                steps.append(seed.split("/")[1])
+            return sample(prompts, seed, **kwargs)
+
+        trainer.sampler.sample = told
+        return trainer
+
+    def is_pending(trainer: Any, checkpoint: str) -> bool:
+        trainer._resume_point.restore(checkpoint)
+        return trainer._ahead.pending is not None
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_fake_policy(monkeypatch, SharedPolicy)
+        try:
+            trainer_to(4, is_failing=True).train()
+        except (OSError, RuntimeError) as error:
+            errors.append(f"{type(error).__name__}: {error}")
+        saved = [newest_checkpoint(folder), [path.name for path in Path(folder).glob("*/next_batch_*")]]
+        distributed.barrier()
+        trainer_to(4).train(resume_from_checkpoint=True)
+        checkpoint = Path(folder, "checkpoint-2")
+        file = checkpoint / "next_batch_1.json"
+        damaged, content = sorted(path.name for path in checkpoint.glob("next_batch_*")), file.read_text()
+        distributed.barrier()
+        file.write_text(content[: len(content) // 2])
+        distributed.barrier()
+        pending = [is_pending(trainer_to(4), str(checkpoint))]
+        trainer = trainer_to(4)
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        distributed.barrier()
+        file.write_text(content)
+        distributed.barrier()
+        pending.append(is_pending(trainer_to(4), str(checkpoint)))
+    result = {"errors": errors, "saved": saved, "damaged": damaged, "is_pending": pending, "seeds": steps}
+    _write(trainer, folder, result)
 
 
 def reward_and_log(prompts: list[str], completion_ids: Any, kind: list[str], log_extra: Any, **_: Any) -> list:

@@ -29,6 +29,7 @@ from tests.support.trainers import (
     watch_loss,
 )
 from treepo_trl import TreePOConfig
+from treepo_trl.checkpoints import newest_checkpoint
 from treepo_trl.rollout_ahead import LookAhead
 
 
@@ -160,14 +161,15 @@ def test_the_main_process_samples_ahead_for_all(tmp_path: Path, tiny_model_dir: 
     assert_same_parameters(first, second, 0.0)
 
 
+def fail_in_a_thread() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        raise OSError("the server has gone")
+
+
 def test_an_error_of_the_thread_ends_the_step_that_needs_its_trees(
     tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail() -> None:
-        if threading.current_thread() is not threading.main_thread():
-            raise OSError("the server has gone")
-
-    trainer = trainer_with(tmp_path, tiny_model_dir, monkeypatch, GatedEngine(fail))
+    trainer = trainer_with(tmp_path, tiny_model_dir, monkeypatch, GatedEngine(fail_in_a_thread))
     with pytest.raises(OSError, match="the server has gone") as error:
         trainer.train()
     assert trainer.state.global_step == 1  # the first update was made
@@ -175,6 +177,72 @@ def test_an_error_of_the_thread_ends_the_step_that_needs_its_trees(
     trainer.policy_engine.engine.gate = lambda: None
     trainer.train()
     assert trainer.state.global_step == 4
+
+
+def test_an_error_of_the_thread_costs_no_checkpoint(
+    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does it end an evaluation: the update before is finished, and a training goes on from it."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"per_device_eval_batch_size": 8, "eval_dataset": plain_prompts(2)}
+    trainer = trainer_with(tmp_path, tiny_model_dir, monkeypatch, GatedEngine(fail_in_a_thread), **settings)
+    with pytest.raises(OSError, match="the server has gone") as error:
+        trainer.train()
+    assert "_sampled_ahead" in [frame.name for frame in traceback.extract_tb(error.tb)]
+    assert len(logs_of(trainer, "eval_loss")) == 1
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-1")
+    assert not list(tmp_path.glob("*/next_batch_*"))
+    assert "without the batch that was being sampled ahead: OSError: the server has gone" in caplog.text
+    trainer.policy_engine.engine.gate = lambda: None
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+
+
+def test_two_processes_agree_on_what_is_lost(tmp_path: Path, tiny_model_dir: str) -> None:
+    """The first one's thread fails; then the file of the second one alone is damaged."""
+    ranks = run_in_two_processes(SCRIPT, tmp_path, "lose_what_is_ahead_and_write", tiny_model_dir, str(tmp_path))
+    assert [rank["errors"] for rank in ranks] == [
+        ["OSError: the server has gone"],
+        ["RuntimeError: The main process has failed. OSError: the server has gone"],
+    ]
+    for rank in ranks:
+        assert rank["saved"] == [str(tmp_path / "checkpoint-1"), []]
+        assert rank["damaged"] == ["next_batch_0.json", "next_batch_1.json"]
+        assert rank["is_pending"] == [False, True]
+    assert ranks[0]["seeds"] == ["1", "2", "3", "2", "3"]  # the step of each batch: the third is sampled twice
+
+
+@pytest.mark.parametrize("content", ['{"name": "', "[]", "{}", '{"trees": [[]], "totals": {}}', b"\xff"], ids=str)
+def test_a_damaged_next_batch_is_sampled_anew(
+    tmp_path: Path,
+    tiny_model_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    content: Any,
+) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    trainer_with(tmp_path, tiny_model_dir, monkeypatch, **settings, max_steps=3).train()
+    file = tmp_path / "checkpoint-2/next_batch_0.json"
+    assert file.exists()
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    resumed = trainer_with(tmp_path / "resumed", tiny_model_dir, monkeypatch, **settings)
+    resumed.train(resume_from_checkpoint=str(file.parent))
+    assert steps_of(resumed) == ["2", "3"]
+    assert "It is sampled anew" in caplog.text
+    assert str(file.parent) in caplog.text
+
+
+def test_a_next_batch_is_not_of_an_earlier_write(
+    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was killed; the checkpoint that is written then has no next batch."""
+    stale = tmp_path / "checkpoint-1/next_batch_0.json"
+    stale.parent.mkdir()
+    stale.write_text("{}")
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer_with(tmp_path, tiny_model_dir, monkeypatch, **settings).train()
+    assert newest_checkpoint(str(tmp_path)) == str(stale.parent)
+    assert not stale.exists()
 
 
 def test_an_evaluation_waits_for_the_thread(
