@@ -132,7 +132,7 @@ class ResumePoint(TrainerCallback):
             return True
         logger.warning(
             f"{folder} is written without the batch that was being sampled ahead: {type(error).__name__}: {error}. "
-            "The next step needs it and ends with this error. A training that is resumed samples it anew, from a "
+            "The step that needs it ends with this error. A training that is resumed samples it anew, from a "
             "policy that is one update newer."
         )
         return False

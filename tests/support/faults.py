@@ -94,6 +94,7 @@ def syncing_training(folder: Path, model: str, fault: str | None = None, resume:
     trainer = make_trainer(folder, model, LoraConfig(r=4, target_modules="all-linear"))
     generation: Any = object.__new__(AdapterVLLMGeneration)
     generation.model, generation.share_base_weights, generation.enable_sleep_mode = trainer.model, False, False
+    generation.accelerator = trainer.accelerator
     generation._dist, generation._adapter_folder = (
         trainer._dist,
         TemporaryFolder("adapter", temporary_folder.SHARED_MEMORY),
