@@ -10,9 +10,9 @@ RUN make setup GPU="$GPU"
 
 # What is downloaded lies in the mounted folder, and any user may run it. `docker run --gpus all` gives the cards.
 ENV PATH="/opt/treepo-trl/.venv/bin:$PATH" \
-    XDG_CACHE_HOME=/work/.cache \
+    XDG_CACHE_HOME=/workspace/.cache \
     USER=treepo \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["treepo-trl"]
