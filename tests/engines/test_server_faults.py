@@ -176,11 +176,12 @@ def test_a_server_that_is_back_may_have_other_ranks() -> None:
 def test_trees_that_have_moved_stay() -> None:
     with fake_servers(2) as (first, second):
         engine = engine_of([first, second])
+        first.script = lambda body: "die"
         engine.submit(requests_of(4))
-        first.script = scripted("die")
         collected: list[SegmentResult] = []
         while len(collected) < 4:
             collected += engine.collect()
+        first.script = None
         first.start()
         until(lambda: len(engine.living_servers()) == 2)
         first.bodies.clear()
