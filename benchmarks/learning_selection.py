@@ -14,6 +14,7 @@ in `benchmarks.proxy_selection`. `dynamic sampling` is the package's: prompts wi
 import argparse
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,16 @@ def run_folder(name: str, seed: int, options: argparse.Namespace) -> Path:
     return options.out / f"selection-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
+def result_of_run(name: str, seed: int, options: argparse.Namespace) -> dict:
+    """Result of one run, which runs in a process of its own if it is not there yet."""
+    file = run_folder(name, seed, options) / "result.json"
+    if not file.exists():
+        command = ["-m", "benchmarks.learning_selection", "--out", str(options.out), "--tokens", str(options.tokens)]
+        command += ["--rate", str(options.rate), "--held_out", str(options.held_out), "--points", str(options.points)]
+        run_to_log([*command, "--run", name, str(seed)], file.with_name("log.txt"), OMP_NUM_THREADS="1")
+    return json.loads(file.read_text())
+
+
 def main() -> None:
     """Run what is missing, and print the table; with `--run`, one run in this process."""
     parser = make_parser(__doc__)
@@ -153,6 +164,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=150_000, help="decoded tokens of a run")
     parser.add_argument("--points", type=int, default=6)
     parser.add_argument("--held_out", type=int, default=128)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, default=OUTPUTS / "learning", help="where the warm start is, or will be")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     parser.set_defaults(model=None, dtype="float32", use_vllm=False, completions=128, warm_steps=800)
@@ -164,16 +176,11 @@ def main() -> None:
     if not (warm / "config.json").exists():
         learning.warm_start("gcd", warm, options.warm_steps)
     print(table_head("arm", "end", "mean of the curve", "prompts with signal", "steps"))
+    runs = [(name, seed) for name in options.arms for seed in range(options.seeds)]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        found = dict(zip(runs, pool.map(lambda run: result_of_run(*run, options), runs), strict=True))
     for name in options.arms:
-        results = []
-        for seed in range(options.seeds):
-            file = run_folder(name, seed, options) / "result.json"
-            if not file.exists():
-                command = ["-m", "benchmarks.learning_selection", "--out", str(options.out)]
-                command += ["--tokens", str(options.tokens), "--rate", str(options.rate)]
-                command += ["--held_out", str(options.held_out), "--points", str(options.points)]
-                run_to_log([*command, "--run", name, str(seed)], file.with_name("log.txt"), OMP_NUM_THREADS="1")
-            results.append(json.loads(file.read_text()))
+        results = [found[name, seed] for seed in range(options.seeds)]
         ends = np.array([interpolate(each, [options.tokens])[0] for each in results])
         means = np.array([mean_of_curve(each, options) for each in results])
         signal = np.mean([1 - row["tree/equal_rewards_frac"] for each in results for row in each["log"]])
