@@ -22,7 +22,7 @@ from trl.trainer.utils import get_config_model_id
 from . import trl_seams
 from .batch_sampler import BatchSampler
 from .checkpoints import checkpoint_to_resume, only_training_in
-from .checks import NoStepIsAnError, check_arguments, check_datasets, check_rows, check_tokenizer
+from .checks import NoStepIsAnError, check_arguments, check_datasets, check_rows, check_tokenizer, check_tools
 from .dynamic_sampling import DynamicSampling, Rows, forget_stream
 from .evaluation.in_training import EvaluationMetrics
 from .health.callback import HealthCallback
@@ -42,7 +42,6 @@ from .trainer_turns import TrainerTurns
 from .tree_batch import TreeBatch, prompts_of_trees, shuffle_trees
 from .tree_log import write_trees
 from .treepo_config import TreePOConfig
-from .turn_checks import check_tools
 from .turns import TreeRollout
 from .update.packable import packed_forward_or_none
 
