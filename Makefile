@@ -36,8 +36,8 @@ gpu-report: setup
 # Two halves side by side, as each test computes in one thread; what the first half says comes last.
 test: setup
 	@mkdir -p build; \
-	$(BIN)/python -m pytest tests/trainer tests/turns tests/policy > build/test-trainer.log 2>&1 & trainer=$$!; \
-	$(BIN)/python -m pytest --ignore=tests/trainer --ignore=tests/turns --ignore=tests/policy; rest=$$?; \
+	$(BIN)/python -m pytest tests/trainer tests/batches tests/turns tests/policy > build/test-trainer.log 2>&1 & trainer=$$!; \
+	$(BIN)/python -m pytest --ignore=tests/trainer --ignore=tests/batches --ignore=tests/turns --ignore=tests/policy; rest=$$?; \
 	wait $$trainer; trainer=$$?; cat build/test-trainer.log; \
 	test $$rest -eq 0 && test $$trainer -eq 0
 

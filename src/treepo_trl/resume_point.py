@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from trl import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    from .rollout_ahead import RolloutAhead
-    from .sampling_under_way import SamplingUnderWay
+    from .batches.rollout_ahead import RolloutAhead
+    from .batches.sampling_under_way import SamplingUnderWay
 
 
 logger = get_logger(__name__)

@@ -29,8 +29,8 @@ from tests.support.trainers import (
     watch_loss,
 )
 from treepo_trl import TreePOConfig
+from treepo_trl.batches.rollout_ahead import LookAhead
 from treepo_trl.checkpoints import newest_checkpoint
-from treepo_trl.rollout_ahead import LookAhead
 
 
 class GatedEngine(FakeEngine):
