@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("update",),
     ("treepo_config",),
     ("policy", "metrics", "tree_log", "checks", "reward_watch"),
-    ("batches", "resume_point", "viewer", "export", "health"),
+    ("batches", "viewer", "export", "health"),
     ("memory",),
     ("treepo_trainer",),
     ("quickstart",),

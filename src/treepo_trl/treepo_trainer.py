@@ -31,7 +31,7 @@ from .batches import (
     prompts_of_trees,
     shuffle_trees,
 )
-from .checkpoints import checkpoint_to_resume, only_training_in
+from .checkpoints import ResumePoint, checkpoint_to_resume, only_training_in
 from .checks import NoStepIsAnError, check_arguments, check_datasets, check_rows, check_tokenizer, check_tools
 from .evaluation.in_training import EvaluationMetrics
 from .health.callback import HealthCallback
@@ -42,7 +42,6 @@ from .policy.engine import policy_engine_for
 from .policy.four_bit_base import write_quantization
 from .policy.half_precision import keep_master_weights
 from .policy.starting_adapter import adapter_resumed_too, match_reference
-from .resume_point import ResumePoint
 from .reward_watch import RewardWatch
 from .sampling import SegmentTree, TreeSampler, text_decoder
 from .sampling.turns import TurnHandler
