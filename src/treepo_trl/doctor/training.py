@@ -28,7 +28,7 @@ from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.treepo_trainer import TreePOTrainer
 
 from .engine_errors import remedy_for
-from .findings import BrokenError, CannotRunError, Check, last_line
+from .findings import BrokenError, CannotRunError, Check, in_words
 from .needs import Needs
 from .number_type import training_device, why_not
 
@@ -104,9 +104,7 @@ class SmallTraining:
             self._tree = tree = _grown(self._trainer)
         except Exception as error:  # vLLM's own classes differ between its versions
             self._trainer = None
-            raise BrokenError(
-                f"{type(error).__name__}: {last_line(str(error))}", remedy_for(error, self.needs)
-            ) from error
+            raise BrokenError(in_words(error), remedy_for(error, self.needs)) from error
         if len(tree.leaves) != _NUM_LEAVES:
             raise BrokenError(f"A tree of {len(tree.leaves)} leaves grew, not {_NUM_LEAVES}.", "Please report this.")
         sampled, kept = sum(len(node.token_ids) for node in tree.nodes), _leaf_tokens(tree)
