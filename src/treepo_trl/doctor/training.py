@@ -190,26 +190,9 @@ def _planned(needs: Needs, args: TreePOConfig) -> float:
 
 def _build(needs: Needs, folder: Path) -> MeasuredTrainer:
     """A trainer with the settings that matter here, on one prompt."""
-    device = training_device(needs)
-    half = {"bf16": False, "fp16": False}
-    if device.type == "cuda":
-        number_type = needs.number_type or ("float16" if why_not("bfloat16", device) else "bfloat16")
-        half = {"bf16": number_type == "bfloat16", "fp16": number_type == "float16"}
-    settings: dict[str, Any] = {
-        "vllm_gpu_memory_utilization": _SHARE,
-        "gradient_checkpointing": False,
-        **needs.training,
-    }
-    if settings["vllm_gpu_memory_utilization"] == "auto":  # planned for the recipe's model, and this one is small
-        settings["vllm_gpu_memory_utilization"] = _SHARE
-    if settings["use_vllm"]:
-        settings |= {"vllm_mode": "colocate", "vllm_max_model_length": _CONTEXT}
-        if not needs.is_recipe:
-            settings["vllm_enable_sleep_mode"] = device.type == "cuda"
     args = TreePOConfig(
         str(folder),
-        **{**settings, **half},
-        use_cpu=device.type == "cpu",
+        **_settings(needs),
         per_device_train_batch_size=_NUM_LEAVES,
         num_generations=_NUM_LEAVES,
         max_completion_length=_COMPLETION,
@@ -232,6 +215,27 @@ def _build(needs: Needs, folder: Path) -> MeasuredTrainer:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+
+
+def _settings(needs: Needs) -> dict[str, Any]:
+    """The settings that are asked for, as this machine and a small model can have them."""
+    device = training_device(needs)
+    half = {"bf16": False, "fp16": False}
+    if device.type == "cuda":
+        number_type = needs.number_type or ("float16" if why_not("bfloat16", device) else "bfloat16")
+        half = {"bf16": number_type == "bfloat16", "fp16": number_type == "float16"}
+    settings: dict[str, Any] = {
+        "vllm_gpu_memory_utilization": _SHARE,
+        "gradient_checkpointing": False,
+        **needs.training,
+    }
+    if settings["vllm_gpu_memory_utilization"] == "auto":  # planned for the recipe's model, and this one is small
+        settings["vllm_gpu_memory_utilization"] = _SHARE
+    if settings["use_vllm"]:
+        settings |= {"vllm_mode": "colocate", "vllm_max_model_length": _CONTEXT}
+        if not needs.is_recipe:
+            settings["vllm_enable_sleep_mode"] = device.type == "cuda"
+    return {**settings, **half, "use_cpu": device.type == "cpu"}
 
 
 def _model_config(needs: Needs) -> ModelConfig:
