@@ -34,10 +34,11 @@ gpu-report: setup
 	$(BIN)/python -m benchmarks.gpu_report --render
 
 # Two halves side by side, as each test computes in one thread; what the first half says comes last.
+FIRST_HALF = tests/trainer tests/batches tests/checkpoints tests/turns tests/policy
 test: setup
 	@mkdir -p build; \
-	$(BIN)/python -m pytest tests/trainer tests/turns tests/policy > build/test-trainer.log 2>&1 & trainer=$$!; \
-	$(BIN)/python -m pytest --ignore=tests/trainer --ignore=tests/turns --ignore=tests/policy; rest=$$?; \
+	$(BIN)/python -m pytest $(FIRST_HALF) > build/test-trainer.log 2>&1 & trainer=$$!; \
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(FIRST_HALF)); rest=$$?; \
 	wait $$trainer; trainer=$$?; cat build/test-trainer.log; \
 	test $$rest -eq 0 && test $$trainer -eq 0
 

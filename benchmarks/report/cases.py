@@ -4,15 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from treepo_trl.doctor.findings import CannotRunError
+
 
 Record = Callable[[str, float | str], None]
 """Keeps a value of a row. The name of a row ends with the unit: `spread, 8 prompts: trajectories/s`."""
 
 T = TypeVar("T")
-
-
-class CannotRunError(Exception):
-    """This machine cannot show it; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,6 @@ def require_card(what: str) -> None:
         raise CannotRunError(f"{what} needs a CUDA card")
 
 
-def last_line(text: str) -> str:
-    """The last line of a text that says anything, fit for a cell of a table."""
-    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-    return lines[-1].replace("|", "/")[:160] if lines else "no message"
+def as_cell(line: str) -> str:
+    """A line as a cell of a table."""
+    return " ".join(line.split()).replace("|", "/")[:160]

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Required, TypedDict, cast
 
 from benchmarks.common import OUTPUTS
+from treepo_trl.doctor.findings import CannotRunError, in_words, last_line
 
-from .cases import CannotRunError, Case, last_line
+from .cases import Case, as_cell
 
 
 CHECKPOINTS = OUTPUTS / "gpu_report/checkpoints"
@@ -113,7 +114,7 @@ def _child(function: Any, arguments: dict[str, Any], results: Path, log: Path) -
             write(cannot_run=str(error))
         except (Exception, SystemExit) as error:
             traceback.print_exc()
-            write(failed=f"{type(error).__name__}: {last_line(str(error))}")
+            write(failed=as_cell(in_words(error)))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # all is written, and an engine may hang when the interpreter takes it apart
@@ -139,7 +140,7 @@ def _outcome(results: Path, log: Path, exit_code: int | None, limit: float) -> O
     if not has_ended and exit_code is None:
         outcome.update(failed=f"not done after {limit:.0f} s", timed_out=True)
     elif not has_ended:
-        said = last_line(log.read_text(errors="replace")) if log.exists() else "no message"
+        said = as_cell(last_line(log.read_text(errors="replace"))) if log.exists() else "no message"
         outcome["failed"] = f"its process ended with status {exit_code}; its last line: {said}"
     return outcome
 

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from trl.trainer.grpo_config import GRPOConfig
 
 from .engines import SamplingOptions
-from .field_checks import Ranges, check_fields
-from .grpo_fields import check_dictionary, check_grpo_fields
+from .fields import Ranges, check_fields, check_vllm_fields, without_credentials
+from .fields.grpo import check_dictionary, check_grpo_fields
 from .sampling.branching import BranchSchedule
 from .sampling.config import TreeSamplingConfig
 from .turns import EnvironmentForking
 from .update.advantages import EXACT_ESTIMATORS, AdvantageEstimator
 from .update.packing import TreePacking
-from .vllm_fields import check_vllm_fields, without_credentials
 
 
 LeafWeighting = Literal["auto", "uniform", "inverse_branching"]

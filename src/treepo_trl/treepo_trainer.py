@@ -20,10 +20,19 @@ from trl.trainer.grpo_trainer import GRPOTrainer, RewardFunc
 from trl.trainer.utils import get_config_model_id
 
 from . import trl_seams
-from .batch_sampler import BatchSampler
-from .checkpoints import checkpoint_to_resume, only_training_in
-from .checks import NoStepIsAnError, check_arguments, check_datasets, check_rows, check_tokenizer
-from .dynamic_sampling import DynamicSampling, Rows, forget_stream
+from .batches import (
+    BatchSampler,
+    DynamicSampling,
+    RolloutAhead,
+    Rows,
+    TrainerTurns,
+    TreeBatch,
+    forget_stream,
+    prompts_of_trees,
+    shuffle_trees,
+)
+from .checkpoints import ResumePoint, checkpoint_to_resume, only_training_in
+from .checks import NoStepIsAnError, check_arguments, check_datasets, check_rows, check_tokenizer, check_tools
 from .evaluation.in_training import EvaluationMetrics
 from .health.callback import HealthCallback
 from .health.reward_signal import signal_metrics, signal_sums
@@ -33,16 +42,11 @@ from .policy.engine import policy_engine_for
 from .policy.four_bit_base import write_quantization
 from .policy.half_precision import keep_master_weights
 from .policy.starting_adapter import adapter_resumed_too, match_reference
-from .resume_point import ResumePoint
 from .reward_watch import RewardWatch
-from .rollout_ahead import RolloutAhead
 from .sampling import SegmentTree, TreeSampler, text_decoder
 from .sampling.turns import TurnHandler
-from .trainer_turns import TrainerTurns
-from .tree_batch import TreeBatch, prompts_of_trees, shuffle_trees
 from .tree_log import write_trees
 from .treepo_config import TreePOConfig
-from .turn_checks import check_tools
 from .turns import TreeRollout
 from .update.packable import packed_forward_or_none
 

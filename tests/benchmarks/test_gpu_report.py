@@ -17,13 +17,14 @@ import pytest
 
 from benchmarks import gpu_report
 from benchmarks.report import files
-from benchmarks.report.cases import CannotRunError, Case, Stage, alternating
+from benchmarks.report.cases import Case, Stage, alternating
 from benchmarks.report.machine import commit, versions
 from benchmarks.report.page import render
 from benchmarks.report.processes import Outcome, Processes
 from benchmarks.report.stages import STAGES
 from benchmarks.report.stages.trainings import architecture_of, recipe_gib
 from tests.support.paths import ROOT
+from treepo_trl.doctor.findings import CannotRunError
 
 
 def measures(record: Any, value: float) -> None:

@@ -6,8 +6,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from treepo_trl import checks
-
 
 def float16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `fp16=True` do on a processor what it does on a GPU, for trainers built from here on."""
@@ -20,4 +18,4 @@ def float16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
             self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=1024.0)
 
     monkeypatch.setattr(Accelerator, "__init__", build)
-    monkeypatch.setattr(checks, "check_number_type", lambda args: None)
+    monkeypatch.setattr("treepo_trl.checks.arguments.check_number_type", lambda args: None)

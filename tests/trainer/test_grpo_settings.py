@@ -13,7 +13,7 @@ from trl import GRPOConfig
 from tests.support.models import make_model
 from tests.support.paths import ROOT
 from tests.support.trainers import build, make_config, parameters_of, plain_prompts
-from treepo_trl import TreePOTrainer, checks
+from treepo_trl import TreePOTrainer
 
 
 PAGE = (ROOT / "docs" / "grpo-settings.md").read_text(encoding="utf-8")
@@ -59,7 +59,7 @@ def test_refusals_are_those_of_the_page() -> None:
 
 @pytest.mark.parametrize("name", [*REFUSED, *REFUSED_IN_PART])
 def test_what_is_called_refused_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
+    monkeypatch.setattr("treepo_trl.checks.arguments.is_vllm_available", lambda: True)
     with pytest.raises(ValueError, match=name):
         TreePOTrainer(
             "no/model",

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from benchmarks.report.cases import CannotRunError, Case, Record, Stage, require_card
+from benchmarks.report.cases import Case, Record, Stage, require_card
+from treepo_trl.doctor.findings import CannotRunError
 
 
 LORA = "qwen2.5-1.5b"

@@ -1,6 +1,7 @@
 """The update's forward and backward pass: plain rows, and packed rows with either attention."""
 
-from benchmarks.report.cases import CannotRunError, Case, Record, Stage, last_line
+from benchmarks.report.cases import Case, Record, Stage, as_cell
+from treepo_trl.doctor.findings import CannotRunError, in_words
 
 
 def passes(record: Record, model: str, unique: int, options: list[str]) -> None:
@@ -26,7 +27,7 @@ def passes(record: Record, model: str, unique: int, options: list[str]) -> None:
             try:
                 record(f"{prefix}, {way}: GiB", update.peak_gib(ways[way]))
             except Exception as error:  # of a kernel or for want of memory: the report says it, other ways go on
-                record(f"{prefix}, {way}: GiB", f"failed: {type(error).__name__}: {last_line(str(error))}")
+                record(f"{prefix}, {way}: GiB", f"failed: {as_cell(in_words(error))}")
                 del ways[way]
                 network.zero_grad(set_to_none=True)
         for _ in range(args.repeats):

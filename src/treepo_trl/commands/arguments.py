@@ -14,7 +14,7 @@ from trl import TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
 from treepo_trl.engines import SamplingOptions
-from treepo_trl.field_checks import Ranges, check_fields, check_text
+from treepo_trl.fields import Ranges, check_fields, check_text
 
 from .examples import EXAMPLES
 

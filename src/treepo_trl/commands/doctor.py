@@ -15,13 +15,13 @@ from trl import ModelConfig, get_peft_config
 from treepo_trl.doctor.examination import check_memory, examine
 from treepo_trl.doctor.needs import Needs, NumberType, everything, of_recipe
 from treepo_trl.doctor.servers import check_servers
+from treepo_trl.fields import server_urls
 from treepo_trl.memory import GIB
 from treepo_trl.policy.server_checks import ServerNeeds
 from treepo_trl.policy.server_weights import AdapterVersions
 from treepo_trl.quickstart import small_model
 from treepo_trl.quickstart.model import default_folder
 from treepo_trl.treepo_config import TreePOConfig
-from treepo_trl.vllm_fields import server_urls
 
 from .arguments import CONFIG_HELP, PlanArguments, check_config, help_of, make_parser, require_model
 from .errors import user_errors

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from trl import GRPOConfig, ModelConfig
 
 from treepo_trl.engines import SamplingOptions, SegmentEngine
-from treepo_trl.field_checks import Ranges, check_fields
+from treepo_trl.fields import Ranges, check_fields
 
 from .arguments import help_of, require_model
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from treepo_trl.export import AdapterSource, Export, export_model, find_adapter
 from treepo_trl.export.folder import check_is_new
-from treepo_trl.field_checks import check_fields, check_text
+from treepo_trl.fields import check_fields, check_text
 from treepo_trl.policy.four_bit_base import BaseQuantization
 
 from .arguments import OptionsParser, help_of, options_parser, require_model

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProgressCallback
 from trl import GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 from trl.import_utils import is_vllm_available
@@ -102,11 +103,41 @@ def run(
     own: QuickstartArguments, training_args: TreePOConfig, model_args: ModelConfig, model_path: str
 ) -> dict[str, object]:
     """Accuracy, training, accuracy; what came out."""
-    from treepo_trl.quickstart import AnswerAccuracy, greedy_completions  # they need the package `evaluate`
-
     assert training_args.generation_batch_size is not None, "set in __post_init__"
     num_train = training_args.max_steps * training_args.generation_batch_size // training_args.num_generations
     train_dataset, held_out = addition_tasks(num_train, own.num_held_out, training_args.seed)
+    trainer = _trainer(own, training_args, model_args, model_path, train_dataset)
+    before = _accuracy(trainer, held_out)
+    print(f"accuracy on {len(held_out)} held-out tasks before training: {before:.1%}")
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    seconds = time.perf_counter() - started
+    after = _accuracy(trainer, held_out)
+    trainer.save_model(training_args.output_dir)
+    trainer.save_state()  # the logs, for `treepo-trl view --health`
+    print(f"accuracy on {len(held_out)} held-out tasks after training: {after:.1%} (before: {before:.1%})")
+    print(f"trained {trainer.state.global_step} steps in {seconds:.0f} s; results in {training_args.output_dir}")
+    print(f"`treepo-trl view {training_args.output_dir}` shows its trees.")
+    return {
+        "trainer": type(trainer).__name__,
+        "engine": "vllm" if training_args.use_vllm else "transformers",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "seed": training_args.seed,
+        "accuracy_before": before,
+        "accuracy_after": after,
+        "train_seconds": seconds,
+        "steps": [log for log in trainer.state.log_history if "reward" in log],
+    }
+
+
+def _trainer(
+    own: QuickstartArguments,
+    training_args: TreePOConfig,
+    model_args: ModelConfig,
+    model_path: str,
+    train_dataset: Dataset,
+) -> GRPOTrainer:
+    """The trainer of the small model on the tasks, which prints a line per step."""
     trainer_class = GRPOTrainer if own.stock_grpo else TreePOTrainer
     trainer = trainer_class(
         model=model_path,
@@ -118,38 +149,20 @@ def run(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(TreeProgressCallback)
-    metric = AnswerAccuracy(last_number)
+    return trainer
 
-    def accuracy() -> float:
-        texts = greedy_completions(
-            trainer.accelerator.unwrap_model(trainer.model),
-            cast(PreTrainedTokenizerBase, trainer.processing_class),
-            held_out["prompt"],
-            training_args.max_completion_length,
-            trainer.eos_token_ids,
-        )
-        computed = metric.compute(predictions=texts, references=held_out["answer"])
-        assert computed is not None, "in one process"
-        return computed["accuracy"]
 
-    before = accuracy()
-    print(f"accuracy on {len(held_out)} held-out tasks before training: {before:.1%}")
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    seconds = time.perf_counter() - started
-    after = accuracy()
-    trainer.save_model(training_args.output_dir)
-    trainer.save_state()  # the logs, for `treepo-trl view --health`
-    print(f"accuracy on {len(held_out)} held-out tasks after training: {after:.1%} (before: {before:.1%})")
-    print(f"trained {trainer.state.global_step} steps in {seconds:.0f} s; results in {training_args.output_dir}")
-    print(f"`treepo-trl view {training_args.output_dir}` shows its trees.")
-    return {
-        "trainer": trainer_class.__name__,
-        "engine": "vllm" if training_args.use_vllm else "transformers",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "seed": training_args.seed,
-        "accuracy_before": before,
-        "accuracy_after": after,
-        "train_seconds": seconds,
-        "steps": [log for log in trainer.state.log_history if "reward" in log],
-    }
+def _accuracy(trainer: GRPOTrainer, held_out: Dataset) -> float:
+    """How many of the held-out tasks a trainer's model answers rightly."""
+    from treepo_trl.quickstart import AnswerAccuracy, greedy_completions  # they need the package `evaluate`
+
+    texts = greedy_completions(
+        trainer.accelerator.unwrap_model(trainer.model),
+        cast(PreTrainedTokenizerBase, trainer.processing_class),
+        held_out["prompt"],
+        cast(TreePOConfig, trainer.args).max_completion_length,
+        trainer.eos_token_ids,
+    )
+    computed = AnswerAccuracy(last_number).compute(predictions=texts, references=held_out["answer"])
+    assert computed is not None, "in one process"
+    return computed["accuracy"]

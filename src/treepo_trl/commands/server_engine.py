@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from treepo_trl.engines import SamplingOptions
 from treepo_trl.engines.server_connection import ServerConnection, ServerLostError, ServerRefusedError
 from treepo_trl.engines.vllm_server import VLLMServerEngine
-from treepo_trl.vllm_fields import server_urls
+from treepo_trl.fields import server_urls
 
 from .arguments import require_model
 

@@ -30,7 +30,7 @@ class BrokenError(Exception):
 
 
 class CannotRunError(Exception):
-    """This machine cannot show whether it works; the message says why."""
+    """This machine cannot show it; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,13 @@ def finding_of(name: str, check: Check, remedy: str) -> Finding:
     except BrokenError as error:
         status, detail, advice = "broken", str(error), error.remedy
     except Exception as error:  # of torch, vLLM or bitsandbytes: their own words are the cause
-        status, detail, advice = "broken", f"{type(error).__name__}: {last_line(str(error))}", remedy
+        status, detail, advice = "broken", in_words(error), remedy
     return Finding(name, status, detail, advice, round(time.perf_counter() - started, 1))
+
+
+def in_words(error: Exception) -> str:
+    """The kind of an error, and the last line of what it says."""
+    return f"{type(error).__name__}: {last_line(str(error))}"
 
 
 def last_line(text: str) -> str:

@@ -10,7 +10,7 @@ from treepo_trl.update.packable import why_no_trees, why_not_packable
 from treepo_trl.update.packed_forward import model_inputs
 from treepo_trl.update.packing import PackedRows, pack_rows
 
-from .findings import BrokenError, CannotRunError, last_line
+from .findings import BrokenError, CannotRunError, in_words, last_line
 from .needs import Needs
 from .number_type import training_device
 
@@ -55,7 +55,7 @@ def _compared(needs: Needs, backend: Literal["sdpa", "flex"]) -> str:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton's, the compiler's or CUDA's own
-        _refuse(needs, backend, f"{type(error).__name__}: {last_line(str(error))}")
+        _refuse(needs, backend, in_words(error))
         raise
     difference = (logps - plain_logps).abs().mean().item()
     relative = ((gradient - plain_gradient).norm() / plain_gradient.norm()).item()

@@ -28,7 +28,7 @@ from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.treepo_trainer import TreePOTrainer
 
 from .engine_errors import remedy_for
-from .findings import BrokenError, CannotRunError, Check, last_line
+from .findings import BrokenError, CannotRunError, Check, in_words
 from .needs import Needs
 from .number_type import training_device, why_not
 
@@ -104,9 +104,7 @@ class SmallTraining:
             self._tree = tree = _grown(self._trainer)
         except Exception as error:  # vLLM's own classes differ between its versions
             self._trainer = None
-            raise BrokenError(
-                f"{type(error).__name__}: {last_line(str(error))}", remedy_for(error, self.needs)
-            ) from error
+            raise BrokenError(in_words(error), remedy_for(error, self.needs)) from error
         if len(tree.leaves) != _NUM_LEAVES:
             raise BrokenError(f"A tree of {len(tree.leaves)} leaves grew, not {_NUM_LEAVES}.", "Please report this.")
         sampled, kept = sum(len(node.token_ids) for node in tree.nodes), _leaf_tokens(tree)
@@ -192,26 +190,9 @@ def _planned(needs: Needs, args: TreePOConfig) -> float:
 
 def _build(needs: Needs, folder: Path) -> MeasuredTrainer:
     """A trainer with the settings that matter here, on one prompt."""
-    device = training_device(needs)
-    half = {"bf16": False, "fp16": False}
-    if device.type == "cuda":
-        number_type = needs.number_type or ("float16" if why_not("bfloat16", device) else "bfloat16")
-        half = {"bf16": number_type == "bfloat16", "fp16": number_type == "float16"}
-    settings: dict[str, Any] = {
-        "vllm_gpu_memory_utilization": _SHARE,
-        "gradient_checkpointing": False,
-        **needs.training,
-    }
-    if settings["vllm_gpu_memory_utilization"] == "auto":  # planned for the recipe's model, and this one is small
-        settings["vllm_gpu_memory_utilization"] = _SHARE
-    if settings["use_vllm"]:
-        settings |= {"vllm_mode": "colocate", "vllm_max_model_length": _CONTEXT}
-        if not needs.is_recipe:
-            settings["vllm_enable_sleep_mode"] = device.type == "cuda"
     args = TreePOConfig(
         str(folder),
-        **{**settings, **half},
-        use_cpu=device.type == "cpu",
+        **_settings(needs),
         per_device_train_batch_size=_NUM_LEAVES,
         num_generations=_NUM_LEAVES,
         max_completion_length=_COMPLETION,
@@ -234,6 +215,27 @@ def _build(needs: Needs, folder: Path) -> MeasuredTrainer:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+
+
+def _settings(needs: Needs) -> dict[str, Any]:
+    """The settings that are asked for, as this machine and a small model can have them."""
+    device = training_device(needs)
+    half = {"bf16": False, "fp16": False}
+    if device.type == "cuda":
+        number_type = needs.number_type or ("float16" if why_not("bfloat16", device) else "bfloat16")
+        half = {"bf16": number_type == "bfloat16", "fp16": number_type == "float16"}
+    settings: dict[str, Any] = {
+        "vllm_gpu_memory_utilization": _SHARE,
+        "gradient_checkpointing": False,
+        **needs.training,
+    }
+    if settings["vllm_gpu_memory_utilization"] == "auto":  # planned for the recipe's model, and this one is small
+        settings["vllm_gpu_memory_utilization"] = _SHARE
+    if settings["use_vllm"]:
+        settings |= {"vllm_mode": "colocate", "vllm_max_model_length": _CONTEXT}
+        if not needs.is_recipe:
+            settings["vllm_enable_sleep_mode"] = device.type == "cuda"
+    return {**settings, **half, "use_cpu": device.type == "cpu"}
 
 
 def _model_config(needs: Needs) -> ModelConfig:

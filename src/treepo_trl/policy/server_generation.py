@@ -18,8 +18,8 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
 from treepo_trl.engines.server_facts import ServerFacts
+from treepo_trl.fields import server_urls
 from treepo_trl.treepo_config import TreePOConfig
-from treepo_trl.vllm_fields import server_urls
 
 from .four_bit_base import is_4bit
 from .gathered_adapter import bytes_of, check_whole_adapter, gathered_adapter, num_bytes, write_adapter

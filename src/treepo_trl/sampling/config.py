@@ -5,7 +5,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import cast
 
-from treepo_trl.field_checks import Ranges, check_fields, check_int
+from treepo_trl.fields import Ranges, check_fields, check_int
 
 from .branching import BranchingPolicy, BranchSchedule, FallbackCandidates, FallbackPolicy
 from .stopping import MIN_REPEATED_CHARACTERS, MIN_REPEATS

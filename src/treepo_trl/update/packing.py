@@ -8,7 +8,7 @@ plain row. Pure torch and numpy; knows neither trainer nor engine.
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -81,16 +81,48 @@ def pack_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_scored:
         [`PackedRows`] on the device of `input_ids`.
     """
     tokens, mask = input_ids.cpu().numpy(), attention_mask.cpu().numpy().astype(bool)
-    rows = [row[keep] for row, keep in zip(tokens, mask, strict=True)]
+    fold = _folded([row[keep] for row, keep in zip(tokens, mask, strict=True)])
+    index, is_scored = _predictors(fold.paths, mask, num_scored)
+    needs_label = np.zeros(len(fold.tokens), dtype=bool)
+    needs_label[index[is_scored]] = True
+
+    def to_tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(input_ids.device)
+
+    return PackedRows(
+        input_ids=to_tensor(fold.tokens)[None],
+        position_ids=to_tensor(fold.depths)[None],
+        last_descendants=to_tensor(fold.last_descendants),
+        shift_labels=to_tensor(np.where(needs_label, fold.next_tokens, -100))[None],
+        num_rows=to_tensor(np.bincount(np.concatenate(fold.paths), minlength=len(fold.tokens)))[None],
+        index=to_tensor(index),
+        is_scored=to_tensor(is_scored),
+        num_row_tokens=int(mask.sum()),
+        num_padded_tokens=mask.size,
+    )
+
+
+class _Fold(NamedTuple):
+    """Rows as one, a value for each of its positions."""
+
+    tokens: np.ndarray
+    depths: np.ndarray
+    next_tokens: np.ndarray
+    """-100 at the end of a row."""
+    last_descendants: np.ndarray
+    paths: list[np.ndarray]
+    """Of each row: its positions."""
+
+
+def _folded(rows: list[np.ndarray]) -> _Fold:
+    """The positions of rows in depth-first order, those that they share once each."""
     # Sorting the rows puts a row next to the one that it shares most with, in depth-first order.
     order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">u8").tobytes())
-
-    new_tokens, new_depths, new_labels = [], [], []
+    new_tokens, new_depths, next_tokens = [], [], []
     paths: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(rows)
     last = np.zeros(sum(map(len, rows)), dtype=np.int64)
     num_nodes = 0
-    previous = np.empty(0, dtype=tokens.dtype)
-    path = np.empty(0, dtype=np.int64)
+    previous = path = np.empty(0, dtype=np.int64)
     for i in order:
         row = rows[i]
         num_shared = _num_shared_positions(previous, row)
@@ -99,33 +131,15 @@ def pack_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_scored:
         path = np.concatenate([path[:num_shared], np.arange(num_nodes, num_nodes + num_new)])
         new_tokens.append(row[num_shared:])
         new_depths.append(np.arange(num_shared, len(row)))
-        new_labels.append(np.append(row[num_shared + 1 :], -100)[:num_new])
+        next_tokens.append(np.append(row[num_shared + 1 :], -100)[:num_new])
         paths[i], previous = path, row
         num_nodes += num_new
     last[path] = num_nodes - 1
-
-    index, is_scored = _predictors(paths, mask, num_scored)
-    needs_label = np.zeros(max(num_nodes, 1), dtype=bool)
-    needs_label[index[is_scored]] = True
-
-    def to_tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(input_ids.device)
-
     if num_nodes == 0:  # every row is masked: one padding token keeps the model's forward valid
-        new_tokens, new_depths, new_labels = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)], [np.full(1, -100)]
+        new_tokens, new_depths, next_tokens = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)], [np.full(1, -100)]
         last, num_nodes = np.zeros(1, np.int64), 1
-    labels = np.where(needs_label, np.concatenate(new_labels), -100)
-    num_rows = np.bincount(np.concatenate(paths), minlength=num_nodes)
-    return PackedRows(
-        input_ids=to_tensor(np.concatenate(new_tokens))[None],
-        position_ids=to_tensor(np.concatenate(new_depths))[None],
-        last_descendants=to_tensor(last[:num_nodes]),
-        shift_labels=to_tensor(labels)[None],
-        num_rows=to_tensor(num_rows)[None],
-        index=to_tensor(index),
-        is_scored=to_tensor(is_scored),
-        num_row_tokens=int(mask.sum()),
-        num_padded_tokens=mask.size,
+    return _Fold(
+        np.concatenate(new_tokens), np.concatenate(new_depths), np.concatenate(next_tokens), last[:num_nodes], paths
     )
 
 

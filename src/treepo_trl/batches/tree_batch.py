@@ -14,14 +14,14 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from .metrics import add_totals, tree_totals
-from .sampling import SamplingStats, SegmentTree
-from .tree_log import TreeLogLine
-from .treepo_config import TreePOConfig
-from .turns.conversations import first_turn
-from .update.advantages import EXACT_ESTIMATORS, expand_to_tokens, leaf_paths, leaf_scores, tree_advantages
-from .update.rewards import combine_rewards
-from .update.weighted_advantages import weighted_advantages
+from treepo_trl.metrics import add_totals, tree_totals
+from treepo_trl.sampling import SamplingStats, SegmentTree
+from treepo_trl.tree_log import TreeLogLine
+from treepo_trl.treepo_config import TreePOConfig
+from treepo_trl.turns.conversations import first_turn
+from treepo_trl.update.advantages import EXACT_ESTIMATORS, expand_to_tokens, leaf_paths, leaf_scores, tree_advantages
+from treepo_trl.update.rewards import combine_rewards
+from treepo_trl.update.weighted_advantages import weighted_advantages
 
 
 @dataclass

@@ -10,7 +10,7 @@ from tests.support.environments import Counter, Forking, fresh, game_trainer
 from tests.support.models import make_tokenizer
 from tests.support.tools import add, tool_config, tool_trainer
 from tests.support.trainers import plain_prompts
-from treepo_trl import TreePOTrainer, checks
+from treepo_trl import TreePOTrainer
 
 
 def undescribed(a: int) -> int:
@@ -73,7 +73,7 @@ def test_refused_at_construction(
 
 @pytest.mark.parametrize("arguments", [{}, {"tools": None, "environment_factory": Forking}])
 def test_tensor_parallel(tmp_path: Path, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
+    monkeypatch.setattr("treepo_trl.checks.arguments.is_vllm_available", lambda: True)
     config = tool_config(tmp_path, use_vllm=True, vllm_tensor_parallel_size=2)
     with pytest.raises(ValueError, match=r"with `vllm_tensor_parallel_size=2` is not supported.*Set it to 1"):
         tool_trainer(TreePOTrainer, config, **arguments)

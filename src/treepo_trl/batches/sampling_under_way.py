@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .sampling import SegmentTree
+from treepo_trl.sampling import SegmentTree
 
 
 Done = TypeVar("Done")

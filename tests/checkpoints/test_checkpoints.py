@@ -29,7 +29,13 @@ from tests.support.trainers import (
     reward_by_kind,
     train,
 )
-from treepo_trl.checkpoints import checkpoint_to_resume, named_again, newest_checkpoint, why_not_intact, written_anew
+from treepo_trl.checkpoints.folders import (
+    checkpoint_to_resume,
+    named_again,
+    newest_checkpoint,
+    why_not_intact,
+    written_anew,
+)
 
 
 def saved_state(checkpoint: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .checkpoints import (
+from .folders import (
     STATE_FILE,
     missing_states,
     named_again,
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from trl import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    from .rollout_ahead import RolloutAhead
-    from .sampling_under_way import SamplingUnderWay
+    from treepo_trl.batches.rollout_ahead import RolloutAhead
+    from treepo_trl.batches.sampling_under_way import SamplingUnderWay
 
 
 logger = get_logger(__name__)

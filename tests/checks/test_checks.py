@@ -23,7 +23,7 @@ from trl import GRPOConfig
 
 from tests.support.models import make_model, make_tokenizer
 from tests.support.trainers import SETTINGS, build, change, chat_prompts, make_config, plain_prompts
-from treepo_trl import TreePOConfig, TreePOTrainer, checks
+from treepo_trl import TreePOConfig, TreePOTrainer
 from treepo_trl.checks import check_arguments
 
 
@@ -74,7 +74,7 @@ def test_arguments_that_are_not_supported(tmp_path: Path, arguments: dict[str, A
 def test_generation_kwargs_that_segments_cannot_have(
     tmp_path: Path, use_vllm: bool, kwargs: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
+    monkeypatch.setattr("treepo_trl.checks.arguments.is_vllm_available", lambda: True)
     with pytest.raises(ValueError, match=message):
         make_trainer(make_config(tmp_path, use_vllm=use_vllm, generation_kwargs=kwargs))
 
@@ -84,7 +84,7 @@ def test_generation_kwargs_that_vllm_refuses(
     tmp_path: Path, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("vllm")
-    monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
+    monkeypatch.setattr("treepo_trl.checks.arguments.is_vllm_available", lambda: True)
     with pytest.raises(
         ValueError, match=rf"(?s)`generation_kwargs` is .*{next(iter(kwargs))}.* `SamplingParams` refuses: .*Remove"
     ):
@@ -92,7 +92,7 @@ def test_generation_kwargs_that_vllm_refuses(
 
 
 def test_vllm_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
+    monkeypatch.setattr("treepo_trl.checks.arguments.is_vllm_available", lambda: True)
     with pytest.raises(ValueError, match=r"`vllm_structured_outputs_regex` is not supported.*Leave it out"):
         make_trainer(make_config(tmp_path, use_vllm=True, vllm_structured_outputs_regex="a+"))
 
@@ -108,7 +108,7 @@ def test_known_generation_kwargs_are_used(tmp_path: Path) -> None:
 
 
 def test_vllm_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "is_vllm_available", lambda: False)
+    monkeypatch.setattr("treepo_trl.checks.arguments.is_vllm_available", lambda: False)
     with pytest.raises(
         ImportError, match=r"`use_vllm=True`, but vLLM is not installed.*pip install treepo-trl\[vllm\]"
     ):
@@ -329,7 +329,7 @@ VIRTUAL_TOKENS = (PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig)
 def test_virtual_tokens_are_refused_by_both_engines(
     tmp_path: Path, kind: Any, wrapped: bool, use_vllm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
+    monkeypatch.setattr("treepo_trl.checks.arguments.is_vllm_available", lambda: True)
     adapter = kind(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model, given = (get_peft_model(make_model(), adapter), None) if wrapped else (make_model(), adapter)
     with pytest.raises(ValueError, match=r"_TUNING, which puts virtual tokens .* LoRA .* or use `GRPOTrainer`"):
@@ -367,14 +367,14 @@ def test_other_adapters_are_trained_with_transformers(tmp_path: Path, adapter: A
 
 
 def test_an_adapter_that_cannot_be_merged_does_not_reach_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
+    monkeypatch.setattr("treepo_trl.checks.arguments.is_vllm_available", lambda: True)
     adapter = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1)
     with pytest.raises(ValueError, match=r"ADAPTION_PROMPT: vLLM serves LoRA .*Leave `use_vllm` out, or change the"):
         make_trainer(make_config(tmp_path, use_vllm=True, vllm_lora_sync="merge"), peft_config=adapter)
 
 
 def test_adapter_is_checked_by_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "is_vllm_available", lambda: True)
+    monkeypatch.setattr("treepo_trl.checks.arguments.is_vllm_available", lambda: True)
     config = make_config(tmp_path, use_vllm=True)
     with pytest.raises(ValueError, match=r"`use_dora=True`.*vllm_lora_sync='merge'"):
         make_trainer(config, peft_config=LoraConfig(use_dora=True, target_modules=["q_proj"]))

@@ -14,15 +14,16 @@ from accelerate.logging import get_logger
 from trl.chat_template_utils import parse_response
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from .sampling import SegmentTree
-from .sampling.nodes import Message
+from treepo_trl.sampling import SegmentTree
+from treepo_trl.sampling.nodes import Message
+from treepo_trl.treepo_config import TreePOConfig
+from treepo_trl.trl_seams import environment_pools
+from treepo_trl.turns import EnvironmentPool, EnvironmentTree, ToolRunner, ToolTurns, forking_of
+from treepo_trl.turns.conversations import LONGEST_TOKEN, Conversation, Rows
+from treepo_trl.turns.environments import Forking, ForkingCounts
+from treepo_trl.turns.tool_runner import Tool, public_methods, tools_by_name
+
 from .tree_batch import TreeBatch
-from .treepo_config import TreePOConfig
-from .trl_seams import environment_pools
-from .turns import EnvironmentPool, EnvironmentTree, ToolRunner, ToolTurns, forking_of
-from .turns.conversations import LONGEST_TOKEN, Conversation, Rows
-from .turns.environments import Forking, ForkingCounts
-from .turns.tool_runner import Tool, public_methods, tools_by_name
 
 
 logger = get_logger(__name__)

@@ -7,12 +7,12 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerState
 
-from .checkpoints import saved_values
-from .metrics import sum_over_processes
-from .sampling import SegmentTree
-from .sampling.resolved_variance import DepthStatistics
-from .sampling.widths import predicted_noise
-from .treepo_config import TreePOConfig
+from treepo_trl.checkpoints import saved_values
+from treepo_trl.metrics import sum_over_processes
+from treepo_trl.sampling import SegmentTree
+from treepo_trl.sampling.resolved_variance import DepthStatistics
+from treepo_trl.sampling.widths import predicted_noise
+from treepo_trl.treepo_config import TreePOConfig
 
 
 # In the state that checkpoints save, and equal on every process: a resumed run branches as an uninterrupted one.

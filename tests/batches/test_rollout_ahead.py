@@ -29,8 +29,8 @@ from tests.support.trainers import (
     watch_loss,
 )
 from treepo_trl import TreePOConfig
+from treepo_trl.batches.rollout_ahead import LookAhead
 from treepo_trl.checkpoints import newest_checkpoint
-from treepo_trl.rollout_ahead import LookAhead
 
 
 class GatedEngine(FakeEngine):
@@ -332,7 +332,7 @@ def test_where_it_cannot_be_right(tmp_path: Path, changes: dict[str, Any], part:
 
 @pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
 def test_turns_are_of_one_batch(name: str) -> None:
-    from treepo_trl.turn_checks import check_turns
+    from treepo_trl.checks.turns import check_turns
 
     class Settings:
         use_vllm, vllm_mode, world_size, rollout_ahead = True, "server", 1, 1

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .treepo_config import TreePOConfig
+    from treepo_trl.treepo_config import TreePOConfig
 
 
 _OWN_PROCESS = (

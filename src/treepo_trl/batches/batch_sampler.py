@@ -8,15 +8,16 @@ import torch
 from transformers import PreTrainedModel
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from .metrics import reduce_totals, tree_metrics, tree_totals, turn_metrics
-from .policy.engine import PolicyEngine
-from .sampling import SamplingStats, SegmentTree, TreeSampler
-from .sampling.turns import TurnHandler
+from treepo_trl.metrics import reduce_totals, tree_metrics, tree_totals, turn_metrics
+from treepo_trl.policy.engine import PolicyEngine
+from treepo_trl.sampling import SamplingStats, SegmentTree, TreeSampler
+from treepo_trl.sampling.turns import TurnHandler
+from treepo_trl.treepo_config import TreePOConfig
+from treepo_trl.turns.conversations import Conversation
+
 from .sampling_under_way import Sampled, SamplingUnderWay, in_thread
 from .trainer_turns import TrainerTurns
 from .tree_batch import TreeBatch
-from .treepo_config import TreePOConfig
-from .turns.conversations import Conversation
 from .width_schedule import WidthSchedule
 
 

@@ -15,7 +15,7 @@ from tests.support.trainers import (
     trained,
 )
 from treepo_trl import SegmentTree
-from treepo_trl.tree_batch import TreeBatch
+from treepo_trl.batches import TreeBatch
 
 
 def coarse_reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:

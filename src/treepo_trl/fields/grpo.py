@@ -10,7 +10,7 @@ from typing import get_type_hints
 
 from trl.trainer.grpo_config import GRPOConfig
 
-from .field_checks import Ranges, check_bool, check_int, check_number, check_ranges, members
+from .values import Ranges, check_bool, check_int, check_number, check_ranges, members
 
 
 _COUNTS = (

@@ -18,16 +18,17 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainerState
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from .checkpoints import saved_values
-from .checks import check_rows
+from treepo_trl.checkpoints import saved_values
+from treepo_trl.checks import check_rows
+from treepo_trl.sampling import SegmentTree
+from treepo_trl.treepo_config import TreePOConfig
+from treepo_trl.trl_seams import metrics_aside
+from treepo_trl.turns.conversations import Conversation
+from treepo_trl.update.rewards import combine_rewards
+
 from .prompt_stream import EndlessPlaceholders, Example, Placeholders, PromptStream
-from .sampling import SegmentTree
 from .trainer_turns import TrainerTurns
 from .tree_batch import TreeBatch
-from .treepo_config import TreePOConfig
-from .trl_seams import metrics_aside
-from .turns.conversations import Conversation
-from .update.rewards import combine_rewards
 
 
 logger = get_logger(__name__)

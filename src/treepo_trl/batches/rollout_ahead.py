@@ -15,13 +15,14 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from treepo_trl.checks import check_rows
+from treepo_trl.sampling import SegmentTree
+from treepo_trl.treepo_config import TreePOConfig
+from treepo_trl.turns.conversations import Conversation
+
 from .batch_sampler import BatchSampler
-from .checks import check_rows
-from .sampling import SegmentTree
 from .sampling_under_way import SamplingUnderWay
 from .tree_batch import TreeBatch, prompts_of_trees
-from .treepo_config import TreePOConfig
-from .turns.conversations import Conversation
 
 
 logger = get_logger(__name__)

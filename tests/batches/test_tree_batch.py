@@ -12,7 +12,7 @@ import torch
 
 from tests.support.trainers import RecordingTrainer, build, labelled, make_config, trained
 from treepo_trl import SegmentTree
-from treepo_trl.tree_batch import TreeBatch, shuffle_trees
+from treepo_trl.batches import TreeBatch, shuffle_trees
 
 
 def length(completion_ids: list[list[int]], **_: Any) -> list[float]:

@@ -6,7 +6,7 @@ import textwrap
 from transformers.utils import get_json_schema
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from .treepo_config import TreePOConfig
+from treepo_trl.treepo_config import TreePOConfig
 
 
 _HOOKS = ("fork", "close")  # of environments, as their authors may call them
