@@ -125,6 +125,7 @@ def test_a_cache_that_was_not_emptied_is_an_error(server: FakeVLLM) -> None:
         "http://host:port",
         "http://me:secret@",
         "http://me:secret@host:x",
+        "http://me:0,secret@host:x",
     ],
 )
 def test_an_address_that_is_none_is_refused_without_its_password(url: str) -> None:

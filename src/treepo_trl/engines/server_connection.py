@@ -3,7 +3,6 @@
 import asyncio
 import functools
 import json as json_module
-import re
 import threading
 import weakref
 from base64 import b64encode
@@ -12,6 +11,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import aiohttp
+
+from treepo_trl.vllm_fields import without_credentials
 
 from .server_facts import ServedModel, ServerFacts, facts_from
 
@@ -72,7 +73,7 @@ class ServerConnection:
     """
 
     def __init__(self, url: str, timeout: float = 240.0) -> None:
-        self.url, self._headers = _without_credentials(url)
+        self.url, self._headers = _place_and_headers(url)
         self.timeout = timeout
         self._loop = http_loop()
         self._session: aiohttp.ClientSession | None = None
@@ -236,9 +237,8 @@ class ServerConnection:
         return f"What answers at {self.url} is no vLLM server. {reason} Start one there, or correct the address."
 
 
-def _without_credentials(url: str) -> tuple[str, dict[str, str]]:
+def _place_and_headers(url: str) -> tuple[str, dict[str, str]]:
     """An address without user, password and slash at its end; and the header that these two become."""
-    shown = re.sub(r"//[^/]*@", "//", url)
     try:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
@@ -246,7 +246,7 @@ def _without_credentials(url: str) -> tuple[str, dict[str, str]]:
         _ = parts.port
     except ValueError:
         raise ValueError(
-            f"The server address {shown!r} is none: write it as `http://host:port`, or `https://...`."
+            f"The server address {without_credentials(url)!r} is none: write it as `http://host:port`, or `https://...`."
         ) from None
     place = parts.netloc.rpartition("@")[2]
     headers = {}
