@@ -10,7 +10,7 @@ from tests.support.fakes import EOS, FakeEngine, memoryless
 from tests.support.sampling import fingerprint, make_config, prompts_of, trees_of
 from treepo_trl import SegmentTree, TreeSampler
 from treepo_trl.engines import SegmentEngineError, SegmentRequest, SegmentResult
-from treepo_trl.engines.server_connection import ServerConnection
+from treepo_trl.engines.server_connection import GENERATE, ServerConnection
 from treepo_trl.engines.vllm_server import VLLMServerEngine
 
 
@@ -65,15 +65,32 @@ def test_trees_are_the_same_whatever_fails(rng: random.Random) -> None:
         engine.close()
 
 
-def test_a_silent_server_is_lost_with_all_that_it_has() -> None:
+@pytest.mark.parametrize(("health", "num_seconds"), [(503, "0.25"), (200, "1")])
+def test_a_silent_server_is_lost_with_all_that_it_has(
+    health: int, num_seconds: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At its deadline if it is not healthy, else after four of them: `/health` of a server that hangs may answer."""
     with fake_servers(2, path_determined()) as (first, second):
-        first.script = scripted(then="silence")
-        engine = engine_of([first, second], timeout=0.5)
+        first.script, first.health = scripted(then="silence"), health
+        engine = engine_of([first, second], timeout=0.25)
         results = list(engine.complete(requests_of(8)))
         assert sorted(result.request_id for result in results) == list(range(8))
         assert (engine.num_lost, engine.num_resent) == (1, 4)
         until(lambda: first.num_running == 0)
         engine.close()
+        assert f"{first.url} has not answered POST {GENERATE} for {num_seconds} s." in caplog.text
+
+
+def test_a_healthy_server_is_waited_for_beyond_the_deadline(caplog: pytest.LogCaptureFixture) -> None:
+    with fake_servers(1, path_determined()) as (server,):
+        # Four requests ask at their deadline: the answers come at the second one.
+        server.script, server.questions_before = scripted(then="late"), 5
+        engine = engine_of([server], timeout=0.5)
+        assert len(list(engine.complete(requests_of(4)))) == 4
+        assert engine.num_lost == engine.num_resent == 0
+        assert len(server.bodies) == 4  # each was sent once
+        (told,) = (record.getMessage() for record in caplog.records)
+        assert f"The vLLM server at {server.url} has not answered a request for 0.5 s (`vllm_server_timeout`)" in told
 
 
 def test_what_waits_on_a_lost_server_is_sent_again_before_its_deadline() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import json as json_module
+import logging
 import threading
 import weakref
 from base64 import b64encode
@@ -17,7 +18,10 @@ from treepo_trl.vllm_fields import without_credentials
 from .server_facts import ServedModel, ServerFacts, facts_from
 
 
+logger = logging.getLogger(__name__)
+
 GENERATE = "/inference/v1/generate"
+MOST_DEADLINES = 4  # that a request waits for a server that is healthy: one that hangs may answer `/health` too
 
 _QUESTION_SECONDS = 30.0  # for what a server answers without its engine
 _INFO = "/server_info?config_format=json"
@@ -77,6 +81,7 @@ class ServerConnection:
         self.timeout = timeout
         self._loop = http_loop()
         self._session: aiohttp.ClientSession | None = None
+        self._is_told_slow = False
 
     def __repr__(self) -> str:
         return f"ServerConnection({self.url!r})"
@@ -126,6 +131,36 @@ class ServerConnection:
             reason = f"{type(error).__name__}: {error}"
             raise ServerLostError(f"{self.url} gives no answer to {method} {path} ({reason}).") from None
         return self._read(method, path, status, body)
+
+    async def ask_patiently(
+        self, method: str, path: str, json: Mapping[str, object], headers: Mapping[str, str], seconds: float
+    ) -> Any:
+        """As `ask`, but a server that is healthy after `seconds` is waited for, `MOST_DEADLINES` times as long."""
+        asking = asyncio.ensure_future(self.ask(method, path, json, headers, MOST_DEADLINES * seconds))
+        try:
+            for _ in range(MOST_DEADLINES - 1):
+                if (await asyncio.wait({asking}, timeout=seconds))[0]:
+                    break
+                try:
+                    await self.ask("GET", "/health", timeout=_QUESTION_SECONDS)
+                except (ServerLostError, ServerRefusedError) as error:
+                    raise ServerLostError(
+                        f"{self.url} has not answered {method} {path} for {seconds:g} s. Nor is it healthy: {error}"
+                    ) from None
+                self._tell_slow(seconds)
+            return await asking
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    def _tell_slow(self, seconds: float) -> None:
+        if not self._is_told_slow:
+            logger.warning(
+                f"The vLLM server at {self.url} has not answered a request for {seconds:g} s (`vllm_server_timeout`). "
+                f"It is healthy, so it is waited for, {MOST_DEADLINES} times as long in all. Raise the setting if "
+                "requests take that long; if not, look at the server's log. This is said once."
+            )
+            self._is_told_slow = True
 
     def _read(self, method: str, path: str, status: int, body: bytes) -> Any:
         """The JSON of an answer, or the error that its status stands for."""

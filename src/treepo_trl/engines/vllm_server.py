@@ -67,7 +67,8 @@ class VLLMServerEngine(SegmentEngine):
         model (`str`, *optional*):
             Name that requests ask for, of the base or an adapter. Default: the base of the first server.
         timeout (`float`, *optional*, defaults to 240):
-            Seconds without any server after which `collect` fails, and deadline of a request.
+            Seconds without any server after which `collect` fails, and deadline of a request. A server that is
+            healthy then is given four of them.
         on_connect (`Callable[[ServerConnection], None]`, *optional*):
             Called, in a thread, with a server that was lost and answers again, before it gets a request. What it
             raises keeps the server out; it is called again later.
@@ -226,8 +227,9 @@ class VLLMServerEngine(SegmentEngine):
             place = await self._pool.place(each.request.tree)
             server = place.server
             server.open.add(each)
-            answer = await server.connection.ask("POST", GENERATE, each.body, place.headers, self.timeout)
-            outcome = self._read(each.request, answer, server.connection.url)
+            connection = server.connection
+            answer = await connection.ask_patiently("POST", GENERATE, each.body, place.headers, self.timeout)
+            outcome = self._read(each.request, answer, connection.url)
         except ServerRefusedError as error:
             outcome = self._error(each, str(error))
         except Exception as error:
