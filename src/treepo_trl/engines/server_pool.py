@@ -150,7 +150,7 @@ class ServerPool(Generic[T]):
 
     # Lost servers
 
-    def lose(self, server: PooledServer[T], error: ServerLostError) -> list[T]:
+    def lose(self, server: PooledServer[T], error: Exception) -> list[T]:
         """Give up a server until it is back; returns what it had open. Its trees have no home any more."""
         if not server.is_alive:
             return []

@@ -198,8 +198,8 @@ class VLLMServerEngine(SegmentEngine):
             except ServerLostError:
                 continue
 
-    def lose(self, connection: ServerConnection, error: ServerLostError) -> None:
-        """Give up a server that somebody else has found lost; it is asked until it is back."""
+    def lose(self, connection: ServerConnection, error: Exception) -> None:
+        """Give up a server that somebody else has found lost, or wrong; it is asked until it is back, and right."""
 
         async def lose() -> None:
             for server in self._pool.servers:

@@ -95,6 +95,7 @@ class ServerPolicy(PolicyEngine):
             model=servers.versions.model,
             timeout=self.args.vllm_server_timeout,
             on_connect=servers.admit,
+            check_idle=servers.check_idle,
         )
         servers.on_lost = engine.lose
         return engine
@@ -176,6 +177,7 @@ class ServerPolicy(PolicyEngine):
             model=servers.versions.model,
             timeout=self.args.vllm_server_timeout,
             on_connect=servers.admit,
+            check_idle=servers.check_idle,
         )
         try:
             return complete(engine, rows, lambda _: PROBE_TOKENS)
