@@ -84,14 +84,13 @@ def test_a_silent_server_is_lost_with_all_that_it_has(
 
 def test_a_healthy_server_is_waited_for_beyond_the_deadline(caplog: pytest.LogCaptureFixture) -> None:
     with fake_servers(1, path_determined()) as (server,):
-        # Four requests ask at their deadline: the answers come at the second one.
-        server.script, server.questions_before = scripted(then="late"), 5
-        engine = engine_of([server], timeout=0.5)
+        server.script, server.questions_before = scripted(then="late"), 4  # each asks once, at its deadline
+        engine = engine_of([server], timeout=1.0)
         assert len(list(engine.complete(requests_of(4)))) == 4
         assert engine.num_lost == engine.num_resent == 0
         assert len(server.bodies) == 4  # each was sent once
         (told,) = (record.getMessage() for record in caplog.records)
-        assert f"The vLLM server at {server.url} has not answered a request for 0.5 s (`vllm_server_timeout`)" in told
+        assert f"The vLLM server at {server.url} has not answered a request for 1 s (`vllm_server_timeout`)" in told
 
 
 def test_what_waits_on_a_lost_server_is_sent_again_before_its_deadline() -> None:
