@@ -11,8 +11,8 @@ from tests.support.fake_vllm import until
 from tests.support.policy_fake import PolicyFake, give, opened, write_version
 from treepo_trl.engines import SegmentRequest, server_pool
 from treepo_trl.engines.vllm_server import VLLMServerEngine
-from treepo_trl.policy.policy_servers import PolicyServers
-from treepo_trl.policy.server_weights import AdapterVersions, WeightVersions
+from treepo_trl.policy.servers.policy_servers import PolicyServers
+from treepo_trl.policy.servers.weights import AdapterVersions, WeightVersions
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ from aiohttp import web
 
 from tests.support.fake_vllm import FakeVLLM
 from tests.support.models import make_tokenizer
-from treepo_trl.policy.policy_servers import PolicyServers
-from treepo_trl.policy.server_checks import ServerNeeds
-from treepo_trl.policy.server_weights import AdapterVersions
+from treepo_trl.policy.servers.checks import ServerNeeds
+from treepo_trl.policy.servers.policy_servers import PolicyServers
+from treepo_trl.policy.servers.weights import AdapterVersions
 
 
 LORA: dict[str, dict[str, Any]] = {"lora_config": {"max_loras": 2, "max_lora_rank": 8}}

@@ -12,8 +12,8 @@ import torch
 from treepo_trl.engines.server_connection import ServerConnection, ServerLostError, ServerRefusedError
 from treepo_trl.engines.server_facts import ServerFacts
 
-from .server_checks import ServerNeeds, check_server
-from .server_weights import PolicyVersions
+from .checks import ServerNeeds, check_server
+from .weights import PolicyVersions
 
 
 logger = logging.getLogger(__name__)  # also where nothing is accelerated
