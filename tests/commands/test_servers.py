@@ -12,7 +12,7 @@ from treepo_trl.commands.engine import EngineArguments, build_engine, use_adapte
 from treepo_trl.doctor.findings import BrokenError
 from treepo_trl.doctor.servers import check_servers
 from treepo_trl.engines import SamplingOptions, SegmentRequest
-from treepo_trl.policy.server_checks import ServerNeeds
+from treepo_trl.policy.servers.checks import ServerNeeds
 
 
 def adapter_in(folder: Path, rank: int = 4) -> str:

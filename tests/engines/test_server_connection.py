@@ -36,11 +36,11 @@ def server() -> Iterator[FakeVLLM]:
     ],
 )
 def test_what_an_answer_becomes(server: FakeVLLM, act: int | str, error: type[Exception], words: str) -> None:
-    connection = ServerConnection(server.url, timeout=0.2)
+    connection = ServerConnection(server.url)
     assert connection.post(GENERATE, BODY)["choices"][0]["token_ids"] == [1]
     server.script = scripted(act)  # pyright: ignore[reportArgumentType]
     with pytest.raises(error, match=words) as caught:
-        connection.post(GENERATE, BODY)
+        connection.post(GENERATE, BODY, timeout=0.2 if act == "silence" else None)
     assert server.url in str(caught.value)
     if isinstance(caught.value, ServerRefusedError):
         assert caught.value.status in (200, 404)
@@ -125,6 +125,7 @@ def test_a_cache_that_was_not_emptied_is_an_error(server: FakeVLLM) -> None:
         "http://host:port",
         "http://me:secret@",
         "http://me:secret@host:x",
+        "http://me:0,secret@host:x",
     ],
 )
 def test_an_address_that_is_none_is_refused_without_its_password(url: str) -> None:

@@ -1,6 +1,7 @@
 """Servers that die, come back, are silent, refuse or answer nonsense in the middle of a batch."""
 
 import random
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from tests.support.fakes import EOS, FakeEngine, memoryless
 from tests.support.sampling import fingerprint, make_config, prompts_of, trees_of
 from treepo_trl import SegmentTree, TreeSampler
 from treepo_trl.engines import SegmentEngineError, SegmentRequest, SegmentResult
-from treepo_trl.engines.server_connection import ServerConnection
+from treepo_trl.engines.server_connection import GENERATE, ServerConnection, ServerLostError
 from treepo_trl.engines.vllm_server import VLLMServerEngine
 
 
@@ -65,15 +66,31 @@ def test_trees_are_the_same_whatever_fails(rng: random.Random) -> None:
         engine.close()
 
 
-def test_a_silent_server_is_lost_with_all_that_it_has() -> None:
+@pytest.mark.parametrize(("health", "num_seconds"), [(503, "0.25"), (200, "1")])
+def test_a_silent_server_is_lost_with_all_that_it_has(
+    health: int, num_seconds: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At its deadline if it is not healthy, else after four of them: `/health` of a server that hangs may answer."""
     with fake_servers(2, path_determined()) as (first, second):
-        first.script = scripted(then="silence")
-        engine = engine_of([first, second], timeout=0.5)
+        first.script, first.health = scripted(then="silence"), health
+        engine = engine_of([first, second], timeout=0.25)
         results = list(engine.complete(requests_of(8)))
         assert sorted(result.request_id for result in results) == list(range(8))
         assert (engine.num_lost, engine.num_resent) == (1, 4)
         until(lambda: first.num_running == 0)
         engine.close()
+        assert f"{first.url} has not answered POST {GENERATE} for {num_seconds} s." in caplog.text
+
+
+def test_a_healthy_server_is_waited_for_beyond_the_deadline(caplog: pytest.LogCaptureFixture) -> None:
+    with fake_servers(1, path_determined()) as (server,):
+        server.script, server.questions_before = scripted(then="late"), 4  # each asks once, at its deadline
+        engine = engine_of([server], timeout=1.0)
+        assert len(list(engine.complete(requests_of(4)))) == 4
+        assert engine.num_lost == engine.num_resent == 0
+        assert len(server.bodies) == 4  # each was sent once
+        (told,) = (record.getMessage() for record in caplog.records)
+        assert f"The vLLM server at {server.url} has not answered a request for 1 s (`vllm_server_timeout`)" in told
 
 
 def test_what_waits_on_a_lost_server_is_sent_again_before_its_deadline() -> None:
@@ -218,6 +235,116 @@ def test_a_server_that_is_back_and_does_not_fit_stays_out(changes: Any, words: s
         with pytest.raises(RuntimeError, match=words):
             list(engine.complete(requests_of(2)))
         engine.close()
+
+
+# Started anew, without an open request that would have shown it
+
+
+class Policy:
+    """Fake servers that have a policy until they forget it; `give` and `check` are what an engine calls."""
+
+    def __init__(self, servers: list[FakeVLLM]) -> None:
+        self.having = {server.url for server in servers}
+        self.given: list[str] = []
+        self.asked: list[str] = []
+        self.answered_without: list[str] = []
+        for server in servers:
+            server.script = partial(self._answer, server.url)
+
+    def _answer(self, url: str, body: dict[str, Any]) -> Act:
+        if url not in self.having:
+            self.answered_without.append(url)
+        return "answer"
+
+    def give(self, connection: ServerConnection) -> None:
+        self.given.append(connection.url)
+        self.having.add(connection.url)
+
+    def check(self, connection: ServerConnection) -> None:
+        self.asked.append(connection.url)
+        if connection.url not in self.having:
+            raise ServerLostError(f"{connection.url} has forgotten.")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_server_that_has_lost_the_adapter_gets_it_again(count: int) -> None:
+    """vLLM answers 404 for the name of an adapter that it does not have."""
+    with fake_servers(count, path_determined()) as servers:
+        policy = Policy(servers)
+        for server in servers:
+            server.script = lambda body, url=server.url: "answer" if url in policy.having else 404
+        engine = engine_of(servers, model="adapter-7", on_connect=policy.give)
+        list(engine.complete(requests_of(8)))
+        policy.having.remove(servers[0].url)
+        assert same_trees(trees_of(engine, CONFIG, 6))
+        until(lambda: len(engine.living_servers()) == count)
+        assert policy.given == [servers[0].url]
+        assert engine.num_lost == 1
+        engine.close()
+
+
+def test_an_adapter_that_no_server_gets_is_an_error() -> None:
+    with fake_servers(1) as (server,):
+        server.script = scripted(then=404)
+        engine = engine_of([server], model="adapter-7", on_connect=lambda connection: None)
+        with pytest.raises(SegmentEngineError, match=r"for the model 'adapter-7': 5 times .* has status 404"):
+            list(engine.complete(requests_of(1)))
+        engine.close()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_server_with_nothing_open_is_asked_before_it_gets_a_request(count: int) -> None:
+    with fake_servers(count, path_determined()) as servers:
+        policy = Policy(servers)
+        engine = engine_of(servers, on_connect=policy.give, check_idle=policy.check)
+        urls = sorted(server.url for server in servers)
+        list(engine.complete(requests_of(8)))
+        assert sorted(policy.asked) == urls  # once for all that it gets together
+        policy.having.remove(urls[0])
+        list(engine.complete(requests_of(8)))
+        until(lambda: len(engine.living_servers()) == count)
+        assert (policy.given, policy.answered_without, engine.num_lost) == ([urls[0]], [], 1)
+
+        # In the middle of a batch too: the tree has gone on, and comes back to where it lives.
+        for request in requests_of(8):
+            policy.having.discard(urls[-1])
+            until(lambda: len(engine.living_servers()) == count)
+            engine.submit([request])
+            while not engine.collect():
+                pass
+        assert policy.answered_without == []
+        assert policy.given.count(urls[-1]) >= 2
+        engine.close()
+
+
+def test_a_server_with_something_open_is_not_asked() -> None:
+    with fake_servers(1, path_determined()) as (server,):
+        policy = Policy([server])
+        server.script = scripted("late", "answer", "answer")
+        engine = engine_of([server], check_idle=policy.check)
+        engine.submit(requests_of(1))
+        until(lambda: server.num_running == 1)
+        for request in requests_of(3)[1:]:
+            engine.submit([request])
+            assert [result.request_id for result in engine.collect()] == [request.request_id]
+        assert policy.asked == [server.url]
+        assert ServerConnection(server.url).is_healthy()  # which lets the late answer come
+        assert [result.request_id for result in engine.collect()] == [0]
+        engine.submit(requests_of(1))
+        engine.collect()
+        assert policy.asked == [server.url] * 2
+
+
+def test_what_a_check_of_an_idle_server_raises_reaches_the_caller() -> None:
+    def check(connection: ServerConnection) -> None:
+        raise OSError("no folder")
+
+    with fake_servers(1) as (server,):
+        engine = engine_of([server], check_idle=check)
+        with pytest.raises(OSError, match="no folder"):
+            list(engine.complete(requests_of(2)))
+        engine.abort()
+        assert server.bodies == []
 
 
 # Refused

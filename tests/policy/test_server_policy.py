@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+from tests.support.fake_vllm import until
 from tests.support.processes import run_in_two_processes
 from tests.support.server_policies import trainer_on, watch
 from tests.support.trainers import assert_same_parameters, watch_loss
@@ -158,6 +159,7 @@ def test_a_server_is_killed_and_comes_back(model: str, servers: list[VLLMServer]
             servers[0].start()
         if trainer.state.global_step == 2 and len(told) == 1:  # in the middle of a batch too
             servers[0].wait()
+            until(lambda: len(engine.living_servers()) == 2)
             told.append("back")
 
     engine.submit = submit_and_kill

@@ -22,9 +22,9 @@ from treepo_trl.engines.server_connection import ServerConnection
 from treepo_trl.engines.vllm_server import VLLMServerEngine
 
 
-# What happens to a request: a proper answer, a status, no answer, a closed connection, all connections closed and the
-# port too, or one of several wrong answers.
-Act = int | Literal["answer", "silence", "close", "die", "no json", "other json", "abort"]
+# What happens to a request: a proper answer, one that comes late, a status, no answer, a closed connection, all
+# connections closed and the port too, or one of several wrong answers.
+Act = int | Literal["answer", "late", "silence", "close", "die", "no json", "other json", "abort"]
 Script = Callable[[dict[str, Any]], Act]
 Answerer = Callable[[SegmentRequest], SegmentResult]
 
@@ -65,6 +65,10 @@ class FakeVLLM:
             Requests whose connection is open and that have no answer.
         num_resets (`int`):
             How often the prefix cache was reset.
+        num_health (`int`), questions_before (`int`):
+            How often `/health` was asked, and how often it must be before a late answer comes.
+        health (`int`):
+            Status of `/health`.
     """
 
     def __init__(
@@ -79,7 +83,8 @@ class FakeVLLM:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.authorizations: set[str | None] = set()
-        self.num_answered = self.num_running = self.num_resets = 0
+        self.num_answered = self.num_running = self.num_resets = self.num_health = 0
+        self.questions_before, self.health = 1, 200
         self.cached_tokens: int | None = 0
         self.port = 0
         self._loop = asyncio.new_event_loop()
@@ -164,6 +169,8 @@ class FakeVLLM:
             self._loop.create_task(self._die())
         if act in ("close", "die", "silence"):
             await asyncio.sleep(3600)
+        while act == "late" and self.num_health < self.questions_before:
+            await asyncio.sleep(0.01)
         if act == "no json":
             return web.Response(text="<html>a gateway of somebody's</html>")
         if act == "other json":
@@ -194,7 +201,8 @@ class FakeVLLM:
         if path == "/inference/v1/generate" and self.has_scale_out:
             return web.json_response({"detail": "Method Not Allowed"}, status=405)
         if path == "/health":
-            return web.Response()
+            self.num_health += 1
+            return web.Response(status=self.health)
         if path == "/version":
             return web.json_response({"version": "0.31.0"})
         if path == "/v1/models":

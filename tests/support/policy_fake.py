@@ -1,17 +1,24 @@
-"""A fake vLLM server that is given a policy: adapters, weights, and a probe whose answer depends on them."""
+"""Fake vLLM servers that are given a policy: adapters, weights, and a probe whose answer depends on them."""
 
 import json
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
 from tests.support.fake_vllm import FakeVLLM
 from tests.support.models import make_tokenizer
+from treepo_trl.policy.servers.checks import ServerNeeds
+from treepo_trl.policy.servers.policy_servers import PolicyServers
+from treepo_trl.policy.servers.weights import AdapterVersions
 
 
 LORA: dict[str, dict[str, Any]] = {"lora_config": {"max_loras": 2, "max_lora_rank": 8}}
+MODEL = "/models/base"
+NEEDS = ServerNeeds(MODEL, make_tokenizer(), 64, with_entropies=True, num_adapters=2, adapter_rank=8)
 
 
 class PolicyFake(FakeVLLM):
@@ -21,6 +28,7 @@ class PolicyFake(FakeVLLM):
     Attributes:
         adapters: name and folder of what is loaded, in order.
         offset: nats by which this server is wrong.
+        served: versions from which it has sampled.
     """
 
     def __init__(self, changes: Any = LORA) -> None:
@@ -32,6 +40,7 @@ class PolicyFake(FakeVLLM):
         self.tokenizer = make_tokenizer()
         self.weights = "default"
         self.unloaded: list[str] = []
+        self.served: set[str] = set()
         self.reloads = True
         self.while_reloading: Callable[[], None] = lambda: None
         super().__init__(changes=changes)
@@ -40,15 +49,27 @@ class PolicyFake(FakeVLLM):
         return self
 
     def restart(self) -> None:
-        self.adapters.clear()
-        self.weights = "default"
+        self.forget()
         self.start()
 
+    def forget(self) -> None:
+        """All that a restart costs, of a server that nobody was connected to."""
+        self.adapters.clear()
+        self.weights = "default"
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        model = json.loads(await request.read())["model"]
+        if model not in ("base", *self.adapters):
+            message = f"The model `{model}` does not exist."
+            return web.json_response({"error": {"message": message}}, status=404)
+        return await super()._generate(request)
+
     def _proper(self, body: dict[str, Any]) -> dict[str, Any]:
+        version = os.path.basename({**self.adapters, "base": self.weights}[body["model"]])
         if body["sampling_params"].get("prompt_logprobs") is None:
+            self.served.add(version)
             return super()._proper(body)
-        loaded = {**self.adapters, "base": self.weights}[body["model"]]
-        value = sum(map(ord, os.path.basename(loaded))) / 100 + self.offset  # of this version alone
+        value = sum(map(ord, version)) / 100 + self.offset  # of this version alone
         ids = body["token_ids"]
         return {"prompt_logprobs": [None, *({str(token): {"logprob": value}} for token in ids[1:])]}
 
@@ -90,3 +111,22 @@ class PolicyFake(FakeVLLM):
             return web.json_response({"error": {"message": f"No adapter found for {folder}"}}, status=404)
         self.adapters[name] = folder
         return web.Response(text="")
+
+
+def write_version(folder: str) -> str:
+    Path(folder, "weights").write_text("1")
+    return folder
+
+
+def opened(stack: ExitStack, folder: Path, count: int = 1, **options: Any) -> tuple[PolicyServers, list[PolicyFake]]:
+    """Fakes that end with the stack, and the servers of a training over them."""
+    fakes = [stack.enter_context(PolicyFake()) for _ in range(count)]
+    versions = options.pop("versions", AdapterVersions)(str(folder), "run")
+    servers = PolicyServers([fake.url for fake in fakes], NEEDS, versions, 1.0, is_probed=True)
+    servers.open()
+    return servers, fakes
+
+
+def give(servers: PolicyServers, step: int) -> None:
+    servers.versions.write(step, write_version)
+    servers.distribute()

@@ -24,7 +24,7 @@ import treepo_trl
 from tests.support.paths import ROOT
 from treepo_trl import TreePOConfig, TreePOTrainer, trl_seams
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
-from treepo_trl.policy.server_generation import ServerGeneration
+from treepo_trl.policy.servers.generation import ServerGeneration
 
 
 # Parameters as in a definition, without annotations.
@@ -271,7 +271,7 @@ def rows_below(sentence: str, text: str = CODE_MAP) -> list[list[str]]:
 def overrides_in_policy() -> set[tuple[str, str]]:
     """Class and method of everything in `policy/` that stands in for a class of TRL or vLLM, or for such a class."""
     classes, foreign = {}, set()
-    for path in (Path(treepo_trl.__file__).parent / "policy").glob("*.py"):
+    for path in (Path(treepo_trl.__file__).parent / "policy").rglob("*.py"):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("trl", "vllm"):

@@ -17,8 +17,8 @@ from treepo_trl.doctor.needs import Needs, NumberType, everything, of_recipe
 from treepo_trl.doctor.servers import check_servers
 from treepo_trl.fields import server_urls
 from treepo_trl.memory import GIB
-from treepo_trl.policy.server_checks import ServerNeeds
-from treepo_trl.policy.server_weights import AdapterVersions
+from treepo_trl.policy.servers.checks import ServerNeeds
+from treepo_trl.policy.servers.weights import AdapterVersions
 from treepo_trl.quickstart import small_model
 from treepo_trl.quickstart.model import default_folder
 from treepo_trl.treepo_config import TreePOConfig

@@ -54,8 +54,8 @@ def server_engine(
     Raises:
         ValueError: for a server that is not up in time, or does not fit, naming the flag to start it with.
     """
-    from treepo_trl.policy.policy_servers import wait_for_server
-    from treepo_trl.policy.server_checks import ServerNeeds, check_server
+    from treepo_trl.policy.servers.checks import ServerNeeds, check_server
+    from treepo_trl.policy.servers.policy_servers import wait_for_server
 
     timeout = arguments.vllm_server_timeout
     servers = [ServerConnection(url, timeout) for url in server_urls(arguments.vllm_server_base_url, "", 0)]

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from treepo_trl.engines.server_connection import ServerConnection, ServerLostError
-from treepo_trl.policy.server_checks import ServerNeeds, check_server
+from treepo_trl.policy.servers.checks import ServerNeeds, check_server
 
 from .findings import BrokenError
 

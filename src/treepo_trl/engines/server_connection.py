@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import json as json_module
-import re
+import logging
 import threading
 import weakref
 from base64 import b64encode
@@ -13,10 +13,15 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import aiohttp
 
+from treepo_trl.fields import without_credentials
+
 from .server_facts import ServedModel, ServerFacts, facts_from
 
 
+logger = logging.getLogger(__name__)
+
 GENERATE = "/inference/v1/generate"
+MOST_DEADLINES = 4  # that a request waits for a server that is healthy: one that hangs may answer `/health` too
 
 _QUESTION_SECONDS = 30.0  # for what a server answers without its engine
 _INFO = "/server_info?config_format=json"
@@ -72,10 +77,11 @@ class ServerConnection:
     """
 
     def __init__(self, url: str, timeout: float = 240.0) -> None:
-        self.url, self._headers = _without_credentials(url)
+        self.url, self._headers = _place_and_headers(url)
         self.timeout = timeout
         self._loop = http_loop()
         self._session: aiohttp.ClientSession | None = None
+        self._is_told_slow = False
 
     def __repr__(self) -> str:
         return f"ServerConnection({self.url!r})"
@@ -125,6 +131,36 @@ class ServerConnection:
             reason = f"{type(error).__name__}: {error}"
             raise ServerLostError(f"{self.url} gives no answer to {method} {path} ({reason}).") from None
         return self._read(method, path, status, body)
+
+    async def ask_patiently(
+        self, method: str, path: str, json: Mapping[str, object], headers: Mapping[str, str], seconds: float
+    ) -> Any:
+        """As `ask`, but a server that is healthy after `seconds` is waited for, `MOST_DEADLINES` times as long."""
+        asking = asyncio.ensure_future(self.ask(method, path, json, headers, MOST_DEADLINES * seconds))
+        try:
+            for _ in range(MOST_DEADLINES - 1):
+                if (await asyncio.wait({asking}, timeout=seconds))[0]:
+                    break
+                try:
+                    await self.ask("GET", "/health", timeout=_QUESTION_SECONDS)
+                except (ServerLostError, ServerRefusedError) as error:
+                    raise ServerLostError(
+                        f"{self.url} has not answered {method} {path} for {seconds:g} s. Nor is it healthy: {error}"
+                    ) from None
+                self._tell_slow(seconds)
+            return await asking
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    def _tell_slow(self, seconds: float) -> None:
+        if not self._is_told_slow:
+            logger.warning(
+                f"The vLLM server at {self.url} has not answered a request for {seconds:g} s (`vllm_server_timeout`). "
+                f"It is healthy, so it is waited for, {MOST_DEADLINES} times as long in all. Raise the setting if "
+                "requests take that long; if not, look at the server's log. This is said once."
+            )
+            self._is_told_slow = True
 
     def _read(self, method: str, path: str, status: int, body: bytes) -> Any:
         """The JSON of an answer, or the error that its status stands for."""
@@ -236,9 +272,8 @@ class ServerConnection:
         return f"What answers at {self.url} is no vLLM server. {reason} Start one there, or correct the address."
 
 
-def _without_credentials(url: str) -> tuple[str, dict[str, str]]:
+def _place_and_headers(url: str) -> tuple[str, dict[str, str]]:
     """An address without user, password and slash at its end; and the header that these two become."""
-    shown = re.sub(r"//[^/]*@", "//", url)
     try:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
@@ -246,7 +281,7 @@ def _without_credentials(url: str) -> tuple[str, dict[str, str]]:
         _ = parts.port
     except ValueError:
         raise ValueError(
-            f"The server address {shown!r} is none: write it as `http://host:port`, or `https://...`."
+            f"The server address {without_credentials(url)!r} is none: write it as `http://host:port`, or `https://...`."
         ) from None
     place = parts.netloc.rpartition("@")[2]
     headers = {}

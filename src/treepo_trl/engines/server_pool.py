@@ -17,6 +17,7 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.25, 5.0  # seconds between two questions whether 
 _HEALTH_SECONDS = 5.0
 
 T = TypeVar("T")
+Result = TypeVar("Result")
 
 
 @dataclass(eq=False)
@@ -31,6 +32,8 @@ class PooledServer(Generic[T]):
     places: list["Place[T]"] = field(default_factory=list["Place[T]"])
     open: set[T] = field(default_factory=set[T])
     """Requests that it was sent and has not answered."""
+    question: asyncio.Task[None] | None = None
+    """Whether it was started anew, while it is asked."""
 
     @property
     def num_trees(self) -> int:
@@ -65,6 +68,9 @@ class ServerPool(Generic[T]):
             Seconds without any server after which `place` fails.
         check (`Callable[[ServerConnection, ServerFacts], None]`):
             Called, in a thread, with a server that is back; it stays out while this raises.
+        check_idle (`Callable[[ServerConnection], None]`, *optional*):
+            Called, in a thread, with a server that has nothing open, before it gets a request. It is lost if this
+            raises `ServerLostError`.
 
     Attributes:
         num_lost (`int`):
@@ -76,12 +82,13 @@ class ServerPool(Generic[T]):
         servers: list[tuple[ServerConnection, ServerFacts]],
         timeout: float,
         check: Callable[[ServerConnection, ServerFacts], None],
+        check_idle: Callable[[ServerConnection], None] | None = None,
     ) -> None:
         self.servers = [PooledServer[T](connection, facts) for connection, facts in servers]
         for server in self.servers:
             server.places = _places_of(server)
         self.num_lost = 0
-        self._timeout, self._check = timeout, check
+        self._timeout, self._check, self._check_idle = timeout, check, check_idle
         self._homes: dict[int, Place[T]] = {}
         self._none_since = 0.0
         self._returned = asyncio.Event()
@@ -100,15 +107,35 @@ class ServerPool(Generic[T]):
         Raises:
             RuntimeError: if there is no server for too long.
         """
-        while not self.living():
-            await self._wait_for_a_server()
-        home = self._homes.get(tree)
-        if home is None:
-            places = [place for server in self.living() for place in server.places]
-            home = min(places, key=lambda place: (len(place.trees), place.server.num_trees))
-            home.trees.add(tree)
-            self._homes[tree] = home
-        return home
+        while True:
+            while not self.living():
+                await self._wait_for_a_server()
+            home = self._homes.get(tree)
+            if home is None:
+                places = [place for server in self.living() for place in server.places]
+                home = min(places, key=lambda place: (len(place.trees), place.server.num_trees))
+                home.trees.add(tree)
+                self._homes[tree] = home
+            if self._check_idle is None or home.server.open:  # a restart would have closed what is open
+                return home
+            await self._ask_idle(home.server, self._check_idle)
+            if self._homes.get(tree) is home:
+                return home
+
+    async def _ask_idle(self, server: PooledServer[T], check: Callable[[ServerConnection], None]) -> None:
+        """Lose a server that was started anew; all that wait for its answer ask once."""
+
+        async def ask() -> None:
+            try:
+                await _in_thread(lambda: check(server.connection))
+            except ServerLostError as error:
+                self.lose(server, error)  # with nothing open: all that is placed there waits here
+            finally:
+                server.question = None
+
+        if server.question is None:
+            server.question = asyncio.get_running_loop().create_task(ask())
+        await asyncio.shield(server.question)  # a request that is cancelled leaves it to the others
 
     def end_tree(self, tree: int) -> None:
         """The tree is done."""
@@ -123,7 +150,7 @@ class ServerPool(Generic[T]):
 
     # Lost servers
 
-    def lose(self, server: PooledServer[T], error: ServerLostError) -> list[T]:
+    def lose(self, server: PooledServer[T], error: Exception) -> list[T]:
         """Give up a server until it is back; returns what it had open. Its trees have no home any more."""
         if not server.is_alive:
             return []
@@ -165,7 +192,7 @@ class ServerPool(Generic[T]):
             wait = min(2 * wait, _LONGEST_WAIT)
             try:
                 await connection.ask("GET", "/health", timeout=_HEALTH_SECONDS)
-                facts = await self._look_at(connection)
+                facts = await _in_thread(lambda: self._look_at(connection))
             except ServerLostError:
                 continue  # why it was lost says more than that it still is
             except Exception as error:
@@ -180,28 +207,34 @@ class ServerPool(Generic[T]):
             self._returned.set()
             return
 
-    async def _look_at(self, connection: ServerConnection) -> ServerFacts:
-        """Facts of a server that is back, after all checks, from a thread that may die with the process."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[ServerFacts] = loop.create_future()
-
-        def settle(set_outcome: Callable[..., None], outcome: object) -> None:
-            if not done.done():
-                set_outcome(outcome)
-
-        def look() -> None:
-            try:
-                facts = connection.facts()
-                self._check(connection, facts)
-            except BaseException as error:
-                loop.call_soon_threadsafe(settle, done.set_exception, error)
-            else:
-                loop.call_soon_threadsafe(settle, done.set_result, facts)
-
-        threading.Thread(target=look, daemon=True).start()
-        return await done
+    def _look_at(self, connection: ServerConnection) -> ServerFacts:
+        """Facts of a server that is back, after all checks."""
+        facts = connection.facts()
+        self._check(connection, facts)
+        return facts
 
     def close(self) -> None:
         """Ask for lost servers no more."""
         for task in self._reconnects:
             task.cancel()
+
+
+async def _in_thread(work: Callable[[], Result]) -> Result:
+    """What a function returns, from a thread that may die with the process."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Result] = loop.create_future()
+
+    def settle(set_outcome: Callable[..., None], outcome: object) -> None:
+        if not done.done():
+            set_outcome(outcome)
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            loop.call_soon_threadsafe(settle, done.set_exception, error)
+        else:
+            loop.call_soon_threadsafe(settle, done.set_result, result)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await done

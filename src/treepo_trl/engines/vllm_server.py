@@ -67,10 +67,14 @@ class VLLMServerEngine(SegmentEngine):
         model (`str`, *optional*):
             Name that requests ask for, of the base or an adapter. Default: the base of the first server.
         timeout (`float`, *optional*, defaults to 240):
-            Seconds without any server after which `collect` fails, and deadline of a request.
+            Seconds without any server after which `collect` fails, and deadline of a request. A server that is
+            healthy then is given four of them.
         on_connect (`Callable[[ServerConnection], None]`, *optional*):
             Called, in a thread, with a server that was lost and answers again, before it gets a request. What it
             raises keeps the server out; it is called again later.
+        check_idle (`Callable[[ServerConnection], None]`, *optional*):
+            Called, in a thread, with a server that has nothing to do, before it gets a request. Raises
+            `ServerLostError` if it was started anew, which nothing else shows.
 
     Attributes:
         model (`str`):
@@ -93,6 +97,7 @@ class VLLMServerEngine(SegmentEngine):
         model: str | None = None,
         timeout: float = 240.0,
         on_connect: Callable[[ServerConnection], None] | None = None,
+        check_idle: Callable[[ServerConnection], None] | None = None,
     ) -> None:
         facts = [server.facts() for server in servers]
         _check_together(servers, facts, with_entropies)
@@ -114,7 +119,8 @@ class VLLMServerEngine(SegmentEngine):
         )
         _check_json(self._fields)
         self._loop = http_loop()
-        self._pool = ServerPool[_Open](list(zip(servers, facts, strict=True)), timeout, self._check_returned)
+        pooled = list(zip(servers, facts, strict=True))
+        self._pool = ServerPool[_Open](pooled, timeout, self._check_returned, check_idle)
         self._tasks: dict[_Open, asyncio.Task[None]] = {}  # touched in the event loop only
         self._num_in_flight = 0
         self._done: queue.SimpleQueue[_Answer | Exception] = queue.SimpleQueue()
@@ -192,8 +198,8 @@ class VLLMServerEngine(SegmentEngine):
             except ServerLostError:
                 continue
 
-    def lose(self, connection: ServerConnection, error: ServerLostError) -> None:
-        """Give up a server that somebody else has found lost; it is asked until it is back."""
+    def lose(self, connection: ServerConnection, error: Exception) -> None:
+        """Give up a server that somebody else has found lost, or wrong; it is asked until it is back, and right."""
 
         async def lose() -> None:
             for server in self._pool.servers:
@@ -226,10 +232,12 @@ class VLLMServerEngine(SegmentEngine):
             place = await self._pool.place(each.request.tree)
             server = place.server
             server.open.add(each)
-            answer = await server.connection.ask("POST", GENERATE, each.body, place.headers, self.timeout)
-            outcome = self._read(each.request, answer, server.connection.url)
+            connection = server.connection
+            answer = await connection.ask_patiently("POST", GENERATE, each.body, place.headers, self.timeout)
+            outcome = self._read(each.request, answer, connection.url)
         except ServerRefusedError as error:
-            outcome = self._error(each, str(error))
+            is_new = error.status == 404 and self.on_connect is not None  # started anew, without its adapter
+            outcome = ServerLostError(str(error)) if is_new else self._error(each, str(error))
         except Exception as error:
             outcome = error
         if self._tasks.get(each) is not asyncio.current_task():

@@ -22,8 +22,8 @@ _OWN_PROCESS = (
 
 
 def without_credentials(urls: str) -> str:
-    """Addresses without their users and passwords."""
-    return re.sub(r"//[^/,]*@", "//", urls)
+    """An address, or several parted by commas, without their users and passwords."""
+    return re.sub(r"//[^/]*@", "//", urls)  # a comma may stand in a password; between two addresses stands a slash
 
 
 def server_urls(base_url: str | None, host: str, port: int) -> list[str]:

@@ -306,7 +306,7 @@ def policy_engine_for(
         if adapter is not None and loads_adapter:
             check_adapter(adapter)
         if args.vllm_mode == "server":
-            from .server_policy import ServerPolicy
+            from .servers.server_policy import ServerPolicy
 
             return ServerPolicy(args, loads_adapter)
         if loads_adapter:

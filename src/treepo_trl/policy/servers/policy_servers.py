@@ -9,11 +9,11 @@ from typing import TypeVar
 
 import torch
 
-from treepo_trl.engines.server_connection import ServerConnection, ServerLostError
+from treepo_trl.engines.server_connection import ServerConnection, ServerLostError, ServerRefusedError
 from treepo_trl.engines.server_facts import ServerFacts
 
-from .server_checks import ServerNeeds, check_server
-from .server_weights import PolicyVersions
+from .checks import ServerNeeds, check_server
+from .weights import PolicyVersions
 
 
 logger = logging.getLogger(__name__)  # also where nothing is accelerated
@@ -46,7 +46,7 @@ class PolicyServers:
             What the servers compute for the tokens of `probe_ids` with the current version, in nats; `None` if nobody
             has asked.
         on_lost (`Callable`):
-            Told of a server that is found lost.
+            Told of a server that is found lost, or wrong.
     """
 
     def __init__(
@@ -55,8 +55,10 @@ class PolicyServers:
         self.servers = [ServerConnection(url, timeout) for url in urls]
         self.versions = versions
         self._needs, self._timeout, self._is_probed = needs, timeout, is_probed
-        self.on_lost: Callable[[ServerConnection, ServerLostError], None] = _warn
+        self.on_lost: Callable[[ServerConnection, Exception], None] = _warn
         self._lock = threading.Lock()  # a server that comes back is given the version of the moment
+        self._out: set[ServerConnection] = set()  # lost, or wrong, until they are admitted
+        self._number_type: str | None = None
         self.reference: torch.Tensor | None = None
 
     def open(self) -> ServerFacts:
@@ -74,34 +76,65 @@ class PolicyServers:
         if facts is None or len(found) < len(self.servers):
             lost = next(server for server in self.servers if server not in found)
             raise ValueError(f"The vLLM server at {lost.url} went away while it was checked. Look at its log.")
-        if any((other.dtype, other.quantization) != (facts.dtype, facts.quantization) for other in found.values()):
+        types = {server: number_type(each) for server, each in found.items()}
+        if len(set(types.values())) > 1:
             raise ValueError(
                 "The vLLM servers compute in different number types: "
-                f"{', '.join(f'{server.url} in {each.dtype}' for server, each in found.items())}. Start them all with "
+                f"{', '.join(f'{server.url} in {each}' for server, each in types.items())}. Start them all with "
                 "the same `--dtype` and `--quantization`."
             )
+        self._number_type = number_type(facts)
         return facts
 
     def distribute(self) -> None:
         """
-        Give the version that was just written to all servers that answer.
+        Give the version that was just written to all servers that have the one before.
+
+        The others were lost or started anew. They get it once they have passed all checks (`admit`).
 
         Raises:
-            ValueError: if a server cannot load it, or computes something else with it than the first.
+            ValueError: if a server cannot load the first version, or none a later one; or if a server computes
+                something else with it than the first.
         """
         with self._lock:
-            loaded = list(self._of_each(self._give, self.servers))
+            asked = [server for server in self.servers if server not in self._out]
+            found = self._of_each(self._give, asked)
+            refused = {server: error for server, error in found.items() if error is not None}
+            if len(refused) == len(self.servers):
+                raise next(iter(refused.values()))
+            for server, error in refused.items():
+                self._lose(server, error)
+            loaded = [server for server, error in found.items() if error is None]
             self.versions.remove_old(loaded)
             if self._is_probed:
                 self.reference = None
                 for server, logprobs in self._of_each(self._probe, loaded).items():
-                    if self.reference is None:
-                        self.reference = logprobs
                     self._compare(server, logprobs)
 
-    def _give(self, server: ServerConnection) -> None:
-        check_server(server, self._needs)  # it may be another one than before
-        self.versions.load(server)
+    def _give(self, server: ServerConnection) -> Exception | None:
+        """Load the current version; what a server has against one that is not the first."""
+        versions = self.versions
+        if len(versions.names) == 1:
+            check_server(server, self._needs)
+            versions.load(server)
+            return None
+        versions.check_has(server, versions.names[-2:])  # both are right: it may have been admitted just now
+        try:
+            versions.load(server)
+        except (ValueError, ServerRefusedError) as error:
+            return error
+        return None
+
+    def check_idle(self, server: ServerConnection) -> None:
+        """
+        Raise if a server was started anew since it was given the current version.
+
+        Raises:
+            ServerLostError: if it was, or cannot be reached.
+        """
+        name = self.versions.name
+        if name is not None:
+            self.versions.check_has(server, [name])
 
     def admit(self, server: ServerConnection) -> None:
         """
@@ -111,12 +144,19 @@ class PolicyServers:
             ValueError: if it is not what it was.
             ServerLostError: if it is lost again.
         """
-        check_server(server, self._needs)
+        self._out.add(server)
+        facts = check_server(server, self._needs)
+        if self._number_type not in (None, number_type(facts)):
+            raise ValueError(
+                f"The vLLM server at {server.url} computes in {number_type(facts)}, and in {self._number_type} before "
+                "it was started anew. Start it with the same `--dtype` and `--quantization`."
+            )
         with self._lock:
             if self.versions.name is not None:
                 self.versions.load(server)  # what is running on others goes on
-                if self.reference is not None:
+                if self._is_probed:
                     self._compare(server, self._probe(server))
+            self._out.discard(server)
 
     def _probe(self, server: ServerConnection) -> torch.Tensor:
         model = self.versions.model or server.facts().model_name
@@ -129,7 +169,8 @@ class PolicyServers:
         return torch.randint(len(self._needs.tokenizer), (max(count, 2),), generator=generator).tolist()
 
     def _compare(self, server: ServerConnection, logprobs: torch.Tensor) -> None:
-        assert self.reference is not None, "set before"
+        if self.reference is None:  # of the first server that has the version
+            self.reference = logprobs
         difference = float((logprobs - self.reference).abs().mean())
         if not difference <= _OTHER_MODEL:
             raise ValueError(
@@ -151,8 +192,17 @@ class PolicyServers:
             try:
                 found[server] = future.result()
             except ServerLostError as error:
-                self.on_lost(server, error)
+                self._lose(server, error)
         return found
+
+    def _lose(self, server: ServerConnection, error: Exception) -> None:
+        self._out.add(server)
+        self.on_lost(server, error)
+
+
+def number_type(facts: ServerFacts) -> str:
+    """What a server computes in, in words."""
+    return " with ".join(filter(None, (facts.dtype, facts.quantization)))
 
 
 def wait_for_server(server: ServerConnection, seconds: float) -> None:
@@ -175,7 +225,7 @@ def wait_for_server(server: ServerConnection, seconds: float) -> None:
         time.sleep(_AGAIN)
 
 
-def _warn(server: ServerConnection, error: ServerLostError) -> None:
+def _warn(server: ServerConnection, error: Exception) -> None:
     logger.warning(f"The vLLM server at {server.url} is lost: {error}")
 
 

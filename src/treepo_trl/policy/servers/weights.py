@@ -11,7 +11,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from treepo_trl.engines.server_connection import ServerConnection, ServerLostErr
 
 
 _LOAD_TIMEOUT = 600.0  # seconds to read a model from a shared disk
+_QUESTION_TIMEOUT = 30.0  # seconds for what a server knows without its engine
 _BYTES_PER_FILE = 2**31  # of a model's weights: what the processor's memory holds of them at a time
 
 
@@ -95,6 +96,24 @@ class PolicyVersions(ABC):
     def model(self) -> str | None:
         """What requests ask for; `None` for a server's own model."""
 
+    def check_has(self, server: ServerConnection, names: Collection[str]) -> None:
+        """
+        Raise unless a server has one of these versions: what it was given goes with a restart.
+
+        Raises:
+            ServerLostError: if it has none of them, or cannot be reached.
+        """
+        try:
+            has = self._loaded(server) & set(names)
+        except (ServerRefusedError, ValueError) as error:
+            raise ServerLostError(f"{server.url} is another server than before: {error}") from error
+        if not has:
+            raise ServerLostError(f"{server.url} was started anew: it has lost the policy.")
+
+    @abstractmethod
+    def _loaded(self, server: ServerConnection) -> set[str]:
+        """Names of what a server has now, of other trainings too."""
+
     @abstractmethod
     def load(self, server: ServerConnection) -> None:
         """
@@ -125,6 +144,9 @@ class AdapterVersions(PolicyVersions):
     def model(self) -> str | None:
         return self.name
 
+    def _loaded(self, server: ServerConnection) -> set[str]:
+        return {model.id for model in server.models()}
+
     def load(self, server: ServerConnection) -> None:
         name, path = self.name, self.path  # a new version may be written meanwhile
         try:
@@ -154,9 +176,12 @@ class WeightVersions(PolicyVersions):
     def model(self) -> str | None:
         return None
 
+    def _loaded(self, server: ServerConnection) -> set[str]:
+        return {server.get("/weight_info", _QUESTION_TIMEOUT)["weight_version"]}
+
     def load(self, server: ServerConnection) -> None:
         name, path = self.name, self.path  # a new version may be written meanwhile
-        if server.get("/weight_info")["weight_version"] == name:
+        if name in self._loaded(server):
             return
         server.post("/pause?mode=wait")  # which also empties the prefix cache
         try:

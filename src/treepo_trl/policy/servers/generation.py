@@ -19,15 +19,21 @@ from trl.generation.vllm_generation import VLLMGeneration
 from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
 from treepo_trl.engines.server_facts import ServerFacts
 from treepo_trl.fields import server_urls
+from treepo_trl.policy.four_bit_base import is_4bit
+from treepo_trl.policy.gathered_adapter import (
+    bytes_of,
+    check_whole_adapter,
+    gathered_adapter,
+    num_bytes,
+    write_adapter,
+)
+from treepo_trl.policy.temporary_folder import shared_folder
 from treepo_trl.treepo_config import TreePOConfig
 
-from .four_bit_base import is_4bit
-from .gathered_adapter import bytes_of, check_whole_adapter, gathered_adapter, num_bytes, write_adapter
+from .checks import ServerNeeds
 from .main_process import from_main_process
 from .policy_servers import PolicyServers
-from .server_checks import ServerNeeds
-from .server_weights import AdapterVersions, WeightVersions, write_weights
-from .temporary_folder import shared_folder
+from .weights import AdapterVersions, WeightVersions, write_weights
 
 
 if TYPE_CHECKING:

@@ -11,16 +11,16 @@ from trl.extras.profiling import profiling_context
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
+from treepo_trl.policy.adapter_probe import PROBE_TOKENS, probe_adapter, probe_prompts
+from treepo_trl.policy.engine import PolicyEngine, Sampled
+from treepo_trl.policy.engine_check import EngineWatch, computing_dtype, dropout_of, logprob_difference
+from treepo_trl.policy.shared_base import SHARDED
 from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.trl_seams import vllm_generation_class
 
-from .adapter_probe import PROBE_TOKENS, probe_adapter, probe_prompts
-from .engine import PolicyEngine, Sampled
-from .engine_check import EngineWatch, computing_dtype, dropout_of, logprob_difference
+from .generation import ServerGeneration, complete, gathered_rows
 from .main_process import from_main_process
 from .policy_servers import PolicyServers, check_policy
-from .server_generation import ServerGeneration, complete, gathered_rows
-from .shared_base import SHARDED
 
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class ServerPolicy(PolicyEngine):
             model=servers.versions.model,
             timeout=self.args.vllm_server_timeout,
             on_connect=servers.admit,
+            check_idle=servers.check_idle,
         )
         servers.on_lost = engine.lose
         return engine
@@ -176,6 +177,7 @@ class ServerPolicy(PolicyEngine):
             model=servers.versions.model,
             timeout=self.args.vllm_server_timeout,
             on_connect=servers.admit,
+            check_idle=servers.check_idle,
         )
         try:
             return complete(engine, rows, lambda _: PROBE_TOKENS)

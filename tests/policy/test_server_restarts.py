@@ -1,0 +1,190 @@
+"""Servers that are started anew while a training runs, unnoticed or wrongly: what they sample from, what is said."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.fake_vllm import until
+from tests.support.policy_fake import PolicyFake, give, opened, write_version
+from treepo_trl.engines import SegmentRequest, server_pool
+from treepo_trl.engines.vllm_server import VLLMServerEngine
+from treepo_trl.policy.servers.policy_servers import PolicyServers
+from treepo_trl.policy.servers.weights import AdapterVersions, WeightVersions
+
+
+@pytest.fixture(autouse=True)
+def _asked_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_FIRST_WAIT", "_LONGEST_WAIT"):
+        monkeypatch.setattr(server_pool, name, 0.05)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def engine_over(stack: ExitStack, servers: PolicyServers, timeout: float = 60.0) -> VLLMServerEngine:
+    engine = VLLMServerEngine(
+        servers.servers,
+        [0],
+        model=servers.versions.model,
+        timeout=timeout,
+        on_connect=servers.admit,
+        check_idle=servers.check_idle,
+    )
+    servers.on_lost = engine.lose
+    stack.callback(engine.close)
+    return engine
+
+
+def sample(engine: VLLMServerEngine, servers: PolicyServers) -> None:
+    """A batch of the current version, on all servers that are there."""
+    if servers.versions.model is not None:
+        engine.model = servers.versions.model
+    assert len(list(engine.complete([SegmentRequest(i, [5, 6], 3, tree=i) for i in range(6)]))) == 6
+    engine.abort()
+
+
+def error_of(engine: VLLMServerEngine, position: int) -> str:
+    return engine._pool.servers[position].error
+
+
+@pytest.mark.parametrize("kind", [AdapterVersions, WeightVersions])
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_batch_is_sampled_from_old_weights(stack: ExitStack, tmp_path: Path, kind: Any, count: int) -> None:
+    servers, fakes = opened(stack, tmp_path, count, versions=kind)
+    give(servers, 0)
+    engine = engine_over(stack, servers)
+    for step in range(3):
+        fakes[0].forget()
+        sample(engine, servers)  # of the version before, as an evaluation is
+        until(lambda: len(engine.living_servers()) == count)
+        sample(engine, servers)
+        fakes[-1].forget()
+        give(servers, step + 1)
+        sample(engine, servers)
+        until(lambda: len(engine.living_servers()) == count)
+        sample(engine, servers)
+        for fake in fakes:
+            assert fake.served == {f"treepo-run-{step}", f"treepo-run-{step + 1}"}
+            fake.served.discard(f"treepo-run-{step}")
+    assert engine.num_lost == 6
+
+
+def wrong_model(fake: PolicyFake) -> None:
+    fake.changes = {**fake.changes, "model_config": {"model": "/models/other"}}
+
+
+def wrong_length(fake: PolicyFake) -> None:
+    fake.changes = {**fake.changes, "model_config": {"max_model_len": 32}}
+
+
+def wrong_type(fake: PolicyFake) -> None:
+    fake.changes = {**fake.changes, "model_config": {"dtype": "torch.float16"}}
+
+
+def wrong_version(fake: PolicyFake) -> None:
+    fake.version = "0.30.2"
+
+
+def without_adapters(fake: PolicyFake) -> None:
+    fake.changes = {}
+
+
+def without_loading(fake: PolicyFake) -> None:
+    fake.loads_adapters = False
+
+
+def without_scale_out(fake: PolicyFake) -> None:
+    fake.has_scale_out = False
+
+
+def without_tokens_of_the_probe(fake: PolicyFake) -> None:
+    fake.offset = 0.2
+
+
+SETTINGS = ("changes", "version", "loads_adapters", "has_scale_out", "offset")
+WRONG: list[tuple[Callable[[PolicyFake], None], str]] = [
+    (wrong_model, "serves '/models/other'"),
+    (wrong_length, "started with a context of 32"),
+    (wrong_type, "computes in float16, and in bfloat16 before it was started anew"),
+    (wrong_version, "is vLLM 0.30.2"),
+    (without_adapters, "serves no adapters"),
+    (without_loading, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"),
+    (without_scale_out, "--enable-scale-out"),
+    (without_tokens_of_the_probe, "computes another model"),
+]
+
+
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize(("change", "reason"), WRONG, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_server_that_was_started_wrongly_is_kept_out(
+    stack: ExitStack, tmp_path: Path, position: int, change: Callable[[PolicyFake], None], reason: str
+) -> None:
+    servers, fakes = opened(stack, tmp_path, 2)
+    give(servers, 0)
+    engine = engine_over(stack, servers)
+    wrong, right = fakes[position], fakes[1 - position]
+    good = dict(vars(wrong))
+    wrong.forget()
+    change(wrong)
+    give(servers, 1)
+    until(lambda: reason in error_of(engine, position))
+    give(servers, 2)  # a version that it may have loaded makes it no member of the training
+    sample(engine, servers)
+    assert (wrong.served, right.served) == (set(), {"treepo-run-2"})
+    assert reason in error_of(engine, position)
+
+    vars(wrong).update({name: good[name] for name in SETTINGS})
+    until(lambda: len(engine.living_servers()) == 2)
+    sample(engine, servers)
+    assert wrong.served == {"treepo-run-2"}
+
+
+def test_without_another_server_the_reasons_are_told(stack: ExitStack, tmp_path: Path) -> None:
+    servers, fakes = opened(stack, tmp_path, 2)
+    give(servers, 0)
+    engine = engine_over(stack, servers, timeout=1.0)
+    for fake, change in zip(fakes, (wrong_model, wrong_version), strict=True):
+        fake.forget()
+        change(fake)
+    give(servers, 1)
+    with pytest.raises(RuntimeError, match="No vLLM server has answered for 1 s") as error:
+        sample(engine, servers)
+    for fake, reason in zip(fakes, ("serves '/models/other'", "is vLLM 0.30.2"), strict=True):
+        assert fake.url in str(error.value)
+        assert reason in str(error.value)
+
+
+def test_a_version_that_one_server_cannot_load(stack: ExitStack, tmp_path: Path) -> None:
+    servers, fakes = opened(stack, tmp_path, 2)
+    give(servers, 0)
+    engine = engine_over(stack, servers)
+    fakes[0].can_load = False
+    give(servers, 1)
+    assert "rank 64 is too large" in error_of(engine, 0)
+    sample(engine, servers)
+    assert [fake.served for fake in fakes] == [set(), {"treepo-run-1"}]
+    fakes[0].can_load = True
+    until(lambda: len(engine.living_servers()) == 2)
+    fakes[0].can_load = fakes[1].can_load = False
+    with pytest.raises(ValueError, match="rank 64 is too large"):
+        give(servers, 2)
+
+
+def test_a_version_that_a_returning_server_got_first_is_no_restart(stack: ExitStack, tmp_path: Path) -> None:
+    servers, fakes = opened(stack, tmp_path, 2)
+    give(servers, 0)
+    lost: list[str] = []
+    servers.on_lost = lambda server, error: lost.append(server.url)
+    fakes[0].die()
+    fakes[0].restart()
+    servers.versions.write(1, write_version)
+    servers.admit(servers.servers[0])  # between the writing and the giving
+    servers.distribute()
+    assert lost == []
+    assert all("treepo-run-1" in fake.adapters for fake in fakes)
