@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 # which would replace torch by another build.
 GPU := $(shell command -v nvidia-smi > /dev/null 2>&1 && nvidia-smi > /dev/null 2>&1 && echo yes)
 
-.PHONY: setup quickstart gpu-report test check docs site links wheel format clean
+.PHONY: setup quickstart gpu-report test test-slow check docs site links wheel format clean
 
 setup: $(VENV)/.done
 
@@ -34,13 +34,17 @@ gpu-report: setup
 	$(BIN)/python -m benchmarks.gpu_report --render
 
 # Two halves side by side, as each test computes in one thread; what the first half says comes last.
-FIRST_HALF = tests/trainer tests/batches tests/checkpoints tests/turns tests/policy
+FIRST_HALF = tests/trainer tests/batches tests/checkpoints tests/policy tests/engines tests/doctor
 test: setup
 	@mkdir -p build; \
-	$(BIN)/python -m pytest $(FIRST_HALF) > build/test-trainer.log 2>&1 & trainer=$$!; \
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(FIRST_HALF)); rest=$$?; \
-	wait $$trainer; trainer=$$?; cat build/test-trainer.log; \
-	test $$rest -eq 0 && test $$trainer -eq 0
+	$(BIN)/python -m pytest -m "not slow" $(FIRST_HALF) > build/test-first-half.log 2>&1 & first=$$!; \
+	$(BIN)/python -m pytest -m "not slow" $(addprefix --ignore=,$(FIRST_HALF)); rest=$$?; \
+	wait $$first; first=$$?; cat build/test-first-half.log; \
+	test $$rest -eq 0 && test $$first -eq 0
+
+# What takes long and has a shorter relative in `make test`: more losses, more processes, more damage.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 # Style and types; no tests.
 check: setup

@@ -11,12 +11,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import random
+from collections.abc import Iterator
 
 import pytest
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from tests.support.models import make_model, make_tokenizer
 from tests.support.paths import ROOT
+from tests.support.vllm_servers import LORA_FLAGS, VLLMServer, vllm_servers
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +47,23 @@ def small_model_dir() -> str:
     from treepo_trl.quickstart import small_model
 
     return small_model(ROOT / ".cache/smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def started_servers(tiny_model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[VLLMServer]]:
+    flags = ["--dtype", "float32", *LORA_FLAGS]
+    with vllm_servers(2, tiny_model_dir, tmp_path_factory.mktemp("servers"), flags) as started:
+        yield started
+
+
+@pytest.fixture
+def servers(started_servers: list[VLLMServer]) -> list[VLLMServer]:
+    """Two real vLLM servers, both of which answer; their start takes half a minute, so tests share them."""
+    for server in started_servers:
+        if not server.is_running():
+            server.start()
+            server.wait()
+    return started_servers
 
 
 @pytest.fixture

@@ -198,6 +198,7 @@ def test_an_error_of_the_thread_costs_no_checkpoint(
     assert trainer.state.global_step == 4
 
 
+@pytest.mark.slow
 def test_two_processes_agree_on_what_is_lost(tmp_path: Path, tiny_model_dir: str) -> None:
     """The first one's thread fails; then the file of the second one alone is damaged."""
     ranks = run_in_two_processes(SCRIPT, tmp_path, "lose_what_is_ahead_and_write", tiny_model_dir, str(tmp_path))
@@ -212,7 +213,15 @@ def test_two_processes_agree_on_what_is_lost(tmp_path: Path, tiny_model_dir: str
     assert ranks[0]["seeds"] == ["1", "2", "3", "2", "3"]  # the step of each batch: the third is sampled twice
 
 
-@pytest.mark.parametrize("content", ['{"name": "', "[]", "{}", '{"trees": [[]], "totals": {}}', b"\xff"], ids=str)
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"name": "',
+        b"\xff",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("[]", "{}", '{"trees": [[]], "totals": {}}')),
+    ],
+    ids=str,
+)
 def test_a_damaged_next_batch_is_sampled_anew(
     tmp_path: Path,
     tiny_model_dir: str,

@@ -253,7 +253,6 @@ def test_every_recipe_has_a_model_of_its_size() -> None:
     assert half.num_parameters() == pytest.approx(0.49e9, rel=0.02)
 
 
-@pytest.mark.slow
 def test_every_stage_runs_at_toy_size(tmp_path: Path) -> None:
     """In processes of its own: it starts vLLM."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}

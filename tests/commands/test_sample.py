@@ -256,6 +256,7 @@ def test_every_seed_and_every_round_has_its_own_branching_draws(tiny_model_dir: 
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 def test_vllm_with_an_adapter(tiny_model_dir: str) -> None:
     """
     The console script on vLLM, with all of its logging on: standard output is the table alone, and greedy completions

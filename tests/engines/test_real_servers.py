@@ -4,7 +4,6 @@ import re
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,20 +11,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.support.sampling import trees_of
 from tests.support.segments import EOS, GREEDY, PROMPTS, complete, drain, full_logits, full_logprobs, generated
-from tests.support.vllm_servers import VLLMServer, vllm_servers
+from tests.support.vllm_servers import VLLMServer
 from treepo_trl import TreeSamplingConfig
 from treepo_trl.engines import SamplingOptions, SegmentEngineError, SegmentRequest
 from treepo_trl.engines.server_connection import ServerConnection
 from treepo_trl.engines.vllm_server import VLLMServerEngine
 
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def servers(tiny_model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[VLLMServer]]:
-    with vllm_servers(2, tiny_model_dir, tmp_path_factory.mktemp("servers"), ["--dtype", "float32"]) as servers:
-        yield servers
+pytestmark = pytest.mark.vllm
 
 
 @pytest.fixture(scope="module")

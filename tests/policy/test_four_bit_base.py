@@ -123,6 +123,7 @@ Path(folder, f"rank{rank}.json").write_text(json.dumps(result))
 """
 
 
+@pytest.mark.slow
 def test_processes_of_a_machine_share_one_checkpoint(tmp_path: Path, tiny_model_dir: str) -> None:
     first, second = run_in_two_processes(SCRIPT, tmp_path, tiny_model_dir, str(tmp_path), "quantized")
     assert first == second

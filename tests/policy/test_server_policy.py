@@ -1,6 +1,5 @@
 """Trainings whose policy is on two real vLLM servers: what these compute at each step, and after one was killed."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tests.support.processes import run_in_two_processes
 from tests.support.server_policies import trainer_on, watch
 from tests.support.trainers import assert_same_parameters, watch_loss
 from tests.support.vllm_policies import logged
-from tests.support.vllm_servers import LORA_FLAGS, VLLMServer, vllm_servers
+from tests.support.vllm_servers import VLLMServer
 from treepo_trl.engines.server_connection import ServerConnection
 
 
@@ -32,13 +31,6 @@ train_and_write(*sys.argv[1:])
 @pytest.fixture(scope="module")
 def model(tiny_model_dir: str) -> str:
     return tiny_model_dir
-
-
-@pytest.fixture(scope="module")
-def servers(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[VLLMServer]]:
-    flags = ["--dtype", "float32", "--max-model-len", "128", *LORA_FLAGS]
-    with vllm_servers(2, model, tmp_path_factory.mktemp("servers"), flags) as started:
-        yield started
 
 
 def urls_of(servers: list[VLLMServer]) -> str:
@@ -97,6 +89,7 @@ def give_the_base_back(model: str, servers: list[VLLMServer]) -> None:
         ServerConnection(server.url).reset_prefix_cache()
 
 
+@pytest.mark.slow
 def test_a_batch_ahead_is_from_the_adapter_before_the_last_update(
     model: str, servers: list[VLLMServer], tmp_path: Path
 ) -> None:
@@ -130,6 +123,7 @@ def test_a_batch_ahead_is_from_the_adapter_before_the_last_update(
     assert all(loss == loss for loss in logged(trainer, "loss"))
 
 
+@pytest.mark.slow
 def test_two_processes_update_and_one_samples(model: str, servers: list[VLLMServer], tmp_path: Path) -> None:
     """Each process gets the trees of its own prompts, from one sampling for both; evaluation too."""
     ranks = run_in_two_processes(SCRIPT, tmp_path, model, urls_of(servers), str(tmp_path))

@@ -78,6 +78,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_processes_that_share_an_engine_sample_the_same_trees_and_keep_their_own(tmp_path: Path) -> None:
     model = tmp_path / "model"
     make_model(num_key_value_heads=2).save_pretrained(model)

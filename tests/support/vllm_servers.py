@@ -74,6 +74,10 @@ class VLLMServer:
             time.sleep(0.25)
         connection.close()
 
+    def is_running(self) -> bool:
+        """Whether its process has not ended."""
+        return self.process is not None and self.process.poll() is None
+
     def kill(self) -> None:
         """`kill -9` of all its processes: that of the API alone would leave the engine running."""
         self._end(signal.SIGKILL)

@@ -24,7 +24,7 @@ from treepo_trl.sampling.nodes import TokenReason
         {"lora": True, "beta": 0.1, "gradient_accumulation_steps": 2, "tree_packing": "sdpa"}
         | {"advantage_estimator": "treepo"},
         # Prompts of different length: the processes cut their trees into different numbers of pieces.
-        {"max_tokens_per_micro_batch": 60, "gradient_checkpointing": True},
+        pytest.param({"max_tokens_per_micro_batch": 60, "gradient_checkpointing": True}, marks=pytest.mark.slow),
     ],
     ids=["full", "lora", "pieces"],
 )

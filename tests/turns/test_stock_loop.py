@@ -104,16 +104,19 @@ class ReplayedTrainer(TreePOTrainer):
         return copy.deepcopy(self.replayed[1])
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("loss_type", "changes"),
     [
         ("grpo", {"beta": 0.1}),
-        ("dr_grpo", {"top_entropy_quantile": 0.5}),
+        pytest.param("dr_grpo", {"top_entropy_quantile": 0.5}, marks=SLOW),
         ("dapo", {"mask_truncated_completions": True, "max_completion_length": 250}),
-        ("bnpo", {"scale_rewards": "batch"}),
-        ("cispo", {"epsilon_high": 5.0}),
-        ("sapo", {}),
-        ("luspo", {"importance_sampling_level": "sequence"}),
+        pytest.param("bnpo", {"scale_rewards": "batch"}, marks=SLOW),
+        pytest.param("cispo", {"epsilon_high": 5.0}, marks=SLOW),
+        pytest.param("sapo", {}, marks=SLOW),
+        pytest.param("luspo", {"importance_sampling_level": "sequence"}, marks=SLOW),
         ("vespo", {"num_iterations": 2}),
     ],
 )

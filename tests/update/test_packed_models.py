@@ -45,7 +45,6 @@ def test_log_probabilities_entropies_and_gradients_are_those_of_the_plain_rows(
     assert (value - expected).norm() / expected.norm() < 1e-5
 
 
-@pytest.mark.slow
 def test_the_real_model_in_bfloat16_is_off_by_no_more_than_plain_rows_are(small_model_dir: str) -> None:
     """Both against float32: rounding of bfloat16 explains the difference between packed and plain rows."""
     tokenizer = AutoTokenizer.from_pretrained(small_model_dir)
