@@ -13,7 +13,7 @@ import torch
 from tests.support.broken_environments import hide
 from tests.support.models import make_model, make_tokenizer
 from tests.support.paths import ROOT
-from treepo_trl.doctor import examination
+from treepo_trl.doctor import examination, processes
 from treepo_trl.doctor.child import kernel_names
 from treepo_trl.doctor.engine_errors import remedy_for
 from treepo_trl.doctor.findings import BrokenError, CannotRunError
@@ -160,6 +160,21 @@ def test_a_process_that_dies_breaks_one_check(
     assert {(found.status, found.detail) for found in others} == {
         ("cannot run", "its process ended by signal 9 before this check")
     }
+
+
+@pytest.mark.parametrize(("load", "status"), [(5.9, "cannot run"), (0.4, "broken")])
+def test_a_check_that_takes_too_long_is_broken_unless_others_have_the_processors(
+    load: float, status: str, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_TIMEOUT", 0.5)  # before the child has imported torch
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    needs = everything(tiny_model_dir)
+    first, *others = run_group("kernels", kernel_names(needs), needs)
+    assert first.status == status
+    assert first.detail.startswith("the process was ended after 0.5 seconds in this check.")
+    assert ("busy, with a load of 5.9 on 2 processors" in first.detail) == (status == "cannot run")
+    assert {found.status for found in others} == {"cannot run"}
 
 
 @pytest.mark.vllm

@@ -73,11 +73,23 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _load_of_others() -> str:
+    """Says so if more threads were waiting for a processor than the child itself has."""
+    load, processors = os.getloadavg()[0], os.cpu_count() or 1
+    return (
+        f"The machine is busy, with a load of {load:.1f} on {processors} processors" if load > 2 * processors else ""
+    )
+
+
 def _without_finding(names: Sequence[str], end: str, said: Path) -> list[Finding]:
     """Findings of the checks that have left none: the process has ended in the first of them, or before it."""
     if not names:
         return []
     cause = f"the process {end} in this check. Its last line: {last_line(said.read_text(errors='replace'))}"
-    again = "Run it again while nothing else runs. If it ends here again, look" if str(_TIMEOUT) in end else "Look"
-    broken = Finding(names[0], "broken", cause, f"{again} for this line in the issues of the library that it names.")
-    return [broken, *(Finding(name, "cannot run", f"its process {end} before this check") for name in names[1:])]
+    others = _load_of_others() if str(_TIMEOUT) in end else ""
+    if others:
+        first = Finding(names[0], "cannot run", f"the process {end} in this check. {others}: run it again when idle")
+    else:
+        remedy = "Look for this line in the issues of the library that it names."
+        first = Finding(names[0], "broken", cause, remedy)
+    return [first, *(Finding(name, "cannot run", f"its process {end} before this check") for name in names[1:])]
