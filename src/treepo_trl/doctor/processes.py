@@ -76,9 +76,9 @@ def _free_port() -> int:
 def _load_of_others() -> str:
     """Says so if more threads were waiting for a processor than the child itself has."""
     load, processors = os.getloadavg()[0], os.cpu_count() or 1
-    return (
-        f"The machine is busy, with a load of {load:.1f} on {processors} processors" if load > 2 * processors else ""
-    )
+    if load <= 2 * processors:
+        return ""
+    return f"The machine is busy, with a load of {load:.1f} on {processors} processors"
 
 
 def _without_finding(names: Sequence[str], end: str, said: Path) -> list[Finding]:
