@@ -124,7 +124,7 @@ def test_a_small_step_moves_the_papers_weights() -> None:
 
 
 def test_readme_example_parses_and_its_config_is_valid(tmp_path: Path) -> None:
-    (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    source, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     (config,) = [call for call in calls if getattr(call.func, "id", "") == "TreePOConfig"]
     keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in config.keywords}
