@@ -1,7 +1,8 @@
 """Servers that are started anew while a training runs, unnoticed or wrongly: what they sample from, what is said."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from tests.support.fake_vllm import until
 from tests.support.policy_fake import PolicyFake, give, opened, write_version
 from treepo_trl.engines import SegmentRequest, server_pool
+from treepo_trl.engines.server_connection import ServerLostError
 from treepo_trl.engines.vllm_server import VLLMServerEngine
+from treepo_trl.policy.servers import weights
 from treepo_trl.policy.servers.policy_servers import PolicyServers
 from treepo_trl.policy.servers.weights import AdapterVersions, WeightVersions
 
@@ -176,15 +179,69 @@ def test_a_version_that_one_server_cannot_load(stack: ExitStack, tmp_path: Path)
         give(servers, 2)
 
 
-def test_a_version_that_a_returning_server_got_first_is_no_restart(stack: ExitStack, tmp_path: Path) -> None:
-    servers, fakes = opened(stack, tmp_path, 2)
+LOADS: list[tuple[Any, str]] = [(AdapterVersions, "/v1/load_lora_adapter"), (WeightVersions, "/collective_rpc")]
+
+
+@pytest.mark.parametrize(("kind", "path"), LOADS)
+def test_a_server_that_hangs_while_it_loads_keeps_nobody_waiting(
+    stack: ExitStack, tmp_path: Path, kind: Any, path: str
+) -> None:
+    """The others get the next versions; what it was loading is old then, and it gets the one of now."""
+    servers, fakes = opened(stack, tmp_path, 2, versions=kind)
+    give(servers, 0)
+    engine = engine_over(stack, servers)
+    for step in (1, 2):
+        fakes[0].hangs = {path}
+        fakes[0].forget()
+        fakes[0].hanging.clear()
+        give(servers, 3 * step)
+        until(lambda: fakes[0].hanging)
+        with ThreadPoolExecutor(1) as thread:
+            given = [thread.submit(give, servers, 3 * step + more) for more in (1, 2)]
+            try:
+                until(given[-1].done)
+            finally:
+                fakes[0].hangs = set()
+        until(lambda: len(engine.living_servers()) == 2)
+        for fake in fakes:
+            fake.served.clear()
+        sample(engine, servers)
+        assert [fake.served for fake in fakes] == [{f"treepo-run-{3 * step + 2}"}] * 2
+
+
+@pytest.mark.parametrize(("kind", "path"), LOADS)
+def test_a_load_without_an_answer_is_a_lost_server(
+    stack: ExitStack, tmp_path: Path, kind: Any, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder can be read: nothing is said of that, though `/health` answers."""
+    monkeypatch.setattr(weights, "_LOAD_TIMEOUT", 0.1)
+    servers, (fake, _) = opened(stack, tmp_path, 2, versions=kind)
+    give(servers, 0)
+    fake.hangs = {path}
+    lost: list[str] = []
+    servers.on_lost = lambda server, error: lost.append(f"{server.url}: {error}")
+    give(servers, 1)
+    (told,) = lost
+    assert told.startswith(f"{fake.url}: {fake.url} has not answered POST {path} for 0.1 s")
+    with pytest.raises(ServerLostError, match="has not answered POST"):
+        servers.admit(servers.servers[0])
+
+
+@pytest.mark.parametrize("is_probed", [True, False])
+def test_a_version_that_a_returning_server_got_first_is_no_restart(
+    stack: ExitStack, tmp_path: Path, is_probed: bool
+) -> None:
+    """Nor is it compared with what the others have computed with the version before: it waits for them."""
+    servers, fakes = opened(stack, tmp_path, 2, is_probed=is_probed)
     give(servers, 0)
     lost: list[str] = []
     servers.on_lost = lambda server, error: lost.append(server.url)
     fakes[0].die()
     fakes[0].restart()
-    servers.versions.write(1, write_version)
-    servers.admit(servers.servers[0])  # between the writing and the giving
+    servers.versions.write(5000, write_version)  # far in nats from the one before
+    with pytest.raises(ServerLostError, match="still to be given") if is_probed else nullcontext():
+        servers.admit(servers.servers[0])  # between the writing and the giving
     servers.distribute()
     assert lost == []
-    assert all("treepo-run-1" in fake.adapters for fake in fakes)
+    servers.admit(servers.servers[0])
+    assert all("treepo-run-5000" in fake.adapters for fake in fakes)

@@ -1,5 +1,6 @@
 """Fake vLLM servers that are given a policy: adapters, weights, and a probe whose answer depends on them."""
 
+import asyncio
 import json
 import os
 from collections.abc import Callable
@@ -29,6 +30,7 @@ class PolicyFake(FakeVLLM):
         adapters: name and folder of what is loaded, in order.
         offset: nats by which this server is wrong.
         served: versions from which it has sampled.
+        hangs, hanging: paths that get no answer, and those that somebody waits for.
     """
 
     def __init__(self, changes: Any = LORA) -> None:
@@ -41,6 +43,8 @@ class PolicyFake(FakeVLLM):
         self.weights = "default"
         self.unloaded: list[str] = []
         self.served: set[str] = set()
+        self.hangs: set[str] = set()
+        self.hanging: list[str] = []
         self.reloads = True
         self.while_reloading: Callable[[], None] = lambda: None
         super().__init__(changes=changes)
@@ -76,6 +80,7 @@ class PolicyFake(FakeVLLM):
     async def _other(self, request: web.Request) -> web.Response:
         body = json.loads(await request.read() or "{}") if request.method == "POST" else {}
         path = request.path
+        await self._hang(path)
         if path == "/version":
             return web.json_response({"version": self.version})
         if path == "/tokenize":
@@ -102,6 +107,12 @@ class PolicyFake(FakeVLLM):
             return web.json_response({})
         return await super()._other(request)
 
+    async def _hang(self, path: str) -> None:
+        if path in self.hangs:
+            self.hanging.append(path)
+        while path in self.hangs:
+            await asyncio.sleep(0.01)
+
     def _load(self, name: str, folder: str) -> web.Response:
         if name in self.adapters:
             return web.json_response({"error": {"message": f"'{name}' has already been loaded"}}, status=400)
@@ -122,7 +133,8 @@ def opened(stack: ExitStack, folder: Path, count: int = 1, **options: Any) -> tu
     """Fakes that end with the stack, and the servers of a training over them."""
     fakes = [stack.enter_context(PolicyFake()) for _ in range(count)]
     versions = options.pop("versions", AdapterVersions)(str(folder), "run")
-    servers = PolicyServers([fake.url for fake in fakes], NEEDS, versions, 1.0, is_probed=True)
+    is_probed = options.pop("is_probed", True)
+    servers = PolicyServers([fake.url for fake in fakes], NEEDS, versions, 1.0, is_probed)
     servers.open()
     return servers, fakes
 

@@ -30,7 +30,17 @@ _IDLE_SECONDS = 2.0
 
 
 class ServerLostError(RuntimeError):
-    """A server that cannot be reached, closes the connection, is silent past the deadline, or answers with 5xx."""
+    """
+    A server that cannot be reached, closes the connection, is silent past the deadline, or answers with 5xx.
+
+    Attributes:
+        status (`int`, *optional*):
+            What it answered; `None` for no answer.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class ServerRefusedError(RuntimeError):
@@ -172,7 +182,7 @@ class ServerConnection:
             return parsed
         text = _error_text(parsed, body)
         if status >= 500:
-            raise ServerLostError(f"{self.url} answers {method} {path} with status {status}: {text}")
+            raise ServerLostError(f"{self.url} answers {method} {path} with status {status}: {text}", status)
         what = "is no JSON" if status == 200 else f"has status {status}"
         raise ServerRefusedError(f"The answer of {self.url} to {method} {path} {what}: {text}", status, text)
 

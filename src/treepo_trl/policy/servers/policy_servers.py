@@ -56,10 +56,12 @@ class PolicyServers:
         self.versions = versions
         self._needs, self._timeout, self._is_probed = needs, timeout, is_probed
         self.on_lost: Callable[[ServerConnection, Exception], None] = _warn
-        self._lock = threading.Lock()  # a server that comes back is given the version of the moment
+        self._lock = threading.Lock()  # held by whoever gives all of them a version, or admits one
+        self._admissions = {server: threading.Lock() for server in self.servers}  # two engines may have lost one
         self._out: set[ServerConnection] = set()  # lost, or wrong, until they are admitted
         self._number_type: str | None = None
         self.reference: torch.Tensor | None = None
+        self._reference_of: str | None = None  # version
 
     def open(self) -> ServerFacts:
         """
@@ -107,8 +109,9 @@ class PolicyServers:
             loaded = [server for server, error in found.items() if error is None]
             self.versions.remove_old(loaded)
             if self._is_probed:
-                self.reference = None
-                for server, logprobs in self._of_each(self._probe, loaded).items():
+                computed = self._of_each(self._probe, loaded)
+                self.reference, self._reference_of = next(iter(computed.values()), None), self.versions.name
+                for server, logprobs in computed.items():
                     self._compare(server, logprobs)
 
     def _give(self, server: ServerConnection) -> Exception | None:
@@ -142,7 +145,7 @@ class PolicyServers:
 
         Raises:
             ValueError: if it is not what it was.
-            ServerLostError: if it is lost again.
+            ServerLostError: if it is lost again, or if the others do not have the current version yet.
         """
         self._out.add(server)
         facts = check_server(server, self._needs)
@@ -151,12 +154,33 @@ class PolicyServers:
                 f"The vLLM server at {server.url} computes in {number_type(facts)}, and in {self._number_type} before "
                 "it was started anew. Start it with the same `--dtype` and `--quantization`."
             )
-        with self._lock:
-            if self.versions.name is not None:
-                self.versions.load(server)  # what is running on others goes on
-                if self._is_probed:
-                    self._compare(server, self._probe(server))
+        with self._admissions[server]:
+            while not self._is_admitted(server):
+                pass
+
+    def _is_admitted(self, server: ServerConnection) -> bool:
+        """
+        Give a server the current version; what is running on others goes on, and they may get a new one meanwhile.
+
+        Returns:
+            `bool`: whether it still is the current one. Else it is to be given again.
+        """
+        name, logprobs = self.versions.name, None
+        try:
+            if name is not None:
+                self.versions.load(server)
+                logprobs = self._probe(server) if self._is_probed else None
+        except (ValueError, ServerRefusedError):
+            if name == self.versions.name:
+                raise
+            return False  # its folder is gone
+        with self._lock:  # not before: a server that hangs would keep the others from a new version
+            if name != self.versions.name:
+                return False
+            if logprobs is not None:
+                self._compare(server, logprobs)
             self._out.discard(server)
+            return True
 
     def _probe(self, server: ServerConnection) -> torch.Tensor:
         model = self.versions.model or server.facts().model_name
@@ -169,6 +193,8 @@ class PolicyServers:
         return torch.randint(len(self._needs.tokenizer), (max(count, 2),), generator=generator).tolist()
 
     def _compare(self, server: ServerConnection, logprobs: torch.Tensor) -> None:
+        if self._reference_of != self.versions.name:
+            raise ServerLostError(f"{server.url} has a version that the other servers are still to be given.")
         if self.reference is None:  # of the first server that has the version
             self.reference = logprobs
         difference = float((logprobs - self.reference).abs().mean())

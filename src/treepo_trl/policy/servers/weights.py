@@ -121,7 +121,7 @@ class PolicyVersions(ABC):
 
         Raises:
             ValueError: if it cannot, saying what to do.
-            ServerLostError: if it cannot be reached.
+            ServerLostError: if it cannot be reached, or gives no answer in time.
         """
 
     def _forget(self, server: ServerConnection, name: str) -> None:
@@ -152,7 +152,7 @@ class AdapterVersions(PolicyVersions):
         try:
             server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, _LOAD_TIMEOUT)
         except ServerLostError as error:
-            if server.is_healthy():  # vLLM answers 500 for an adapter that it cannot load
+            if error.status is not None and server.is_healthy():  # vLLM answers 500 for what it cannot load
                 raise self._unreadable(server, path, str(error)) from error
             raise
         except ServerRefusedError as error:
@@ -193,7 +193,7 @@ class WeightVersions(PolicyVersions):
             )
             server.post("/update_weight_version", {"new_version": name})
         except ServerLostError as error:
-            if server.is_healthy():
+            if error.status is not None and server.is_healthy():
                 raise self._unreadable(server, path, f"{error} Restart it: its weights are gone.") from error
             raise
         finally:
