@@ -288,10 +288,13 @@ def _place_and_headers(url: str) -> tuple[str, dict[str, str]]:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError
+        if "@" in parts.path:  # then host and path are a user, and a password with a slash
+            raise ValueError
         _ = parts.port
     except ValueError:
         raise ValueError(
-            f"The server address {without_credentials(url)!r} is none: write it as `http://host:port`, or `https://...`."
+            f"The server address {without_credentials(url)!r} is none: write it as `http://host:port`, or "
+            "`https://...`. A `/` in a password is written `%2F`."
         ) from None
     place = parts.netloc.rpartition("@")[2]
     headers = {}
