@@ -84,7 +84,7 @@ def test_a_silent_server_is_lost_with_all_that_it_has(
 
 def test_a_healthy_server_is_waited_for_beyond_the_deadline(caplog: pytest.LogCaptureFixture) -> None:
     with fake_servers(1, path_determined()) as (server,):
-        server.script, server.questions_before = scripted(then="late"), 4  # each asks once, at its deadline
+        server.script = scripted(then="late")
         engine = engine_of([server], timeout=1.0)
         assert len(list(engine.complete(requests_of(4)))) == 4
         assert engine.num_lost == engine.num_resent == 0

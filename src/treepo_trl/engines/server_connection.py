@@ -92,6 +92,7 @@ class ServerConnection:
         self._loop = http_loop()
         self._session: aiohttp.ClientSession | None = None
         self._is_told_slow = False
+        self._question: asyncio.Future[Any] | None = None
 
     def __repr__(self) -> str:
         return f"ServerConnection({self.url!r})"
@@ -145,15 +146,21 @@ class ServerConnection:
     async def ask_patiently(
         self, method: str, path: str, json: Mapping[str, object], headers: Mapping[str, str], seconds: float
     ) -> Any:
-        """As `ask`, but a server that is healthy after `seconds` is waited for, `MOST_DEADLINES` times as long."""
+        """
+        As `ask`, but a server that is healthy after `seconds` is waited for, `MOST_DEADLINES` times as long.
+
+        All requests whose deadlines come together ask for its health once: each connection is an open file.
+        """
         asking = asyncio.ensure_future(self.ask(method, path, json, headers, MOST_DEADLINES * seconds))
         try:
             for _ in range(MOST_DEADLINES - 1):
                 if (await asyncio.wait({asking}, timeout=seconds))[0]:
                     break
                 try:
-                    await self.ask("GET", "/health", timeout=_QUESTION_SECONDS)
+                    await self._ask_health()
                 except (ServerLostError, ServerRefusedError) as error:
+                    if asking.done():  # meanwhile
+                        break
                     raise ServerLostError(
                         f"{self.url} has not answered {method} {path} for {seconds:g} s. Nor is it healthy: {error}"
                     ) from None
@@ -162,6 +169,11 @@ class ServerConnection:
         finally:
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
+
+    async def _ask_health(self) -> None:
+        if self._question is None or self._question.done():
+            self._question = asyncio.ensure_future(self.ask("GET", "/health", timeout=_QUESTION_SECONDS))
+        await asyncio.shield(self._question)  # a request that is cancelled leaves it to the others
 
     def _tell_slow(self, seconds: float) -> None:
         if not self._is_told_slow:
