@@ -148,6 +148,23 @@ def test_a_server_that_was_started_wrongly_is_kept_out(
     assert wrong.served == {"treepo-run-2"}
 
 
+def test_a_server_that_was_admitted_wrongly_for_another_engine_is_kept_out(stack: ExitStack, tmp_path: Path) -> None:
+    """It has loaded the version by then, and has nothing open that its restart would have closed."""
+    servers, fakes = opened(stack, tmp_path, 2)
+    give(servers, 0)
+    engine = engine_over(stack, servers)
+    fakes[1].forget()
+    fakes[1].offset = 0.2
+    with pytest.raises(ValueError, match="computes another model"):
+        servers.admit(servers.servers[1])
+    sample(engine, servers)
+    assert [fake.served for fake in fakes] == [{"treepo-run-0"}, set()]
+    fakes[1].offset = 0.0
+    until(lambda: len(engine.living_servers()) == 2)
+    sample(engine, servers)
+    assert fakes[1].served == {"treepo-run-0"}
+
+
 def test_without_another_server_the_reasons_are_told(stack: ExitStack, tmp_path: Path) -> None:
     servers, fakes = opened(stack, tmp_path, 2)
     give(servers, 0)

@@ -130,11 +130,13 @@ class PolicyServers:
 
     def check_idle(self, server: ServerConnection) -> None:
         """
-        Raise if a server was started anew since it was given the current version.
+        Raise if a server was started anew since it was given the current version, or is still to be admitted.
 
         Raises:
-            ServerLostError: if it was, or cannot be reached.
+            ServerLostError: if so, or if it cannot be reached.
         """
+        if server in self._out:  # of another engine; it may have the version, and compute something else
+            raise ServerLostError(f"{server.url} was lost, and was not checked since.")
         name = self.versions.name
         if name is not None:
             self.versions.check_has(server, [name])
