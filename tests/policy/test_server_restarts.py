@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 
 from tests.support.fake_vllm import until
-from tests.support.policy_fake import PolicyFake, give, opened, write_version
-from treepo_trl.engines import SegmentRequest, server_pool
+from tests.support.policy_fake import PolicyFake, engine_over, give, opened, sample, write_version
+from treepo_trl.engines import server_pool
 from treepo_trl.engines.server_connection import ServerLostError
 from treepo_trl.engines.vllm_server import VLLMServerEngine
 from treepo_trl.policy.servers import weights
-from treepo_trl.policy.servers.policy_servers import PolicyServers
 from treepo_trl.policy.servers.weights import AdapterVersions, WeightVersions
 
 
@@ -28,28 +27,6 @@ def _asked_often(monkeypatch: pytest.MonkeyPatch) -> None:
 def stack() -> Iterator[ExitStack]:
     with ExitStack() as stack:
         yield stack
-
-
-def engine_over(stack: ExitStack, servers: PolicyServers, timeout: float = 60.0) -> VLLMServerEngine:
-    engine = VLLMServerEngine(
-        servers.servers,
-        [0],
-        model=servers.versions.model,
-        timeout=timeout,
-        on_connect=servers.admit,
-        check_idle=servers.check_idle,
-    )
-    servers.on_lost = engine.lose
-    stack.callback(engine.close)
-    return engine
-
-
-def sample(engine: VLLMServerEngine, servers: PolicyServers) -> None:
-    """A batch of the current version, on all servers that are there."""
-    if servers.versions.model is not None:
-        engine.model = servers.versions.model
-    assert len(list(engine.complete([SegmentRequest(i, [5, 6], 3, tree=i) for i in range(6)]))) == 6
-    engine.abort()
 
 
 def error_of(engine: VLLMServerEngine, position: int) -> str:
@@ -256,7 +233,7 @@ def test_a_version_that_a_returning_server_got_first_is_no_restart(
     fakes[0].die()
     fakes[0].restart()
     servers.versions.write(5000, write_version)  # far in nats from the one before
-    with pytest.raises(ServerLostError, match="still to be given") if is_probed else nullcontext():
+    with pytest.raises(ServerLostError, match="nothing to compare it with yet") if is_probed else nullcontext():
         servers.admit(servers.servers[0])  # between the writing and the giving
     servers.distribute()
     assert lost == []

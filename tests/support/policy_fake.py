@@ -8,10 +8,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from aiohttp import web
 
 from tests.support.fake_vllm import FakeVLLM
 from tests.support.models import make_tokenizer
+from treepo_trl.engines import SegmentRequest
+from treepo_trl.engines.vllm_server import VLLMServerEngine
 from treepo_trl.policy.servers.checks import ServerNeeds
 from treepo_trl.policy.servers.policy_servers import PolicyServers
 from treepo_trl.policy.servers.weights import AdapterVersions
@@ -73,7 +76,7 @@ class PolicyFake(FakeVLLM):
         if body["sampling_params"].get("prompt_logprobs") is None:
             self.served.add(version)
             return super()._proper(body)
-        value = sum(map(ord, version)) / 100 + self.offset  # of this version alone
+        value = computed(version) + self.offset
         ids = body["token_ids"]
         return {"prompt_logprobs": [None, *({str(token): {"logprob": value}} for token in ids[1:])]}
 
@@ -131,7 +134,8 @@ def write_version(folder: str) -> str:
 
 def opened(stack: ExitStack, folder: Path, count: int = 1, **options: Any) -> tuple[PolicyServers, list[PolicyFake]]:
     """Fakes that end with the stack, and the servers of a training over them."""
-    fakes = [stack.enter_context(PolicyFake()) for _ in range(count)]
+    changes = options.pop("changes", LORA)
+    fakes = [stack.enter_context(PolicyFake(changes)) for _ in range(count)]
     versions = options.pop("versions", AdapterVersions)(str(folder), "run")
     is_probed = options.pop("is_probed", True)
     servers = PolicyServers([fake.url for fake in fakes], NEEDS, versions, 1.0, is_probed)
@@ -139,6 +143,37 @@ def opened(stack: ExitStack, folder: Path, count: int = 1, **options: Any) -> tu
     return servers, fakes
 
 
+def computed(version: str) -> float:
+    """What a right server, and the policy, compute for each token of the probe: another number for each version."""
+    return sum(map(ord, version)) / 100
+
+
 def give(servers: PolicyServers, step: int) -> None:
+    """As a synchronization does."""
     servers.versions.write(step, write_version)
     servers.distribute()
+    if servers.needs_reference:
+        count = len(servers.probe_ids()) - 1
+        servers.take_reference(torch.full((count,), computed(str(servers.versions.name)), dtype=torch.float64))
+
+
+def engine_over(stack: ExitStack, servers: PolicyServers, timeout: float = 60.0) -> VLLMServerEngine:
+    engine = VLLMServerEngine(
+        servers.servers,
+        [0],
+        model=servers.versions.model,
+        timeout=timeout,
+        on_connect=servers.admit,
+        check_idle=servers.check_idle,
+    )
+    servers.on_lost = engine.lose
+    stack.callback(engine.close)
+    return engine
+
+
+def sample(engine: VLLMServerEngine, servers: PolicyServers) -> None:
+    """A batch of the current version, on all servers that are there."""
+    if servers.versions.model is not None:
+        engine.model = servers.versions.model
+    assert len(list(engine.complete([SegmentRequest(i, [5, 6], 3, tree=i) for i in range(6)]))) == 6
+    engine.abort()

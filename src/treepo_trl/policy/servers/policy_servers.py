@@ -43,8 +43,8 @@ class PolicyServers:
 
     Attributes:
         reference (`torch.Tensor`, *optional*):
-            What the servers compute for the tokens of `probe_ids` with the current version, in nats; `None` if nobody
-            has asked.
+            What the servers, or else the policy, compute for the tokens of `probe_ids` with the current version, in
+            nats; `None` if nobody has asked.
         on_lost (`Callable`):
             Told of a server that is found lost, or wrong.
     """
@@ -60,6 +60,7 @@ class PolicyServers:
         self._admissions = {server: threading.Lock() for server in self.servers}  # two engines may have lost one
         self._out: set[ServerConnection] = set()  # lost, or wrong, until they are admitted
         self._number_type: str | None = None
+        self._is_quantized = False
         self.reference: torch.Tensor | None = None
         self._reference_of: str | None = None  # version
 
@@ -85,7 +86,7 @@ class PolicyServers:
                 f"{', '.join(f'{server.url} in {each}' for server, each in types.items())}. Start them all with "
                 "the same `--dtype` and `--quantization`."
             )
-        self._number_type = number_type(facts)
+        self._number_type, self._is_quantized = number_type(facts), facts.quantization is not None
         return facts
 
     def distribute(self) -> None:
@@ -113,6 +114,20 @@ class PolicyServers:
                 self.reference, self._reference_of = next(iter(computed.values()), None), self.versions.name
                 for server, logprobs in computed.items():
                     self._compare(server, logprobs)
+
+    @property
+    def needs_reference(self) -> bool:
+        """
+        Whether no server has the current version, and so the policy must say what one that comes back is to compute.
+
+        A quantized one computes something else by design: the first is compared with nothing, and the next with it.
+        """
+        return self._is_probed and not self._is_quantized and self.reference is None
+
+    def take_reference(self, logprobs: torch.Tensor) -> None:
+        """Compare the servers that come back with the policy; no server is admitted before."""
+        with self._lock:
+            self.reference, self._reference_of = logprobs, self.versions.name
 
     def _give(self, server: ServerConnection) -> Exception | None:
         """Load the current version; what a server has against one that is not the first."""
@@ -147,7 +162,7 @@ class PolicyServers:
 
         Raises:
             ValueError: if it is not what it was.
-            ServerLostError: if it is lost again, or if the others do not have the current version yet.
+            ServerLostError: if it is lost again, or if nobody has computed anything with the current version yet.
         """
         self._out.add(server)
         facts = check_server(server, self._needs)
@@ -195,16 +210,16 @@ class PolicyServers:
         return torch.randint(len(self._needs.tokenizer), (max(count, 2),), generator=generator).tolist()
 
     def _compare(self, server: ServerConnection, logprobs: torch.Tensor) -> None:
-        if self._reference_of != self.versions.name:
-            raise ServerLostError(f"{server.url} has a version that the other servers are still to be given.")
-        if self.reference is None:  # of the first server that has the version
+        if self._reference_of != self.versions.name or self.needs_reference:
+            raise ServerLostError(f"{server.url} is admitted later: there is nothing to compare it with yet.")
+        if self.reference is None:
             self.reference = logprobs
         difference = float((logprobs - self.reference).abs().mean())
         if not difference <= _OTHER_MODEL:
             raise ValueError(
-                f"The vLLM server at {server.url} computes another model than the others, or than before it was "
-                f"started anew: {difference:.3f} nats per token apart. Compare model, revision and number type of "
-                "the servers."
+                f"The vLLM server at {server.url} computes another model than the others or the policy, or than "
+                f"before it was started anew: {difference:.3f} nats per token apart. Compare model, revision "
+                "and number type of the servers."
             )
 
     def _of_each(

@@ -70,6 +70,7 @@ class ServerPolicy(PolicyEngine):
         self.samples_here = trainer.accelerator.is_main_process
         self._generation = cast(ServerGeneration, trainer.vllm_generation)
         self._generation.state = trainer.state
+        self._generation.on_given = self._refer_to_policy
         self.engine = self._generation.engine = self._engine(trainer.eos_token_ids)
         policy, facts = trainer.accelerator.unwrap_model(trainer.model), self._generation.facts
         self._watch = EngineWatch(
@@ -110,9 +111,8 @@ class ServerPolicy(PolicyEngine):
             trainer._last_loaded_step = trainer.state.global_step
         if in_batch and not self._is_probed and self._watch.is_on:
             with profiling_context(trainer, "probe_servers"):
-                self._compare_policy()
+                self._is_probed = self._compare_policy()
                 self._probe(prompts)
-            self._is_probed = True
         with profiling_context(trainer, "vLLM.generate"):
             yield
 
@@ -129,24 +129,45 @@ class ServerPolicy(PolicyEngine):
         difference = logprob_difference(output, self._trainer.accelerator)
         return self._watch.batch(difference, is_older=self.args.rollout_ahead > 0)
 
-    def _compare_policy(self) -> None:
+    def _policy_logprobs(self, token_ids: list[int]) -> torch.Tensor:
+        model = cast(torch.nn.Module, self._trainer.model_wrapped)
+        return policy_logprobs(model, token_ids, self._trainer.accelerator.device)
+
+    def _refer_to_policy(self) -> None:
+        """If no server has taken the policy, those that come back are compared with its own numbers."""
+        servers = self._generation.servers
+
+        def wanted() -> list[int] | None:
+            return servers.probe_ids() if servers is not None and servers.needs_reference else None
+
+        probe = from_main_process(self._trainer.accelerator, wanted)
+        if probe is not None:
+            logprobs = self._policy_logprobs(probe)
+            if servers is not None:
+                servers.take_reference(logprobs)
+
+    def _compare_policy(self) -> bool:
         """
         Raise if the servers compute another model than the policy: another base, or an old version.
+
+        Returns:
+            `bool`: whether there was something to compare.
 
         Raises:
             ValueError: whatever `engine_check` says, unless it is `"off"`.
         """
         servers, accelerator = self._generation.servers, self._trainer.accelerator
         probe = from_main_process(accelerator, lambda: cast(PolicyServers, servers).probe_ids())
-        policy = policy_logprobs(cast(torch.nn.Module, self._trainer.model_wrapped), probe, accelerator.device)
+        policy = self._policy_logprobs(probe)
 
-        def check() -> None:
+        def check() -> bool:
             theirs = cast(PolicyServers, servers).reference
             if theirs is not None:
                 difference = float((policy - theirs).abs().mean())
                 check_policy(difference, self._generation.facts.quantization is not None)
+            return theirs is not None
 
-        from_main_process(accelerator, check)
+        return from_main_process(accelerator, check)
 
     def _probe(self, prompts: list[list[int]]) -> None:
         """Compare policy and servers with an adapter that is not zero, where each process holds all of it."""
