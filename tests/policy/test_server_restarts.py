@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.fake_vllm import until
+from tests.support.fake_vllm import scripted, until
 from tests.support.policy_fake import PolicyFake, engine_over, give, opened, sample, write_version
 from treepo_trl.engines import server_pool
 from treepo_trl.engines.server_connection import ServerLostError
@@ -219,6 +219,23 @@ def test_a_load_without_an_answer_is_a_lost_server(
     assert told.startswith(f"{fake.url}: {fake.url} has not answered POST {path} for 0.1 s")
     with pytest.raises(ServerLostError, match="has not answered POST"):
         servers.admit(servers.servers[0])
+
+
+@pytest.mark.parametrize("is_probed", [True, False])
+@pytest.mark.parametrize("is_given", [True, False])
+def test_a_server_that_generates_nothing_is_not_admitted(
+    stack: ExitStack, tmp_path: Path, is_probed: bool, is_given: bool
+) -> None:
+    """It answers everything that needs no engine, and would get a batch again and again."""
+    servers, (fake,) = opened(stack, tmp_path, is_probed=is_probed)
+    if is_given:
+        give(servers, 0)
+    fake.script = scripted(then="silence")
+    with pytest.raises(ServerLostError, match="has not answered POST /inference/v1/generate for 1 s"):
+        servers.admit(servers.servers[0])
+    fake.script = None
+    servers.admit(servers.servers[0])
+    servers.check_idle(servers.servers[0])
 
 
 @pytest.mark.parametrize("is_probed", [True, False])

@@ -158,7 +158,7 @@ class PolicyServers:
 
     def admit(self, server: ServerConnection) -> None:
         """
-        Check a server that was lost and answers again, and give it the current version.
+        Check a server that was lost and answers again, give it the current version, and let it generate a token.
 
         Raises:
             ValueError: if it is not what it was.
@@ -182,11 +182,11 @@ class PolicyServers:
         Returns:
             `bool`: whether it still is the current one. Else it is to be given again.
         """
-        name, logprobs = self.versions.name, None
+        name = self.versions.name
         try:
             if name is not None:
                 self.versions.load(server)
-                logprobs = self._probe(server) if self._is_probed else None
+            logprobs = self._probe(server)  # in any case: an engine that hangs is not there
         except (ValueError, ServerRefusedError):
             if name == self.versions.name:
                 raise
@@ -194,7 +194,7 @@ class PolicyServers:
         with self._lock:  # not before: a server that hangs would keep the others from a new version
             if name != self.versions.name:
                 return False
-            if logprobs is not None:
+            if name is not None and self._is_probed:
                 self._compare(server, logprobs)
             self._out.discard(server)
             return True
