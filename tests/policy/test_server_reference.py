@@ -1,7 +1,8 @@
-"""What servers are compared with where none of them has taken a version: the policy's own numbers."""
+"""Batches before which servers were lost: what those that come back are compared with, and who is probed."""
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,9 +80,9 @@ def server_policy(stack: ExitStack, servers: PolicyServers, fake: PolicyFake, fo
     return policy
 
 
-def go_to(policy: Any, step: int) -> None:
+def go_to(policy: Any, step: int, in_batch: bool = True) -> None:
     policy._trainer.state.global_step = step
-    with policy.ready("7/0", [[1]], in_batch=True):
+    with policy.ready("7/0", [[1]], in_batch=in_batch):
         pass
     policy._trainer._last_loaded_step = step
 
@@ -136,3 +137,26 @@ def test_a_quantized_server_is_compared_with_servers_alone(stack: ExitStack, tmp
     torch.testing.assert_close(
         servers.reference, torch.full((62,), computed("treepo-run-2"), dtype=torch.float64), atol=1e-5, rtol=0
     )
+
+
+def test_a_probe_leaves_out_a_server_that_is_gone(stack: ExitStack, tmp_path: Path) -> None:
+    servers, fakes = opened(stack, tmp_path, 2)
+    policy = server_policy(stack, servers, fakes[0], tmp_path)
+    go_to(policy, 0, in_batch=False)
+    fakes[0].die()  # which nobody knows yet
+    assert [result.request_id for result in policy._plain_segments([[5, 6], [7, 8]])] == [0, 1]
+    assert len(fakes[1].bodies) == 3  # one was the comparison of the servers
+    assert policy.engine.living_servers() == servers.servers[1:]
+
+
+def test_a_probe_waits_for_a_server(stack: ExitStack, tmp_path: Path) -> None:
+    servers, (fake,) = opened(stack, tmp_path)
+    policy = server_policy(stack, servers, fake, tmp_path)
+    go_to(policy, 0, in_batch=False)
+    fake.die()
+    with ThreadPoolExecutor(1) as thread:
+        results = thread.submit(policy._plain_segments, [[5, 6]])
+        until(lambda: not policy.engine.living_servers() or results.done())
+        fake.restart()
+        assert len(results.result()) == 1
+    assert fake.served == {"treepo-run-0"}

@@ -108,8 +108,7 @@ class ServerPool(Generic[T]):
             RuntimeError: if there is no server for too long.
         """
         while True:
-            while not self.living():
-                await self._wait_for_a_server()
+            await self.wait()
             home = self._homes.get(tree)
             if home is None:
                 places = [place for server in self.living() for place in server.places]
@@ -173,10 +172,17 @@ class ServerPool(Generic[T]):
         server.open.clear()
         return orphans
 
-    async def _wait_for_a_server(self) -> None:
-        left = self._none_since + self._timeout - asyncio.get_running_loop().time()
+    async def wait(self) -> None:
+        """
+        Wait until there is a server.
+
+        Raises:
+            RuntimeError: if there is none for too long.
+        """
         try:
-            await asyncio.wait_for(self._returned.wait(), left)
+            while not self.living():
+                left = self._none_since + self._timeout - asyncio.get_running_loop().time()
+                await asyncio.wait_for(self._returned.wait(), left)
         except TimeoutError:
             reasons = "".join(f"\n- {server.connection.url}: {server.error}" for server in self.servers)
             raise RuntimeError(

@@ -13,19 +13,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from .base import SamplingOptions, SegmentEngine, SegmentEngineError, SegmentRequest, SegmentResult
 from .server_connection import GENERATE, ServerConnection, ServerLostError, ServerRefusedError, http_loop
 from .server_facts import ServerFacts
 from .server_pool import ServerPool
-from .vllm_sampling import NUM_TOP_LOGPROBS, entropies_of, sampling_fields
+from .vllm_sampling import NUM_TOP_LOGPROBS, entropies_of_answer, sampling_fields
 
 
 _MOST_FAILURES = 5  # of one request, each of which has cost a server
 _OTHER_FILES = 1024  # what a process may open by default, and what the training has
 _WAKE_SECONDS = 0.02
-_NO_PROBABILITY = -9999.0  # vLLM's JSON for minus infinity
 
 
 @dataclass(eq=False)
@@ -133,6 +130,16 @@ class VLLMServerEngine(SegmentEngine):
     def living_servers(self) -> list[ServerConnection]:
         """Servers that get requests now."""
         return [server.connection for server in self._pool.living()]
+
+    def wait_for_servers(self) -> list[ServerConnection]:
+        """
+        As `living_servers`, once there is one.
+
+        Raises:
+            RuntimeError: if there is none for `timeout` seconds.
+        """
+        asyncio.run_coroutine_threadsafe(self._pool.wait(), self._loop).result()
+        return self.living_servers()
 
     def num_slots(self, length: int) -> int | None:
         """Requests that the servers of now run at once, whatever their length."""
@@ -319,24 +326,6 @@ class VLLMServerEngine(SegmentEngine):
             )
         if self.on_connect is not None:
             self.on_connect(connection)
-
-
-def entropies_of_answer(content: list[dict[str, Any]]) -> list[float]:
-    """
-    Entropy of each token's distribution from the `top_logprobs` of an answer, the drawn token in front of the others.
-
-    A drawn token that is not among the likeliest has taken the place of one that is: then it is the smallest, and
-    counts with the rest.
-    """
-    tops = [[top["logprob"] for top in entry["top_logprobs"][:NUM_TOP_LOGPROBS]] for entry in content]
-    values = np.array(tops, dtype=np.float64)
-    values[values <= _NO_PROBABILITY] = -np.inf
-    entropies = np.empty(len(values))
-    drawn_is_smallest = values[:, 0] <= values.min(axis=1)
-    for which, width in ((drawn_is_smallest, values.shape[1] - 1), (~drawn_is_smallest, values.shape[1])):
-        descending = -np.sort(-values[which], axis=1)
-        entropies[which] = entropies_of(descending[:, :width])
-    return entropies.tolist()
 
 
 def _check_together(servers: list[ServerConnection], facts: list[ServerFacts], with_entropies: bool) -> None:

@@ -1,7 +1,7 @@
 """The policy on vLLM servers: it is sent there before a batch, and the main process samples for all."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -11,6 +11,7 @@ from trl.extras.profiling import profiling_context
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
+from treepo_trl.engines.server_connection import ServerConnection, ServerLostError
 from treepo_trl.policy.adapter_probe import PROBE_TOKENS, probe_adapter, probe_prompts
 from treepo_trl.policy.engine import PolicyEngine, Sampled
 from treepo_trl.policy.engine_check import EngineWatch, computing_dtype, dropout_of, logprob_difference
@@ -25,6 +26,8 @@ from .policy_servers import PolicyServers, check_policy
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from treepo_trl.engines.vllm_server import VLLMServerEngine
 
 
 class _NoEngine(SegmentEngine):
@@ -187,19 +190,37 @@ class ServerPolicy(PolicyEngine):
         )
         self._watch.probed(found)
 
-    def _plain_segments(self, rows: list[list[int]]) -> list[SegmentResult]:
-        """Segments at temperature 1 from all tokens, by an engine of its own: the trainer's draws as settings say."""
+    def _plain_engine(self) -> "VLLMServerEngine":
+        """An engine that draws at temperature 1 from all tokens, over the servers that are there."""
         from treepo_trl.engines.vllm_server import VLLMServerEngine
 
-        servers = cast(PolicyServers, self._generation.servers)
-        engine = VLLMServerEngine(
-            cast(VLLMServerEngine, self.engine).living_servers() or servers.servers,
-            [],
-            model=servers.versions.model,
-            timeout=self.args.vllm_server_timeout,
-            on_connect=servers.admit,
-            check_idle=servers.check_idle,
-        )
+        servers, engine = cast(PolicyServers, self._generation.servers), cast(VLLMServerEngine, self.engine)
+
+        def is_there(server: ServerConnection) -> bool:
+            try:
+                servers.check_idle(server)
+                server.facts()
+            except ServerLostError as error:
+                engine.lose(server, error)
+                return False
+            return True
+
+        while True:
+            there = [server for server in engine.wait_for_servers() if is_there(server)]
+            with suppress(ServerLostError):  # since then
+                if there:
+                    return VLLMServerEngine(
+                        there,
+                        [],
+                        model=servers.versions.model,
+                        timeout=self.args.vllm_server_timeout,
+                        on_connect=servers.admit,
+                        check_idle=servers.check_idle,
+                    )
+
+    def _plain_segments(self, rows: list[list[int]]) -> list[SegmentResult]:
+        """Segments by an engine of its own: the trainer's draws as settings say."""
+        engine = self._plain_engine()
         try:
             return complete(engine, rows, lambda _: PROBE_TOKENS)
         finally:
