@@ -335,6 +335,29 @@ def test_a_server_with_something_open_is_not_asked() -> None:
         assert policy.asked == [server.url] * 2
 
 
+def test_a_server_that_came_back_behind_open_connections_is_found_out_at_a_deadline(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As after a loss of power: nobody has closed the connections, and another process answers at the address."""
+    with fake_servers(1, path_determined()) as (server,):
+        policy = Policy([server])
+        answer = server.script
+        server.script = scripted(then="silence")
+        engine = engine_of([server], on_connect=policy.give, check_idle=policy.check, timeout=1.0)
+        engine.submit(requests_of(4))
+        until(lambda: server.num_running == 4)
+        policy.having.clear()
+        server.script = answer
+        results: list[SegmentResult] = []
+        while len(results) < 4:
+            results += engine.collect()
+        assert (engine.num_lost, engine.num_resent) == (1, 4)
+        assert policy.asked == [server.url] * 3  # for all four together: before they were sent, and sent again
+        assert "has forgotten" in caplog.text
+        assert policy.answered_without == []
+        engine.close()
+
+
 def test_what_a_check_of_an_idle_server_raises_reaches_the_caller() -> None:
     def check(connection: ServerConnection) -> None:
         raise OSError("no folder")

@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -144,12 +144,19 @@ class ServerConnection:
         return self._read(method, path, status, body)
 
     async def ask_patiently(
-        self, method: str, path: str, json: Mapping[str, object], headers: Mapping[str, str], seconds: float
+        self,
+        method: str,
+        path: str,
+        json: Mapping[str, object],
+        headers: Mapping[str, str],
+        seconds: float,
+        check: Callable[[], Awaitable[None]] | None = None,
     ) -> Any:
         """
         As `ask`, but a server that is healthy after `seconds` is waited for, `MOST_DEADLINES` times as long.
 
-        All requests whose deadlines come together ask for its health once: each connection is an open file.
+        All requests whose deadlines come together ask for its health once: each connection is an open file. `check`
+        is called then too, which may cancel this: a connection stays open when a machine loses its power.
         """
         asking = asyncio.ensure_future(self.ask(method, path, json, headers, MOST_DEADLINES * seconds))
         try:
@@ -164,6 +171,8 @@ class ServerConnection:
                     raise ServerLostError(
                         f"{self.url} has not answered {method} {path} for {seconds:g} s. Nor is it healthy: {error}"
                     ) from None
+                if check is not None:
+                    await check()
                 self._tell_slow(seconds)
             return await asking
         finally:

@@ -11,6 +11,7 @@ import queue
 import resource
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from .base import SamplingOptions, SegmentEngine, SegmentEngineError, SegmentRequest, SegmentResult
@@ -70,8 +71,8 @@ class VLLMServerEngine(SegmentEngine):
             Called, in a thread, with a server that was lost and answers again, before it gets a request. What it
             raises keeps the server out; it is called again later.
         check_idle (`Callable[[ServerConnection], None]`, *optional*):
-            Called, in a thread, with a server that has nothing to do, before it gets a request. Raises
-            `ServerLostError` if it was started anew, which nothing else shows.
+            Called, in a thread, with a server that has nothing to do, before it gets a request, and with one that
+            is silent. Raises `ServerLostError` if it was started anew, which nothing else shows.
 
     Attributes:
         model (`str`):
@@ -117,7 +118,7 @@ class VLLMServerEngine(SegmentEngine):
         _check_json(self._fields)
         self._loop = http_loop()
         pooled = list(zip(servers, facts, strict=True))
-        self._pool = ServerPool[_Open](pooled, timeout, self._check_returned, check_idle)
+        self._pool = ServerPool[_Open](pooled, timeout, self._check_returned, self._send_again, check_idle)
         self._tasks: dict[_Open, asyncio.Task[None]] = {}  # touched in the event loop only
         self._num_in_flight = 0
         self._done: queue.SimpleQueue[_Answer | Exception] = queue.SimpleQueue()
@@ -211,7 +212,7 @@ class VLLMServerEngine(SegmentEngine):
         async def lose() -> None:
             for server in self._pool.servers:
                 if server.connection is connection:
-                    self._send_again(set(self._pool.lose(server, error)))
+                    self._send_again(self._pool.lose(server, error))
 
         asyncio.run_coroutine_threadsafe(lose(), self._loop).result()
 
@@ -239,9 +240,10 @@ class VLLMServerEngine(SegmentEngine):
             place = await self._pool.place(each.request.tree)
             server = place.server
             server.open.add(each)
-            connection = server.connection
-            answer = await connection.ask_patiently("POST", GENERATE, each.body, place.headers, self.timeout)
-            outcome = self._read(each.request, answer, connection.url)
+            answer = await server.connection.ask_patiently(
+                "POST", GENERATE, each.body, place.headers, self.timeout, partial(self._pool.ask, server)
+            )
+            outcome = self._read(each.request, answer, server.connection.url)
         except ServerRefusedError as error:
             is_new = error.status == 404 and self.on_connect is not None  # started anew, without its adapter
             outcome = ServerLostError(str(error)) if is_new else self._error(each, str(error))
@@ -252,7 +254,7 @@ class VLLMServerEngine(SegmentEngine):
         if server is not None:
             server.open.discard(each)
         if server is not None and isinstance(outcome, ServerLostError):
-            orphans = set(self._pool.lose(server, outcome))
+            orphans = self._pool.lose(server, outcome)
             each.num_failures += 1
             if each.num_failures < _MOST_FAILURES:
                 self._send_again(orphans | {each})
@@ -275,11 +277,11 @@ class VLLMServerEngine(SegmentEngine):
     async def _cancel_all(self) -> None:
         tasks = list(self._tasks.values())
         self._tasks.clear()
+        for server in self._pool.servers:  # now: one that is lost meanwhile must send nothing again
+            server.open.clear()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for server in self._pool.servers:
-            server.open.clear()
         self._pool.clear()
 
     def _error(self, each: _Open, reason: str) -> SegmentEngineError:
