@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from tests.support.fake_vllm import scripted, until
 from tests.support.policy_fake import PolicyFake, engine_over, give, opened, sample, write_version
@@ -171,6 +172,30 @@ def test_a_version_that_one_server_cannot_load(stack: ExitStack, tmp_path: Path)
     fakes[0].can_load = fakes[1].can_load = False
     with pytest.raises(ValueError, match="rank 64 is too large"):
         give(servers, 2)
+
+
+def test_a_version_that_none_of_the_servers_that_are_left_can_load_is_an_error(
+    stack: ExitStack, tmp_path: Path
+) -> None:
+    servers, fakes = opened(stack, tmp_path, 2)
+    give(servers, 0)
+    fakes[0].die()
+    give(servers, 1)
+    fakes[1].can_load = False
+    with pytest.raises(ValueError, match="rank 64 is too large"):
+        give(servers, 2)
+
+
+def test_a_server_that_is_started_anew_between_loading_and_probing_is_lost(stack: ExitStack, tmp_path: Path) -> None:
+    servers, fakes = opened(stack, tmp_path, 2)
+    give(servers, 0)
+    lost: list[str] = []
+    servers.on_lost = lambda server, error: lost.append(f"{server.url}: {error}")
+    fakes[0]._load = lambda name, folder: web.Response(text="")  # and has forgotten it
+    give(servers, 1)
+    (told,) = lost
+    assert told.startswith(f"{fakes[0].url}: The answer of {fakes[0].url} to POST")
+    assert "status 404" in told
 
 
 LOADS: list[tuple[Any, str]] = [(AdapterVersions, "/v1/load_lora_adapter"), (WeightVersions, "/collective_rpc")]

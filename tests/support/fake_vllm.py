@@ -261,9 +261,9 @@ def at_random(rng: random.Random, *acts: Act) -> Script:
     return lambda body: rng.choice(acts)
 
 
-def until(condition: Callable[[], object]) -> None:
-    """Wait for another thread, five seconds at most."""
-    end = time.monotonic() + 5
+def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Wait for another thread, not for ever."""
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.01)

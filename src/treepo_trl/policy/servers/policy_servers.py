@@ -96,21 +96,21 @@ class PolicyServers:
         The others were lost or started anew. They get it once they have passed all checks (`admit`).
 
         Raises:
-            ValueError: if a server cannot load the first version, or none a later one; or if a server computes
-                something else with it than the first.
+            ValueError: if a server cannot load the first version, or none of those that have the one before a later
+                one; or if a server computes something else with it than the first.
         """
         with self._lock:
             asked = [server for server in self.servers if server not in self._out]
             found = self._of_each(self._give, asked)
             refused = {server: error for server, error in found.items() if error is not None}
-            if len(refused) == len(self.servers):
+            if asked and len(refused) == len(asked):
                 raise next(iter(refused.values()))
             for server, error in refused.items():
                 self._lose(server, error)
             loaded = [server for server, error in found.items() if error is None]
             self.versions.remove_old(loaded)
             if self._is_probed:
-                computed = self._of_each(self._probe, loaded)
+                computed = self._of_each(self._probe_loaded, loaded)
                 self.reference, self._reference_of = next(iter(computed.values()), None), self.versions.name
                 for server, logprobs in computed.items():
                     self._compare(server, logprobs)
@@ -202,6 +202,14 @@ class PolicyServers:
     def _probe(self, server: ServerConnection) -> torch.Tensor:
         model = self.versions.model or server.facts().model_name
         return probe_logprobs(server, model, self.probe_ids())
+
+    def _probe_loaded(self, server: ServerConnection) -> torch.Tensor:
+        try:
+            return self._probe(server)
+        except ServerRefusedError as error:
+            if error.status != 404:
+                raise
+            raise ServerLostError(str(error), 404) from error  # it was started anew since it has loaded the version
 
     def probe_ids(self) -> list[int]:
         """The tokens of a probe, the same at all times."""

@@ -22,7 +22,7 @@ from treepo_trl.engines.server_connection import ServerConnection, ServerLostErr
 
 
 _LOAD_TIMEOUT = 600.0  # seconds to read a model from a shared disk
-_QUESTION_TIMEOUT = 30.0  # seconds for what a server knows without its engine
+_QUESTION_TIMEOUT = 30.0  # seconds until an engine tells the version of its weights, between two of its steps
 _BYTES_PER_FILE = 2**31  # of a model's weights: what the processor's memory holds of them at a time
 
 
