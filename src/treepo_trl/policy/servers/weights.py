@@ -148,7 +148,8 @@ class AdapterVersions(PolicyVersions):
         return {model.id for model in server.models()}
 
     def load(self, server: ServerConnection) -> None:
-        name, path = self.name, self.path  # a new version may be written meanwhile
+        name = self.names[-1]  # a new version may be written meanwhile
+        path = os.path.join(self._folder, name)
         try:
             server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, _LOAD_TIMEOUT)
         except ServerLostError as error:
@@ -180,7 +181,8 @@ class WeightVersions(PolicyVersions):
         return {server.get("/weight_info", _QUESTION_TIMEOUT)["weight_version"]}
 
     def load(self, server: ServerConnection) -> None:
-        name, path = self.name, self.path  # a new version may be written meanwhile
+        name = self.names[-1]  # a new version may be written meanwhile
+        path = os.path.join(self._folder, name)
         if name in self._loaded(server):
             return
         server.post("/pause?mode=wait")  # which also empties the prefix cache
