@@ -115,6 +115,41 @@ def test_a_cache_that_was_not_emptied_is_an_error(server: FakeVLLM) -> None:
         connection.reset_prefix_cache()
 
 
+class Patient(ServerConnection):
+    """Answers once `/health` was asked; that is done later, and fails if `is_healthy_then` is false."""
+
+    def __init__(self, is_healthy_then: bool) -> None:
+        super().__init__("http://nowhere:1")
+        self.is_healthy_then = is_healthy_then
+        self.num_questions = 0
+        self.asked, self.answered = asyncio.Event(), asyncio.Event()
+
+    async def ask(self, method: str, path: str, *args: object, **options: object) -> object:
+        if path != "/health":
+            await self.asked.wait()
+            self.answered.set()
+            return "here it is"
+        self.num_questions += 1
+        for _ in range(1000):  # until all have come to ask
+            await asyncio.sleep(0)
+        self.asked.set()
+        await self.answered.wait()
+        if not self.is_healthy_then:
+            raise ServerLostError("It is not healthy.")
+        return None
+
+
+@pytest.mark.parametrize("is_healthy_then", [True, False])
+def test_requests_that_wait_together_ask_once_and_take_an_answer_that_comes_meanwhile(is_healthy_then: bool) -> None:
+    async def ask_all() -> list[object]:
+        asking = (connection.ask_patiently("POST", GENERATE, BODY, {}, 0.0) for _ in range(50))
+        return await asyncio.gather(*asking)
+
+    connection = Patient(is_healthy_then)
+    assert asyncio.run(ask_all()) == ["here it is"] * 50
+    assert connection.num_questions == 1
+
+
 @pytest.mark.parametrize(
     "url",
     [

@@ -84,7 +84,7 @@ def test_a_silent_server_is_lost_with_all_that_it_has(
 
 def test_a_healthy_server_is_waited_for_beyond_the_deadline(caplog: pytest.LogCaptureFixture) -> None:
     with fake_servers(1, path_determined()) as (server,):
-        server.script, server.questions_before = scripted(then="late"), 4  # each asks once, at its deadline
+        server.script = scripted(then="late")
         engine = engine_of([server], timeout=1.0)
         assert len(list(engine.complete(requests_of(4)))) == 4
         assert engine.num_lost == engine.num_resent == 0
@@ -333,6 +333,29 @@ def test_a_server_with_something_open_is_not_asked() -> None:
         engine.submit(requests_of(1))
         engine.collect()
         assert policy.asked == [server.url] * 2
+
+
+def test_a_server_that_came_back_behind_open_connections_is_found_out_at_a_deadline(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As after a loss of power: nobody has closed the connections, and another process answers at the address."""
+    with fake_servers(1, path_determined()) as (server,):
+        policy = Policy([server])
+        answer = server.script
+        server.script = scripted(then="silence")
+        engine = engine_of([server], on_connect=policy.give, check_idle=policy.check, timeout=1.0)
+        engine.submit(requests_of(4))
+        until(lambda: server.num_running == 4)
+        policy.having.clear()
+        server.script = answer
+        results: list[SegmentResult] = []
+        while len(results) < 4:
+            results += engine.collect()
+        assert (engine.num_lost, engine.num_resent) == (1, 4)
+        assert policy.asked == [server.url] * 3  # for all four together: before they were sent, and sent again
+        assert "has forgotten" in caplog.text
+        assert policy.answered_without == []
+        engine.close()
 
 
 def test_what_a_check_of_an_idle_server_raises_reaches_the_caller() -> None:

@@ -15,7 +15,7 @@ from tests.support.fakes import EOS, FakeEngine, MarkovEngine, memoryless
 from tests.support.sampling import configs, fingerprint, make_config, prompts_of, trees_of
 from treepo_trl import TreeSampler, TreeSamplingConfig
 from treepo_trl.engines import SamplingOptions, SegmentRequest, SegmentResult
-from treepo_trl.engines.vllm_server import entropies_of_answer
+from treepo_trl.engines.vllm_sampling import entropies_of_answer
 
 
 def requests_of(*trees: int, tokens: int = 4) -> list[SegmentRequest]:

@@ -14,6 +14,7 @@ from tests.support.server_policies import trainer_on, watch
 from tests.support.trainers import assert_same_parameters, watch_loss
 from tests.support.vllm_policies import logged
 from tests.support.vllm_servers import VLLMServer
+from treepo_trl.engines import server_pool
 from treepo_trl.engines.server_connection import ServerConnection
 
 
@@ -139,8 +140,11 @@ def test_two_processes_update_and_one_samples(model: str, servers: list[VLLMServ
     assert_same_parameters(first, second, 0.0)
 
 
-def test_a_server_is_killed_and_comes_back(model: str, servers: list[VLLMServer], tmp_path: Path) -> None:
+def test_a_server_is_killed_and_comes_back(
+    model: str, servers: list[VLLMServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the middle of a batch: the other one takes over; the next step is on the right adapter, on both."""
+    monkeypatch.setattr(server_pool, "_LONGEST_WAIT", 0.25)
     trainer = trainer_on(model, urls_of(servers), tmp_path, max_steps=4)
     found, engine = watch(trainer), trainer.policy_engine.engine
     submit, told = engine.submit, []
@@ -153,7 +157,7 @@ def test_a_server_is_killed_and_comes_back(model: str, servers: list[VLLMServer]
             servers[0].start()
         if trainer.state.global_step == 2 and len(told) == 1:  # in the middle of a batch too
             servers[0].wait()
-            until(lambda: len(engine.living_servers()) == 2)
+            until(lambda: len(engine.living_servers()) == 2, 60.0)
             told.append("back")
 
     engine.submit = submit_and_kill

@@ -1,17 +1,20 @@
 """Servers that are started anew while a training runs, unnoticed or wrongly: what they sample from, what is said."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
-from tests.support.fake_vllm import until
-from tests.support.policy_fake import PolicyFake, give, opened, write_version
-from treepo_trl.engines import SegmentRequest, server_pool
+from tests.support.fake_vllm import scripted, until
+from tests.support.policy_fake import PolicyFake, engine_over, give, opened, sample, write_version
+from treepo_trl.engines import server_pool
+from treepo_trl.engines.server_connection import ServerLostError
 from treepo_trl.engines.vllm_server import VLLMServerEngine
-from treepo_trl.policy.servers.policy_servers import PolicyServers
+from treepo_trl.policy.servers import weights
 from treepo_trl.policy.servers.weights import AdapterVersions, WeightVersions
 
 
@@ -25,28 +28,6 @@ def _asked_often(monkeypatch: pytest.MonkeyPatch) -> None:
 def stack() -> Iterator[ExitStack]:
     with ExitStack() as stack:
         yield stack
-
-
-def engine_over(stack: ExitStack, servers: PolicyServers, timeout: float = 60.0) -> VLLMServerEngine:
-    engine = VLLMServerEngine(
-        servers.servers,
-        [0],
-        model=servers.versions.model,
-        timeout=timeout,
-        on_connect=servers.admit,
-        check_idle=servers.check_idle,
-    )
-    servers.on_lost = engine.lose
-    stack.callback(engine.close)
-    return engine
-
-
-def sample(engine: VLLMServerEngine, servers: PolicyServers) -> None:
-    """A batch of the current version, on all servers that are there."""
-    if servers.versions.model is not None:
-        engine.model = servers.versions.model
-    assert len(list(engine.complete([SegmentRequest(i, [5, 6], 3, tree=i) for i in range(6)]))) == 6
-    engine.abort()
 
 
 def error_of(engine: VLLMServerEngine, position: int) -> str:
@@ -145,6 +126,23 @@ def test_a_server_that_was_started_wrongly_is_kept_out(
     assert wrong.served == {"treepo-run-2"}
 
 
+def test_a_server_that_was_admitted_wrongly_for_another_engine_is_kept_out(stack: ExitStack, tmp_path: Path) -> None:
+    """It has loaded the version by then, and has nothing open that its restart would have closed."""
+    servers, fakes = opened(stack, tmp_path, 2)
+    give(servers, 0)
+    engine = engine_over(stack, servers)
+    fakes[1].forget()
+    fakes[1].offset = 0.2
+    with pytest.raises(ValueError, match="computes another model"):
+        servers.admit(servers.servers[1])
+    sample(engine, servers)
+    assert [fake.served for fake in fakes] == [{"treepo-run-0"}, set()]
+    fakes[1].offset = 0.0
+    until(lambda: len(engine.living_servers()) == 2)
+    sample(engine, servers)
+    assert fakes[1].served == {"treepo-run-0"}
+
+
 def test_without_another_server_the_reasons_are_told(stack: ExitStack, tmp_path: Path) -> None:
     servers, fakes = opened(stack, tmp_path, 2)
     give(servers, 0)
@@ -176,15 +174,110 @@ def test_a_version_that_one_server_cannot_load(stack: ExitStack, tmp_path: Path)
         give(servers, 2)
 
 
-def test_a_version_that_a_returning_server_got_first_is_no_restart(stack: ExitStack, tmp_path: Path) -> None:
+def test_a_version_that_none_of_the_servers_that_are_left_can_load_is_an_error(
+    stack: ExitStack, tmp_path: Path
+) -> None:
     servers, fakes = opened(stack, tmp_path, 2)
+    give(servers, 0)
+    fakes[0].die()
+    give(servers, 1)
+    fakes[1].can_load = False
+    with pytest.raises(ValueError, match="rank 64 is too large"):
+        give(servers, 2)
+
+
+def test_a_server_that_is_started_anew_between_loading_and_probing_is_lost(stack: ExitStack, tmp_path: Path) -> None:
+    servers, fakes = opened(stack, tmp_path, 2)
+    give(servers, 0)
+    lost: list[str] = []
+    servers.on_lost = lambda server, error: lost.append(f"{server.url}: {error}")
+    fakes[0]._load = lambda name, folder: web.Response(text="")  # and has forgotten it
+    give(servers, 1)
+    (told,) = lost
+    assert told.startswith(f"{fakes[0].url}: The answer of {fakes[0].url} to POST")
+    assert "status 404" in told
+
+
+LOADS: list[tuple[Any, str]] = [(AdapterVersions, "/v1/load_lora_adapter"), (WeightVersions, "/collective_rpc")]
+
+
+@pytest.mark.parametrize(("kind", "path"), LOADS)
+def test_a_server_that_hangs_while_it_loads_keeps_nobody_waiting(
+    stack: ExitStack, tmp_path: Path, kind: Any, path: str
+) -> None:
+    """The others get the next versions; what it was loading is old then, and it gets the one of now."""
+    servers, fakes = opened(stack, tmp_path, 2, versions=kind)
+    give(servers, 0)
+    engine = engine_over(stack, servers)
+    for step in (1, 2):
+        fakes[0].hangs = {path}
+        fakes[0].forget()
+        fakes[0].hanging.clear()
+        give(servers, 3 * step)
+        until(lambda: fakes[0].hanging)
+        with ThreadPoolExecutor(1) as thread:
+            given = [thread.submit(give, servers, 3 * step + more) for more in (1, 2)]
+            try:
+                until(given[-1].done)
+            finally:
+                fakes[0].hangs = set()
+        until(lambda: len(engine.living_servers()) == 2)
+        for fake in fakes:
+            fake.served.clear()
+        sample(engine, servers)
+        assert [fake.served for fake in fakes] == [{f"treepo-run-{3 * step + 2}"}] * 2
+
+
+@pytest.mark.parametrize(("kind", "path"), LOADS)
+def test_a_load_without_an_answer_is_a_lost_server(
+    stack: ExitStack, tmp_path: Path, kind: Any, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder can be read: nothing is said of that, though `/health` answers."""
+    monkeypatch.setattr(weights, "_LOAD_TIMEOUT", 0.1)
+    servers, (fake, _) = opened(stack, tmp_path, 2, versions=kind)
+    give(servers, 0)
+    fake.hangs = {path}
+    lost: list[str] = []
+    servers.on_lost = lambda server, error: lost.append(f"{server.url}: {error}")
+    give(servers, 1)
+    (told,) = lost
+    assert told.startswith(f"{fake.url}: {fake.url} has not answered POST {path} for 0.1 s")
+    with pytest.raises(ServerLostError, match="has not answered POST"):
+        servers.admit(servers.servers[0])
+
+
+@pytest.mark.parametrize("is_probed", [True, False])
+@pytest.mark.parametrize("is_given", [True, False])
+def test_a_server_that_generates_nothing_is_not_admitted(
+    stack: ExitStack, tmp_path: Path, is_probed: bool, is_given: bool
+) -> None:
+    """It answers everything that needs no engine, and would get a batch again and again."""
+    servers, (fake,) = opened(stack, tmp_path, is_probed=is_probed)
+    if is_given:
+        give(servers, 0)
+    fake.script = scripted(then="silence")
+    with pytest.raises(ServerLostError, match="has not answered POST /inference/v1/generate for 1 s"):
+        servers.admit(servers.servers[0])
+    fake.script = None
+    servers.admit(servers.servers[0])
+    servers.check_idle(servers.servers[0])
+
+
+@pytest.mark.parametrize("is_probed", [True, False])
+def test_a_version_that_a_returning_server_got_first_is_no_restart(
+    stack: ExitStack, tmp_path: Path, is_probed: bool
+) -> None:
+    """Nor is it compared with what the others have computed with the version before: it waits for them."""
+    servers, fakes = opened(stack, tmp_path, 2, is_probed=is_probed)
     give(servers, 0)
     lost: list[str] = []
     servers.on_lost = lambda server, error: lost.append(server.url)
     fakes[0].die()
     fakes[0].restart()
-    servers.versions.write(1, write_version)
-    servers.admit(servers.servers[0])  # between the writing and the giving
+    servers.versions.write(5000, write_version)  # far in nats from the one before
+    with pytest.raises(ServerLostError, match="nothing to compare it with yet") if is_probed else nullcontext():
+        servers.admit(servers.servers[0])  # between the writing and the giving
     servers.distribute()
     assert lost == []
-    assert all("treepo-run-1" in fake.adapters for fake in fakes)
+    servers.admit(servers.servers[0])
+    assert all("treepo-run-5000" in fake.adapters for fake in fakes)

@@ -65,8 +65,8 @@ class FakeVLLM:
             Requests whose connection is open and that have no answer.
         num_resets (`int`):
             How often the prefix cache was reset.
-        num_health (`int`), questions_before (`int`):
-            How often `/health` was asked, and how often it must be before a late answer comes.
+        num_health (`int`):
+            How often `/health` was asked: once before a late answer comes.
         health (`int`):
             Status of `/health`.
     """
@@ -84,7 +84,7 @@ class FakeVLLM:
         self.headers: list[dict[str, str]] = []
         self.authorizations: set[str | None] = set()
         self.num_answered = self.num_running = self.num_resets = self.num_health = 0
-        self.questions_before, self.health = 1, 200
+        self.health = 200
         self.cached_tokens: int | None = 0
         self.port = 0
         self._loop = asyncio.new_event_loop()
@@ -169,7 +169,7 @@ class FakeVLLM:
             self._loop.create_task(self._die())
         if act in ("close", "die", "silence"):
             await asyncio.sleep(3600)
-        while act == "late" and self.num_health < self.questions_before:
+        while act == "late" and self.num_health < 1:
             await asyncio.sleep(0.01)
         if act == "no json":
             return web.Response(text="<html>a gateway of somebody's</html>")
@@ -261,9 +261,9 @@ def at_random(rng: random.Random, *acts: Act) -> Script:
     return lambda body: rng.choice(acts)
 
 
-def until(condition: Callable[[], object]) -> None:
-    """Wait for another thread, five seconds at most."""
-    end = time.monotonic() + 5
+def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Wait for another thread, not for ever."""
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.01)

@@ -1,5 +1,6 @@
 """Fake vLLM servers that are given a policy: adapters, weights, and a probe whose answer depends on them."""
 
+import asyncio
 import json
 import os
 from collections.abc import Callable
@@ -7,10 +8,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from aiohttp import web
 
 from tests.support.fake_vllm import FakeVLLM
 from tests.support.models import make_tokenizer
+from treepo_trl.engines import SegmentRequest
+from treepo_trl.engines.vllm_server import VLLMServerEngine
 from treepo_trl.policy.servers.checks import ServerNeeds
 from treepo_trl.policy.servers.policy_servers import PolicyServers
 from treepo_trl.policy.servers.weights import AdapterVersions
@@ -29,6 +33,7 @@ class PolicyFake(FakeVLLM):
         adapters: name and folder of what is loaded, in order.
         offset: nats by which this server is wrong.
         served: versions from which it has sampled.
+        hangs, hanging: paths that get no answer, and those that somebody waits for.
     """
 
     def __init__(self, changes: Any = LORA) -> None:
@@ -41,6 +46,8 @@ class PolicyFake(FakeVLLM):
         self.weights = "default"
         self.unloaded: list[str] = []
         self.served: set[str] = set()
+        self.hangs: set[str] = set()
+        self.hanging: list[str] = []
         self.reloads = True
         self.while_reloading: Callable[[], None] = lambda: None
         super().__init__(changes=changes)
@@ -69,13 +76,14 @@ class PolicyFake(FakeVLLM):
         if body["sampling_params"].get("prompt_logprobs") is None:
             self.served.add(version)
             return super()._proper(body)
-        value = sum(map(ord, version)) / 100 + self.offset  # of this version alone
+        value = computed(version) + self.offset
         ids = body["token_ids"]
         return {"prompt_logprobs": [None, *({str(token): {"logprob": value}} for token in ids[1:])]}
 
     async def _other(self, request: web.Request) -> web.Response:
         body = json.loads(await request.read() or "{}") if request.method == "POST" else {}
         path = request.path
+        await self._hang(path)
         if path == "/version":
             return web.json_response({"version": self.version})
         if path == "/tokenize":
@@ -102,6 +110,12 @@ class PolicyFake(FakeVLLM):
             return web.json_response({})
         return await super()._other(request)
 
+    async def _hang(self, path: str) -> None:
+        if path in self.hangs:
+            self.hanging.append(path)
+        while path in self.hangs:
+            await asyncio.sleep(0.01)
+
     def _load(self, name: str, folder: str) -> web.Response:
         if name in self.adapters:
             return web.json_response({"error": {"message": f"'{name}' has already been loaded"}}, status=400)
@@ -120,13 +134,46 @@ def write_version(folder: str) -> str:
 
 def opened(stack: ExitStack, folder: Path, count: int = 1, **options: Any) -> tuple[PolicyServers, list[PolicyFake]]:
     """Fakes that end with the stack, and the servers of a training over them."""
-    fakes = [stack.enter_context(PolicyFake()) for _ in range(count)]
+    changes = options.pop("changes", LORA)
+    fakes = [stack.enter_context(PolicyFake(changes)) for _ in range(count)]
     versions = options.pop("versions", AdapterVersions)(str(folder), "run")
-    servers = PolicyServers([fake.url for fake in fakes], NEEDS, versions, 1.0, is_probed=True)
+    is_probed = options.pop("is_probed", True)
+    servers = PolicyServers([fake.url for fake in fakes], NEEDS, versions, 1.0, is_probed)
     servers.open()
     return servers, fakes
 
 
+def computed(version: str) -> float:
+    """What a right server, and the policy, compute for each token of the probe: another number for each version."""
+    return sum(map(ord, version)) / 100
+
+
 def give(servers: PolicyServers, step: int) -> None:
+    """As a synchronization does."""
     servers.versions.write(step, write_version)
     servers.distribute()
+    if servers.needs_reference:
+        count = len(servers.probe_ids()) - 1
+        servers.take_reference(torch.full((count,), computed(str(servers.versions.name)), dtype=torch.float64))
+
+
+def engine_over(stack: ExitStack, servers: PolicyServers, timeout: float = 60.0) -> VLLMServerEngine:
+    engine = VLLMServerEngine(
+        servers.servers,
+        [0],
+        model=servers.versions.model,
+        timeout=timeout,
+        on_connect=servers.admit,
+        check_idle=servers.check_idle,
+    )
+    servers.on_lost = engine.lose
+    stack.callback(engine.close)
+    return engine
+
+
+def sample(engine: VLLMServerEngine, servers: PolicyServers) -> None:
+    """A batch of the current version, on all servers that are there."""
+    if servers.versions.model is not None:
+        engine.model = servers.versions.model
+    assert len(list(engine.complete([SegmentRequest(i, [5, 6], 3, tree=i) for i in range(6)]))) == 6
+    engine.abort()

@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -30,7 +30,17 @@ _IDLE_SECONDS = 2.0
 
 
 class ServerLostError(RuntimeError):
-    """A server that cannot be reached, closes the connection, is silent past the deadline, or answers with 5xx."""
+    """
+    A server that cannot be reached, closes the connection, is silent past the deadline, or answers with 5xx.
+
+    Attributes:
+        status (`int`, *optional*):
+            What it answered; `None` for no answer.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class ServerRefusedError(RuntimeError):
@@ -82,6 +92,7 @@ class ServerConnection:
         self._loop = http_loop()
         self._session: aiohttp.ClientSession | None = None
         self._is_told_slow = False
+        self._question: asyncio.Future[Any] | None = None
 
     def __repr__(self) -> str:
         return f"ServerConnection({self.url!r})"
@@ -133,25 +144,45 @@ class ServerConnection:
         return self._read(method, path, status, body)
 
     async def ask_patiently(
-        self, method: str, path: str, json: Mapping[str, object], headers: Mapping[str, str], seconds: float
+        self,
+        method: str,
+        path: str,
+        json: Mapping[str, object],
+        headers: Mapping[str, str],
+        seconds: float,
+        check: Callable[[], Awaitable[None]] | None = None,
     ) -> Any:
-        """As `ask`, but a server that is healthy after `seconds` is waited for, `MOST_DEADLINES` times as long."""
+        """
+        As `ask`, but a server that is healthy after `seconds` is waited for, `MOST_DEADLINES` times as long.
+
+        All requests whose deadlines come together ask for its health once: each connection is an open file. `check`
+        is called then too, which may cancel this: a connection stays open when a machine loses its power.
+        """
         asking = asyncio.ensure_future(self.ask(method, path, json, headers, MOST_DEADLINES * seconds))
         try:
             for _ in range(MOST_DEADLINES - 1):
                 if (await asyncio.wait({asking}, timeout=seconds))[0]:
                     break
                 try:
-                    await self.ask("GET", "/health", timeout=_QUESTION_SECONDS)
+                    await self._ask_health()
                 except (ServerLostError, ServerRefusedError) as error:
+                    if asking.done():  # meanwhile
+                        break
                     raise ServerLostError(
                         f"{self.url} has not answered {method} {path} for {seconds:g} s. Nor is it healthy: {error}"
                     ) from None
+                if check is not None:
+                    await check()
                 self._tell_slow(seconds)
             return await asking
         finally:
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
+
+    async def _ask_health(self) -> None:
+        if self._question is None or self._question.done():
+            self._question = asyncio.ensure_future(self.ask("GET", "/health", timeout=_QUESTION_SECONDS))
+        await asyncio.shield(self._question)  # a request that is cancelled leaves it to the others
 
     def _tell_slow(self, seconds: float) -> None:
         if not self._is_told_slow:
@@ -172,7 +203,7 @@ class ServerConnection:
             return parsed
         text = _error_text(parsed, body)
         if status >= 500:
-            raise ServerLostError(f"{self.url} answers {method} {path} with status {status}: {text}")
+            raise ServerLostError(f"{self.url} answers {method} {path} with status {status}: {text}", status)
         what = "is no JSON" if status == 200 else f"has status {status}"
         raise ServerRefusedError(f"The answer of {self.url} to {method} {path} {what}: {text}", status, text)
 
@@ -278,10 +309,13 @@ def _place_and_headers(url: str) -> tuple[str, dict[str, str]]:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError
+        if "@" in parts.path:  # then host and path are a user, and a password with a slash
+            raise ValueError
         _ = parts.port
     except ValueError:
         raise ValueError(
-            f"The server address {without_credentials(url)!r} is none: write it as `http://host:port`, or `https://...`."
+            f"The server address {without_credentials(url)!r} is none: write it as `http://host:port`, or "
+            "`https://...`. A `/` in a password is written `%2F`."
         ) from None
     place = parts.netloc.rpartition("@")[2]
     headers = {}

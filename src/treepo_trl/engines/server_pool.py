@@ -68,9 +68,11 @@ class ServerPool(Generic[T]):
             Seconds without any server after which `place` fails.
         check (`Callable[[ServerConnection, ServerFacts], None]`):
             Called, in a thread, with a server that is back; it stays out while this raises.
+        send_again (`Callable[[set], None]`):
+            Called with what a server had open that `check_idle` has found lost.
         check_idle (`Callable[[ServerConnection], None]`, *optional*):
-            Called, in a thread, with a server that has nothing open, before it gets a request. It is lost if this
-            raises `ServerLostError`.
+            Called, in a thread, with a server that has nothing open, before it gets a request, and with one that is
+            silent. It is lost if this raises `ServerLostError`.
 
     Attributes:
         num_lost (`int`):
@@ -82,13 +84,15 @@ class ServerPool(Generic[T]):
         servers: list[tuple[ServerConnection, ServerFacts]],
         timeout: float,
         check: Callable[[ServerConnection, ServerFacts], None],
+        send_again: Callable[[set[T]], None],
         check_idle: Callable[[ServerConnection], None] | None = None,
     ) -> None:
         self.servers = [PooledServer[T](connection, facts) for connection, facts in servers]
         for server in self.servers:
             server.places = _places_of(server)
         self.num_lost = 0
-        self._timeout, self._check, self._check_idle = timeout, check, check_idle
+        self._timeout, self._check = timeout, check
+        self._check_idle, self._send_again = check_idle, send_again
         self._homes: dict[int, Place[T]] = {}
         self._none_since = 0.0
         self._returned = asyncio.Event()
@@ -108,8 +112,7 @@ class ServerPool(Generic[T]):
             RuntimeError: if there is no server for too long.
         """
         while True:
-            while not self.living():
-                await self._wait_for_a_server()
+            await self.wait()
             home = self._homes.get(tree)
             if home is None:
                 places = [place for server in self.living() for place in server.places]
@@ -118,18 +121,21 @@ class ServerPool(Generic[T]):
                 self._homes[tree] = home
             if self._check_idle is None or home.server.open:  # a restart would have closed what is open
                 return home
-            await self._ask_idle(home.server, self._check_idle)
+            await self.ask(home.server)
             if self._homes.get(tree) is home:
                 return home
 
-    async def _ask_idle(self, server: PooledServer[T], check: Callable[[ServerConnection], None]) -> None:
+    async def ask(self, server: PooledServer[T]) -> None:
         """Lose a server that was started anew; all that wait for its answer ask once."""
+        check = self._check_idle
+        if check is None:
+            return
 
         async def ask() -> None:
             try:
                 await _in_thread(lambda: check(server.connection))
             except ServerLostError as error:
-                self.lose(server, error)  # with nothing open: all that is placed there waits here
+                self._send_again(self.lose(server, error))
             finally:
                 server.question = None
 
@@ -150,10 +156,10 @@ class ServerPool(Generic[T]):
 
     # Lost servers
 
-    def lose(self, server: PooledServer[T], error: Exception) -> list[T]:
+    def lose(self, server: PooledServer[T], error: Exception) -> set[T]:
         """Give up a server until it is back; returns what it had open. Its trees have no home any more."""
         if not server.is_alive:
-            return []
+            return set()
         server.is_alive, server.error = False, str(error)
         self.num_lost += 1
         logger.warning(
@@ -169,14 +175,21 @@ class ServerPool(Generic[T]):
         task = asyncio.get_running_loop().create_task(self._reconnect(server))
         self._reconnects.add(task)
         task.add_done_callback(self._reconnects.discard)
-        orphans = list(server.open)
+        orphans = set(server.open)
         server.open.clear()
         return orphans
 
-    async def _wait_for_a_server(self) -> None:
-        left = self._none_since + self._timeout - asyncio.get_running_loop().time()
+    async def wait(self) -> None:
+        """
+        Wait until there is a server.
+
+        Raises:
+            RuntimeError: if there is none for too long.
+        """
         try:
-            await asyncio.wait_for(self._returned.wait(), left)
+            while not self.living():
+                left = self._none_since + self._timeout - asyncio.get_running_loop().time()
+                await asyncio.wait_for(self._returned.wait(), left)
         except TimeoutError:
             reasons = "".join(f"\n- {server.connection.url}: {server.error}" for server in self.servers)
             raise RuntimeError(

@@ -1,6 +1,7 @@
 """What vLLM is asked for one segment, in this process and over HTTP, and entropies from what it answers."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from .base import SamplingOptions
 
 
 NUM_TOP_LOGPROBS = 20  # vLLM's default limit
+_NO_PROBABILITY = -9999.0  # vLLM's JSON for minus infinity
 
 
 def sampling_fields(
@@ -43,3 +45,21 @@ def entropies_of(top_logprobs: np.ndarray) -> np.ndarray:
     finite = np.where(np.isfinite(top_logprobs), top_logprobs, 0.0)  # 0 * -inf is no number
     rest = np.clip(1.0 - probabilities.sum(axis=1), 0.0, 1.0)
     return -(probabilities * finite).sum(axis=1) - rest * finite[:, -1]
+
+
+def entropies_of_answer(content: list[dict[str, Any]]) -> list[float]:
+    """
+    Entropy of each token's distribution from the `top_logprobs` of an answer, the drawn token in front of the others.
+
+    A drawn token that is not among the likeliest has taken the place of one that is: then it is the smallest, and
+    counts with the rest.
+    """
+    tops = [[top["logprob"] for top in entry["top_logprobs"][:NUM_TOP_LOGPROBS]] for entry in content]
+    values = np.array(tops, dtype=np.float64)
+    values[values <= _NO_PROBABILITY] = -np.inf
+    entropies = np.empty(len(values))
+    drawn_is_smallest = values[:, 0] <= values.min(axis=1)
+    for which, width in ((drawn_is_smallest, values.shape[1] - 1), (~drawn_is_smallest, values.shape[1])):
+        descending = -np.sort(-values[which], axis=1)
+        entropies[which] = entropies_of(descending[:, :width])
+    return entropies.tolist()

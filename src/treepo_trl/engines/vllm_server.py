@@ -11,21 +11,19 @@ import queue
 import resource
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
-
-import numpy as np
 
 from .base import SamplingOptions, SegmentEngine, SegmentEngineError, SegmentRequest, SegmentResult
 from .server_connection import GENERATE, ServerConnection, ServerLostError, ServerRefusedError, http_loop
 from .server_facts import ServerFacts
 from .server_pool import ServerPool
-from .vllm_sampling import NUM_TOP_LOGPROBS, entropies_of, sampling_fields
+from .vllm_sampling import NUM_TOP_LOGPROBS, entropies_of_answer, sampling_fields
 
 
 _MOST_FAILURES = 5  # of one request, each of which has cost a server
 _OTHER_FILES = 1024  # what a process may open by default, and what the training has
 _WAKE_SECONDS = 0.02
-_NO_PROBABILITY = -9999.0  # vLLM's JSON for minus infinity
 
 
 @dataclass(eq=False)
@@ -73,8 +71,8 @@ class VLLMServerEngine(SegmentEngine):
             Called, in a thread, with a server that was lost and answers again, before it gets a request. What it
             raises keeps the server out; it is called again later.
         check_idle (`Callable[[ServerConnection], None]`, *optional*):
-            Called, in a thread, with a server that has nothing to do, before it gets a request. Raises
-            `ServerLostError` if it was started anew, which nothing else shows.
+            Called, in a thread, with a server that has nothing to do, before it gets a request, and with one that
+            is silent. Raises `ServerLostError` if it was started anew, which nothing else shows.
 
     Attributes:
         model (`str`):
@@ -120,7 +118,7 @@ class VLLMServerEngine(SegmentEngine):
         _check_json(self._fields)
         self._loop = http_loop()
         pooled = list(zip(servers, facts, strict=True))
-        self._pool = ServerPool[_Open](pooled, timeout, self._check_returned, check_idle)
+        self._pool = ServerPool[_Open](pooled, timeout, self._check_returned, self._send_again, check_idle)
         self._tasks: dict[_Open, asyncio.Task[None]] = {}  # touched in the event loop only
         self._num_in_flight = 0
         self._done: queue.SimpleQueue[_Answer | Exception] = queue.SimpleQueue()
@@ -133,6 +131,16 @@ class VLLMServerEngine(SegmentEngine):
     def living_servers(self) -> list[ServerConnection]:
         """Servers that get requests now."""
         return [server.connection for server in self._pool.living()]
+
+    def wait_for_servers(self) -> list[ServerConnection]:
+        """
+        As `living_servers`, once there is one.
+
+        Raises:
+            RuntimeError: if there is none for `timeout` seconds.
+        """
+        asyncio.run_coroutine_threadsafe(self._pool.wait(), self._loop).result()
+        return self.living_servers()
 
     def num_slots(self, length: int) -> int | None:
         """Requests that the servers of now run at once, whatever their length."""
@@ -204,7 +212,7 @@ class VLLMServerEngine(SegmentEngine):
         async def lose() -> None:
             for server in self._pool.servers:
                 if server.connection is connection:
-                    self._send_again(set(self._pool.lose(server, error)))
+                    self._send_again(self._pool.lose(server, error))
 
         asyncio.run_coroutine_threadsafe(lose(), self._loop).result()
 
@@ -232,9 +240,10 @@ class VLLMServerEngine(SegmentEngine):
             place = await self._pool.place(each.request.tree)
             server = place.server
             server.open.add(each)
-            connection = server.connection
-            answer = await connection.ask_patiently("POST", GENERATE, each.body, place.headers, self.timeout)
-            outcome = self._read(each.request, answer, connection.url)
+            answer = await server.connection.ask_patiently(
+                "POST", GENERATE, each.body, place.headers, self.timeout, partial(self._pool.ask, server)
+            )
+            outcome = self._read(each.request, answer, server.connection.url)
         except ServerRefusedError as error:
             is_new = error.status == 404 and self.on_connect is not None  # started anew, without its adapter
             outcome = ServerLostError(str(error)) if is_new else self._error(each, str(error))
@@ -245,7 +254,7 @@ class VLLMServerEngine(SegmentEngine):
         if server is not None:
             server.open.discard(each)
         if server is not None and isinstance(outcome, ServerLostError):
-            orphans = set(self._pool.lose(server, outcome))
+            orphans = self._pool.lose(server, outcome)
             each.num_failures += 1
             if each.num_failures < _MOST_FAILURES:
                 self._send_again(orphans | {each})
@@ -268,11 +277,11 @@ class VLLMServerEngine(SegmentEngine):
     async def _cancel_all(self) -> None:
         tasks = list(self._tasks.values())
         self._tasks.clear()
+        for server in self._pool.servers:  # now: one that is lost meanwhile must send nothing again
+            server.open.clear()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for server in self._pool.servers:
-            server.open.clear()
         self._pool.clear()
 
     def _error(self, each: _Open, reason: str) -> SegmentEngineError:
@@ -319,24 +328,6 @@ class VLLMServerEngine(SegmentEngine):
             )
         if self.on_connect is not None:
             self.on_connect(connection)
-
-
-def entropies_of_answer(content: list[dict[str, Any]]) -> list[float]:
-    """
-    Entropy of each token's distribution from the `top_logprobs` of an answer, the drawn token in front of the others.
-
-    A drawn token that is not among the likeliest has taken the place of one that is: then it is the smallest, and
-    counts with the rest.
-    """
-    tops = [[top["logprob"] for top in entry["top_logprobs"][:NUM_TOP_LOGPROBS]] for entry in content]
-    values = np.array(tops, dtype=np.float64)
-    values[values <= _NO_PROBABILITY] = -np.inf
-    entropies = np.empty(len(values))
-    drawn_is_smallest = values[:, 0] <= values.min(axis=1)
-    for which, width in ((drawn_is_smallest, values.shape[1] - 1), (~drawn_is_smallest, values.shape[1])):
-        descending = -np.sort(-values[which], axis=1)
-        entropies[which] = entropies_of(descending[:, :width])
-    return entropies.tolist()
 
 
 def _check_together(servers: list[ServerConnection], facts: list[ServerFacts], with_entropies: bool) -> None:

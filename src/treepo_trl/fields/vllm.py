@@ -21,9 +21,17 @@ _OWN_PROCESS = (
 """Settings of an engine in this process."""
 
 
+_NEXT_ADDRESS = re.compile(r"\s*,\s*(?=https?://)", re.IGNORECASE)  # other commas may stand in a password
+
+
 def without_credentials(urls: str) -> str:
-    """An address, or several parted by commas, without their users and passwords."""
-    return re.sub(r"//[^/]*@", "//", urls)  # a comma may stand in a password; between two addresses stands a slash
+    """An address, or several parted by commas, without their users and passwords, however mistaken they are."""
+    shown = []
+    for url in _NEXT_ADDRESS.split(urls):
+        place = url.rpartition("@")[2]
+        scheme = re.match(r"\s*https?://", url, re.IGNORECASE)
+        shown.append(scheme[0] + place if scheme and place != url else place)
+    return ",".join(shown)
 
 
 def server_urls(base_url: str | None, host: str, port: int) -> list[str]:
@@ -31,15 +39,16 @@ def server_urls(base_url: str | None, host: str, port: int) -> list[str]:
     Addresses of the servers: those of `vllm_server_base_url`, parted by commas, else the one of host and port.
 
     Raises:
-        ValueError: for an address that is given twice, or none between two commas.
+        ValueError: for an address that is given twice, or a comma that no address follows. It shows no password.
     """
     if base_url is None:
         return [f"http://{host}:{port}"]
-    urls = [url.strip().rstrip("/") for url in base_url.split(",")]
-    if "" in urls or len(set(urls)) < len(urls):
+    urls = [url.strip().rstrip("/") for url in _NEXT_ADDRESS.split(base_url)]
+    if "" in urls or "," in "".join(urls) or len(set(urls)) < len(urls):
         raise ValueError(
             "`vllm_server_base_url` must be one address, or several different ones parted by commas, such as "
-            "'http://localhost:8000,http://localhost:8001'."
+            "'http://localhost:8000,http://localhost:8001'. Each begins with http:// or https://, and a comma inside "
+            "one is written `%2C`."
         )
     return urls
 

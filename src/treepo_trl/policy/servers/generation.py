@@ -68,6 +68,8 @@ class ServerGeneration(VLLMGeneration):
             Over them, once it is there.
         state ([`~transformers.TrainerState`], *optional*):
             Of the training, once it is there.
+        on_given (`Callable`):
+            Called by all processes together when the servers were given the policy.
     """
 
     engine: SegmentEngine
@@ -76,6 +78,7 @@ class ServerGeneration(VLLMGeneration):
         self._settings, self._loads_adapter = settings, loads_adapter
         self.servers: PolicyServers | None = None
         self.state: TrainerState | None = None
+        self.on_given: Callable[[], None] = lambda: None
         super().__init__(*args, **kwargs)
 
     def _init_vllm(self) -> None:
@@ -134,6 +137,7 @@ class ServerGeneration(VLLMGeneration):
             raise failed
         if self.servers is not None and hasattr(self, "engine"):
             self._take_version()
+        self.on_given()
 
     def _take_version(self) -> None:
         """Let the engine's requests ask for the current version."""

@@ -43,8 +43,8 @@ class PolicyServers:
 
     Attributes:
         reference (`torch.Tensor`, *optional*):
-            What the servers compute for the tokens of `probe_ids` with the current version, in nats; `None` if nobody
-            has asked.
+            What the servers, or else the policy, compute for the tokens of `probe_ids` with the current version, in
+            nats; `None` if nobody has asked.
         on_lost (`Callable`):
             Told of a server that is found lost, or wrong.
     """
@@ -56,10 +56,13 @@ class PolicyServers:
         self.versions = versions
         self._needs, self._timeout, self._is_probed = needs, timeout, is_probed
         self.on_lost: Callable[[ServerConnection, Exception], None] = _warn
-        self._lock = threading.Lock()  # a server that comes back is given the version of the moment
+        self._lock = threading.Lock()  # held by whoever gives all of them a version, or admits one
+        self._admissions = {server: threading.Lock() for server in self.servers}  # two engines may have lost one
         self._out: set[ServerConnection] = set()  # lost, or wrong, until they are admitted
         self._number_type: str | None = None
+        self._is_quantized = False
         self.reference: torch.Tensor | None = None
+        self._reference_of: str | None = None  # version
 
     def open(self) -> ServerFacts:
         """
@@ -83,7 +86,7 @@ class PolicyServers:
                 f"{', '.join(f'{server.url} in {each}' for server, each in types.items())}. Start them all with "
                 "the same `--dtype` and `--quantization`."
             )
-        self._number_type = number_type(facts)
+        self._number_type, self._is_quantized = number_type(facts), facts.quantization is not None
         return facts
 
     def distribute(self) -> None:
@@ -93,23 +96,38 @@ class PolicyServers:
         The others were lost or started anew. They get it once they have passed all checks (`admit`).
 
         Raises:
-            ValueError: if a server cannot load the first version, or none a later one; or if a server computes
-                something else with it than the first.
+            ValueError: if a server cannot load the first version, or none of those that have the one before a later
+                one; or if a server computes something else with it than the first.
         """
         with self._lock:
             asked = [server for server in self.servers if server not in self._out]
             found = self._of_each(self._give, asked)
             refused = {server: error for server, error in found.items() if error is not None}
-            if len(refused) == len(self.servers):
+            if asked and len(refused) == len(asked):
                 raise next(iter(refused.values()))
             for server, error in refused.items():
                 self._lose(server, error)
             loaded = [server for server, error in found.items() if error is None]
             self.versions.remove_old(loaded)
             if self._is_probed:
-                self.reference = None
-                for server, logprobs in self._of_each(self._probe, loaded).items():
+                computed = self._of_each(self._probe_loaded, loaded)
+                self.reference, self._reference_of = next(iter(computed.values()), None), self.versions.name
+                for server, logprobs in computed.items():
                     self._compare(server, logprobs)
+
+    @property
+    def needs_reference(self) -> bool:
+        """
+        Whether no server has the current version, and so the policy must say what one that comes back is to compute.
+
+        A quantized one computes something else by design: the first is compared with nothing, and the next with it.
+        """
+        return self._is_probed and not self._is_quantized and self.reference is None
+
+    def take_reference(self, logprobs: torch.Tensor) -> None:
+        """Compare the servers that come back with the policy; no server is admitted before."""
+        with self._lock:
+            self.reference, self._reference_of = logprobs, self.versions.name
 
     def _give(self, server: ServerConnection) -> Exception | None:
         """Load the current version; what a server has against one that is not the first."""
@@ -127,22 +145,24 @@ class PolicyServers:
 
     def check_idle(self, server: ServerConnection) -> None:
         """
-        Raise if a server was started anew since it was given the current version.
+        Raise if a server was started anew since it was given the current version, or is still to be admitted.
 
         Raises:
-            ServerLostError: if it was, or cannot be reached.
+            ServerLostError: if so, or if it cannot be reached.
         """
+        if server in self._out:  # of another engine; it may have the version, and compute something else
+            raise ServerLostError(f"{server.url} was lost, and was not checked since.")
         name = self.versions.name
         if name is not None:
             self.versions.check_has(server, [name])
 
     def admit(self, server: ServerConnection) -> None:
         """
-        Check a server that was lost and answers again, and give it the current version.
+        Check a server that was lost and answers again, give it the current version, and let it generate a token.
 
         Raises:
             ValueError: if it is not what it was.
-            ServerLostError: if it is lost again.
+            ServerLostError: if it is lost again, or if nobody has computed anything with the current version yet.
         """
         self._out.add(server)
         facts = check_server(server, self._needs)
@@ -151,16 +171,45 @@ class PolicyServers:
                 f"The vLLM server at {server.url} computes in {number_type(facts)}, and in {self._number_type} before "
                 "it was started anew. Start it with the same `--dtype` and `--quantization`."
             )
-        with self._lock:
-            if self.versions.name is not None:
-                self.versions.load(server)  # what is running on others goes on
-                if self._is_probed:
-                    self._compare(server, self._probe(server))
+        with self._admissions[server]:
+            while not self._is_admitted(server):
+                pass
+
+    def _is_admitted(self, server: ServerConnection) -> bool:
+        """
+        Give a server the current version; what is running on others goes on, and they may get a new one meanwhile.
+
+        Returns:
+            `bool`: whether it still is the current one. Else it is to be given again.
+        """
+        name = self.versions.name
+        try:
+            if name is not None:
+                self.versions.load(server)
+            logprobs = self._probe(server)  # in any case: an engine that hangs is not there
+        except (ValueError, ServerRefusedError):
+            if name == self.versions.name:
+                raise
+            return False  # its folder is gone
+        with self._lock:  # not before: a server that hangs would keep the others from a new version
+            if name != self.versions.name:
+                return False
+            if name is not None and self._is_probed:
+                self._compare(server, logprobs)
             self._out.discard(server)
+            return True
 
     def _probe(self, server: ServerConnection) -> torch.Tensor:
         model = self.versions.model or server.facts().model_name
         return probe_logprobs(server, model, self.probe_ids())
+
+    def _probe_loaded(self, server: ServerConnection) -> torch.Tensor:
+        try:
+            return self._probe(server)
+        except ServerRefusedError as error:
+            if error.status != 404:
+                raise
+            raise ServerLostError(str(error), 404) from error  # it was started anew since it has loaded the version
 
     def probe_ids(self) -> list[int]:
         """The tokens of a probe, the same at all times."""
@@ -169,14 +218,16 @@ class PolicyServers:
         return torch.randint(len(self._needs.tokenizer), (max(count, 2),), generator=generator).tolist()
 
     def _compare(self, server: ServerConnection, logprobs: torch.Tensor) -> None:
-        if self.reference is None:  # of the first server that has the version
+        if self._reference_of != self.versions.name or self.needs_reference:
+            raise ServerLostError(f"{server.url} is admitted later: there is nothing to compare it with yet.")
+        if self.reference is None:
             self.reference = logprobs
         difference = float((logprobs - self.reference).abs().mean())
         if not difference <= _OTHER_MODEL:
             raise ValueError(
-                f"The vLLM server at {server.url} computes another model than the others, or than before it was "
-                f"started anew: {difference:.3f} nats per token apart. Compare model, revision and number type of "
-                "the servers."
+                f"The vLLM server at {server.url} computes another model than the others or the policy, or than "
+                f"before it was started anew: {difference:.3f} nats per token apart. Compare model, revision "
+                "and number type of the servers."
             )
 
     def _of_each(

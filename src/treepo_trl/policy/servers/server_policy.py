@@ -1,7 +1,7 @@
 """The policy on vLLM servers: it is sent there before a batch, and the main process samples for all."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -11,6 +11,7 @@ from trl.extras.profiling import profiling_context
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
+from treepo_trl.engines.server_connection import ServerConnection, ServerLostError
 from treepo_trl.policy.adapter_probe import PROBE_TOKENS, probe_adapter, probe_prompts
 from treepo_trl.policy.engine import PolicyEngine, Sampled
 from treepo_trl.policy.engine_check import EngineWatch, computing_dtype, dropout_of, logprob_difference
@@ -25,6 +26,8 @@ from .policy_servers import PolicyServers, check_policy
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from treepo_trl.engines.vllm_server import VLLMServerEngine
 
 
 class _NoEngine(SegmentEngine):
@@ -70,6 +73,7 @@ class ServerPolicy(PolicyEngine):
         self.samples_here = trainer.accelerator.is_main_process
         self._generation = cast(ServerGeneration, trainer.vllm_generation)
         self._generation.state = trainer.state
+        self._generation.on_given = self._refer_to_policy
         self.engine = self._generation.engine = self._engine(trainer.eos_token_ids)
         policy, facts = trainer.accelerator.unwrap_model(trainer.model), self._generation.facts
         self._watch = EngineWatch(
@@ -110,9 +114,8 @@ class ServerPolicy(PolicyEngine):
             trainer._last_loaded_step = trainer.state.global_step
         if in_batch and not self._is_probed and self._watch.is_on:
             with profiling_context(trainer, "probe_servers"):
-                self._compare_policy()
+                self._is_probed = self._compare_policy()
                 self._probe(prompts)
-            self._is_probed = True
         with profiling_context(trainer, "vLLM.generate"):
             yield
 
@@ -129,24 +132,45 @@ class ServerPolicy(PolicyEngine):
         difference = logprob_difference(output, self._trainer.accelerator)
         return self._watch.batch(difference, is_older=self.args.rollout_ahead > 0)
 
-    def _compare_policy(self) -> None:
+    def _policy_logprobs(self, token_ids: list[int]) -> torch.Tensor:
+        model = cast(torch.nn.Module, self._trainer.model_wrapped)
+        return policy_logprobs(model, token_ids, self._trainer.accelerator.device)
+
+    def _refer_to_policy(self) -> None:
+        """If no server has taken the policy, those that come back are compared with its own numbers."""
+        servers = self._generation.servers
+
+        def wanted() -> list[int] | None:
+            return servers.probe_ids() if servers is not None and servers.needs_reference else None
+
+        probe = from_main_process(self._trainer.accelerator, wanted)
+        if probe is not None:
+            logprobs = self._policy_logprobs(probe)
+            if servers is not None:
+                servers.take_reference(logprobs)
+
+    def _compare_policy(self) -> bool:
         """
         Raise if the servers compute another model than the policy: another base, or an old version.
+
+        Returns:
+            `bool`: whether there was something to compare.
 
         Raises:
             ValueError: whatever `engine_check` says, unless it is `"off"`.
         """
         servers, accelerator = self._generation.servers, self._trainer.accelerator
         probe = from_main_process(accelerator, lambda: cast(PolicyServers, servers).probe_ids())
-        policy = policy_logprobs(cast(torch.nn.Module, self._trainer.model_wrapped), probe, accelerator.device)
+        policy = self._policy_logprobs(probe)
 
-        def check() -> None:
+        def check() -> bool:
             theirs = cast(PolicyServers, servers).reference
             if theirs is not None:
                 difference = float((policy - theirs).abs().mean())
                 check_policy(difference, self._generation.facts.quantization is not None)
+            return theirs is not None
 
-        from_main_process(accelerator, check)
+        return from_main_process(accelerator, check)
 
     def _probe(self, prompts: list[list[int]]) -> None:
         """Compare policy and servers with an adapter that is not zero, where each process holds all of it."""
@@ -166,19 +190,37 @@ class ServerPolicy(PolicyEngine):
         )
         self._watch.probed(found)
 
-    def _plain_segments(self, rows: list[list[int]]) -> list[SegmentResult]:
-        """Segments at temperature 1 from all tokens, by an engine of its own: the trainer's draws as settings say."""
+    def _plain_engine(self) -> "VLLMServerEngine":
+        """An engine that draws at temperature 1 from all tokens, over the servers that are there."""
         from treepo_trl.engines.vllm_server import VLLMServerEngine
 
-        servers = cast(PolicyServers, self._generation.servers)
-        engine = VLLMServerEngine(
-            cast(VLLMServerEngine, self.engine).living_servers() or servers.servers,
-            [],
-            model=servers.versions.model,
-            timeout=self.args.vllm_server_timeout,
-            on_connect=servers.admit,
-            check_idle=servers.check_idle,
-        )
+        servers, engine = cast(PolicyServers, self._generation.servers), cast(VLLMServerEngine, self.engine)
+
+        def is_there(server: ServerConnection) -> bool:
+            try:
+                servers.check_idle(server)
+                server.facts()
+            except ServerLostError as error:
+                engine.lose(server, error)
+                return False
+            return True
+
+        while True:
+            there = [server for server in engine.wait_for_servers() if is_there(server)]
+            with suppress(ServerLostError):  # since then
+                if there:
+                    return VLLMServerEngine(
+                        there,
+                        [],
+                        model=servers.versions.model,
+                        timeout=self.args.vllm_server_timeout,
+                        on_connect=servers.admit,
+                        check_idle=servers.check_idle,
+                    )
+
+    def _plain_segments(self, rows: list[list[int]]) -> list[SegmentResult]:
+        """Segments by an engine of its own: the trainer's draws as settings say."""
+        engine = self._plain_engine()
         try:
             return complete(engine, rows, lambda _: PROBE_TOKENS)
         finally:

@@ -22,7 +22,7 @@ from treepo_trl.engines.server_connection import ServerConnection, ServerLostErr
 
 
 _LOAD_TIMEOUT = 600.0  # seconds to read a model from a shared disk
-_QUESTION_TIMEOUT = 30.0  # seconds for what a server knows without its engine
+_QUESTION_TIMEOUT = 30.0  # seconds until an engine tells the version of its weights, between two of its steps
 _BYTES_PER_FILE = 2**31  # of a model's weights: what the processor's memory holds of them at a time
 
 
@@ -121,7 +121,7 @@ class PolicyVersions(ABC):
 
         Raises:
             ValueError: if it cannot, saying what to do.
-            ServerLostError: if it cannot be reached.
+            ServerLostError: if it cannot be reached, or gives no answer in time.
         """
 
     def _forget(self, server: ServerConnection, name: str) -> None:
@@ -148,11 +148,12 @@ class AdapterVersions(PolicyVersions):
         return {model.id for model in server.models()}
 
     def load(self, server: ServerConnection) -> None:
-        name, path = self.name, self.path  # a new version may be written meanwhile
+        name = self.names[-1]  # a new version may be written meanwhile
+        path = os.path.join(self._folder, name)
         try:
             server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, _LOAD_TIMEOUT)
         except ServerLostError as error:
-            if server.is_healthy():  # vLLM answers 500 for an adapter that it cannot load
+            if error.status is not None and server.is_healthy():  # vLLM answers 500 for what it cannot load
                 raise self._unreadable(server, path, str(error)) from error
             raise
         except ServerRefusedError as error:
@@ -180,7 +181,8 @@ class WeightVersions(PolicyVersions):
         return {server.get("/weight_info", _QUESTION_TIMEOUT)["weight_version"]}
 
     def load(self, server: ServerConnection) -> None:
-        name, path = self.name, self.path  # a new version may be written meanwhile
+        name = self.names[-1]  # a new version may be written meanwhile
+        path = os.path.join(self._folder, name)
         if name in self._loaded(server):
             return
         server.post("/pause?mode=wait")  # which also empties the prefix cache
@@ -193,7 +195,7 @@ class WeightVersions(PolicyVersions):
             )
             server.post("/update_weight_version", {"new_version": name})
         except ServerLostError as error:
-            if server.is_healthy():
+            if error.status is not None and server.is_healthy():
                 raise self._unreadable(server, path, f"{error} Restart it: its weights are gone.") from error
             raise
         finally:
