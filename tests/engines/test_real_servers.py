@@ -111,10 +111,11 @@ def test_what_a_server_refuses(servers: list[VLLMServer]) -> None:
 
 def test_abort_leaves_nothing_in_the_servers(servers: list[VLLMServer]) -> None:
     engine = VLLMServerEngine([ServerConnection(server.url) for server in servers], [])  # nothing ends a segment
-    engine.submit([SegmentRequest(i, [5 + i], 500, tree=i) for i in range(8)])
-    end = time.monotonic() + 20
+    engine.submit([SegmentRequest(i, [5 + i], 500, tree=i) for i in range(64)])
+    end = time.monotonic() + 60
     while num_running(servers) == 0:
         assert time.monotonic() < end
+        time.sleep(0.05)
     engine.abort()
     while num_running(servers):
         assert time.monotonic() < end, "aborted requests still run"
