@@ -27,9 +27,12 @@ import statistics
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
+from unittest.mock import patch
 
 from benchmarks.common import (
     device_name,
@@ -39,6 +42,7 @@ from benchmarks.common import (
     table_head,
     table_row,
 )
+from benchmarks.report.stages.speculation import NGRAM, SUFFIX
 from treepo_trl import TreeSampler, TreeSamplingConfig
 from treepo_trl.commands.cost_table import RolloutReport, report, sample_independent
 from treepo_trl.commands.engine import EngineArguments, build_engine, load_tokenizer
@@ -206,6 +210,7 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     parser.add_argument("--ways", nargs="+", default=["early", "spread", "spread+barrier", "spread+unaligned"])
     parser.add_argument("--max_num_seqs", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--speculation", choices=["ngram", "suffix"], help="vLLM guesses tokens, of all ways")
     args = parser.parse_args(arguments)
     args.segment_length = args.segment_length or math.ceil(args.length / 16)
     args.model = args.model or small_model_folder()
@@ -220,6 +225,19 @@ class Bench(NamedTuple):
     by_lengths: dict[str, tuple[SegmentEngine, list[list[int]]]]
 
 
+@contextmanager
+def speculation(method: str | None) -> Iterator[None]:
+    """Let engines that are built guess tokens."""
+    if method is None:
+        yield
+        return
+    import vllm
+
+    guesses = NGRAM if method == "ngram" else SUFFIX
+    with patch("vllm.LLM", partial(vllm.LLM, speculative_config=guesses)):
+        yield
+
+
 def build(args: Namespace) -> Bench:
     """Load the model."""
     arguments = EngineArguments(
@@ -231,7 +249,8 @@ def build(args: Namespace) -> Bench:
     )
     tokenizer = load_tokenizer(arguments)
     eos = cast(int, tokenizer.eos_token_id)
-    built = build_engine(arguments, [], SamplingOptions(), with_entropies=args.policy == "entropy")
+    with speculation(args.speculation):
+        built = build_engine(arguments, [], SamplingOptions(), with_entropies=args.policy == "entropy")
     base = cast("TransformersEngine | VLLMEngine", built)  # both have EOS tokens that can be set
     rng = random.Random(0)
     noise = [[rng.randrange(100, 10_000) for _ in range(args.prompt_length)] for _ in range(args.prompts)]
