@@ -1,7 +1,7 @@
 """When a path ends: EOS, the stop pattern, and the text of a path that grows segment by segment."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import example, given, settings
@@ -153,3 +153,16 @@ def test_patterns_mean_what_they_mean_in_python(pattern: str) -> None:
     for text in TEXTS:
         expected = next((match.end() for match in compiled.finditer(text) if match.group()), None)
         assert find_match_end(pattern, text) == expected
+
+
+def test_a_search_has_the_seconds_that_its_error_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def search(text: str, *, timeout: float) -> Iterator[re.Match[str]]:
+        given.append(timeout)
+        raise TimeoutError
+
+    monkeypatch.setattr("treepo_trl.sampling.stopping._matches", lambda pattern: search)
+    with pytest.raises(ValueError, match="of 3 characters took more than 2 seconds"):
+        find_match_end("a", "aaa")
+    assert given == [2.0]
