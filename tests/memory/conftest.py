@@ -15,7 +15,7 @@ def _equal_updates_are_counted_once() -> Iterator[None]:
 
     def activation_bytes(model: PreTrainedModel, num_tokens: int, checkpointing: bool) -> int:
         weights = tuple((name, each.shape, each.dtype, each.requires_grad) for name, each in model.named_parameters())
-        key = (weights, model.config.to_json_string(), num_tokens, checkpointing)
+        key = (weights, repr(model), model.config.to_json_string(), num_tokens, checkpointing)  # dropout is in `repr`
         if key not in counted:
             counted[key] = count(model, num_tokens, checkpointing)
         return counted[key]

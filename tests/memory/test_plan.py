@@ -205,6 +205,12 @@ def test_activations_grow_with_tokens_and_shrink_with_checkpoints(plan: Plan) ->
 # The engine
 
 
+def test_dropout_that_is_off_keeps_nothing(plan: Plan) -> None:
+    lora = {**LORA, "lora_dropout": 0.05}
+    on, off = (plan(lora=lora, disable_dropout=disabled).policy["activations"] for disabled in (False, True))
+    assert on > off == plan(lora={**LORA, "lora_dropout": 0.0}).policy["activations"]
+
+
 def test_engine_and_cache_by_hand(plan: Plan) -> None:
     result = plan(4, **VLLM)
     share = 0.3 * 4 * GIB  # TRL's default of `vllm_gpu_memory_utilization`

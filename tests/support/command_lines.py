@@ -22,7 +22,7 @@ from treepo_trl.cli import COMMANDS
 
 OTHER_PROGRAMS = {
     *("cd", "mkdir", "source", "export", "echo", "cat", "git", "ssh", "docker", "uv", "nvidia-smi"),
-    *("pre-commit", "trl", "vllm", "ollama", "trackio", "hf", "jupyter"),
+    *("pre-commit", "trl", "vllm", "ollama", "trackio", "wandb", "hf", "jupyter"),
 }
 """What is not ours to check."""
 

@@ -19,7 +19,7 @@ from treepo_trl.fields import Ranges, check_fields, check_text
 from .examples import EXAMPLES
 
 
-CONFIG_HELP = "YAML file with a setting per line, as `name: value`. Options go before it."
+CONFIG_HELP = "YAML file with a setting per line, as `name: value`. An option on the command line overrides it."
 
 
 def help_of(owner: type, name: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ examples:
     "train": """\
 examples:
   treepo-trl train --config examples/cli_configs/qwen2.5-1.5b-lora-12gb.yaml         # a recipe
-  treepo-trl train --config recipe.yaml --learning_rate 1e-5 --output_dir outputs/b  # options go before the file's
+  treepo-trl train --config recipe.yaml --learning_rate 1e-5 --output_dir outputs/b  # options override the file
   treepo-trl train --config recipe.yaml --adapter_name_or_path outputs/sft           # on from an adapter
 """,
     "plan": """\

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from trl import ModelConfig
+from trl.trainer.utils import disable_dropout_in_model
 
 from treepo_trl.model_support import layer_heads
 from treepo_trl.policy.four_bit_base import base_of, by_size
@@ -188,6 +189,8 @@ def plan_memory(
     four_bits = four_bit_config(config, model_args)
     dtype = _dtype(config, training_args, model_args)
     model = _build(config, dtype, adapter or _new_adapter(model_args), bool(training_args.trust_remote_code))
+    if training_args.disable_dropout:
+        disable_dropout_in_model(model)
     is_adapter = not isinstance(model, PreTrainedModel)
     base = BaseSizes.of(base_of(model) if is_adapter else model, dtype, four_bits, _dtype_in_checkpoint(config))
     tokens = _micro_batch_tokens(training_args)
