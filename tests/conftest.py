@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import random
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -81,6 +82,17 @@ def rng() -> random.Random:
     return random.Random(0)
 
 
+def uses_servers(item: pytest.Item | None) -> bool:
+    return item is not None and "started_servers" in getattr(item, "fixturenames", ())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The real vLLM comes last: it binds the process to cores and starts a process group."""
-    items.sort(key=lambda item: item.get_closest_marker("vllm") is not None)
+    """The real vLLM comes last: it binds the process to cores and starts a process group. Its servers come first."""
+    items.sort(key=lambda item: (item.get_closest_marker("vllm") is not None, not uses_servers(item)))
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Servers take gigabytes: they end with the last test that needs them."""
+    if uses_servers(item) and not uses_servers(nextitem):
+        for server in cast(pytest.Function, item).funcargs["servers"]:
+            server.stop()
