@@ -94,5 +94,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Servers take gigabytes: they end with the last test that needs them."""
     if uses_servers(item) and not uses_servers(nextitem):
-        for server in cast(pytest.Function, item).funcargs["servers"]:
+        for server in cast(pytest.Function, item).funcargs.get("servers", ()):
             server.stop()
