@@ -10,9 +10,7 @@ next batch is sampled from that copy while the policy is updated, and is one upd
 
 import argparse
 import copy
-import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -23,8 +21,9 @@ from transformers import PreTrainedModel
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from benchmarks import learning
-from benchmarks.common import OUTPUTS, device_name, make_parser, run_to_log, table_head, table_row
-from benchmarks.learning import ARMS, HeldOutReward, TokenBudget, interpolate, mean_of_curve, settings
+from benchmarks.common import table_head, table_row
+from benchmarks.learning import ARMS, interpolate, mean_of_curve, settings
+from benchmarks.learning_runs import results_of, runs_parser, train_and_write
 from benchmarks.learning_tasks import datasets_of
 from treepo_trl import TreePOTrainer, treepo_trainer
 from treepo_trl.engines.for_model import engine_for_model
@@ -70,13 +69,7 @@ def train(ahead: int, seed: int, options: argparse.Namespace) -> None:
             train_dataset=dataset,
         )
     trainer.use_vllm, trainer.vllm_mode = True, "server"  # for TRL, which then corrects by the importance ratio
-    measure = HeldOutReward(held_out, trainer.processing_class, args.max_completion_length)
-    budget = TokenBudget(options.tokens, options.points, measure)
-    trainer.add_callback(budget)
-    trainer.train()
-    log = [each for each in trainer.state.log_history if "reward" in each]
-    result = {"device": device_name(), "curve": budget.curve, "steps": trainer.state.global_step, "log": log}
-    (folder / "result.json").write_text(json.dumps(result))
+    train_and_write(trainer, held_out, options, folder)
 
 
 def run_folder(ahead: int, seed: int, options: argparse.Namespace) -> Path:
@@ -84,38 +77,14 @@ def run_folder(ahead: int, seed: int, options: argparse.Namespace) -> Path:
     return options.out / f"ahead-{ahead}-{options.rate:g}-{seed}"
 
 
-def result_of_run(ahead: int, seed: int, options: argparse.Namespace) -> dict:
-    """Result of one run, which runs in a process of its own if it is not there yet."""
-    file = run_folder(ahead, seed, options) / "result.json"
-    if not file.exists():
-        command = ["-m", "benchmarks.learning_ahead", "--out", str(options.out), "--tokens", str(options.tokens)]
-        command += ["--rate", str(options.rate), "--held_out", str(options.held_out), "--points", str(options.points)]
-        run_to_log([*command, "--run", str(ahead), str(seed)], file.with_name("log.txt"), OMP_NUM_THREADS="1")
-    return json.loads(file.read_text())
-
-
 def main() -> None:
     """Run what is missing, and print the table; with `--run`, one run in this process."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate")
-    parser.add_argument("--tokens", type=int, default=150_000, help="decoded tokens of a run")
-    parser.add_argument("--points", type=int, default=6)
-    parser.add_argument("--held_out", type=int, default=128)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--out", type=Path, default=OUTPUTS / "learning", help="where the warm start is, or will be")
-    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
-    parser.set_defaults(model=None, dtype="float32", use_vllm=False, completions=128, warm_steps=800)
-    options = parser.parse_args()
+    options = runs_parser(__doc__).parse_args()
     if options.run:
         train(int(options.run[0]), int(options.run[1]), options)
         return
-    warm = options.out / f"gcd-{learning.WARM_START}"
-    if not (warm / "config.json").exists():
-        learning.warm_start("gcd", warm, options.warm_steps)
     runs = [(ahead, seed) for ahead in (0, 1) for seed in range(options.seeds)]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        found = dict(zip(runs, pool.map(lambda run: result_of_run(*run, options), runs), strict=True))
+    found = results_of("benchmarks.learning_ahead", runs, lambda run: run_folder(*run, options), options)
     print(
         table_head("`rollout_ahead`", "start", "end", "mean of the curve", "importance ratio, mean and least", "steps")
     )

@@ -12,9 +12,7 @@ in `benchmarks.proxy_selection`. `dynamic sampling` is the package's: prompts wi
 """
 
 import argparse
-import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +21,9 @@ from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
 
 from benchmarks import learning
-from benchmarks.common import OUTPUTS, device_name, make_parser, run_to_log, table_head, table_row
-from benchmarks.learning import ARMS, HeldOutReward, TokenBudget, interpolate, mean_of_curve, settings
+from benchmarks.common import table_head, table_row
+from benchmarks.learning import ARMS, interpolate, mean_of_curve, settings
+from benchmarks.learning_runs import results_of, runs_parser, train_and_write
 from benchmarks.learning_tasks import datasets_of
 from treepo_trl import TreePOTrainer
 from treepo_trl.quickstart import answer_reward
@@ -130,14 +129,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> None:
     if isinstance(trainer, SelectingTrainer):
         trainer.pass_rates = rates
     _, held_out = datasets_of("gcd", options.held_out, seed)
-    budget = TokenBudget(
-        options.tokens, options.points, HeldOutReward(held_out, trainer.processing_class, args.max_completion_length)
-    )
-    trainer.add_callback(budget)
-    trainer.train()
-    log = [each for each in trainer.state.log_history if "reward" in each]
-    result = {"device": device_name(), "curve": budget.curve, "steps": trainer.state.global_step, "log": log}
-    (folder / "result.json").write_text(json.dumps(result))
+    train_and_write(trainer, held_out, options, folder)
 
 
 def run_folder(name: str, seed: int, options: argparse.Namespace) -> Path:
@@ -145,40 +137,17 @@ def run_folder(name: str, seed: int, options: argparse.Namespace) -> Path:
     return options.out / f"selection-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
-def result_of_run(name: str, seed: int, options: argparse.Namespace) -> dict:
-    """Result of one run, which runs in a process of its own if it is not there yet."""
-    file = run_folder(name, seed, options) / "result.json"
-    if not file.exists():
-        command = ["-m", "benchmarks.learning_selection", "--out", str(options.out), "--tokens", str(options.tokens)]
-        command += ["--rate", str(options.rate), "--held_out", str(options.held_out), "--points", str(options.points)]
-        run_to_log([*command, "--run", name, str(seed)], file.with_name("log.txt"), OMP_NUM_THREADS="1")
-    return json.loads(file.read_text())
-
-
 def main() -> None:
     """Run what is missing, and print the table; with `--run`, one run in this process."""
-    parser = make_parser(__doc__)
+    parser = runs_parser(__doc__)
     parser.add_argument("--arms", nargs="+", default=list(RUNS), choices=RUNS)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate")
-    parser.add_argument("--tokens", type=int, default=150_000, help="decoded tokens of a run")
-    parser.add_argument("--points", type=int, default=6)
-    parser.add_argument("--held_out", type=int, default=128)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--out", type=Path, default=OUTPUTS / "learning", help="where the warm start is, or will be")
-    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
-    parser.set_defaults(model=None, dtype="float32", use_vllm=False, completions=128, warm_steps=800)
     options = parser.parse_args()
     if options.run:
         train(options.run[0], int(options.run[1]), options)
         return
-    warm = options.out / f"gcd-{learning.WARM_START}"
-    if not (warm / "config.json").exists():
-        learning.warm_start("gcd", warm, options.warm_steps)
-    print(table_head("arm", "end", "mean of the curve", "prompts with signal", "steps"))
     runs = [(name, seed) for name in options.arms for seed in range(options.seeds)]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        found = dict(zip(runs, pool.map(lambda run: result_of_run(*run, options), runs), strict=True))
+    found = results_of("benchmarks.learning_selection", runs, lambda run: run_folder(*run, options), options)
+    print(table_head("arm", "end", "mean of the curve", "prompts with signal", "steps"))
     for name in options.arms:
         results = [found[name, seed] for seed in range(options.seeds)]
         ends = np.array([interpolate(each, [options.tokens])[0] for each in results])

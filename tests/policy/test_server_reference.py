@@ -1,7 +1,6 @@
 """Batches before which servers were lost: what those that come back are compared with, and who is probed."""
 
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,27 +13,16 @@ import torch
 from tests.support.config import make
 from tests.support.fake_vllm import until
 from tests.support.policy_fake import LORA, NEEDS, PolicyFake, computed, opened, sample, write_version
-from treepo_trl.engines import server_pool
 from treepo_trl.engines.server_connection import ServerConnection
 from treepo_trl.policy.servers.generation import ServerGeneration
 from treepo_trl.policy.servers.policy_servers import PolicyServers
 from treepo_trl.policy.servers.server_policy import ServerPolicy
 
 
+pytestmark = pytest.mark.usefixtures("lost_servers_are_asked_often")
+
 QUANTIZED = {**LORA, "model_config": {"quantization": "bitsandbytes"}}
 VOCABULARY = len(NEEDS.tokenizer)
-
-
-@pytest.fixture(autouse=True)
-def _asked_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_FIRST_WAIT", "_LONGEST_WAIT"):
-        monkeypatch.setattr(server_pool, name, 0.05)
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 class Uniform(torch.nn.Module):

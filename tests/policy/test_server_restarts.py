@@ -1,6 +1,6 @@
 """Servers that are started anew while a training runs, unnoticed or wrongly: what they sample from, what is said."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -11,23 +11,13 @@ from aiohttp import web
 
 from tests.support.fake_vllm import scripted, until
 from tests.support.policy_fake import PolicyFake, engine_over, give, opened, sample, write_version
-from treepo_trl.engines import server_pool
 from treepo_trl.engines.server_connection import ServerLostError
 from treepo_trl.engines.vllm_server import VLLMServerEngine
 from treepo_trl.policy.servers import weights
 from treepo_trl.policy.servers.weights import AdapterVersions, WeightVersions
 
 
-@pytest.fixture(autouse=True)
-def _asked_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_FIRST_WAIT", "_LONGEST_WAIT"):
-        monkeypatch.setattr(server_pool, name, 0.05)
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
+pytestmark = pytest.mark.usefixtures("lost_servers_are_asked_often")
 
 
 def error_of(engine: VLLMServerEngine, position: int) -> str:
