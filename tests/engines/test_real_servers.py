@@ -30,10 +30,10 @@ def engine_of(servers: list[VLLMServer], options: SamplingOptions | None = None,
     return VLLMServerEngine([ServerConnection(server.url) for server in servers], [EOS], options, **kwargs)
 
 
-def num_running(servers: list[VLLMServer]) -> float:
-    """Requests that the servers are working on, by their own counters."""
+def counted(servers: list[VLLMServer], name: str) -> float:
+    """A counter of the servers, by its name and labels, summed over both."""
     texts = [urllib.request.urlopen(server.url + "/metrics").read().decode() for server in servers]
-    pattern = r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} ([\d.e+]+)"
+    pattern = rf"^vllm:{name}[^}}]*\}} ([\d.e+]+)"
     return sum(float(number) for text in texts for number in re.findall(pattern, text, re.MULTILINE))
 
 
@@ -110,17 +110,18 @@ def test_what_a_server_refuses(servers: list[VLLMServer]) -> None:
 
 
 def test_abort_leaves_nothing_in_the_servers(servers: list[VLLMServer]) -> None:
+    before = counted(servers, r"generation_tokens_total\{")
     engine = VLLMServerEngine([ServerConnection(server.url) for server in servers], [])  # nothing ends a segment
-    engine.submit([SegmentRequest(i, [5 + i], 500, tree=i) for i in range(64)])
-    end = time.monotonic() + 60
-    while num_running(servers) == 0:
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    lengths = [2, 2, *[500] * 510]  # eight times as many as the servers run at once, of which the first end at once
+    engine.submit([SegmentRequest(i, [5 + i % 50, 5 + i // 50], lengths[i], tree=i) for i in range(512)])
+    engine.collect()
     engine.abort()
-    while num_running(servers):
+    end = time.monotonic() + 60
+    while counted(servers, r"num_requests_(?:running|waiting)\{"):
         assert time.monotonic() < end, "aborted requests still run"
         time.sleep(0.05)
     assert len(drain(engine, [SegmentRequest(0, [5], 2)])[0].token_ids) <= 2
+    assert counted(servers, r"generation_tokens_total\{") - before < 510 * 500 / 2
 
 
 def test_a_cache_can_be_emptied(servers: list[VLLMServer]) -> None:
