@@ -23,7 +23,7 @@ SETTINGS = {
     "dataset_name": "data.jsonl",
     "reward_funcs": ["my_rewards.even"],
     "output_dir": "out",
-    "report_to": ["trackio", "tensorboard"],
+    "report_to": ["trackio", "tensorboard", "wandb"],
     "project": "trees",
     "run_name": "first",
     "log_completions": True,
@@ -41,8 +41,9 @@ SETTINGS = {
 }
 
 
-def test_metrics_and_completions_reach_trackio_and_tensorboard(tmp_path: Path, tiny_model_dir: str) -> None:
+def test_metrics_and_completions_reach_the_loggers(tmp_path: Path, tiny_model_dir: str) -> None:
     pytest.importorskip("trackio")
+    pytest.importorskip("wandb")
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(8)))
     (tmp_path / "my_rewards.py").write_text(REWARDS)
@@ -52,6 +53,8 @@ def test_metrics_and_completions_reach_trackio_and_tensorboard(tmp_path: Path, t
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
         "TRACKIO_DIR": str(tmp_path / "trackio"),
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(tmp_path),
     }
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -71,6 +74,13 @@ def test_metrics_and_completions_reach_trackio_and_tensorboard(tmp_path: Path, t
     assert names <= {name for row in rows for name in row}
     assert [row["train/tree/leaf_unique_ratio"] for row in rows if "train/reward" in row] == pytest.approx(values)
     assert sum("completions" in row for row in rows) == 3  # a table per log, that at the end included
+
+    (wandb,) = (tmp_path / "wandb").glob("offline-run-*")
+    (written,) = wandb.glob("*.wandb")
+    assert [name for name in names if name.encode() not in written.read_bytes()] == []  # names are plain text in it
+    logged = [json.loads(file.read_text()) for file in wandb.glob("files/media/table/completions_*.table.json")]
+    assert {len(table["data"]) for table in logged} == {8}
+    assert {"completion", "advantage"} <= set(logged[0]["columns"])
 
     tables = [pd.read_parquet(file) for file in sorted((tmp_path / "out/completions").iterdir())]
     assert [len(table) for table in tables] == [8, 8]
