@@ -10,8 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from m
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import cast
 
 import pytest
@@ -96,3 +97,14 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if uses_servers(item) and not uses_servers(nextitem):
         for server in cast(pytest.Function, item).funcargs.get("servers", ()):
             server.stop()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """An engine of vLLM is a cycle of objects, and its cache a gigabyte: a dozen of them would stay until the end."""
+    try:
+        return (yield)
+    finally:
+        if item.get_closest_marker("vllm") is not None:
+            gc.unfreeze()  # vLLM freezes all objects once an engine has started
+            gc.collect()
