@@ -77,6 +77,7 @@ THEMES: dict[str, tuple[str, ...]] = {
         "subgroup_rejection",
         "leaf_weighting",
         "dynamic_sampling_rounds",
+        "prompt_selection",
     ),
     "The update": ("tree_packing", "max_tokens_per_micro_batch"),
     "The engine of an adapter": (

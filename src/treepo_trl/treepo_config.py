@@ -19,6 +19,7 @@ LeafWeighting = Literal["auto", "uniform", "inverse_branching"]
 LoraSync = Literal["adapter", "merge"]
 BaseWeights = Literal["auto", "quantized", "dequantized"]
 EngineCheck = Literal["warn", "error", "off"]
+PromptSelection = Literal["pass_rate", "off"]
 
 _WITH_SUBGROUPS = ("treepo", "treepo_size_weighted", "treepo_segment")
 
@@ -101,6 +102,15 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "`scale_rewards='group'`; each round samples at most one batch more. Prompts with equal rewards after the "
             "last round stay, with advantages of 0. Prompts are drawn one after another, each once per pass over the "
             "dataset. So a subclass with its own sampler or data loader is refused."
+        },
+    )
+    prompt_selection: PromptSelection = field(
+        default="off",
+        metadata={
+            "help": "Whether prompts are passed over that were nearly always right or nearly always wrong. "
+            "`pass_rate` takes a prompt with the chance 4 p (1 - p), a fifth at least; p is its mean reward so far, "
+            "between the lowest and the highest of all. Set it where many prompts are hopeless or solved, for "
+            "several passes over the dataset. Prompts are drawn as with `dynamic_sampling_rounds`."
         },
     )
     tree_packing: TreePacking = field(
@@ -254,6 +264,8 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             self.tree_packing = "off"
         if self.engine_check is False:
             self.engine_check = "off"
+        if self.prompt_selection is False:
+            self.prompt_selection = "off"
         check_dictionary("vllm_engine_kwargs", self.vllm_engine_kwargs)
         check_grpo_fields(
             self, but={*(each.name for each in fields(TreeSamplingConfig)), "vllm_gpu_memory_utilization"}
@@ -276,6 +288,13 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         if self.leaf_weighting == "auto":
             return self.advantage_estimator in EXACT_ESTIMATORS
         return self.leaf_weighting == "inverse_branching"
+
+    @property
+    def chooses_prompts(self) -> str:
+        """The setting that draws prompts here and not in the data loader; empty if there is none."""
+        if self.dynamic_sampling_rounds > 0:
+            return f"dynamic_sampling_rounds={self.dynamic_sampling_rounds}"
+        return "" if self.prompt_selection == "off" else f"prompt_selection={self.prompt_selection!r}"
 
     @property
     def micro_steps_per_batch(self) -> int:

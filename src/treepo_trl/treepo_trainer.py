@@ -150,8 +150,8 @@ class TreePOTrainer(GRPOTrainer):
         self._turns = TrainerTurns(self)
         self._batch_sampler = BatchSampler(self, self.sampler, self.policy_engine, self._turns)
         self._ahead = RolloutAhead(self, self._batch_sampler)
-        sample, rounds = self._batch_sampler.sample, args.dynamic_sampling_rounds
-        self.dynamic_sampling = DynamicSampling(self, sample, self._turns) if rounds > 0 else None
+        sample = self._batch_sampler.sample
+        self.dynamic_sampling = DynamicSampling(self, sample, self._turns) if args.chooses_prompts else None
         self._packed_forward = packed_forward_or_none(self.model, args, self.accelerator, self.aux_loss_enabled)
         self._batch = TreeBatch(step=-1)  # under way, or the last one: GRPOTrainer's methods cannot hand it on
         self._resume_point = ResumePoint(self, self._ahead)

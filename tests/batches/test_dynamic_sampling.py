@@ -113,7 +113,7 @@ def test_rounds_by_hand() -> None:
     assert prompts_in(batch) == ["w7", "w1", "w5", "w8"]
     assert batch.rewards.tolist() == [[0.0], [1.0]] * 4
     assert (batch.num_rounds, batch.num_replaced, batch.frac_without_signal) == (2, 5, 0.0)
-    assert batch.mean_reward == pytest.approx(4 / 18)  # nine prompts were scored, twice each
+    assert batch.metrics()["dynamic_sampling/reward"] == pytest.approx(4 / 18)  # nine prompts were scored, twice each
 
 
 def test_rounds_end_and_the_batch_stays_full() -> None:
@@ -154,6 +154,9 @@ def test_laws_of_the_rounds(num_processes: int, num_local: int, rounds: int, goo
     for batch in batches:
         assert torch.equal(batch.rewards, batches[0].rewards)
         assert (batch.num_rounds, batch.num_replaced) == (batches[0].num_rounds, batches[0].num_replaced)
+        # Everything that was drawn, with its own rewards: pass rates are learned from it.
+        assert [example["prompt"] for example in batch.drawn] == [f"w{i}" for i in range(len(batch.drawn))]
+        assert batch.drawn_rewards.tolist() == [[0.0, float(i in good)] for i in range(len(batch.drawn))]
     # The batch is full, its trees are those of its prompts, and its rewards are in their places.
     kept = [prompt for batch in batches for prompt in prompts_in(batch)]
     assert len(kept) == num_processes * num_local

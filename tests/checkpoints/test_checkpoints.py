@@ -58,6 +58,7 @@ SHORT: dict[str, Any] = {
     "num_prompts": 5,
 }
 DYNAMIC: dict[str, Any] = {"dynamic_sampling_rounds": 4, "kinds": "cvvcvcvvccvvvv"}
+SELECTED: dict[str, Any] = {"prompt_selection": "pass_rate", "kinds": "zvvz"}
 DROPOUT: dict[str, Any] = {"dropout": 0.1}
 
 
@@ -83,9 +84,12 @@ def without_times(log: dict[str, Any]) -> dict[str, Any]:
         pytest.param(2, False, {**DROPOUT, "branch_schedule": "spread"}, id="end of a batch"),
         pytest.param(1, False, {**INSIDE, **DROPOUT}, id="first pass"),
         pytest.param(3, False, {**INSIDE, **DYNAMIC}, id="second pass"),
+        pytest.param(3, False, SELECTED, id="second pass, selected prompts"),
+        pytest.param(3, False, {**INSIDE, **DYNAMIC, **SELECTED}, id="selected and dynamic"),
         pytest.param(3, False, SHORT, id="second epoch"),
         pytest.param(1, True, {**INSIDE, **DROPOUT}, id="before a step, inside of a batch"),
         pytest.param(1, True, {**DYNAMIC, **DROPOUT}, id="before a step, new batch"),
+        pytest.param(3, True, {**SELECTED, **DROPOUT}, id="before a step, selected prompts"),
         pytest.param(2, True, {**SHORT, **DROPOUT}, id="before a step, new epoch"),
     ],
 )

@@ -58,7 +58,7 @@ class NoReset:
         (
             {"rollout_func": rollout, "tools": None},
             {"dynamic_sampling_rounds": 1},
-            "`dynamic_sampling_rounds=1` replaces prompts before they reach a `rollout_func`. Set it to 0",
+            "`dynamic_sampling_rounds=1` chooses prompts and samples them before they reach a `rollout_func`. Leave",
         ),
         ({"processing_class": make_tokenizer()}, {}, "does not support tool calling"),  # TRL's error
         ({"tools": None, "train_dataset": None}, {}, "`train_dataset` is required"),  # TRL's error

@@ -267,12 +267,12 @@ def expected_advantages(
 
 
 def labelled(kinds: str) -> Dataset:
-    """A prompt for each letter: `v` has different rewards, `c` equal ones, `n` none at all."""
+    """A prompt for each letter: `v` has different rewards, `c` and `z` (zeros) equal ones, `n` none at all."""
     return Dataset.from_dict({"prompt": [f"w{i}" for i in range(len(kinds))], "kind": list(kinds)})
 
 
 def reward_by_kind(completion_ids: list[list[int]], kind: list[str], **_: Any) -> list[float | None]:
-    values = {"c": lambda i: 0.25, "n": lambda i: None, "v": lambda i: float(i % 2)}
+    values = {"c": lambda i: 0.25, "z": lambda i: 0.0, "n": lambda i: None, "v": lambda i: float(i % 2)}
     return [values[k](i) for i, k in enumerate(kind)]
 
 

@@ -26,6 +26,7 @@ from treepo_trl.trl_seams import metrics_aside
 from treepo_trl.turns.conversations import Conversation
 from treepo_trl.update.rewards import combine_rewards
 
+from .prompt_selection import PassRates, Saved, SelectedPrompts
 from .prompt_stream import EndlessPlaceholders, Example, Placeholders, PromptStream
 from .trainer_turns import TrainerTurns
 from .tree_batch import TreeBatch
@@ -73,8 +74,10 @@ class DynamicBatch:
             Prompts of all processes that were drawn, sampled and given up.
         frac_without_signal (`float`):
             Fraction of all processes' prompts that still have no signal after the last round.
-        mean_reward (`float`):
-            Mean over every completion that was scored, also of the prompts that were given up.
+        drawn (`list[dict]`):
+            Examples of all processes that were sampled, also those that were given up.
+        drawn_rewards (`torch.Tensor` of shape `(len(drawn), num_generations)`):
+            Weighted sums of their rewards.
     """
 
     candidates: list[Candidate]
@@ -82,7 +85,8 @@ class DynamicBatch:
     num_rounds: int
     num_replaced: int
     frac_without_signal: float
-    mean_reward: float
+    drawn: list[Example]
+    drawn_rewards: torch.Tensor
 
     @property
     def trees(self) -> list[SegmentTree]:
@@ -101,7 +105,7 @@ class DynamicBatch:
             "dynamic_sampling/rounds": self.num_rounds,
             "dynamic_sampling/replaced_prompts": self.num_replaced,
             "dynamic_sampling/frac_without_signal": self.frac_without_signal,
-            "dynamic_sampling/reward": self.mean_reward,
+            "dynamic_sampling/reward": self.drawn_rewards.nanmean().item(),
         }
 
 
@@ -136,7 +140,7 @@ def without_signal(
 
 
 def fill_batch(
-    stream: PromptStream,
+    stream: PromptStream | SelectedPrompts,
     num_local: int,
     num_rounds: int,
     score: Callable[[list[Candidate], int], torch.Tensor],
@@ -151,7 +155,7 @@ def fill_batch(
     none stay, with advantages of 0, so that the batch keeps its size.
 
     Args:
-        stream ([`PromptStream`]):
+        stream ([`PromptStream`] or [`SelectedPrompts`]):
             Prompts; at the same position on every process.
         num_local (`int`):
             Prompts per process.
@@ -180,7 +184,8 @@ def fill_batch(
     while used < num_rounds and is_replaced.any():
         used += 1
         counts = is_replaced.sum(1).tolist()
-        fresh = stream.take(sum(counts))[sum(counts[:process_index]) :][: counts[process_index]]
+        drawn += stream.take(sum(counts))
+        fresh = drawn[len(drawn) - sum(counts[process_index:]) :][: counts[process_index]]
         # Rewards are gathered, and every process must bring as many. Those with less to replace fill up with prompts
         # that they keep, whose trees are there and whose rewards are not used again.
         places = is_replaced.byte().argsort(dim=1, descending=True, stable=True)[:, : max(counts)]
@@ -207,7 +212,8 @@ def fill_batch(
         used,
         num_replaced,
         is_replaced.float().mean().item(),
-        torch.cat([part.flatten() for part in scored]).nanmean().item(),
+        drawn,
+        torch.cat(scored),
     )
 
 
@@ -215,12 +221,16 @@ def _num_tokens(candidates: list[Candidate]) -> int:
     return sum(candidate.tree.num_unique_tokens for candidate in candidates if candidate.tree is not None)
 
 
-_PROMPTS_DRAWN = "treepo_prompts_drawn"  # pass over the dataset and examples drawn, in the state that checkpoints save
+# In the state that checkpoints save:
+_PROMPTS_DRAWN = "treepo_prompts_drawn"  # pass over the dataset and examples drawn
+_PASS_RATES = "treepo_pass_rates"
 
 
 class DynamicSampling:
     """
-    Chooses the prompts of each batch of a training. Its place in the dataset is part of checkpoints.
+    Chooses the prompts of each batch of a training, with `dynamic_sampling_rounds`, `prompt_selection` or both.
+
+    Its place in the dataset and the prompts' pass rates are part of checkpoints.
 
     Args:
         trainer ([`TreePOTrainer`]):
@@ -240,7 +250,8 @@ class DynamicSampling:
         self.args = cast(TreePOConfig, trainer.args)
         self._trainer, self._sample, self._turns = trainer, sample, turns
         self._num_generations = cast(int, trainer.num_generations)
-        self._stream: PromptStream | None = None
+        self._rates: PassRates | None = None
+        self._stream: PromptStream | SelectedPrompts | None = None
         self._state: TrainerState | None = None  # of the training that the stream belongs to
 
     # Choosing
@@ -253,6 +264,7 @@ class DynamicSampling:
         """
         trainer = self._trainer
         stream = self._current_stream()
+        num_passed_over = stream.num_passed_over if isinstance(stream, SelectedPrompts) else 0
         trainer._pending_extra_logs.clear()  # of a batch that failed
         weights = trainer.reward_weights.to(trainer.accelerator.device)
         chosen = fill_batch(
@@ -264,12 +276,18 @@ class DynamicSampling:
             trainer.accelerator.process_index,
             trainer.accelerator.num_processes,
         )
+        metrics = chosen.metrics() if self.args.dynamic_sampling_rounds > 0 else {}
+        if self._rates is not None and isinstance(stream, SelectedPrompts):
+            self._rates.learn(chosen.drawn, chosen.drawn_rewards)
+            saved_values(trainer.state)[_PASS_RATES] = self._rates.saved
+            num_passed_over = stream.num_passed_over - num_passed_over
+            metrics["prompt_selection/frac_passed_over"] = num_passed_over / (num_passed_over + len(chosen.drawn))
         saved_values(trainer.state)[_PROMPTS_DRAWN] = stream.position
         batch.give(chosen.trees, chosen.rewards)
         self._turns.show(conversations_of(chosen.candidates))
         for column, values in chosen.extra_columns(self._num_generations).items():
             trainer._pending_extra_logs[column] += values
-        for name, value in chosen.metrics().items():
+        for name, value in metrics.items():
             trainer._metrics["train"][name].append(value)
         return self._rows(chosen.candidates)
 
@@ -322,7 +340,7 @@ class DynamicSampling:
     def _dataset(self) -> Dataset | IterableDataset:
         return cast("Dataset | IterableDataset", self._trainer.train_dataset)
 
-    def _current_stream(self) -> PromptStream:
+    def _current_stream(self) -> PromptStream | SelectedPrompts:
         """The stream of this training, at the position of the checkpoint that it resumes."""
         trainer, state = self._trainer, self._trainer.state
         if self._stream is None or self._state is not state:
@@ -331,12 +349,16 @@ class DynamicSampling:
                 position = cast("tuple[int, int] | None", saved_values(state).get(_PROMPTS_DRAWN))
                 if position is None and state.global_step > 0:
                     logger.warning(
-                        "The checkpoint comes from a training without `dynamic_sampling_rounds`: it does not say "
-                        "which prompts that has drawn, so they are drawn from the start of the dataset."
+                        "The checkpoint comes from a training without `dynamic_sampling_rounds` or "
+                        "`prompt_selection`: it does not say which prompts that has drawn, so they are drawn from "
+                        "the start of the dataset."
                     )
             number, row = position or (0, 0)  # JSON makes lists of tuples
             shuffle = bool(trainer.shuffle_dataset)
             self._stream = PromptStream(self._dataset, shuffle, self.args.seed, (number, row))
+            if self.args.prompt_selection == "pass_rate":
+                self._rates = PassRates(cast("Saved | None", saved_values(state).get(_PASS_RATES)))
+                self._stream = SelectedPrompts(self._stream, self._rates, self.args.seed)
             self._state = state
         return self._stream
 
@@ -347,8 +369,9 @@ def conversations_of(candidates: list[Candidate]) -> list[Conversation]:
 
 
 def forget_stream(state: TrainerState) -> None:
-    """Drop the place in the dataset: a training without dynamic sampling draws its prompts otherwise."""
-    saved_values(state).pop(_PROMPTS_DRAWN, None)
+    """Drop what checkpoints hold of prompts: a training that does not choose them draws them otherwise."""
+    for name in (_PROMPTS_DRAWN, _PASS_RATES):
+        saved_values(state).pop(name, None)
 
 
 def _is_equal(rewards: torch.Tensor) -> torch.Tensor:

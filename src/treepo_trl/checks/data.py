@@ -41,11 +41,11 @@ def check_datasets(
         ValueError: naming the dataset's columns or size.
     """
     changed = [name for name in _ORDERING_METHODS if getattr(trainer_class, name) is not getattr(base_class, name)]
-    if changed and args.dynamic_sampling_rounds > 0:
+    if changed and args.chooses_prompts:
         raise ValueError(
-            f"`dynamic_sampling_rounds={args.dynamic_sampling_rounds}` draws prompts from the dataset itself, but "
+            f"`{args.chooses_prompts}` draws prompts from the dataset itself, but "
             f"`{trainer_class.__name__}` overrides `{changed[0]}`. Order the dataset instead (`shuffle_dataset=False` "
-            "keeps that order), or set `dynamic_sampling_rounds=0`."
+            "keeps that order), or leave the setting out."
         )
     for dataset in (train_dataset, *_all_of(eval_dataset)):
         _check_columns(dataset, has_environments)

@@ -45,10 +45,10 @@ def check_turns(args: TreePOConfig, tools: object, rollout_func: object, environ
             f"`rollout_func` samples by itself, so `{used[0]}` would not be used. Leave one of them out; a rollout "
             "can call tools on its own."
         )
-    if args.dynamic_sampling_rounds > 0:
+    if args.chooses_prompts:
         raise ValueError(
-            f"`dynamic_sampling_rounds={args.dynamic_sampling_rounds}` replaces prompts before they reach a "
-            "`rollout_func`. Set it to 0, or leave `rollout_func` out."
+            f"`{args.chooses_prompts}` chooses prompts and samples them before they reach a `rollout_func`. Leave "
+            "one of them out."
         )
 
 

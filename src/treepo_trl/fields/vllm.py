@@ -151,10 +151,10 @@ def _check_rollout_ahead(settings: "TreePOConfig") -> None:
             "its trees are one update old, and `vllm_importance_sampling_correction=False` leaves that "
             "uncorrected. Set it"
         )
-    elif settings.dynamic_sampling_rounds > 0:
+    elif settings.chooses_prompts:
         reason = (
-            f"`dynamic_sampling_rounds={settings.dynamic_sampling_rounds}` chooses prompts by their rewards, which "
-            "are known when a batch is used. Set it to 0"
+            f"`{settings.chooses_prompts}` chooses prompts by their rewards, which are known when a batch is used. "
+            "Leave it out"
         )
     elif settings.micro_steps_per_batch % settings.gradient_accumulation_steps:
         reason = (

@@ -1,0 +1,100 @@
+"""Trainings with `prompt_selection`: what is sampled and logged, and with what it does not go."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.trainers import (
+    RecordingTrainer,
+    assert_same_run,
+    build,
+    labelled,
+    logs_of,
+    make_config,
+    reward_by_kind,
+    train,
+    trained,
+)
+from treepo_trl import TreePOTrainer
+from treepo_trl.batches.prompt_selection import LEAST_CHANCE
+
+
+SELECTED: dict[str, Any] = {"prompt_selection": "pass_rate", "dynamic_sampling_rounds": 0}
+
+
+def test_the_first_pass_is_that_of_a_training_without(tmp_path: Path, tiny_model_dir: str) -> None:
+    runs = []
+    for selection in ("off", "pass_rate"):
+        config = make_config(tmp_path / selection, max_steps=3, prompt_selection=selection)
+        runs.append(trained(RecordingTrainer, tiny_model_dir, config))
+    assert runs[0].sampled == runs[1].sampled
+    assert_same_run(*runs)
+    assert logs_of(runs[1], "prompt_selection/frac_passed_over") == [0, 0, 0]
+    keys = [{key for log in run.state.log_history for key in log} for run in runs]
+    assert keys[1] - keys[0] == {"prompt_selection/frac_passed_over"}
+
+
+def test_later_passes_pass_over_what_was_always_wrong(tmp_path: Path, tiny_model_dir: str) -> None:
+    """Batches of two, from a pass of ten: from the second on the eight zeros come less and less often."""
+    trainer = train(tmp_path, tiny_model_dir, "zvzzzzvzzz", max_steps=30, learning_rate=0.0, **SELECTED)
+    drawn = [prompt for prompts in trainer.sampled for prompt in prompts]
+    assert len(drawn) == 60
+    assert sorted(drawn[:10]) == [f"w{i}" for i in range(10)]
+    later = drawn[10:]
+    share = sum(prompt in ("w1", "w6") for prompt in later) / len(later)
+    # Four leaves: after one visit a zero is taken with 0.36, after two with 0.25, later with 0.22, against 1 and 1.
+    assert 0.35 < share < 0.65
+    assert {f"w{i}" for i in range(10)} == set(later)  # none is left out
+    number, row = trainer.state.stateful_callbacks["treepo_prompts_drawn"]
+    passed_over = 10 * number + row - 60
+    fractions = logs_of(trainer, "prompt_selection/frac_passed_over")
+    assert sum(2 * each / (1 - each) for each in fractions) == pytest.approx(passed_over)
+    assert passed_over > 60 * LEAST_CHANCE
+
+
+def test_with_dynamic_sampling_replacements_are_selected_too(tmp_path: Path, tiny_model_dir: str) -> None:
+    trainer = train(tmp_path, tiny_model_dir, "zvzzzzvzzz", max_steps=12, prompt_selection="pass_rate")
+    for prompts, advantages in trainer.updated:
+        assert set(prompts) <= {"w1", "w6"}
+        assert advantages.abs().max() > 0
+    sampled = sum(map(len, trainer.sampled))
+    without = train(tmp_path / "without", tiny_model_dir, "zvzzzzvzzz", max_steps=12)
+    assert sampled < 0.8 * sum(map(len, without.sampled))
+    assert logs_of(trainer, "dynamic_sampling/frac_without_signal") == [0] * 12
+
+
+def test_a_streamed_dataset_is_selected_from(tmp_path: Path, tiny_model_dir: str) -> None:
+    data = labelled("zvzzzzvzzz").to_iterable_dataset()
+    trainer = train(tmp_path, tiny_model_dir, data, max_steps=12, shuffle_dataset=False, **SELECTED)
+    drawn = [prompt for prompts in trainer.sampled for prompt in prompts]
+    assert drawn[:10] == [f"w{i}" for i in range(10)]
+    assert logs_of(trainer, "prompt_selection/frac_passed_over")[-1] > 0
+
+
+def test_evaluation_has_all_its_prompts(tmp_path: Path, tiny_model_dir: str) -> None:
+    data = labelled("zzvz")
+    config = make_config(
+        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1, num_generations_eval=4, **SELECTED
+    )
+    trainer = trained(
+        TreePOTrainer, tiny_model_dir, config, train_dataset=data, eval_dataset=data, reward_funcs=reward_by_kind
+    )
+    assert logs_of(trainer, "eval_reward") == [0.125] * 4
+    assert not any(key.startswith("eval_prompt_selection") for log in trainer.state.log_history for key in log)
+
+
+def test_what_it_does_not_go_with(tmp_path: Path, tiny_model_dir: str) -> None:
+    class Curriculum(TreePOTrainer):
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return super()._get_train_sampler(dataset)
+
+    with pytest.raises(ValueError, match=r"`prompt_selection='pass_rate'` draws .* `Curriculum` overrides"):
+        build(Curriculum, tiny_model_dir, make_config(tmp_path, **SELECTED))
+    with pytest.raises(ValueError, match=r"`prompt_selection='pass_rate'` chooses .* before they reach a `rollout"):
+        build(TreePOTrainer, tiny_model_dir, make_config(tmp_path, **SELECTED), rollout_func=lambda *_: {})
+    with pytest.raises(ValueError, match=r"`rollout_ahead=1`, but `prompt_selection='pass_rate'` chooses prompts"):
+        make_config(tmp_path, rollout_ahead=1, use_vllm=True, vllm_mode="server", **SELECTED)
+    with pytest.raises(ValueError, match=r"`prompt_selection` is 'variance'\. Choose one of 'pass_rate', 'off'\."):
+        make_config(tmp_path, prompt_selection="variance")
+    assert make_config(tmp_path, prompt_selection=False).prompt_selection == "off"  # a bare `off` in YAML
