@@ -1,24 +1,22 @@
 """
 Whether prompts selected by their pass rate teach a small language model more per decoded token.
 
-    python -m benchmarks.learning_selection --jobs 2   # an hour on two cores
+    python -m benchmarks.learning_selection --seeds 6 --jobs 2   # 25 minutes on two cores
 
 The model and the arms are those of `benchmarks.learning`, with `gcd` tasks. Six of ten tasks have numbers of four
-digits, which the model was never shown: they are hopeless, and cost the longest completions. There are 240 tasks, so
-that a run sees each of them several times. The held-out tasks are of the kind that can be learned.
+digits, which the model was never shown: they are hopeless, and cost the longest completions. Two arms have none of
+them. There are 240 tasks, so that a run sees each of them several times. The held-out tasks are of the kind that can
+be learned.
 
-`select` takes a prompt of the stream with the probability `4 p (1 - p)` of its pass rate so far, a fifth at least, as
-in `benchmarks.proxy_selection`. `dynamic sampling` is the package's: prompts without signal are replaced.
+*Selected* has `prompt_selection="pass_rate"`, and *dynamic sampling* `dynamic_sampling_rounds=2`.
 """
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import reasoning_gym
 from datasets import Dataset, concatenate_datasets
-from torch.utils.data import Sampler
 
 from benchmarks import learning
 from benchmarks.common import table_head, table_row
@@ -29,25 +27,27 @@ from treepo_trl import TreePOTrainer
 from treepo_trl.quickstart import answer_reward
 
 
-NUM_TASKS, HOPELESS = 240, 0.6
-EXPLORED = 0.2
-"""Least probability with which a prompt of the stream is taken."""
+NUM_TASKS = 240
 RUNS = {
-    "8 completions": ("score baseline 8", ""),
-    "8 completions, dynamic sampling": ("score baseline 8", "dynamic"),
-    "8 completions, selected": ("score baseline 8", "select"),
-    "8 leaves, sqrt": ("sqrt 8", ""),
-    "8 leaves, sqrt, dynamic sampling": ("sqrt 8", "dynamic"),
-    "8 leaves, sqrt, selected": ("sqrt 8", "select"),
+    "8 completions": ("score baseline 8", "", 0.6),
+    "8 completions, dynamic sampling": ("score baseline 8", "dynamic", 0.6),
+    "8 completions, selected": ("score baseline 8", "select", 0.6),
+    "8 leaves, sqrt": ("sqrt 8", "", 0.6),
+    "8 leaves, sqrt, dynamic sampling": ("sqrt 8", "dynamic", 0.6),
+    "8 leaves, sqrt, selected": ("sqrt 8", "select", 0.6),
+    "8 leaves, sqrt, selected, dynamic sampling": ("sqrt 8", "select dynamic", 0.6),
+    "8 leaves, sqrt, no hopeless tasks": ("sqrt 8", "", 0.0),
+    "8 leaves, sqrt, no hopeless tasks, selected": ("sqrt 8", "select", 0.0),
 }
+"""Sampling, what chooses prompts, and the share of hopeless tasks."""
 
 
-def tasks(seed: int) -> Dataset:
-    """Hopeless and other tasks, with columns `prompt`, `answer` and `index`."""
+def tasks(seed: int, hopeless: float) -> Dataset:
+    """Hopeless and other tasks, with columns `prompt` and `answer`."""
     known, _ = datasets_of("gcd", 1, seed)
     entries = reasoning_gym.create_dataset(
         "gcd",
-        size=round(NUM_TASKS * HOPELESS),
+        size=round(NUM_TASKS * hopeless),
         seed=seed,
         min_numbers=2,
         max_numbers=2,
@@ -58,76 +58,25 @@ def tasks(seed: int) -> Dataset:
         {"prompt": ",".join(map(str, entry["metadata"]["numbers"])) + "\n", "answer": entry["answer"]}
         for entry in entries
     ]
-    mixed = concatenate_datasets([Dataset.from_list(rows), known.select(range(NUM_TASKS - len(rows)))])
-    return mixed.add_column("index", list(range(NUM_TASKS)))  # pyright: ignore[reportCallIssue]
-
-
-class PassRates:
-    """Outcomes by prompt, and the reward function that notes them; older visits count half as much each."""
-
-    __name__ = "answer"
-
-    def __init__(self) -> None:
-        self.right, self.number = np.zeros(NUM_TASKS), np.zeros(NUM_TASKS)
-
-    def __call__(self, completions: list[str], answer: list[str], index: list[int], **given: object) -> list[float]:
-        """Rewards of `answer_reward`."""
-        rewards = answer_reward(completions, answer)
-        for prompt in set(index):
-            own = [reward for reward, each in zip(rewards, index, strict=True) if each == prompt]
-            self.right[prompt] = self.right[prompt] / 2 + sum(own)
-            self.number[prompt] = self.number[prompt] / 2 + len(own)
-        return rewards
-
-    def chance(self, prompt: int) -> float:
-        """Of being taken; 1 before the first visit."""
-        if not self.number[prompt]:
-            return 1.0
-        rate = (self.right[prompt] + 0.5) / (self.number[prompt] + 1)
-        return max(4 * rate * (1 - rate), EXPLORED)
-
-
-class SelectedPrompts(Sampler[int]):
-    """Passes over all prompts, of which each is taken with its chance at that moment."""
-
-    def __init__(self, rates: PassRates, repeats: int, seed: int) -> None:
-        self.rates, self.repeats, self.rng = rates, repeats, np.random.default_rng(seed)
-
-    def __iter__(self) -> Iterator[int]:
-        while True:
-            for prompt in self.rng.permutation(NUM_TASKS).tolist():
-                if self.rng.random() < self.rates.chance(prompt):
-                    yield from [prompt] * self.repeats
-
-    def __len__(self) -> int:
-        return 10**9
-
-
-class SelectingTrainer(TreePOTrainer):
-    """Draws its prompts by their pass rates."""
-
-    pass_rates: PassRates
-
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:
-        return SelectedPrompts(self.pass_rates, self.num_generations, self.args.seed)
+    others = known.select(range(NUM_TASKS - len(rows)))
+    return concatenate_datasets([Dataset.from_list(rows), others]) if rows else others
 
 
 def train(name: str, seed: int, options: argparse.Namespace) -> None:
     """One run; writes `result.json`."""
-    arm, rule = RUNS[name]
+    arm, rules, hopeless = RUNS[name]
     folder = run_folder(name, seed, options)
     args = settings(ARMS[arm], "gcd", seed, options.rate, options, folder)
-    if rule == "dynamic":
+    if "dynamic" in rules:
         args.dynamic_sampling_rounds = 2
-    rates = PassRates()
-    trainer = (SelectingTrainer if rule == "select" else TreePOTrainer)(
+    if "select" in rules:
+        args.prompt_selection = "pass_rate"
+    trainer = TreePOTrainer(
         model=str(options.out / f"gcd-{learning.WARM_START}"),
-        reward_funcs=rates,
+        reward_funcs=answer_reward,
         args=args,
-        train_dataset=tasks(seed),
+        train_dataset=tasks(seed, hopeless),
     )
-    if isinstance(trainer, SelectingTrainer):
-        trainer.pass_rates = rates
     _, held_out = datasets_of("gcd", options.held_out, seed)
     train_and_write(trainer, held_out, options, folder)
 
