@@ -58,7 +58,7 @@ SHORT: dict[str, Any] = {
     "num_prompts": 5,
 }
 DYNAMIC: dict[str, Any] = {"dynamic_sampling_rounds": 4, "kinds": "cvvcvcvvccvvvv"}
-SELECTED: dict[str, Any] = {"prompt_selection": "pass_rate", "kinds": "zvvz"}
+SELECTED: dict[str, Any] = {"prompt_selection": "pass_rate", "kinds": "zzvz"}
 DROPOUT: dict[str, Any] = {"dropout": 0.1}
 
 

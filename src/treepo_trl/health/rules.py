@@ -37,7 +37,7 @@ RULES: tuple[Rule, ...] = (
         "lower half of its range",
         f"below {signs.EQUAL:.0%} of the prompts",
         "the completions and what the reward function looks for in them, easier prompts or a worked example, "
-        "`num_generations`, `dynamic_sampling_rounds`",
+        "`num_generations`, `prompt_selection`, `dynamic_sampling_rounds`",
         signs.too_hard,
     ),
     Rule(
@@ -47,7 +47,7 @@ RULES: tuple[Rule, ...] = (
         f"mean of {signs.WINDOW} logs and {signs.PROMPTS} prompts from {signs.EQUAL} on, with `reward` in the "
         f"upper half of its range; of {signs.SOLVED} logs if the training has learned them",
         f"below {signs.EQUAL:.0%} of the prompts",
-        "harder prompts, `dynamic_sampling_rounds`, or whether the training is done",
+        "harder prompts, `prompt_selection`, `dynamic_sampling_rounds`, or whether the training is done",
         signs.too_easy,
     ),
     Rule(
@@ -57,7 +57,8 @@ RULES: tuple[Rule, ...] = (
         f"mean of {signs.WINDOW} logs and {signs.PROMPTS} prompts from {signs.ALL_EQUAL} on, with `reward_std` from "
         f"{signs.SPLIT} of the range of rewards on",
         f"below {signs.EQUAL:.0%} of the prompts",
-        "prompts of middling difficulty, `dynamic_sampling_rounds`, `temperature`, `num_generations`",
+        "prompts of middling difficulty, `prompt_selection`, `dynamic_sampling_rounds`, `temperature`, "
+        "`num_generations`",
         signs.all_or_nothing,
     ),
     Rule(
