@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -274,25 +274,26 @@ def mean_of_curve(result: dict[str, Any], options: argparse.Namespace) -> float:
     return float(interpolate(result, np.linspace(0, options.tokens, 101)).mean())
 
 
-def first_to(result: dict[str, Any], target: float, axis: str) -> float:
-    """Tokens or seconds at which the curve first comes to `target`; infinite if never."""
-    points = result["curve"]
-    for before, after in pairwise(points):
-        if after["reward"] >= target:
-            part = np.clip((target - before["reward"]) / max(after["reward"] - before["reward"], 1e-9), 0, 1)
-            return float(before[axis] + part * (after[axis] - before[axis]))
-    return float("inf")
+def cost_to(target: float, runs: Sequence[dict], axis: str, tokens: np.ndarray) -> float:
+    """Tokens or seconds at which the mean curve of runs first comes to `target`, or those of the whole run."""
+    curve = np.mean([interpolate(run, tokens) for run in runs], axis=0)
+    reached = tokens[np.argmax(curve >= target)] if curve.max() >= target else tokens[-1]
+    if axis == "tokens":
+        return float(reached)
+    points = [([point["tokens"] for point in run["curve"]], [point[axis] for point in run["curve"]]) for run in runs]
+    return float(np.mean([np.interp(reached, *each) for each in points]))
 
 
-def ratio(results: list[dict], reference: list[dict], target: float, axis: str) -> str:
-    """Mean cost to `target` over the reference's, and the middle 90 % of bootstrap samples over seeds."""
-    own, other = (np.array([first_to(each, target, axis) for each in runs]) for runs in (results, reference))
-    if not (np.isfinite(own).all() and np.isfinite(other).all()):
-        return f"{np.isfinite(own).sum()} of {len(own)} came there"
-    draws = np.random.default_rng(0).integers(0, len(own), (2000, len(own)))
-    samples = own[draws].mean(1) / other[draws].mean(1)
-    low, high = np.quantile(samples, [0.05, 0.95])
-    return f"{own.mean() / other.mean():.2f} ({low:.2f} to {high:.2f})"
+def ratio(results: list[dict], reference: list[dict], target: float, axis: str, budget: float) -> str:
+    """Cost to `target` over the reference's, and the middle 90 % of bootstrap samples over seeds."""
+    tokens, rng = np.linspace(0, budget, 301), np.random.default_rng(0)
+    draws = [list(range(len(results))), *rng.integers(0, len(results), (500, len(results))).tolist()]
+    costs = [
+        [cost_to(target, [runs[i] for i in draw], axis, tokens) for draw in draws] for runs in (results, reference)
+    ]
+    ratios = np.divide(*costs)
+    low, high = np.quantile(ratios[1:], [0.05, 0.95])
+    return f"{ratios[0]:.2f} ({low:.2f} to {high:.2f})"
 
 
 def print_table(task: str, runs: dict[str, list[dict]], options: argparse.Namespace) -> None:
@@ -310,7 +311,7 @@ def print_table(task: str, runs: dict[str, list[dict]], options: argparse.Namesp
         cells = [
             f"{column.mean():.3f} ± {column.std(ddof=min(1, len(results) - 1)):.3f}" for column in [*curves.T, means]
         ]
-        costs = [ratio(results, first, target, axis) for axis in ("tokens", "seconds")]
+        costs = [ratio(results, first, target, axis, options.tokens) for axis in ("tokens", "seconds")]
         steps = f"{np.mean([result['steps'] for result in results]):.0f}"
         print(table_row(name, f"{results[0]['rate']:g}", *cells, *costs, steps))
 

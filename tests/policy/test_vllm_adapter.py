@@ -1,5 +1,7 @@
 """LoRA trainings with the real vLLM engine on CPU: the adapter must reach the engine, and nothing else may change."""
 
+import gc
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -201,3 +203,14 @@ def test_the_engine_loads_the_policys_commit(
     with pytest.raises(Stop):
         lora_trainer(model, tmp_path)
     assert (seen["revision"], seen["tokenizer_revision"]) == ("abc123", "abc123")
+
+
+def test_an_engine_goes_with_its_trainer(tiny_model_dir: str, tmp_path: Path) -> None:
+    """docs/troubleshooting.md says how: vLLM has frozen what the garbage collector knows."""
+    trainer = lora_trainer(tiny_model_dir, tmp_path, max_steps=1)
+    trainer.train()
+    engine = weakref.ref(trainer.vllm_generation.llm)
+    del trainer
+    gc.unfreeze()
+    gc.collect()
+    assert engine() is None
