@@ -108,9 +108,9 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         default="off",
         metadata={
             "help": "Whether prompts are passed over that were nearly always right or nearly always wrong. "
-            "`pass_rate` takes a prompt with the chance 4 p (1 - p), a fifth at least; p is its mean reward so far, "
-            "between the lowest and the highest of all. Set it where many prompts are hopeless or solved, for "
-            "several passes over the dataset. Prompts are drawn as with `dynamic_sampling_rounds`."
+            "`pass_rate` takes a prompt of pass rate p with the chance 4 p (1 - p), a fifth at least. For any rewards "
+            "that is twice the share of pairs of its completions whose rewards differ. Set it where many prompts are "
+            "hopeless or solved, for several passes over the dataset. Not with `rollout_ahead` or a `rollout_func`."
         },
     )
     tree_packing: TreePacking = field(

@@ -17,7 +17,16 @@ from tests.support.environments import GAME, GOES_ON, Counter, Forking, fresh
 from tests.support.fsdp import start_fsdp2
 from tests.support.policies import FakePolicy, SharedPolicy, use_fake_policy
 from tests.support.tools import FIRST, LATER, ScriptedAgent, tool_config, tool_trainer
-from tests.support.trainers import RecordingTrainer, build, change, make_config, parameters_of, reward_by_kind, train
+from tests.support.trainers import (
+    RecordingTrainer,
+    build,
+    change,
+    labelled,
+    make_config,
+    parameters_of,
+    reward_by_kind,
+    train,
+)
 from treepo_trl import SegmentTree, TreePOTrainer
 from treepo_trl.checkpoints import newest_checkpoint
 from treepo_trl.policy.gathered_adapter import gathered_adapter
@@ -91,6 +100,30 @@ def train_dynamically_and_write(model: str, folder: str) -> None:
         "rewards": list(trainer._logs["rewards"]["reward_and_log"]),
     }
     _write(trainer, folder, result)
+
+
+def train_on_selected_prompts_and_write(model: str, folder: str) -> None:
+    """Train with selected prompts, resume from the middle, and with rows that differ between the processes."""
+    kinds = "zvzzzzvz"
+    settings = {"prompt_selection": "pass_rate", "dynamic_sampling_rounds": 1, "max_steps": 8, "ddp_backend": "gloo"}
+
+    def trained_to(name: str, start: str | None = None, **columns: Any) -> Any:
+        config = make_config(Path(folder, name), save_strategy="steps", save_steps=4, **settings)
+        data = Dataset.from_dict({**labelled(kinds).to_dict(), **columns})
+        trainer = build(RecordingTrainer, model, config, train_dataset=data, reward_funcs=reward_by_kind)
+        trainer.train(resume_from_checkpoint=start)
+        return trainer
+
+    whole = trained_to("whole")
+    resumed = trained_to("resumed", f"{folder}/whole/checkpoint-4")
+    try:
+        trained_to("different", own=[f"/tmp/{os.environ['RANK']}"] * len(kinds))
+        error = ""
+    except RuntimeError as raised:
+        error = str(raised)
+    keys = ("treepo_prompts_drawn", "treepo_pass_rates")
+    states = [[run.state.stateful_callbacks[key] for key in keys] for run in (whole, resumed)]
+    _write(whole, folder, {"sampled": [whole.sampled, resumed.sampled], "states": states, "error": error})
 
 
 def train_with_tools_and_write(folder: str) -> None:

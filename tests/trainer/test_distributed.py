@@ -110,6 +110,18 @@ def test_two_processes_fill_one_batch(tmp_path: Path, tiny_model_dir: str) -> No
         assert log["tree/unique_tokens"] == unique + log["dynamic_sampling/discarded_tokens"]
 
 
+def test_two_processes_select_the_same_prompts(tmp_path: Path, tiny_model_dir: str) -> None:
+    ranks = run_in_two_processes(
+        SCRIPT, tmp_path, "train_on_selected_prompts_and_write", tiny_model_dir, str(tmp_path)
+    )
+    for rank in ranks:
+        assert rank["states"] == [ranks[0]["states"][0]] * 2  # places and pass rates, also of the resumed training
+        whole, resumed = rank["sampled"]
+        assert whole[-len(resumed) :] == resumed
+        assert rank["error"].startswith("`prompt_selection` needs the same rows on every process")
+    assert max(log.get("prompt_selection/frac_passed_over", 0) for log in ranks[0]["logs"]) > 0.3
+
+
 def test_two_processes_with_tools_update_as_one(tmp_path: Path) -> None:
     """Totals are over both processes, also where the paths of one call nothing."""
     ranks = run_in_two_processes(SCRIPT, tmp_path, "train_with_tools_and_write", str(tmp_path))

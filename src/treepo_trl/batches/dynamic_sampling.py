@@ -250,7 +250,6 @@ class DynamicSampling:
         self.args = cast(TreePOConfig, trainer.args)
         self._trainer, self._sample, self._turns = trainer, sample, turns
         self._num_generations = cast(int, trainer.num_generations)
-        self._rates: PassRates | None = None
         self._stream: PromptStream | SelectedPrompts | None = None
         self._state: TrainerState | None = None  # of the training that the stream belongs to
 
@@ -264,7 +263,6 @@ class DynamicSampling:
         """
         trainer = self._trainer
         stream = self._current_stream()
-        num_passed_over = stream.num_passed_over if isinstance(stream, SelectedPrompts) else 0
         trainer._pending_extra_logs.clear()  # of a batch that failed
         weights = trainer.reward_weights.to(trainer.accelerator.device)
         chosen = fill_batch(
@@ -277,11 +275,9 @@ class DynamicSampling:
             trainer.accelerator.num_processes,
         )
         metrics = chosen.metrics() if self.args.dynamic_sampling_rounds > 0 else {}
-        if self._rates is not None and isinstance(stream, SelectedPrompts):
-            self._rates.learn(chosen.drawn, chosen.drawn_rewards)
-            saved_values(trainer.state)[_PASS_RATES] = self._rates.saved
-            num_passed_over = stream.num_passed_over - num_passed_over
-            metrics["prompt_selection/frac_passed_over"] = num_passed_over / (num_passed_over + len(chosen.drawn))
+        if isinstance(stream, SelectedPrompts):
+            metrics |= stream.learn(chosen.drawn, chosen.drawn_rewards)
+            saved_values(trainer.state)[_PASS_RATES] = stream.rates.saved
         saved_values(trainer.state)[_PROMPTS_DRAWN] = stream.position
         batch.give(chosen.trees, chosen.rewards)
         self._turns.show(conversations_of(chosen.candidates))
@@ -356,9 +352,9 @@ class DynamicSampling:
             number, row = position or (0, 0)  # JSON makes lists of tuples
             shuffle = bool(trainer.shuffle_dataset)
             self._stream = PromptStream(self._dataset, shuffle, self.args.seed, (number, row))
+            saved_rates = cast("Saved | None", saved_values(state).pop(_PASS_RATES, None))
             if self.args.prompt_selection == "pass_rate":
-                self._rates = PassRates(cast("Saved | None", saved_values(state).get(_PASS_RATES)))
-                self._stream = SelectedPrompts(self._stream, self._rates, self.args.seed)
+                self._stream = SelectedPrompts(self._stream, PassRates(saved_rates), self.args.seed)
             self._state = state
         return self._stream
 

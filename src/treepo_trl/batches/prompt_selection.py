@@ -1,13 +1,14 @@
 """
-Prompt selection: prompts whose completions were nearly all right or nearly all wrong are passed over, mostly.
+Prompt selection: prompts whose completions nearly always had the same reward are passed over, mostly.
 
 Nothing is decoded for a prompt that is passed over, where dynamic sampling finds out by sampling it.
 """
 
 import random
-from typing import TypedDict
+from collections import defaultdict
 
 import torch
+from accelerate.utils import gather_object
 from datasets.fingerprint import Hasher
 
 from .prompt_stream import Example, PromptStream
@@ -16,27 +17,24 @@ from .prompt_stream import Example, PromptStream
 LEAST_CHANCE = 0.2
 """Of any prompt of the stream to be taken: policies change, and no prompt is left out for ever."""
 _KEPT = 0.5  # of what earlier visits have shown, at each new one
-_MOST_PROMPTS = 100_000  # that are remembered: 5 MB of a checkpoint
+_PRIOR = 2.0  # completions of which half of the pairs differ: a group of two says little
+_MOST_PROMPTS = 100_000  # that are remembered: 7 MB of a checkpoint
 
 
-class Saved(TypedDict):
-    """What checkpoints hold, as JSON has it."""
-
-    range: list[float]
-    """Lowest and highest reward; empty before the first."""
-    prompts: dict[str, list[float]]
-    """By the hash of a row: sum and number of rewards, with the weights of their visits."""
+Saved = dict[str, list[float]]
+"""By the hash of a row: its completions times the share of their pairs that differ, and its completions; JSON."""
 
 
 class PassRates:
     """
-    What the completions of each prompt have shown, the later visits more.
+    How often the rewards of each prompt's completions have differed, the later visits counting more.
 
-    A pass rate `p` is the mean reward on a scale from the lowest to the highest reward of the training so far. On that
-    scale `p (1 - p)` is the largest variance that rewards with this mean can have (Bhatia and Davis, 2000), and for
-    rewards of 0 and 1 it is the variance. A prompt is taken with the chance `4 p (1 - p)`, `LEAST_CHANCE` at least.
+    For rewards of 0 and 1 with the pass rate `p`, two completions differ with the probability `2 p (1 - p)`. A prompt
+    is taken with the chance of twice that share of pairs, so `4 p (1 - p)`, `LEAST_CHANCE` at least. How far rewards
+    differ does not count: neither their scale nor an outlier decides about other prompts.
 
-    Rows of a dataset that are equal are one prompt. The 100,000 that were visited last are remembered.
+    Rows of a dataset that are equal are one prompt. Of more than 100,000 those with the smallest hashes are
+    remembered, whatever the order of visits.
 
     Args:
         saved (`dict`, *optional*):
@@ -44,45 +42,57 @@ class PassRates:
     """
 
     def __init__(self, saved: Saved | None = None) -> None:
-        self._saved: Saved = saved or {"range": [], "prompts": {}}
+        self._prompts = saved or {}
 
     @property
     def saved(self) -> Saved:
         """Everything, for a checkpoint. It does not change: later rewards make another one."""
-        return self._saved
+        return self._prompts
 
     def learn(self, examples: list[Example], rewards: torch.Tensor) -> None:
         """
-        Take in the rewards of examples.
+        Take in the rewards of a batch.
 
         Args:
             examples (`list[dict]`):
-                Rows of the dataset.
+                Rows of the dataset. One may occur several times, with a group of completions each.
             rewards (`torch.Tensor` of shape `(len(examples), num_generations)`):
-                Those that are not finite do not count.
+                Those that are not finite do not count, and differ from none.
         """
-        extremes, prompts = self._saved["range"], dict(self._saved["prompts"])
+        visits: dict[str, list[torch.Tensor]] = defaultdict(list)
         for example, row in zip(examples, rewards, strict=True):
-            finite = row[row.isfinite()].tolist()
-            if not finite:
-                continue
-            key = Hasher.hash(example)
-            total, count = prompts.pop(key, [0.0, 0.0])  # its place is at the end now
-            prompts[key] = [_KEPT * total + sum(finite), _KEPT * count + len(finite)]
-            extremes = [min(extremes + finite), max(extremes + finite)]
-        for key in list(prompts)[: max(len(prompts) - _MOST_PROMPTS, 0)]:
+            visits[Hasher.hash(example)].append(row)
+        prompts = dict(self._prompts)
+        for key, rows in visits.items():
+            differing, count = (_KEPT * each for each in prompts.get(key, (0.0, 0.0)))
+            differing += sum(len(row) * differing_pairs(row) for row in rows)
+            prompts[key] = [differing, count + sum(map(len, rows))]
+        for key in sorted(prompts)[_MOST_PROMPTS:]:
             del prompts[key]
-        self._saved = {"range": extremes, "prompts": prompts}
+        self._prompts = prompts
+
+    def knows(self, example: Example) -> bool:
+        """Whether anything is remembered of an example."""
+        return Hasher.hash(example) in self._prompts
 
     def chance(self, example: Example) -> float:
         """Of an example to be taken; 1 before its first visit."""
-        seen = self._saved["prompts"].get(Hasher.hash(example))
-        lowest, highest = self._saved["range"] or (0.0, 0.0)
-        if seen is None or highest <= lowest:
+        seen = self._prompts.get(Hasher.hash(example))
+        if seen is None:
             return 1.0
-        total, count = seen
-        rate = ((total - count * lowest) / (highest - lowest) + 0.5) / (count + 1)
-        return max(4 * rate * (1 - rate), LEAST_CHANCE)
+        differing, count = seen
+        share = (differing + _PRIOR / 2) / (count + _PRIOR)
+        return min(max(2 * share, LEAST_CHANCE), 1.0)
+
+
+def differing_pairs(rewards: torch.Tensor) -> float:
+    """Share of the pairs of completions whose rewards differ; 0 with fewer than two finite rewards."""
+    finite = rewards[rewards.isfinite()]
+    n = len(finite)
+    if n < 2:
+        return 0.0
+    _, counts = finite.unique(return_counts=True)
+    return 1 - float((counts * (counts - 1)).sum()) / (n * (n - 1))
 
 
 class SelectedPrompts:
@@ -99,15 +109,12 @@ class SelectedPrompts:
             What was seen of them.
         seed (`int`):
             Seed of the choices.
-
-    Attributes:
-        num_passed_over (`int`):
-            Examples that were not taken so far.
     """
 
     def __init__(self, stream: PromptStream, rates: PassRates, seed: int) -> None:
-        self.num_passed_over = 0
-        self._stream, self._rates, self._seed = stream, rates, seed
+        self.rates = rates
+        self._stream, self._seed = stream, seed
+        self._num_seen, self._num_known, self._num_taken = 0, 0, 0  # since the last batch was learned
 
     @property
     def position(self) -> tuple[int, int]:
@@ -120,8 +127,34 @@ class SelectedPrompts:
         while len(taken) < count:
             (example,) = self._stream.take(1)
             number, row = self.position
-            if random.Random(f"{self._seed}/{number}/{row}").random() < self._rates.chance(example):
+            if random.Random(f"{self._seed}/{number}/{row}").random() < self.rates.chance(example):
                 taken.append(example)
-            else:
-                self.num_passed_over += 1
+            self._num_seen += 1
+            self._num_known += self.rates.knows(example)
+        self._num_taken += count
         return taken
+
+    def learn(self, examples: list[Example], rewards: torch.Tensor) -> dict[str, float]:
+        """
+        Take in a batch, as [`PassRates.learn`] does. All processes call it together.
+
+        Returns:
+            `dict[str, float]`: metrics of the batch, under `prompt_selection/`.
+
+        Raises:
+            RuntimeError: if the processes have drawn different rows.
+        """
+        drawn = gather_object([Hasher.hash(examples)])
+        if len(set(drawn)) > 1:
+            raise RuntimeError(
+                "`prompt_selection` needs the same rows on every process, and they have drawn different ones. A "
+                "transform with random numbers, a path of the process, or `split_dataset_by_node` makes them differ. "
+                "Give all processes the same dataset, or leave the setting out."
+            )
+        self.rates.learn(examples, rewards)
+        seen, known, taken = self._num_seen, self._num_known, self._num_taken
+        self._num_seen, self._num_known, self._num_taken = 0, 0, 0
+        return {
+            "prompt_selection/frac_passed_over": 1 - taken / max(seen, 1),
+            "prompt_selection/frac_known": known / max(seen, 1),
+        }

@@ -49,6 +49,11 @@ def check_datasets(
         )
     for dataset in (train_dataset, *_all_of(eval_dataset)):
         _check_columns(dataset, has_environments)
+    if args.prompt_selection != "off" and has_environments and "prompt" not in (_columns_of(train_dataset) or ()):
+        raise ValueError(
+            f"`prompt_selection={args.prompt_selection!r}` knows a prompt by its row, but the rows have no column "
+            "'prompt': environments give the prompts, and rows that are equal are not one task. Leave the setting out."
+        )
     if isinstance(train_dataset, Dataset) and not changed:  # another order may repeat prompts
         _check_size(args, len(train_dataset))
     if any(isinstance(dataset, Dataset) and len(dataset) == 0 for dataset in _all_of(eval_dataset)):
@@ -61,6 +66,10 @@ _ORDERING_METHODS = ("_get_train_sampler", "get_train_dataloader")
 def _all_of(dataset: object) -> Iterable[object]:
     """The datasets of a dictionary, or the one."""
     return dataset.values() if isinstance(dataset, dict) else (dataset,)
+
+
+def _columns_of(dataset: object) -> list[str] | None:
+    return dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
 
 
 def _check_columns(dataset: object, has_environments: bool) -> None:
