@@ -52,6 +52,7 @@ def test_chances_by_hand() -> None:
     rates.learn([WRONG], torch.tensor([[0.0, 1.0, 0.0, 0.0]]))  # 2 of 4 pairs, after 8 / 2 completions without any
     assert rates.chance(WRONG) == pytest.approx(2 * (4 * 0.5 + 1) / (4 + 4 + 2))
     assert rates_of([0.0] * 2).chance(WRONG) == pytest.approx(0.5)  # two completions say little
+    assert rates_of([0.0] * 16).chance(WRONG) == LEAST_CHANCE  # 2 x 1 / 18 is less
     assert rates_of([0.0, 1.0, 2.0, 3.0]).chance(WRONG) == 1
 
 
