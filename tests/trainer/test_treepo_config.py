@@ -40,6 +40,7 @@ OTHER: dict[str, Any] = {
     "subgroup_rejection": True,
     "leaf_weighting": "inverse_branching",
     "dynamic_sampling_rounds": 2,
+    "prompt_selection": "pass_rate",
     "tree_packing": "sdpa",
     "max_tokens_per_micro_batch": 16384,
     "vllm_lora_sync": "merge",
