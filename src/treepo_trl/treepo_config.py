@@ -107,7 +107,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
     prompt_selection: PromptSelection = field(
         default="off",
         metadata={
-            "help": "Whether prompts are passed over that were nearly always right or nearly always wrong. `off`: none. "
+            "help": "Whether prompts are passed over that were nearly always right or always wrong. `off`: none. "
             "`pass_rate` takes a prompt of pass rate p with the chance 4 p (1 - p), a fifth at least. For any rewards "
             "that is twice the share of pairs of its completions that differ in theirs. Set it where many prompts are "
             "hopeless or solved, for several passes over the dataset. Not with `rollout_ahead` or a `rollout_func`."
