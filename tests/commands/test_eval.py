@@ -221,6 +221,9 @@ def test_another_adapter_joins_and_nothing_that_is_there_is_sampled_again(
     save_adapter(tiny_model_dir, "other/first")
     with pytest.raises(SystemExit, match="has samples of first as 'first', and now that is other/first"):
         main([*arguments(tiny_model_dir, adapters="other/first"), "--resume"])
+    save_adapter(tiny_model_dir, "first", seed=2)
+    with pytest.raises(SystemExit, match="has samples of first, whose weights have changed since"):
+        main([*arguments(tiny_model_dir, adapters="first"), "--resume"])
 
 
 def test_a_kill_before_the_first_sample_leaves_a_folder_to_resume(

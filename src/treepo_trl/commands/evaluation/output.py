@@ -1,5 +1,6 @@
 """The folder of `treepo-trl eval`: settings, samples of each column, results; one run at a time, and what it has."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -85,7 +86,7 @@ def opened_folder(
     if is_used and not arguments.resume:
         raise ValueError(f"`--output {path}` exists already. Remove it, name another folder, or add `--resume`.")
     columns = ["base"] * arguments.base + labels_of(adapters)
-    of_adapters: dict[str, object] = dict(zip(labels_of(adapters), adapters, strict=True))
+    of_adapters = {label: _of_adapter(each) for label, each in zip(labels_of(adapters), adapters, strict=True)}
     if is_used:
         of_adapters = _adapters_of_used(path, settings, of_adapters)
     path.mkdir(parents=True, exist_ok=True)
@@ -102,12 +103,24 @@ def opened_folder(
         yield EvalFolder(path, cast("dict[str, TreeFile]", files))
 
 
-def _adapters_of_used(path: Path, settings: dict[str, object], adapters: dict[str, object]) -> dict[str, object]:
+_Adapter = dict[str, str | None]
+"""Folder or hub id, and the hash of its weights: training on in one folder makes another adapter of it."""
+
+
+def _of_adapter(name: str) -> _Adapter:
+    weights = next(iter(sorted(Path(name).glob("adapter_model.*"))), None)
+    if weights is None:  # of the hub
+        return {"name": name, "sha256": None}
+    with weights.open("rb") as file:
+        return {"name": name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _adapters_of_used(path: Path, settings: dict[str, object], adapters: dict[str, _Adapter]) -> dict[str, _Adapter]:
     """All adapters of a folder that is resumed, after a look whether its samples are of these settings."""
     file = path / _SETTINGS
     try:
         written = json.loads(file.read_bytes())
-        before, known = dict(written["settings"]), dict(written["adapters"])
+        before, known = dict(written["settings"]), {label: dict(each) for label, each in written["adapters"].items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"`--output {path}` is no folder of an evaluation: {file} cannot be read. Name another folder."
@@ -120,10 +133,16 @@ def _adapters_of_used(path: Path, settings: dict[str, object], adapters: dict[st
                 f"{asked_for.get(name)!r}. Set it as it was, or name another folder."
             )
     for label, adapter in adapters.items():
-        if known.get(label, adapter) != adapter:
+        other = known.get(label, adapter)
+        if other["name"] != adapter["name"]:
             raise ValueError(
-                f"`--output {path}` has samples of {known[label]} as {label!r}, and now that is {adapter}. Name "
-                "another folder."
+                f"`--output {path}` has samples of {other['name']} as {label!r}, and now that is {adapter['name']}. "
+                "Name another folder."
+            )
+        if other["sha256"] != adapter["sha256"]:
+            raise ValueError(
+                f"`--output {path}` has samples of {adapter['name']}, whose weights have changed since. Name another "
+                "folder."
             )
     return known | adapters
 
