@@ -73,11 +73,11 @@ def _columns_of(dataset: object) -> list[str] | None:
 
 
 def _check_columns(dataset: object, has_environments: bool) -> None:
-    if not isinstance(dataset, Dataset | IterableDataset) or dataset.column_names is None:
+    columns = _columns_of(dataset)
+    if columns is None:
         return
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":  # rows have the columns of a transform
         return
-    columns = dataset.column_names
     if "prompt" not in columns and not has_environments:
         raise _no_prompt(columns)
     images = sorted({"image", "images"} & set(columns))
