@@ -54,9 +54,10 @@ _YARN: dict[str, Any] = {
     "mscale_all_dim": 1.0,
 }
 _ABOUT_LATENT = (
-    "right with YaRN, which DeepSeek's own checkpoints have. vLLM's kernel for processors rotates "
-    "queries of latent attention wrongly if a config has none, and log-probabilities are off by whole nats then. On "
-    "processors without AMX, vLLM computes latent attention without a prefix cache"
+    "right with YaRN, which DeepSeek's own checkpoints have. Without YaRN and with `enforce_eager`, the rotary kernel "
+    "of vLLM 0.31 for processors takes each head of a query for a token, and log-probabilities are off by whole nats. "
+    "Compiled, as by default, vLLM does not use that kernel, and is right without YaRN too. On processors without "
+    "AMX, vLLM computes latent attention without a prefix cache"
 )
 _DELTA: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"],
@@ -164,8 +165,9 @@ FAMILIES = [
         "windows",
         {**_WINDOWS, "logit_scale": 1.0},
         served_as={"sliding_window": WINDOW - 1},
-        about_vllm="a window of vLLM holds one token more than that of transformers, so vLLM's was set one shorter "
-        "here. A real checkpoint differs only behind its window of 4,096 tokens, by the oldest token of each window",
+        about_vllm="its windows of this family hold one token more than those of transformers, as the code of vLLM "
+        "0.31 says that Cohere trained so. They were set one shorter here. A real checkpoint differs only behind its "
+        "window of 4,096 tokens, by the oldest token of each window",
     ),
     Family("EXAONE 4", "exaone4", "windows, QK norms", _WINDOWS),
     Family(
@@ -185,6 +187,7 @@ FAMILIES = [
         "DeepSeek-V2",
         "deepseek_v2",
         "latent attention, experts",
+        # vLLM takes experts by groups wherever a config has groups; transformers only where the method says so.
         {**_LATENT, "topk_method": "group_limited_greedy", "rope_parameters": _YARN},
         ("head_dim",),
         engine_options={"attention_backend": "CPU_MLA"},  # the faster one knows no float32
