@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from tests.support.models import make_model, make_tokenizer
 from tests.support.paths import ROOT
-from tests.support.vllm_servers import LORA_FLAGS, VLLMServer, vllm_servers
+from tests.support.vllm_servers import LORA_FLAGS, TRANSFER_FLAGS, VLLMServer, vllm_servers
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,7 @@ def small_model_dir() -> str:
 
 @pytest.fixture(scope="session")
 def started_servers(tiny_model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[VLLMServer]]:
-    flags = ["--dtype", "float32", *LORA_FLAGS]
+    flags = ["--dtype", "float32", *LORA_FLAGS, *TRANSFER_FLAGS]
     with vllm_servers(2, tiny_model_dir, tmp_path_factory.mktemp("servers"), flags) as started:
         yield started
 

@@ -223,7 +223,7 @@ def test_a_load_without_an_answer_is_a_lost_server(
     stack: ExitStack, tmp_path: Path, kind: Any, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its folder can be read: nothing is said of that, though `/health` answers."""
-    monkeypatch.setattr(weights, "_LOAD_TIMEOUT", 0.1)
+    monkeypatch.setattr(weights, "LOAD_TIMEOUT", 0.1)
     servers, (fake, _) = opened(stack, tmp_path, 2, versions=kind)
     give(servers, 0)
     fake.hangs = {path}

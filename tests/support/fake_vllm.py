@@ -232,6 +232,7 @@ class FakeVLLM:
             "scheduler_config": {"max_num_seqs": 8},
             "parallel_config": {"data_parallel_size": 1},
             "lora_config": None,
+            "weight_transfer_config": None,
         }
         for section, values in self.changes.items():
             config[section] = {**(config[section] or {}), **values}

@@ -25,6 +25,10 @@ MODEL = "/models/base"
 NEEDS = ServerNeeds(MODEL, make_tokenizer(), 64, with_entropies=True, num_adapters=2, adapter_rank=8)
 
 
+_ANSWERED = {"/pause", "/start_weight_update", "/finish_weight_update", "/update_weight_version", "/resume"}
+_ANSWERED |= {"/collective_rpc"}
+
+
 class PolicyFake(FakeVLLM):
     """
     A fake server that loads adapters and weights, and computes log-probabilities that depend on them.
@@ -33,6 +37,7 @@ class PolicyFake(FakeVLLM):
         adapters: name and folder of what is loaded, in order.
         offset: nats by which this server is wrong.
         served: versions from which it has sampled.
+        calls: what was asked of it around its weights, in order.
         hangs, hanging: paths that get no answer, and those that somebody waits for.
     """
 
@@ -45,6 +50,7 @@ class PolicyFake(FakeVLLM):
         self.tokenizer = make_tokenizer()
         self.weights = "default"
         self.unloaded: list[str] = []
+        self.calls: list[str] = []
         self.served: set[str] = set()
         self.hangs: set[str] = set()
         self.hanging: list[str] = []
@@ -91,7 +97,8 @@ class PolicyFake(FakeVLLM):
             return web.json_response({"tokens": ids})
         if path == "/v1/models":
             lines = [{"id": name, "root": root, "parent": "base"} for name, root in self.adapters.items()]
-            return web.json_response({"data": [{**line, "max_model_len": None} for line in lines]})
+            base = {"id": "base", "root": MODEL, "parent": None, "max_model_len": 64}
+            return web.json_response({"data": [base, *({**line, "max_model_len": None} for line in lines)]})
         if path == "/v1/load_lora_adapter" and self.loads_adapters:
             return self._load(body["lora_name"], body["lora_path"])
         if path == "/v1/unload_lora_adapter":
@@ -106,7 +113,8 @@ class PolicyFake(FakeVLLM):
             self.while_reloading()
         if path == "/collective_rpc" and not self.reloads:
             return web.json_response({"error": {"message": "no such folder"}}, status=500)
-        if path in ("/pause", "/resume", "/update_weight_version", "/collective_rpc"):
+        if path in _ANSWERED:
+            self.calls.append(path)
             return web.json_response({})
         return await super()._other(request)
 

@@ -19,6 +19,10 @@ FLAGS = [
     *("--block-size", "32", "--enforce-eager", "--max-num-seqs", "32"),
 ]
 LORA_FLAGS = ["--enable-lora", "--max-loras", "3", "--max-lora-rank", "16"]
+TRANSFER_FLAGS = [
+    *("--weight-transfer-config", '{"backend": "nccl"}'),
+    *("--worker-extension-cls", "tests.support.stored_transfer.WorkerExtension"),
+]
 
 
 class VLLMServer:

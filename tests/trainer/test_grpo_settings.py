@@ -70,7 +70,6 @@ def test_what_is_called_refused_is_refused(tmp_path: Path, name: str, monkeypatc
 
 
 OTHER_VALUES: dict[str, Any] = {
-    "vllm_group_port": 2,
     "transformers_continuous_batching_config": {"max_memory_percent": 0.1},
     "log_multimodal": False,
     "cache_implementation": "static",

@@ -1,8 +1,8 @@
 """
 What stands in the place of TRL's `VLLMGeneration` where vLLM servers sample.
 
-TRL's own client opens an NCCL group with one server, and asks it for texts. It is not built. `GRPOTrainer` finds the
-same three names here: it sends the policy (`sync_weights`) and samples by itself in evaluation (`generate`).
+That one has a client of one server, which it asks for texts. `GRPOTrainer` finds the same names here: it sends the
+policy (`sync_weights`) and samples by itself in evaluation (`generate`).
 """
 
 import uuid
@@ -33,7 +33,8 @@ from treepo_trl.treepo_config import TreePOConfig
 from .checks import ServerNeeds
 from .main_process import from_main_process
 from .policy_servers import PolicyServers
-from .weights import AdapterVersions, WeightVersions, write_weights
+from .sent_weights import SentWeights, can_send
+from .weights import AdapterVersions, WeightVersions
 
 
 if TYPE_CHECKING:
@@ -108,14 +109,19 @@ class ServerGeneration(VLLMGeneration):
         size = bytes_of(self.model.parameters()) if adapter is None else num_bytes(adapter)
         self._folder = shared_folder("policy", settings.vllm_server_adapter_dir, size)
         kind = AdapterVersions if self._loads_adapter else WeightVersions
+        run = uuid.uuid4().hex[:8]
         self.servers = PolicyServers(
             server_urls(settings.vllm_server_base_url, settings.vllm_server_host, settings.vllm_server_port),
             needs,
-            kind(self._folder.path, uuid.uuid4().hex[:8]),
+            kind(self._folder.path, run),
             settings.vllm_server_timeout,
             is_probed=settings.engine_check != "off",
         )
-        return self.servers.open()
+        facts = self.servers.open()
+        if not self._loads_adapter and self.servers.takes_sent_weights and can_send(self.accelerator.device):
+            versions = SentWeights(self._folder.path, run, self.accelerator.device, settings.vllm_group_port)
+            self.servers.versions = versions
+        return facts
 
     def sync_weights(self) -> None:
         """Give the servers the policy as it is. All processes call it together."""
@@ -159,12 +165,7 @@ class ServerGeneration(VLLMGeneration):
         weights = cast("Iterator[tuple[str, torch.Tensor]]", self._iter_named_params())
         try:
             if self.servers is not None:
-
-                def write(folder: str) -> str:
-                    write_weights(weights, folder)
-                    return folder
-
-                self.servers.versions.write(step, write)
+                self.servers.take_weights(step, weights)
         finally:
             for _ in weights:  # the others, and an error here, must not leave a gathering half done
                 pass

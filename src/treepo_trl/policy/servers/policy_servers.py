@@ -3,9 +3,9 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -13,7 +13,7 @@ from treepo_trl.engines.server_connection import ServerConnection, ServerLostErr
 from treepo_trl.engines.server_facts import ServerFacts
 
 from .checks import ServerNeeds, check_server
-from .weights import PolicyVersions
+from .weights import PolicyVersions, WeightVersions
 
 
 logger = logging.getLogger(__name__)  # also where nothing is accelerated
@@ -42,6 +42,8 @@ class PolicyServers:
             what they computed then.
 
     Attributes:
+        takes_sent_weights (`bool`):
+            Whether all of them were started to take weights over NCCL; known once they are open.
         reference (`torch.Tensor`, *optional*):
             What the servers, or else the policy, compute for the tokens of `probe_ids` with the current version, in
             nats; `None` if nobody has asked.
@@ -59,6 +61,7 @@ class PolicyServers:
         self._lock = threading.Lock()  # held by whoever gives all of them a version, or admits one
         self._admissions = {server: threading.Lock() for server in self.servers}  # two engines may have lost one
         self._out: set[ServerConnection] = set()  # lost, or wrong, until they are admitted
+        self.takes_sent_weights = False
         self._number_type: str | None = None
         self._is_quantized = False
         self.reference: torch.Tensor | None = None
@@ -87,7 +90,15 @@ class PolicyServers:
                 "the same `--dtype` and `--quantization`."
             )
         self._number_type, self._is_quantized = number_type(facts), facts.quantization is not None
+        self.takes_sent_weights = all(each.weight_transfer == "nccl" for each in found.values())
         return facts
+
+    def take_weights(self, step: int, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Make a new version of these weights; `distribute` follows."""
+        lost = cast(WeightVersions, self.versions).take(step, weights, self.servers)
+        with self._lock:
+            for server, error in lost.items():
+                self._lose(server, error)
 
     def distribute(self) -> None:
         """

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from treepo_trl.engines.server_connection import ServerConnection, ServerLostError, ServerRefusedError
 
 
-_LOAD_TIMEOUT = 600.0  # seconds to read a model from a shared disk
+LOAD_TIMEOUT = 600.0  # seconds to read a model from a shared disk
 _QUESTION_TIMEOUT = 30.0  # seconds until an engine tells the version of its weights, between two of its steps
 _BYTES_PER_FILE = 2**31  # of a model's weights: what the processor's memory holds of them at a time
 
@@ -69,8 +69,7 @@ class PolicyVersions(ABC):
             write (`Callable`):
                 Writes into a folder, and returns the one below it or itself that a server is to load.
         """
-        again = self._num_written[step]
-        name = f"treepo-{self._run}-{step}" + (f".{again}" if again else "")  # a probe has several at one step
+        name = self._new_name(step)
         being_written = os.path.join(self._folder, f".{name}")
         shutil.rmtree(being_written, ignore_errors=True)
         os.makedirs(being_written)
@@ -78,6 +77,13 @@ class PolicyVersions(ABC):
         _let_all_read(written)
         os.rename(written, os.path.join(self._folder, name))
         shutil.rmtree(being_written, ignore_errors=True)
+        self._add(step, name)
+
+    def _new_name(self, step: int) -> str:
+        again = self._num_written[step]
+        return f"treepo-{self._run}-{step}" + (f".{again}" if again else "")  # a probe has several at one step
+
+    def _add(self, step: int, name: str) -> None:
         self._num_written[step] += 1
         self.names.append(name)
 
@@ -151,7 +157,7 @@ class AdapterVersions(PolicyVersions):
         name = self.names[-1]  # a new version may be written meanwhile
         path = os.path.join(self._folder, name)
         try:
-            server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, _LOAD_TIMEOUT)
+            server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, LOAD_TIMEOUT)
         except ServerLostError as error:
             if error.status is not None and server.is_healthy():  # vLLM answers 500 for what it cannot load
                 raise self._unreadable(server, path, str(error)) from error
@@ -177,6 +183,31 @@ class WeightVersions(PolicyVersions):
     def model(self) -> str | None:
         return None
 
+    def take(
+        self, step: int, weights: Iterator[tuple[str, torch.Tensor]], servers: Iterable[ServerConnection]
+    ) -> dict[ServerConnection, Exception]:
+        """
+        A new version, which is the current one from then on.
+
+        Args:
+            step (`int`):
+                Of the training.
+            weights (`Iterator`):
+                Names as in the checkpoint, and whole tensors, each of which may be gone once the next is asked for.
+            servers (`Iterable[ServerConnection]`):
+                That answer, or did.
+
+        Returns:
+            `dict`: servers that are found lost on the way.
+        """
+
+        def write(folder: str) -> str:
+            write_weights(weights, folder)
+            return folder
+
+        self.write(step, write)
+        return {}
+
     def _loaded(self, server: ServerConnection) -> set[str]:
         return {server.get("/weight_info", _QUESTION_TIMEOUT)["weight_version"]}
 
@@ -190,8 +221,8 @@ class WeightVersions(PolicyVersions):
             kwargs = {"weights_path": path}
             server.post(
                 "/collective_rpc",
-                {"method": "reload_weights", "kwargs": kwargs, "timeout": _LOAD_TIMEOUT},
-                _LOAD_TIMEOUT,
+                {"method": "reload_weights", "kwargs": kwargs, "timeout": LOAD_TIMEOUT},
+                LOAD_TIMEOUT,
             )
             server.post("/update_weight_version", {"new_version": name})
         except ServerLostError as error:
