@@ -10,6 +10,7 @@ The report of a GPU: stages of at most 8 minutes, a file each, gathered over sev
 A stage has parts, each in a process of its own, in an order that turns from seed to seed. Its file holds the card,
 versions, commit, seeds, all values and their medians. A stage that was not done in its time goes on at the next call,
 as long as the code and the versions are the same. A part that fails leaves its last line there and stops no other.
+`--retry` leaves a finished file of other code, versions or another machine as it is; delete it to measure it anew.
 """
 
 import argparse
@@ -49,7 +50,16 @@ def opened(path: Path, fresh: files.StageFile, retry: bool) -> files.StageFile:
     failed = [name for name, outcome in data["cases"].items() if "failed" in outcome]
     if data["is_finished"] and not (retry and failed):
         return data
-    if any(data[key] != fresh[key] for key in ("commit", "versions", "machine")):
+    others = {
+        "commit": f"at commit {data['commit']}",
+        "versions": "with other versions",
+        "machine": "on another machine",
+    }
+    other = next((words for key, words in others.items() if data[key] != fresh[key]), None)
+    if other is not None and data["is_finished"]:
+        say(f"{data['stage']}: was measured {other}; delete {path} to measure it anew")
+        return data
+    if other is not None:
         say(f"{data['stage']}: begins anew, since code, versions or machine are not those of its file")
         return fresh
     if retry:

@@ -147,6 +147,25 @@ def test_figures_of_two_versions_are_never_in_one_file(tmp_path: Path) -> None:
     assert newer.ran == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"commit": "def"}, "was measured at commit abc"),
+        ({"versions": {"torch": "3"}}, "was measured with other versions"),
+        ({"machine": {"card": "Card", "CUDA": "14"}}, "was measured on another machine"),
+    ],
+    ids=["commit", "versions", "machine"],
+)
+def test_a_finished_file_of_other_code_is_left_as_it_is(
+    changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its good parts cannot be measured again with that code."""
+    path = tmp_path / "toy.json"
+    data = visit(path, Scripted(a=DONE, b=FAILED, c=DONE))
+    assert visit(path, Scripted(), retry=True, **changes) == data
+    assert f"{said}; delete {path} to measure it anew" in capsys.readouterr().err
+
+
 def test_ways_take_turns() -> None:
     assert alternating(["x", "y"], 2) == [("x", 0), ("y", 0), ("y", 1), ("x", 1)]
 
