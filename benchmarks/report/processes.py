@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Required, TypedDict, cast
 
+import psutil
+
 from benchmarks.common import OUTPUTS
 from treepo_trl.doctor.findings import CannotRunError, in_words, last_line
 
@@ -88,11 +90,22 @@ class Processes:
                 process.join(max(limit, 0.0))
                 exit_code = process.exitcode
             finally:
-                with suppress(ProcessLookupError):  # the child's session: itself, and what it has started
+                started_by_it = _descendants(cast(int, process.pid))
+                with suppress(ProcessLookupError):  # the child's session: itself, and most of what it has started
                     os.killpg(cast(int, process.pid), signal.SIGKILL)
+                for each in started_by_it:  # servers and the processes of a launcher have sessions of their own
+                    with suppress(psutil.NoSuchProcess):
+                        each.kill()
                 process.kill()  # if it has not come as far as a session of its own
                 process.join()
             return _outcome(results, log, exit_code, limit)
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    """What a process has started that is still there, and what that has started."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).children(recursive=True)
+    return []
 
 
 def _child(function: Any, arguments: dict[str, Any], results: Path, log: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks import gpu_report
@@ -84,6 +85,19 @@ def test_a_part_ends_with_its_time(tmp_path: Path) -> None:
         found = Processes(tmp_path, smoke=False).run(Case("e", hangs), "log", limit)
         assert found["failed"].startswith("not done after")
         assert found["timed_out"]
+
+
+def serves(record: Any) -> None:
+    record("server", str(subprocess.Popen(["sleep", "600"], start_new_session=True).pid))
+    time.sleep(600)
+
+
+def test_what_a_part_has_started_ends_with_it(tmp_path: Path) -> None:
+    """Servers and the processes of a launcher have sessions of their own."""
+    found = Processes(tmp_path, smoke=False).run(Case("f", serves), "log", 4.0)
+    assert found["timed_out"]
+    (pid,) = map(int, found["rows"]["server"])
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 class Scripted:
