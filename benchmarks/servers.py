@@ -10,7 +10,9 @@ on a segment. The inverse of that time is the most segments per second of one cl
 servers have processes of their own.
 
 Without it, the same trees are grown in each of the ways and with each segment length. Prints wall time per segment,
-processor time per segment of the client and of the servers' processes by their names, and the cached share.
+processor time per segment of the client and of the servers' processes by their names, and the cached share. On
+machines with cards each server has a card of its own as far as there are some, and 0.4 of its memory, as the engine
+in process. Neither side compiles on a processor.
 """
 
 import os
@@ -22,10 +24,12 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypedDict
 
 from benchmarks.common import (
     RESULT,
     make_parser,
+    number_type,
     option_arguments,
     print_result,
     result_of,
@@ -42,6 +46,22 @@ from treepo_trl.engines.vllm_server import VLLMServerEngine
 SEGMENTS_PER_PATH = 6
 PROMPT_TOKENS = 64
 NEVER = 49151  # a token that SmolLM2 does not draw: every tree has the same shape
+SERVERS = {"in-process": 0, "one": 1, "two": 2}
+"""The ways, and how many servers each has."""
+
+
+class Measured(TypedDict):
+    """What one repeat took."""
+
+    segment: int
+    rate: float
+    """Segments per second."""
+    wall: float
+    """Milliseconds per segment."""
+    cached: float
+    """Share of the prompts' tokens."""
+    cpu: dict[str, float]
+    """Milliseconds of processor per segment, of the client and of the servers' processes by their names."""
 
 
 def config_of(segment_length: int) -> TreeSamplingConfig:
@@ -113,24 +133,55 @@ def reach(args: Namespace) -> None:
 # Against the engine in this process
 
 
+def engine_options() -> dict[str, Any]:
+    """What the engine in this process and the servers both get, as arguments of `vllm.LLM`."""
+    import torch
+
+    options = {"max_num_seqs": 64, "max_model_len": 4096}
+    if not torch.cuda.is_available():
+        return options
+    return options | {"gpu_memory_utilization": 0.4, "dtype": number_type()[0]}
+
+
+def cards() -> list[str | None]:
+    """The cards as `CUDA_VISIBLE_DEVICES` names them; `[None]` on a processor."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [*(named.split(",")[:count] if named else map(str, range(count)))] or [None]
+
+
 def in_process(model: str) -> SegmentEngine:
     """vLLM in this process."""
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # as the servers
+    import torch
+
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    place: dict[str, Any] = {}
+    if not torch.cuda.is_available():  # as the servers on processors
+        os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCH_COMPILE_DISABLE": "1"}
+        place = {"block_size": 32, "enforce_eager": True}
     from vllm import LLM
 
     from treepo_trl.engines.vllm import VLLMEngine
 
-    llm = LLM(
-        model=model,
-        block_size=32,
-        enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs",
-        max_num_seqs=64,
-        max_model_len=4096,
-        enforce_eager=True,
-    )
+    llm = LLM(model=model, enable_prefix_caching=True, logprobs_mode="processed_logprobs", **engine_options(), **place)
     return VLLMEngine(llm, [NEVER])
+
+
+@contextmanager
+def on_servers(model: str, count: int) -> Iterator[tuple[SegmentEngine, list[int]]]:
+    """An engine on so many servers, and the ids of their first processes."""
+    from tests.support.vllm_servers import vllm_servers
+
+    flags = [word for name, value in engine_options().items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        vllm_servers(count, model, Path(folder), flags, cards()) as servers,
+    ):
+        engine = VLLMServerEngine([ServerConnection(server.url) for server in servers], [NEVER])
+        yield engine, [server.process.pid for server in servers if server.process is not None]
+        engine.close()
 
 
 def cpu_seconds(mains: list[int]) -> dict[str, float]:
@@ -147,13 +198,11 @@ def cpu_seconds(mains: list[int]) -> dict[str, float]:
     return found
 
 
-def measure(engine: SegmentEngine, mains: list[int], args: Namespace) -> list[dict[str, object]]:
-    """A record for every segment length, of the repeat with the least wall time."""
-    records = []
+def measure(engine: SegmentEngine, mains: list[int], args: Namespace) -> Iterator[Measured]:
+    """Every repeat with every segment length."""
     for segment_length in args.segments:
         sampler = TreeSampler(engine, config_of(segment_length), [NEVER])
         sampler.sample(prompts_of(1), seed=99)
-        best: dict[str, object] | None = None
         for repeat in range(args.repeats):
             engine.reset_prefix_cache()
             before, cpu = cpu_seconds(mains), time.process_time()
@@ -161,35 +210,31 @@ def measure(engine: SegmentEngine, mains: list[int], args: Namespace) -> list[di
             stats, count = sampler.stats, sampler.stats.num_segments
             cost = {"client": time.process_time() - cpu}
             cost |= {name: total - before.get(name, 0.0) for name, total in cpu_seconds(mains).items()}
-            record: dict[str, object] = {
+            yield {
                 "segment": segment_length,
                 "rate": count / stats.seconds,
                 "wall": stats.seconds / count * 1e3,
                 "cached": stats.num_cached_tokens / max(stats.num_prompt_tokens, 1),
                 "cpu": {name: seconds / count * 1e3 for name, seconds in cost.items() if seconds > 0.01},
             }
-            if best is None or stats.seconds / count * 1e3 < best["wall"]:  # pyright: ignore[reportOperatorIssue]
-                best = record
-        assert best is not None
-        records.append(best)
-    return records
+
+
+def measure_way(way: str, args: Namespace, model: str) -> Iterator[Measured]:
+    """Every repeat of one way; the engine or its servers start here."""
+    if way == "in-process":
+        yield from measure(in_process(model), [], args)
+        return
+    with on_servers(model, SERVERS[way]) as (engine, mains):
+        yield from measure(engine, mains, args)
 
 
 def run_way(args: Namespace) -> None:
-    """One way, in this process; hands its records back."""
-    model = args.model or small_model_folder()
-    if args.way == "in-process":
-        print_result(measure(in_process(model), [], args))
-        return
-    from tests.support.vllm_servers import vllm_servers
-
-    flags = ["--max-num-seqs", "64", "--max-model-len", "4096"]
-    count = {"one": 1, "two": 2}[args.way]
-    with tempfile.TemporaryDirectory() as folder, vllm_servers(count, model, Path(folder), flags) as servers:
-        engine = VLLMServerEngine([ServerConnection(server.url) for server in servers], [NEVER])
-        mains = [server.process.pid for server in servers if server.process is not None]
-        print_result(measure(engine, mains, args))
-        engine.close()
+    """One way, in this process; hands back its repeat with the least wall time for every segment length."""
+    best: dict[int, Measured] = {}
+    for each in measure_way(args.way, args, args.model or small_model_folder()):
+        if each["segment"] not in best or each["wall"] < best[each["segment"]]["wall"]:
+            best[each["segment"]] = each
+    print_result(list(best.values()))
 
 
 def compare(args: Namespace) -> None:
@@ -206,8 +251,8 @@ def compare(args: Namespace) -> None:
             print(table_row(way, each["segment"], *cells), flush=True)
 
 
-def main() -> None:
-    """Read the options and measure."""
+def parse_options(arguments: list[str] | None = None) -> Namespace:
+    """Options, of the command line if none are given."""
     parser = make_parser(__doc__)
     parser.add_argument("--reach", action="store_true", help="one client and servers without a model")
     parser.add_argument("--servers", type=int, nargs="+", default=[1, 8, 64], help="of --reach")
@@ -216,9 +261,14 @@ def main() -> None:
     parser.add_argument("--segments", type=int, nargs="+", default=[16, 64, 256], help="tokens a segment")
     parser.add_argument("--trees", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--ways", nargs="+", default=["in-process", "one", "two"])
-    parser.add_argument("--way", choices=["in-process", "one", "two"], help="this way alone, in this process")
-    args = parser.parse_args()
+    parser.add_argument("--ways", nargs="+", default=list(SERVERS), choices=SERVERS)
+    parser.add_argument("--way", choices=SERVERS, help="this way alone, in this process")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Read the options and measure."""
+    args = parse_options()
     if args.reach:
         reach(args)
     elif args.way:

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,8 +16,14 @@ from treepo_trl.engines.server_connection import ServerConnection
 FLAGS = [
     *("--enable-scale-out", "--enable-prefix-caching", "--enable-prompt-tokens-details"),
     *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--disable-uvicorn-access-log"),
-    *("--block-size", "32", "--enforce-eager", "--max-num-seqs", "32"),
+    *("--max-num-seqs", "32"),
 ]
+CPU_FLAGS = ["--block-size", "32", "--enforce-eager"]
+CPU_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TORCH_COMPILE_DISABLE": "1",  # the first request would wait for a compiler
+}
 LORA_FLAGS = ["--enable-lora", "--max-loras", "3", "--max-lora-rank", "16"]
 TRANSFER_FLAGS = [
     *("--weight-transfer-config", '{"backend": "nccl"}'),
@@ -38,17 +44,20 @@ class VLLMServer:
             File for what it prints.
         flags (`list[str]`, *optional*):
             Further flags, such as `LORA_FLAGS`.
+        card (`str`, *optional*):
+            The card that it sees, as `CUDA_VISIBLE_DEVICES` names it. Without one it is a server on a processor.
     """
 
-    def __init__(self, model: str, log: Path, flags: list[str] | None = None) -> None:
+    def __init__(self, model: str, log: Path, flags: list[str] | None = None, card: str | None = None) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        place = ["--model", model, "--host", "127.0.0.1", "--port", str(self.port)]
+        address = ["--model", model, "--host", "127.0.0.1", "--port", str(self.port)]
         module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        self.command = [*module, *place, *FLAGS, *(flags or [])]
+        self.command = [*module, *address, *FLAGS, *(CPU_FLAGS if card is None else []), *(flags or [])]
+        self._place = CPU_ENVIRONMENT if card is None else {"CUDA_VISIBLE_DEVICES": card}
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -58,9 +67,7 @@ class VLLMServer:
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # the tests set 0, for the engine in their own process
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "OMP_NUM_THREADS": "1",
-            "TORCH_COMPILE_DISABLE": "1",  # the first request would wait for a compiler
+            **self._place,
         }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -104,9 +111,12 @@ class VLLMServer:
 
 
 @contextmanager
-def vllm_servers(count: int, model: str, folder: Path, flags: list[str] | None = None) -> Iterator[list[VLLMServer]]:
-    """Some servers that start side by side, and end with the block."""
-    servers = [VLLMServer(model, folder / f"server-{i}.log", flags) for i in range(count)]
+def vllm_servers(
+    count: int, model: str, folder: Path, flags: list[str] | None = None, cards: Sequence[str | None] = (None,)
+) -> Iterator[list[VLLMServer]]:
+    """Some servers that start side by side, on these cards in turn, and end with the block."""
+    places = [cards[i % len(cards)] for i in range(count)]
+    servers = [VLLMServer(model, folder / f"server-{i}.log", flags, card) for i, card in enumerate(places)]
     try:
         for server in servers:
             server.start()

@@ -2,13 +2,14 @@
 
 from benchmarks.report.cases import Stage
 
-from . import checkup, engines, kernels, learning, qlora, rollouts, speculation, trainings
+from . import checkup, engines, kernels, learning, qlora, rollouts, servers, speculation, trainings
 
 
 STAGES: list[Stage] = [
     checkup.DOCTOR,
     kernels.KERNELS,
     rollouts.ROLLOUT,
+    servers.SERVERS,
     engines.SYNC,
     engines.SLEEP,
     trainings.SHARED_BASE,
