@@ -2,7 +2,7 @@
 
 from benchmarks.report.cases import Stage
 
-from . import checkup, engines, kernels, learning, qlora, rollouts, servers, speculation, trainings
+from . import checkup, engines, kernels, learning, qlora, rollouts, servers, sharded, speculation, trainings
 
 
 STAGES: list[Stage] = [
@@ -16,6 +16,7 @@ STAGES: list[Stage] = [
     qlora.QLORA,
     trainings.RECIPES,
     trainings.STEP,
+    sharded.SHARDED,
     speculation.SPECULATION,
     learning.LEARNING,
 ]
