@@ -90,10 +90,10 @@ class Processes:
                 process.join(max(limit, 0.0))
                 exit_code = process.exitcode
             finally:
-                started_by_it = _descendants(cast(int, process.pid))
+                started = _descendants(cast(int, process.pid)) if process.is_alive() else []
                 with suppress(ProcessLookupError):  # the child's session: itself, and most of what it has started
                     os.killpg(cast(int, process.pid), signal.SIGKILL)
-                for each in started_by_it:  # servers and the processes of a launcher have sessions of their own
+                for each in started:  # servers and the processes of a launcher have sessions of their own
                     with suppress(psutil.NoSuchProcess):
                         each.kill()
                 process.kill()  # if it has not come as far as a session of its own

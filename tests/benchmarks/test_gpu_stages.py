@@ -46,7 +46,7 @@ def test_what_cannot_be_launched_says_why(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_error_of_a_process_is_that_of_the_part(tmp_path: Path) -> None:
     one = ["torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
-    with pytest.raises(ProcessFailed, match="^ValueError: .*tokenizer"):
+    with pytest.raises(ProcessFailed, match=r"^ValueError: .*tokenizer"):
         sharded.launch(one, ["--model", str(tmp_path)])
 
 
