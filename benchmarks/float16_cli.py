@@ -3,9 +3,9 @@
 
     python -m benchmarks.float16_cli quickstart --dtype float16 --bf16 false --fp16 true
 
-A training refuses that: a processor without float16 arithmetic takes twenty times as long. Here it takes float16 numbers,
-multiplies them in float32 and rounds the result to float16, as a card does. So it is for comparing numbers, not seconds.
-The scaler starts at 1024 in place of 65536, which short trainings lose steps to.
+A training refuses that: a processor without float16 arithmetic takes twenty times as long. Here it takes float16
+numbers, multiplies them in float32 and rounds the result to float16, as a card does. So it is for comparing numbers,
+not seconds. The scaler starts at 1024 in place of 65536, which short trainings lose steps to.
 """
 
 from typing import Any

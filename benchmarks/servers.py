@@ -143,6 +143,11 @@ def engine_options() -> dict[str, Any]:
     return options | {"gpu_memory_utilization": 0.4, "dtype": number_type()[0]}
 
 
+def server_flags() -> list[str]:
+    """The same as flags of a server."""
+    return [word for name, value in engine_options().items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
 def cards() -> list[str | None]:
     """The cards as `CUDA_VISIBLE_DEVICES` names them; `[None]` on a processor."""
     import torch
@@ -174,10 +179,9 @@ def on_servers(model: str, count: int) -> Iterator[tuple[SegmentEngine, list[int
     """An engine on so many servers, and the ids of their first processes."""
     from tests.support.vllm_servers import vllm_servers
 
-    flags = [word for name, value in engine_options().items() for word in (f"--{name.replace('_', '-')}", str(value))]
     with (
         tempfile.TemporaryDirectory() as folder,
-        vllm_servers(count, model, Path(folder), flags, cards()) as servers,
+        vllm_servers(count, model, Path(folder), server_flags(), cards()) as servers,
     ):
         engine = VLLMServerEngine([ServerConnection(server.url) for server in servers], [NEVER])
         yield engine, [server.process.pid for server in servers if server.process is not None]

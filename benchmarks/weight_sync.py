@@ -65,10 +65,12 @@ def plain_layers() -> Iterator[None]:
 
 
 def build(model: str, way: str, options: argparse.Namespace, **settings: Any) -> TreePOTrainer:
-    """A trainer whose engine gets a LoRA policy in this way; `settings` are further ones of its config."""
+    """A trainer whose engine gets a LoRA policy in this way; `settings` are further ones, as for servers."""
     dtype, precision = number_type()
     name = "vllm_base_weights" if options.load_in_4bit else "vllm_lora_sync"
-    update_settings: dict[str, Any] = {name: way.split(",")[0]}
+    engine = {"vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3, name: way.split(",")[0]}
+    if settings.get("vllm_mode") == "server":
+        del engine["vllm_gpu_memory_utilization"]
     args = TreePOConfig(
         output_dir=str(OUTPUTS / "weight_sync"),
         use_cpu=not torch.cuda.is_available(),
@@ -77,11 +79,8 @@ def build(model: str, way: str, options: argparse.Namespace, **settings: Any) ->
         per_device_train_batch_size=8,
         max_completion_length=64,
         use_vllm=True,
-        vllm_mode="colocate",
-        **update_settings,
-        **settings,
-        vllm_gpu_memory_utilization=0.3,
         vllm_max_model_length=1024,
+        **{**engine, **settings},
         model_init_kwargs={"dtype": dtype},
     )
     return TreePOTrainer(

@@ -1,4 +1,9 @@
-"""vLLM servers on this machine against the engine in process."""
+"""vLLM servers on this machine against the engine in process, and how the policy reaches them."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.report.cases import Case, Record, Stage
 from treepo_trl.doctor.findings import CannotRunError
@@ -11,13 +16,10 @@ SEGMENTS = (16, 64, 256)
 
 def sample(record: Record, model: str, way: str, options: list[str]) -> None:
     """Every repeat of a way with each segment length."""
-    import torch
-
     from benchmarks import servers
 
-    found = torch.cuda.device_count()
-    if servers.SERVERS[way] > max(found, 1):
-        raise CannotRunError(f"two servers need two cards, this machine has {found}")
+    if servers.SERVERS[way] > max(found(), 1):
+        raise CannotRunError(f"two servers need two cards, this machine has {found()}")
     args = servers.parse_options(options)
     for each in servers.measure_way(way, args, model):
         name = f"{WAYS[way]}, segments of {each['segment']}"
@@ -27,6 +29,42 @@ def sample(record: Record, model: str, way: str, options: list[str]) -> None:
             record(f"{name}, {process}: ms of processor/segment", milliseconds)
 
 
+def synchronize(record: Record, model: str, ways: Sequence[str], repeats: int) -> None:
+    """Time from an optimizer step to a server that has the policy: the adapter, or all weights on one of two ways."""
+    import torch
+
+    from benchmarks import servers, weight_sync
+    from tests.support.vllm_servers import LORA_FLAGS, vllm_servers
+
+    cards = servers.cards()
+    over_nccl = any("NCCL" in way for way in ways)
+    if over_nccl and len(cards) < 2:
+        raise CannotRunError(f"NCCL needs a card for the policy and one for the server, this machine has {found()}")
+    flags = ["--weight-transfer-config", '{"backend": "nccl"}'] if over_nccl else [*LORA_FLAGS]
+    options = weight_sync.parse_options(
+        ["--repeats", str(repeats), "--rank", "16" if torch.cuda.is_available() else "4"]
+    )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        vllm_servers(1, model, Path(folder), [*servers.server_flags(), *flags], cards[-1:]) as (server,),
+    ):
+        if cards[0] is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = cards[0]  # the trainer would copy its model to all that it sees
+        for way in ways:
+            sync = "adapter" if way == "the adapter" else "merge"
+            place = {"vllm_mode": "server", "vllm_server_base_url": server.url}
+            trainer = weight_sync.build(model, sync, options, **place)
+            for value in weight_sync.measure_syncs(trainer, options):
+                record(f"{way}: ms per synchronization", 1000 * value)
+
+
+def found() -> int:
+    """How many cards this machine has."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def cases(smoke: bool) -> list[Case]:
     """Each way, in a process of its own."""
     if smoke:
@@ -34,16 +72,22 @@ def cases(smoke: bool) -> list[Case]:
     else:
         options = ["--segments", *map(str, SEGMENTS), "--trees", "12", "--repeats", "3"]
     architecture = "tiny" if smoke else "qwen2.5-1.5b"
-    return [Case(name, sample, {"way": way, "options": options}, architecture) for way, name in WAYS.items()]
+    given = {"repeats": 1 if smoke else 5}
+    return [
+        *(Case(name, sample, {"way": way, "options": options}, architecture) for way, name in WAYS.items()),
+        Case("policy", synchronize, {"ways": ["the adapter", "all weights in a folder"], **given}, architecture),
+        Case("policy over NCCL", synchronize, {"ways": ["all weights over NCCL"], **given}, architecture),
+    ]
 
 
 SERVERS = Stage(
     name="servers",
-    title="Servers against the engine in process",
+    title="Servers against the engine in process, and how the policy reaches them",
     about="""\
 Twelve trees of 8 paths and 6 segments on a 1.5B model (`benchmarks.servers`). Servers and the engine in process get
 0.4 of a card's memory. *Client* is the process that grows the trees; in process it is the engine too. Two servers
-have a card each.""",
+have a card each. The policy is a LoRA adapter of rank 16 (`benchmarks.weight_sync`), merged where all weights travel.
+With two cards it has one and the server the other.""",
     cases=cases,
     ratios=tuple(
         (
