@@ -34,6 +34,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 from unittest.mock import patch
 
+import torch
+
 from benchmarks.common import (
     device_name,
     make_parser,
@@ -232,10 +234,30 @@ def speculation(method: str | None) -> Iterator[None]:
         yield
         return
     import vllm
+    from vllm.utils import cpu_triton_utils
 
     guesses = NGRAM if method == "ngram" else SUFFIX
+    cpu_triton_utils._expand_kernel_impl = expand
     with patch("vllm.LLM", partial(vllm.LLM, speculative_config=guesses)):
         yield
+
+
+def expand(
+    output: torch.Tensor,
+    values: torch.Tensor,
+    ends: torch.Tensor,
+    replaced: float,
+    by: float,
+    **_: object,
+) -> None:
+    """
+    Each request's value for each of its guessed tokens, in place.
+
+    That of vLLM for processors (0.31, 0.32) writes into a copy unless the values are integers. So the temperatures of
+    guessed tokens are whatever was in memory, and what is sampled is not the model.
+    """
+    counts = ends.diff(prepend=ends.new_zeros(1)).long()
+    output.copy_(values.masked_fill(values == replaced, by).repeat_interleave(counts))
 
 
 def build(args: Namespace) -> Bench:

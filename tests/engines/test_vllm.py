@@ -268,3 +268,18 @@ def test_trees_of_a_tiny_random_model(tiny_llm: Any, tiny_model_dir: str, tmp_pa
         for leaf in tree.leaves:
             expected = full_logprobs(reference, tree.prompt_ids, tree.completion_ids(leaf))
             torch.testing.assert_close(torch.tensor(tree.logprobs(leaf)), expected, atol=2e-3, rtol=0)
+
+
+def test_vllm_for_processors_leaves_the_temperatures_of_guessed_tokens_unwritten() -> None:
+    """If this fails vLLM has mended it: then `check_engine_options` need not refuse, nor `benchmarks.rollout` mend."""
+    from vllm.platforms import current_platform
+    from vllm.utils import cpu_triton_utils
+
+    from benchmarks.rollout import expand
+
+    current_platform.import_kernels()
+    values, ends = torch.tensor([1.0, 0.7, 0.0]), torch.tensor([2, 5, 6], dtype=torch.int32)
+    for function, expected in ((cpu_triton_utils._expand_kernel_impl, [-1.0] * 6), (expand, [1, 1, 0.7, 0.7, 0.7, 1])):
+        output = torch.full((6,), -1.0)
+        function(output, values, ends, 0, 1, MAX_NUM_TOKENS=8)
+        assert output.tolist() == pytest.approx(expected)

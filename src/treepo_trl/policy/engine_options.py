@@ -66,6 +66,11 @@ def check_engine_options(args: TreePOConfig) -> None:
     for name in given:
         if name in OWNED:
             raise ValueError(f"`vllm_engine_kwargs` has {name}, which is not free: {OWNED[name]}.")
+    if given.get("speculative_config") and args.device.type == "cpu":
+        raise ValueError(
+            "`vllm_engine_kwargs` has speculative_config, but here is no card. vLLM for processors (0.31 and 0.32) "
+            "never writes the temperatures of guessed tokens. So it samples something else than the policy. Leave it out."
+        )
     from vllm import EngineArgs
 
     unknown = sorted(set(given) - {each.name for each in fields(EngineArgs)})
