@@ -21,11 +21,10 @@ from statistics import median
 import torch
 
 from benchmarks.common import OUTPUTS, make_parser, run_to_log, small_model_folder, table_head, table_row
-from benchmarks.servers import cards
+from benchmarks.servers import cards, server_flags
 from tests.support.vllm_servers import LORA_FLAGS, vllm_servers
 
 
-SERVER_FLAGS = [*LORA_FLAGS, "--max-model-len", "512", "--max-num-seqs", "64"]
 CORES = sorted(os.sched_getaffinity(0))
 NOT_STEADY = 2  # steps at the start: connections are opened, and the first batch is not sampled ahead
 
@@ -74,7 +73,10 @@ def main() -> None:
     folder = OUTPUTS / "ahead_on_server"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    with on_core(0), vllm_servers(1, small_model_folder(), folder, SERVER_FLAGS, cards()[-1:]) as (server,):
+    with (
+        on_core(0),
+        vllm_servers(1, small_model_folder(), folder, [*server_flags(), *LORA_FLAGS], cards()[-1:]) as (server,),
+    ):
         for repeat in range(args.repeats):
             for ahead in (0, 1) if repeat % 2 == 0 else (1, 0):
                 logs = train(server.url, ahead, folder / f"{ahead}-{repeat}", args.steps, extra)

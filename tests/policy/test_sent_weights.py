@@ -1,50 +1,74 @@
-"""All weights without folders: the order for several servers, and what becomes of one that is started anew or dies."""
+"""All weights without folders: the order for several servers, and what becomes of one that fails or is new."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from trl.generation import vllm_client
 from trl.generation.vllm_client import VLLMClient
 
 from tests.support.fake_vllm import until
 from tests.support.policy_fake import LORA, PolicyFake, engine_over, opened, sample
-from treepo_trl.engines.server_connection import ServerConnection
+from treepo_trl.engines.server_connection import ServerConnection, ServerLostError
 from treepo_trl.policy.servers import sent_weights
 from treepo_trl.policy.servers.policy_servers import PolicyServers
-from treepo_trl.policy.servers.sent_weights import SentWeights, _Client, _pieces, can_send
+from treepo_trl.policy.servers.sent_weights import SentWeights, TransferError, _Client, _pieces, can_send
+from treepo_trl.policy.servers.weights import WeightVersions
 
 
 pytestmark = pytest.mark.usefixtures("lost_servers_are_asked_often")
 NCCL: dict[str, dict[str, Any]] = {**LORA, "weight_transfer_config": {"backend": "nccl"}}
 WEIGHTS = [("a", torch.arange(6.0)), ("b", torch.ones(2, 3)), ("c", torch.zeros(8, dtype=torch.bfloat16))]
-ORDER = ["/pause", "/start_weight_update", "/finish_weight_update", "/update_weight_version", "/resume"]
+PAUSED, ENDED = ["/pause", "/start_weight_update"], ["/finish_weight_update", "/update_weight_version", "/resume"]
+
+
+class Transfers:
+    """Stands in for NCCL in TRL's client, whose requests and threads are its own."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, list[str]]] = []  # port of the group, and names
+        self.groups: list[SimpleNamespace] = []
+        self.while_opening: Callable[[], None] = lambda: None
+        self.while_sending: Callable[[], None] = lambda: None
+
+    def open(self, info: dict[str, Any]) -> SimpleNamespace:
+        self.while_opening()
+        group = SimpleNamespace(group=SimpleNamespace(), port=info["master_port"], destroyed=False)
+        group.destroy = lambda: setattr(group, "destroyed", True)
+        self.groups.append(group)
+        return group
+
+    def send(self, iterator: Iterator[tuple[str, torch.Tensor]], group: Any, src: int, post_iter_func: Any) -> None:
+        assert src == 0
+        self.while_sending()
+        self.sent.append((group.port, [name for name, _ in iterator]))
 
 
 @pytest.fixture(autouse=True)
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
-    """Port of the group and names of each piece that was sent; nothing travels."""
-    sent: list[tuple[int, list[str]]] = []
-
-    def note(client: VLLMClient, metadata: list[Any], weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        assert [(name, str(t.dtype), list(t.shape)) for name, t in weights] == [
-            (name, f"torch.{dtype}", shape) for name, dtype, shape in metadata
-        ]
-        sent.append((client.group_port, [name for name, *_ in metadata]))
-
-    monkeypatch.setattr(VLLMClient, "init_communicator", lambda self, device: None)
-    monkeypatch.setattr(VLLMClient, "update_named_params", note)
-    return sent
+def transfers(monkeypatch: pytest.MonkeyPatch) -> Transfers:
+    transfers, original = Transfers(), VLLMClient.init_communicator
+    monkeypatch.setattr(vllm_client, "open_trainer_endpoint", transfers.open)
+    monkeypatch.setattr(vllm_client, "packed_nccl_broadcast_producer", transfers.send)
+    monkeypatch.setattr(VLLMClient, "init_communicator", lambda self, _: original(self, "cuda"))
+    monkeypatch.setattr(sent_weights, "_LOOK", 0.05)
+    monkeypatch.setattr(sent_weights, "_free_port", lambda first: first)
+    return transfers
 
 
 def opened_nccl(stack: ExitStack, folder: Path, count: int = 1) -> tuple[PolicyServers, list[PolicyFake]]:
-    versions = partial(SentWeights, device=torch.device("cpu"), group_port=51000)
-    servers, fakes = opened(stack, folder, count, versions=versions, changes=NCCL)
+    """As `ServerGeneration` opens them."""
+    servers, fakes = opened(stack, folder, count, versions=WeightVersions, changes=NCCL)
     assert servers.takes_sent_weights
+    servers.versions = versions = SentWeights("", "run", torch.device("cpu"), 51000, servers.check_again)
+    versions.connect(servers.servers)
+    for fake in fakes:
+        assert fake.calls == ["/init_weight_transfer_engine"]
+        fake.calls.clear()
     return servers, fakes
 
 
@@ -54,23 +78,23 @@ def give(servers: PolicyServers, step: int) -> None:
 
 
 def test_each_piece_goes_to_all_servers_before_the_next(
-    stack: ExitStack, tmp_path: Path, sent: list[Any], monkeypatch: pytest.MonkeyPatch
+    stack: ExitStack, tmp_path: Path, transfers: Transfers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sent_weights, "_BYTES_PER_PIECE", 40)  # 24 of a and 24 of b, then 16 of c
+    monkeypatch.setattr(sent_weights, "_BYTES_PER_PIECE", 50)  # 24 of a and 24 of b, then 16 of c
     servers, fakes = opened_nccl(stack, tmp_path, 2)
     for step in range(2):
         give(servers, step)
-        assert sent == [(51000, ["a", "b"]), (51001, ["a", "b"]), (51000, ["c"]), (51001, ["c"])]
-        sent.clear()
+        assert transfers.sent == [(51000, ["a", "b"]), (51001, ["a", "b"]), (51000, ["c"]), (51001, ["c"])]
+        transfers.sent.clear()
         for fake in fakes:
-            assert fake.calls == ORDER
+            assert fake.calls == [*PAUSED, "/update_weights", "/update_weights", *ENDED]
             assert fake.weights == f"treepo-run-{step}"
             fake.calls.clear()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_server_that_is_started_anew_waits_for_the_next_update(
-    stack: ExitStack, tmp_path: Path, sent: list[Any]
+    stack: ExitStack, tmp_path: Path, transfers: Transfers
 ) -> None:
     """It gets a group of its own then, and is checked before it samples."""
     servers, fakes = opened_nccl(stack, tmp_path, 2)
@@ -82,109 +106,219 @@ def test_a_server_that_is_started_anew_waits_for_the_next_update(
     sample(engine, servers)
     assert [server.url for server in engine.living_servers()] == [fakes[1].url]
     assert fakes[0].served == set()
-    sent.clear()
+    transfers.sent.clear()
     give(servers, 1)
-    assert sent == [(51002, ["a", "b", "c"]), (51001, ["a", "b", "c"])]
+    assert transfers.sent == [(51002, ["a", "b", "c"]), (51001, ["a", "b", "c"])]
+    assert [group.destroyed for group in transfers.groups] == [True, False, False]
     until(lambda: len(engine.living_servers()) == 2)
     sample(engine, servers)
     assert fakes[0].served == {"treepo-run-1"}
 
 
-def test_a_restart_that_nobody_has_seen_is_checked_too(stack: ExitStack, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({**NCCL, "model_config": {"model": "/models/other"}}, "serves '/models/other'"), (LORA, "weight transfer")],
+)
+def test_nothing_is_sent_to_another_server_than_before(
+    stack: ExitStack, tmp_path: Path, transfers: Transfers, changes: Any, said: str
+) -> None:
+    """Also if nobody has seen that it was started anew."""
     servers, fakes = opened_nccl(stack, tmp_path, 2)
     give(servers, 0)
     engine = engine_over(stack, servers)
     fakes[0].forget()
-    fakes[0].changes = {**NCCL, "model_config": {"model": "/models/other"}}
+    fakes[0].changes = changes
+    fakes[0].calls.clear()
+    transfers.sent.clear()
     give(servers, 1)
+    assert [port for port, _ in transfers.sent] == [51001]
+    assert fakes[0].calls == []
     sample(engine, servers)
     assert fakes[0].served == set()
-    until(lambda: "serves '/models/other'" in engine._pool.servers[0].error)
+    assert said in str(servers.versions.take(2, iter(WEIGHTS), servers.servers)[servers.servers[0]])
 
 
-def test_a_server_without_the_flag_stays_out(stack: ExitStack, tmp_path: Path, sent: list[Any]) -> None:
-    servers, fakes = opened_nccl(stack, tmp_path, 2)
-    give(servers, 0)
-    engine = engine_over(stack, servers)
-    fakes[0].forget()
-    fakes[0].changes = LORA
-    sample(engine, servers)
-    sent.clear()
-    give(servers, 1)
-    assert [port for port, _ in sent] == [51001]
-    sample(engine, servers)
-    assert fakes[0].served == set()
-
-
-def test_a_server_that_is_gone_is_left_out(stack: ExitStack, tmp_path: Path, sent: list[Any]) -> None:
+def test_a_server_that_is_gone_is_left_out(stack: ExitStack, tmp_path: Path, transfers: Transfers) -> None:
     servers, fakes = opened_nccl(stack, tmp_path, 2)
     give(servers, 0)
     engine = engine_over(stack, servers)
     fakes[0].die()
-    sent.clear()
+    transfers.sent.clear()
     give(servers, 1)
-    assert [port for port, _ in sent] == [51001]
+    assert [port for port, _ in transfers.sent] == [51001]
     sample(engine, servers)
     assert fakes[1].served == {"treepo-run-1"}
 
 
-@pytest.mark.parametrize("name", ["init_communicator", "update_named_params"])
-def test_who_waits_for_a_server_that_has_died_gives_up(
-    stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """As NCCL does, the sender would wait for ever."""
-    servers, fakes = opened_nccl(stack, tmp_path)
-    released = threading.Event()
-    stack.callback(released.set)
+def test_a_restart_that_nobody_has_seen_is_probed_before_it_samples(stack: ExitStack, tmp_path: Path) -> None:
+    servers, fakes = opened_nccl(stack, tmp_path, 2)
+    give(servers, 0)
+    engine = engine_over(stack, servers)
+    fakes[0].forget()
+    fakes[0].offset = 0.2  # it computes another model
+    give(servers, 1)
+    sample(engine, servers)
+    assert fakes[0].weights == "treepo-run-1"
+    assert fakes[0].served == set()
+    until(lambda: "computes another model" in engine._pool.servers[0].error)
 
-    def hang(*args: Any) -> None:
-        fakes[0].die()
-        released.wait(60)
 
-    monkeypatch.setattr(VLLMClient, name, hang)
-    monkeypatch.setattr(sent_weights, "_LOOK", 0.05)
-    with pytest.raises(RuntimeError, match=rf"{fakes[0].url} did not take .* not answer\. Start all servers"):
+def test_what_a_server_cannot_do_from_the_start_is_an_error(stack: ExitStack, tmp_path: Path) -> None:
+    servers, fakes = opened_nccl(stack, tmp_path, 2)
+    fakes[0].fails = {"/start_weight_update"}
+    with pytest.raises(ServerLostError, match="/start_weight_update has failed"):
         give(servers, 0)
 
 
-def test_a_slow_server_is_waited_for(stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", ["/start_weight_update", "/finish_weight_update", "/update_weight_version"])
+def test_a_server_that_fails_before_or_after_is_lost_and_not_left_paused(
+    stack: ExitStack, tmp_path: Path, transfers: Transfers, path: str
+) -> None:
+    """Its group lives, so the next update goes over it."""
+    servers, fakes = opened_nccl(stack, tmp_path, 2)
+    give(servers, 0)
+    engine = engine_over(stack, servers)
+    fakes[0].fails = {path}
+    fakes[0].calls.clear()
+    give(servers, 1)
+    assert fakes[0].calls[-1] == "/resume"
+    sample(engine, servers)
+    assert "treepo-run-1" not in fakes[0].served
+    assert fakes[1].served == {"treepo-run-1"}
+    fakes[0].fails = set()
+    give(servers, 2)
+    assert len(transfers.groups) == 2
+    until(lambda: len(engine.living_servers()) == 2)
+
+
+def test_a_group_that_does_not_open_later_costs_one_server(
+    stack: ExitStack, tmp_path: Path, transfers: Transfers
+) -> None:
+    servers, fakes = opened_nccl(stack, tmp_path, 2)
+    give(servers, 0)
+    fakes[0].forget()
+    fakes[0].fails = {"/init_weight_transfer_engine"}
+    transfers.sent.clear()
+    give(servers, 1)
+    assert [port for port, _ in transfers.sent] == [51001]
+
+
+def test_a_group_that_does_not_open_at_the_start_is_an_error(
+    stack: ExitStack, tmp_path: Path, transfers: Transfers
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("NCCL error: invalid usage.")
+
+    transfers.while_opening = fail
+    with pytest.raises(TransferError, match=r"over NCCL: NCCL error: invalid usage\. Each process needs a card"):
+        opened_nccl(stack, tmp_path)
+
+
+@pytest.mark.parametrize("hangs", ["while_opening", "while_sending"])
+def test_who_waits_for_a_server_that_has_died_gives_up(
+    stack: ExitStack, tmp_path: Path, transfers: Transfers, hangs: str
+) -> None:
+    """As NCCL does, this side would wait for ever."""
+    released = threading.Event()
+    stack.callback(released.set)
     servers, fakes = opened_nccl(stack, tmp_path)
-    monkeypatch.setattr(VLLMClient, "update_named_params", lambda *args: until(lambda: fakes[0].num_health > 5))
-    monkeypatch.setattr(sent_weights, "_LOOK", 0.05)
+
+    def hang() -> None:
+        fakes[0].die()
+        released.wait(60)
+
+    setattr(transfers, hangs, hang)
+    fakes[0].hangs = {"/init_weight_transfer_engine", "/update_weights"}
+    again = SentWeights("", "run", torch.device("cpu"), 51000, lambda _: None)
+    work = {"while_opening": lambda: again.connect(servers.servers), "while_sending": lambda: give(servers, 0)}
+    with pytest.raises(TransferError, match=rf"{fakes[0].url} did not take .* over NCCL: "):
+        work[hangs]()
+
+
+def test_a_refusal_is_heard_while_this_side_still_waits(
+    stack: ExitStack, tmp_path: Path, transfers: Transfers
+) -> None:
+    """It is sent once, and the other servers are left as a training finds them."""
+    released = threading.Event()
+    stack.callback(released.set)
+    servers, fakes = opened_nccl(stack, tmp_path, 2)
+    fakes[1].fails = {"/update_weights"}
+
+    def hang_for_the_second() -> None:
+        if "/update_weights" in fakes[1].calls:
+            released.wait(60)
+
+    transfers.while_sending = hang_for_the_second
+    with pytest.raises(TransferError, match=r"with status 500: /update_weights has failed\. Each"):
+        give(servers, 0)
+    assert fakes[1].calls.count("/update_weights") == 1
+    assert fakes[0].calls == [*PAUSED, "/update_weights", "/finish_weight_update", "/resume"]
+
+
+def test_an_error_of_the_gathering_leaves_no_server_paused(stack: ExitStack, tmp_path: Path) -> None:
+    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+        yield WEIGHTS[0]
+        raise MemoryError
+
+    servers, fakes = opened_nccl(stack, tmp_path, 2)
+    with pytest.raises(MemoryError):
+        servers.take_weights(0, gathered())
+    for fake in fakes:
+        assert fake.calls == [*PAUSED, "/finish_weight_update", "/resume"]
+
+
+def test_a_slow_server_is_waited_for(
+    stack: ExitStack, tmp_path: Path, transfers: Transfers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it misses a look or two, as a busy machine does."""
+    servers, fakes = opened_nccl(stack, tmp_path)
+    looks = iter([False, False, True, False, False, True, True])
+    healthy: list[bool] = []
+
+    def look(server: ServerConnection) -> bool:
+        healthy.append(next(looks, True))
+        return healthy[-1]
+
+    monkeypatch.setattr(ServerConnection, "is_healthy", look)
+    transfers.while_sending = lambda: until(lambda: len(healthy) > 6)
     give(servers, 0)
     assert fakes[0].weights == "treepo-run-0"
 
 
-def test_what_trl_reports_is_passed_on(stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any) -> None:
-        raise RuntimeError("NCCL error: Duplicate GPU detected.")
-
-    servers, _ = opened_nccl(stack, tmp_path)
-    monkeypatch.setattr(VLLMClient, "init_communicator", fail)
-    with pytest.raises(RuntimeError, match=r"Duplicate GPU detected\..* cards that no other process"):
-        give(servers, 0)
-
-
 def test_trls_client_sends_user_and_password_and_shows_neither(stack: ExitStack) -> None:
-    fake = stack.enter_context(PolicyFake())
+    fake = stack.enter_context(PolicyFake(NCCL))
     client = _Client(ServerConnection(fake.url.replace("http://", "http://me:secret@")), 51000)
+    client.init_communicator("cuda")
     assert client.base_url == fake.url
-    assert client.session.headers["Authorization"] == "Basic bWU6c2VjcmV0"
-    assert not client.session.trust_env
+    assert fake.calls == ["/init_weight_transfer_engine"]
+    fake.die()
+    with pytest.raises(ServerLostError) as error:
+        client.get_world_size()
+    assert "secret" not in str(error.value)
 
 
-def test_pieces_are_copies() -> None:
+def test_pieces_are_copies_below_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next step of a gathering may put something else into the same memory."""
     memory = torch.zeros(3)
+    monkeypatch.setattr(sent_weights, "_BYTES_PER_PIECE", 30)  # 12 bytes each
 
     def gathered() -> Iterator[tuple[str, torch.Tensor]]:
         for i in range(3):
             yield str(i), memory.fill_(i)
 
-    (piece,) = _pieces(gathered(), torch.device("cpu"))
-    assert [(name, tensor.tolist()) for name, tensor in piece] == [(str(i), [i] * 3) for i in range(3)]
+    pieces = [[(name, tensor.tolist()) for name, tensor in piece] for piece in _pieces(gathered(), memory.device)]
+    assert pieces == [[("0", [0] * 3), ("1", [1] * 3)], [("2", [2] * 3)]]
 
 
-def test_nccl_needs_a_card() -> None:
+def test_the_card_is_that_of_the_main_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `accelerate launch` the device has no number, and other threads begin with the first card."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert SentWeights("", "run", torch.device("cuda"), 51000, print)._device == torch.device("cuda", 3)
+
+
+def test_a_card_and_a_new_vllm_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sent_weights, "is_vllm_available", lambda min_version: min_version == "0.29.0")
     assert can_send(torch.device("cuda", 1))
     assert not can_send(torch.device("cpu"))
+    monkeypatch.setattr(sent_weights, "is_vllm_available", lambda min_version: False)
+    assert not can_send(torch.device("cuda"))

@@ -26,7 +26,7 @@ NEEDS = ServerNeeds(MODEL, make_tokenizer(), 64, with_entropies=True, num_adapte
 
 
 _ANSWERED = {"/pause", "/start_weight_update", "/finish_weight_update", "/update_weight_version", "/resume"}
-_ANSWERED |= {"/collective_rpc"}
+_ANSWERED |= {"/collective_rpc", "/init_weight_transfer_engine", "/update_weights"}
 
 
 class PolicyFake(FakeVLLM):
@@ -38,6 +38,7 @@ class PolicyFake(FakeVLLM):
         offset: nats by which this server is wrong.
         served: versions from which it has sampled.
         calls: what was asked of it around its weights, in order.
+        fails: paths that get status 500.
         hangs, hanging: paths that get no answer, and those that somebody waits for.
     """
 
@@ -51,6 +52,7 @@ class PolicyFake(FakeVLLM):
         self.weights = "default"
         self.unloaded: list[str] = []
         self.calls: list[str] = []
+        self.fails: set[str] = set()
         self.served: set[str] = set()
         self.hangs: set[str] = set()
         self.hanging: list[str] = []
@@ -105,9 +107,9 @@ class PolicyFake(FakeVLLM):
             self.unloaded.append(body["lora_name"])
             del self.adapters[body["lora_name"]]
             return web.Response(text="")
-        if path == "/weight_info":
-            return web.json_response({"weight_version": self.weights})
-        if path == "/update_weight_version":
+        if path in ("/get_world_size", "/weight_info"):
+            return web.json_response({"world_size": 1, "weight_version": self.weights})
+        if path == "/update_weight_version" and path not in self.fails:
             self.weights = body["new_version"]
         if path == "/collective_rpc":
             self.while_reloading()
@@ -115,7 +117,8 @@ class PolicyFake(FakeVLLM):
             return web.json_response({"error": {"message": "no such folder"}}, status=500)
         if path in _ANSWERED:
             self.calls.append(path)
-            return web.json_response({})
+            failed = {"error": {"message": f"{path} has failed"}}
+            return web.json_response(failed if path in self.fails else {}, status=500 if path in self.fails else 200)
         return await super()._other(request)
 
     async def _hang(self, path: str) -> None:

@@ -17,6 +17,7 @@ import torch
 import trl
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
+from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 
@@ -25,6 +26,7 @@ from tests.support.paths import ROOT
 from treepo_trl import TreePOConfig, TreePOTrainer, trl_seams
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
 from treepo_trl.policy.servers.generation import ServerGeneration
+from treepo_trl.policy.servers.sent_weights import _Client
 
 
 # Parameters as in a definition, without annotations.
@@ -255,6 +257,22 @@ def test_parameters_of_the_vllm_generation_that_the_trainer_builds() -> None:
     assert names <= set(parameters(VLLMGeneration.__init__))
 
 
+def test_what_the_client_of_sent_weights_relies_on() -> None:
+    """Requests go through these two alone, and an update that is under way is not begun again."""
+    signatures = {
+        "_get": "self, url, kwargs",
+        "_post": "self, url, kwargs",
+        "check_server": "self, total_timeout=0.0, retry_interval=2.0",
+        "get_server_info": "self",
+        "init_communicator": "self, device=0",
+        "update_named_params": "self, metadata, named_params",
+    }
+    assert {name: written(getattr(VLLMClient, name)) for name in signatures} == signatures
+    for method in (VLLMClient.init_communicator, VLLMClient.update_named_params, VLLMClient.get_world_size):
+        assert not re.search(r"session|requests\.", inspect.getsource(method))
+    assert "if not self._updating_weights:" in inspect.getsource(VLLMClient.update_named_params)
+
+
 # The list of seams in the documentation
 
 CODE_MAP = (ROOT / "docs/code-map.md").read_text(encoding="utf-8")
@@ -298,8 +316,8 @@ def test_replaced_names_are_listed() -> None:
 
 
 def test_overrides_around_the_engine_are_listed() -> None:
-    classes = (AdapterVLLMGeneration, ServerGeneration)
-    own = {name for cls in classes for name in vars(cls) if not hasattr(VLLMGeneration, name)}
+    classes = {AdapterVLLMGeneration: VLLMGeneration, ServerGeneration: VLLMGeneration, _Client: VLLMClient}
+    own = {name for cls, base in classes.items() for name in vars(cls) if not hasattr(base, name)}
     overrides = {(name, method) for name, method in overrides_in_policy() if method not in {"__init__", *own}}
     assert ("KeepWeightsWorker", "_maybe_get_memory_pool_context") in overrides
     assert {(name, method) for name, method, _, _ in rows_below("`policy/` overrides methods")} == overrides

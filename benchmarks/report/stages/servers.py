@@ -1,6 +1,5 @@
 """vLLM servers on this machine against the engine in process, and how the policy reaches them."""
 
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,8 +47,6 @@ def synchronize(record: Record, model: str, ways: Sequence[str], repeats: int) -
         tempfile.TemporaryDirectory() as folder,
         vllm_servers(1, model, Path(folder), [*servers.server_flags(), *flags], cards[-1:]) as (server,),
     ):
-        if cards[0] is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = cards[0]  # the trainer would copy its model to all that it sees
         for way in ways:
             sync = "adapter" if way == "the adapter" else "merge"
             place = {"vllm_mode": "server", "vllm_server_base_url": server.url}

@@ -81,15 +81,13 @@ class ServerConnection:
     Attributes:
         url (`str`):
             The address without user and password.
-        headers (`dict`):
-            What these two become: sent with each request.
 
     Raises:
         ValueError: for an address that is none.
     """
 
     def __init__(self, url: str, timeout: float = 240.0) -> None:
-        self.url, self.headers = _place_and_headers(url)
+        self.url, self._headers = _place_and_headers(url)
         self.timeout = timeout
         self._loop = http_loop()
         self._session: aiohttp.ClientSession | None = None
@@ -211,7 +209,7 @@ class ServerConnection:
 
     def _open(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS)
-        session = aiohttp.ClientSession(connector=connector, headers=self.headers, trust_env=False)
+        session = aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=False)
         weakref.finalize(self, _close, session, self._loop)
         return session
 

@@ -87,5 +87,5 @@ def facts_from(version: str, config: Mapping[str, Any]) -> ServerFacts:
         data_parallel_size=num_ranks,
         max_loras=lora.get("max_loras", 0),
         max_lora_rank=lora.get("max_lora_rank", 0),
-        weight_transfer=(config["weight_transfer_config"] or {}).get("backend"),
+        weight_transfer=(config.get("weight_transfer_config") or {}).get("backend"),
     )

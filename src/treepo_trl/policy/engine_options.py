@@ -69,7 +69,8 @@ def check_engine_options(args: TreePOConfig) -> None:
     if given.get("speculative_config") and args.device.type == "cpu":
         raise ValueError(
             "`vllm_engine_kwargs` has speculative_config, but here is no card. vLLM for processors (0.31 and 0.32) "
-            "never writes the temperatures of guessed tokens. So it samples something else than the policy. Leave it out."
+            "never writes the temperatures of guessed tokens. So it samples something else than the policy. Leave it "
+            "out."
         )
     from vllm import EngineArgs
 

@@ -35,6 +35,8 @@ class ServerNeeds:
             Whether branching asks for entropies.
         num_adapters (`int`), adapter_rank (`int`):
             LoRA adapters that are loaded at once, and their highest rank; 0 without any.
+        all_weights (`bool`):
+            Whether the server is given all weights.
     """
 
     model: str
@@ -43,6 +45,7 @@ class ServerNeeds:
     with_entropies: bool = False
     num_adapters: int = 0
     adapter_rank: int = 0
+    all_weights: bool = False
 
 
 def check_server(server: ServerConnection, needs: ServerNeeds) -> ServerFacts:
@@ -64,8 +67,20 @@ def check_server(server: ServerConnection, needs: ServerNeeds) -> ServerFacts:
             f"The vLLM server at {server.url} does not take token ids (`/inference/v1/generate`). Start it with "
             "`--enable-scale-out`."
         )
+    if needs.all_weights:
+        _check_version_of_weights(server)
     _check_tokens(server, needs.tokenizer)
     return facts
+
+
+def _check_version_of_weights(server: ServerConnection) -> None:
+    try:
+        server.get("/weight_info")
+    except ServerRefusedError as error:
+        raise ValueError(
+            f"The vLLM server at {server.url} does not say which weights it has. Training all weights needs that: "
+            "vLLM 0.27 or later, and VLLM_SERVER_DEV_MODE=1 in its environment. An adapter does not (`--use_peft`)."
+        ) from error
 
 
 def _problems(facts: ServerFacts, needs: ServerNeeds) -> list[str]:

@@ -105,6 +105,7 @@ class ServerGeneration(VLLMGeneration):
             settings.branching_policy == "entropy",
             AdapterVersions.kept if self._loads_adapter else 0,
             rank,
+            all_weights=not self._loads_adapter,
         )
         size = bytes_of(self.model.parameters()) if adapter is None else num_bytes(adapter)
         self._folder = shared_folder("policy", settings.vllm_server_adapter_dir, size)
@@ -119,8 +120,14 @@ class ServerGeneration(VLLMGeneration):
         )
         facts = self.servers.open()
         if not self._loads_adapter and self.servers.takes_sent_weights and can_send(self.accelerator.device):
-            versions = SentWeights(self._folder.path, run, self.accelerator.device, settings.vllm_group_port)
-            self.servers.versions = versions
+            self.servers.versions = versions = SentWeights(
+                self._folder.path,
+                run,
+                self.accelerator.device,
+                settings.vllm_group_port,
+                self.servers.check_again,
+            )
+            versions.connect(self.servers.servers)
         return facts
 
     def sync_weights(self) -> None:

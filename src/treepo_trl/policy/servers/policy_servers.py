@@ -176,15 +176,24 @@ class PolicyServers:
             ServerLostError: if it is lost again, or if nobody has computed anything with the current version yet.
         """
         self._out.add(server)
+        self.check_again(server)
+        with self._admissions[server]:
+            while not self._is_admitted(server):
+                pass
+
+    def check_again(self, server: ServerConnection) -> None:
+        """
+        Raise unless a server that was started anew is what it was.
+
+        Raises:
+            ValueError: saying what is another.
+        """
         facts = check_server(server, self._needs)
         if self._number_type not in (None, number_type(facts)):
             raise ValueError(
                 f"The vLLM server at {server.url} computes in {number_type(facts)}, and in {self._number_type} before "
                 "it was started anew. Start it with the same `--dtype` and `--quantization`."
             )
-        with self._admissions[server]:
-            while not self._is_admitted(server):
-                pass
 
     def _is_admitted(self, server: ServerConnection) -> bool:
         """

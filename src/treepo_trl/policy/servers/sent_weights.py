@@ -1,50 +1,87 @@
 """
 All weights of a policy, sent from this process's card to those of the servers over NCCL.
 
-TRL's client does it, with one NCCL group for each server. What is here is the order for several servers: the weights
-are gathered once, in pieces, and each piece goes to every server before the next is gathered. A broadcast cannot be
-left once it has begun, so whoever waits for one looks after the server, and gives up when that has died.
+TRL's client does it, with one NCCL group for each server. What is here is the order for several servers, and what
+happens when one of them fails: the weights are gathered once, in pieces, and each piece goes to every server before
+the next is gathered. A broadcast waits for its receiver for ever. So whoever waits looks after the server.
 """
 
+import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from typing import Any
 
 import torch
 from trl.generation.vllm_client import VLLMClient
+from trl.import_utils import is_vllm_available
 
-from treepo_trl.engines.server_connection import ServerConnection, ServerLostError, ServerRefusedError
+from treepo_trl.engines.server_connection import ServerConnection, ServerLostError, ServerRefusedError, http_loop
 
 from .weights import LOAD_TIMEOUT, WeightVersions
 
 
-Result = TypeVar("Result")
-
-_BYTES_PER_PIECE = 2**29  # what the card holds of gathered weights at a time
+_BYTES_PER_PIECE = 2**29  # what the card holds of gathered weights at a time; the client packs a copy of it
 _LOOK = 5.0  # seconds between two looks after a server that is waited for
 _DEAD_LOOKS = 3  # in a row: one alone may be a machine that is busy
+_FAREWELL = 30.0  # seconds for a request of a training that ends
+
+
+class TransferError(RuntimeError):
+    """A server that did not take the weights."""
+
+
+_LOST = (ServerLostError, ServerRefusedError, TransferError, ValueError, KeyError, TypeError)
+"""What a server that is not there, or another than before, answers with."""
 
 
 def can_send(device: torch.device) -> bool:
-    """Whether NCCL reaches this process's device."""
-    return device.type == "cuda"
+    """Whether weights go from this device over NCCL. vLLM before 0.29 would lose memory with each piece."""
+    return device.type == "cuda" and is_vllm_available(min_version="0.29.0")
 
 
 class _Client(VLLMClient):
-    """TRL's client of a server that has been checked: with what its address holds, and without proxies."""
+    """TRL's client over a connection that sends nothing twice, has a deadline, and can be left."""
 
     def __init__(self, server: ServerConnection, group_port: int) -> None:
-        self._server = server
+        self.server = server
+        self._asked: Future[Any] | None = None
         super().__init__(server.url, group_port=group_port)
-        self._updating_weights = True  # `SentWeights` says when an update begins and ends: it waits with a deadline
+        self._updating_weights = True  # `SentWeights` begins and ends an update
 
     def check_server(self, total_timeout: float = 0.0, retry_interval: float = 2.0) -> None:
         """Nothing is left to check; TRL calls this before its first request."""
-        self.session.headers.update(self._server.headers)
-        self.session.trust_env = False
+
+    def get_server_info(self) -> dict[str, Any]:
+        return self._get("/server_info?config_format=json")["vllm_config"]
+
+    def _get(self, url: str, **kwargs: Any) -> Any:
+        return self.server.get(url.removeprefix(self.server.url))
+
+    def _post(self, url: str, **kwargs: Any) -> Any:
+        path, body = url.removeprefix(self.server.url), kwargs.get("json")
+        self._asked = asyncio.run_coroutine_threadsafe(
+            self.server.ask("POST", path, body, timeout=LOAD_TIMEOUT), http_loop()
+        )
+        return self._asked.result()
+
+    @property
+    def refusal(self) -> BaseException | None:
+        """Why the last request has failed, if it has: TRL looks only when its side of the transfer is through."""
+        asked = self._asked
+        return asked.exception() if asked is not None and asked.done() and not asked.cancelled() else None
+
+    def leave(self) -> None:
+        """Give up what is under way, and the group."""
+        if self._asked is not None:
+            self._asked.cancel()
+        if self.communicator is not None:
+            self.communicator.destroy()
+        self.close_communicator()
 
 
 class SentWeights(WeightVersions):
@@ -57,98 +94,147 @@ class SentWeights(WeightVersions):
         device (`torch.device`):
             That the weights are sent from.
         group_port (`int`):
-            Of the first group; each further group takes the next one.
+            The first port to try for a group.
+        check (`Callable`):
+            Raises unless a server that comes back is what it was.
     """
 
-    def __init__(self, folder: str, run: str, device: torch.device, group_port: int) -> None:
+    def __init__(
+        self,
+        folder: str,
+        run: str,
+        device: torch.device,
+        group_port: int,
+        check: Callable[[ServerConnection], None],
+    ) -> None:
         super().__init__(folder, run)
-        self._device, self._next_port = device, group_port
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())  # other threads begin with the first card
+        self._device, self._next_port, self._check = device, group_port, check
         self._clients: dict[ServerConnection, _Client] = {}
+
+    def connect(self, servers: Iterable[ServerConnection]) -> None:
+        """
+        Open a group with each server, before anything is sent.
+
+        Raises:
+            TransferError: if one takes no part.
+        """
+        for server in servers:
+            self._client_of(server)
 
     def load(self, server: ServerConnection) -> None:
         if self.name not in self._loaded(server):
-            raise ServerLostError(f"{server.url} was started anew: it gets the policy after the next update.")
+            raise ServerLostError(f"{server.url} gets the policy after the next update: it has missed the last one.")
 
     def take(
         self, step: int, weights: Iterator[tuple[str, torch.Tensor]], servers: Iterable[ServerConnection]
     ) -> dict[ServerConnection, Exception]:
-        name, lost = self._new_name(step), dict[ServerConnection, Exception]()
-        clients: dict[ServerConnection, _Client] = {}
-        for server in servers:
-            try:
-                clients[server], is_new = self._client_of(server)
-                server.post("/pause?mode=wait")  # which also empties the prefix cache
-                server.post("/start_weight_update", {}, LOAD_TIMEOUT)
-            except (ServerLostError, ServerRefusedError) as error:
-                clients.pop(server, None)
-                lost[server] = error
-                continue
-            if is_new and self.names:
-                lost[server] = ServerLostError(f"{server.url} was started anew. It is checked before it samples.")
-        for piece in _pieces(weights, self._device):
-            for server, client in clients.items():
-                self._while_it_lives(server, partial(_send, client, piece))
+        name = self._new_name(step)
+        clients, lost = self._all_prepared(servers)
+        try:
+            for piece in _pieces(weights, self._device):
+                for client in clients.values():
+                    self._while_it_lives(client, partial(_send, client, piece))
+                piece.clear()  # before the next is gathered
+        except BaseException:
+            for server in clients:
+                _end_update(server)
+            raise
         for server in clients:
             try:
                 server.post("/finish_weight_update", {}, LOAD_TIMEOUT)
                 server.post("/update_weight_version", {"new_version": name})
-                server.post("/resume")
-            except (ServerLostError, ServerRefusedError) as error:
+            except _LOST as error:
                 lost[server] = error
         self._add(step, name)
+        for server in clients:
+            _resume(server)
         return lost
 
-    def _client_of(self, server: ServerConnection) -> tuple[_Client, bool]:
-        """The client with this server's group, and whether it is new: the group ends with the server."""
-        if server in self._clients and self.name in self._loaded(server):
-            return self._clients[server], False
-        if server in self._clients:
-            self._clients.pop(server).close_communicator()
-        if server.facts().weight_transfer != "nccl":  # the first time that was checked
-            raise ServerLostError(f"{server.url} was started anew without `--weight-transfer-config`.")
-        self._clients[server] = self._while_it_lives(
-            server, partial(_connected, server, self._next_port, self._device)
-        )
-        self._next_port += 1
-        return self._clients[server], True
+    def _all_prepared(
+        self, servers: Iterable[ServerConnection]
+    ) -> tuple[dict[ServerConnection, _Client], dict[ServerConnection, Exception]]:
+        """Clients of the servers that wait for weights, and which servers are not to sample, with the reason."""
+        clients: dict[ServerConnection, _Client] = {}
+        lost: dict[ServerConnection, Exception] = {}
+        for server in servers:
+            before = self._clients.get(server)
+            try:
+                clients[server] = self._prepared(server)
+            except _LOST as error:
+                if not self.names:  # what a server cannot do from the start is an error
+                    raise
+                lost[server] = error
+            else:
+                if self.names and clients[server] is not before:
+                    lost[server] = ServerLostError(f"{server.url} was started anew. It is probed before it samples.")
+        return clients, lost
 
-    def _while_it_lives(self, server: ServerConnection, work: Callable[[], Result]) -> Result:
+    def _prepared(self, server: ServerConnection) -> _Client:
+        """A server's client, once the server generates no more and waits for weights."""
+        client = self._client_of(server)
+        server.post("/pause?mode=wait")  # which also empties the prefix cache
+        try:
+            server.post("/start_weight_update", {}, LOAD_TIMEOUT)
+        except _LOST:
+            _resume(server)
+            raise
+        return client
+
+    def _client_of(self, server: ServerConnection) -> _Client:
+        """The client with this server's group, which ends with the server: then a new one."""
+        client = self._clients.get(server)
+        if client is not None and (not self.names or self._is_of_this_run(server)):
+            return client
+        if client is not None:
+            self._clients.pop(server).leave()
+        if self.names:
+            self._check(server)
+        way = server.facts().weight_transfer
+        if way != "nccl":
+            raise TransferError(f"{server.url} was started with weight transfer over {way}, and before over nccl.")
+        client = _Client(server, _free_port(self._next_port))
+        self._next_port = client.group_port + 1
+        self._while_it_lives(client, partial(client.init_communicator, self._device))
+        self._clients[server] = client
+        return client
+
+    def _is_of_this_run(self, server: ServerConnection) -> bool:
+        return any(name.startswith(f"treepo-{self._run}-") for name in self._loaded(server))
+
+    def _while_it_lives(self, client: _Client, work: Callable[[], None]) -> None:
         """
-        The result of what ends only if a server takes part. It is given up when the server has died.
+        Do what ends only if a server takes part, and leave it when the server has failed.
 
         Raises:
-            RuntimeError: if it has died, or takes longer than for a whole model.
+            TransferError: if it has died, has refused, or takes longer than for a whole model.
         """
-        future = Future[Result]()
+        done = Future[None]()
 
         def run() -> None:
             try:
                 if self._device.type == "cuda":
-                    torch.cuda.set_device(self._device)  # each thread begins with the first one
-                future.set_result(work())
+                    torch.cuda.set_device(self._device)
+                done.set_result(work())
             except Exception as error:
-                future.set_exception(error)
+                done.set_exception(error)
 
-        threading.Thread(target=run, daemon=True).start()  # no pool: a process waits for the threads of a pool
-        dead, end = 0, time.monotonic() + LOAD_TIMEOUT
-        while not wait([future], _LOOK).done and dead < _DEAD_LOOKS and time.monotonic() < end:
-            dead = 0 if server.is_healthy() else dead + 1
-        try:
-            return future.result(timeout=0)
-        except Exception as error:
-            why = "it does not answer." if isinstance(error, TimeoutError) else str(error)
-            raise RuntimeError(
-                f"The vLLM server at {server.url} did not take the policy's weights over NCCL: {why} Start all "
-                "servers anew, and resume from the last checkpoint. NCCL needs cards that no other process of its "
-                "group has. Without `--weight-transfer-config` the weights go through a folder."
-            ) from error
-
-
-def _connected(server: ServerConnection, group_port: int, device: torch.device) -> _Client:
-    """A client with its group, which the server opens at the same time."""
-    client = _Client(server, group_port)
-    client.init_communicator(device)
-    return client
+        threading.Thread(target=run, daemon=True).start()
+        dead, end = 0, time.monotonic() + LOAD_TIMEOUT + 2 * _LOOK  # then the request has ended, and says why
+        while not wait([done], _LOOK).done and dead < _DEAD_LOOKS and not client.refusal and time.monotonic() < end:
+            dead = 0 if client.server.is_healthy() else dead + 1
+        wait([done], _LOOK if client.refusal else 0.0)
+        error = done.exception() if done.done() else client.refusal
+        if error is None and done.done():
+            return
+        client.leave()
+        reason = "it does not answer" if error is None else str(error).rstrip(".")
+        raise TransferError(
+            f"The vLLM server at {client.server.url} did not take the policy's weights over NCCL: {reason}. Each "
+            "process needs a card of its own, and a way to the others; `NCCL_DEBUG=INFO` says more. If the servers "
+            "start without `--weight-transfer-config`, weights go through a folder."
+        ) from error
 
 
 def _pieces(
@@ -158,11 +244,11 @@ def _pieces(
     piece: list[tuple[str, torch.Tensor]] = []
     size = 0
     for name, tensor in weights:
-        piece.append((name, tensor.detach().to(device, copy=True).contiguous()))
-        size += tensor.nbytes
-        if size > _BYTES_PER_PIECE:
+        if piece and size + tensor.nbytes > _BYTES_PER_PIECE:
             yield piece
             piece, size = [], 0
+        piece.append((name, tensor.detach().to(device, copy=True).contiguous()))
+        size += tensor.nbytes
     if piece:
         yield piece
 
@@ -172,3 +258,24 @@ def _send(client: VLLMClient, piece: list[tuple[str, torch.Tensor]]) -> None:
         torch.cuda.synchronize(piece[0][1].device)  # the client reads the copies in streams of its own
     metadata = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for name, tensor in piece]
     client.update_named_params(metadata, iter(piece))
+
+
+def _end_update(server: ServerConnection) -> None:
+    """Leave a server in a state that a training can begin from."""
+    with suppress(*_LOST):
+        server.post("/finish_weight_update", {}, _FAREWELL)
+    _resume(server)
+
+
+def _resume(server: ServerConnection) -> None:
+    with suppress(*_LOST):
+        server.post("/resume", timeout=_FAREWELL)
+
+
+def _free_port(first: int) -> int:
+    """The first port from `first` on that nobody listens on."""
+    for port in range(first, 2**16):
+        with socket.socket() as each, suppress(OSError):
+            each.bind(("", port))
+            return port
+    raise ValueError(f"No port from `vllm_group_port` ({first}) on is free. Set a lower one.")
