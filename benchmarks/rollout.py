@@ -27,7 +27,7 @@ import statistics
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -228,17 +228,18 @@ class Bench(NamedTuple):
 
 
 @contextmanager
-def speculation(method: str | None) -> Iterator[None]:
-    """Let engines that are built guess tokens."""
+def speculation(method: str | None, is_mended: bool = True) -> Iterator[None]:
+    """Let engines that are built guess tokens; on a processor with a kernel that writes their temperatures."""
     if method is None:
         yield
         return
     import vllm
-    from vllm.utils import cpu_triton_utils
 
     guesses = NGRAM if method == "ngram" else SUFFIX
-    cpu_triton_utils._expand_kernel_impl = expand
-    with patch("vllm.LLM", partial(vllm.LLM, speculative_config=guesses)):
+    kernel = nullcontext()
+    if is_mended and not torch.cuda.is_available():
+        kernel = patch("vllm.utils.cpu_triton_utils._expand_kernel_impl", expand)
+    with patch("vllm.LLM", partial(vllm.LLM, speculative_config=guesses)), kernel:
         yield
 
 
@@ -248,7 +249,8 @@ def expand(
     ends: torch.Tensor,
     replaced: float,
     by: float,
-    **_: object,
+    *_: object,
+    **__: object,
 ) -> None:
     """
     Each request's value for each of its guessed tokens, in place.

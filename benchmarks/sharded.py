@@ -35,8 +35,11 @@ class Measured(TypedDict):
     seconds: list[float]
     """Of each step."""
     gib: float
+    """At most, as `peak_bytes` says."""
     losses: list[float]
+    """Of each step."""
     largest_b: float
+    """Largest weight of the adapter's B, which begins at zero."""
 
 
 class StepTimes(TrainerCallback):

@@ -152,8 +152,8 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
     vllm_engine_kwargs: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Further arguments of `vllm.LLM`, such as `speculative_config`. Those that have a setting of "
-            "their own, or that trees need, are refused. Default: none, but the `dtype` of `bf16` or `fp16`."
+            "help": "Further arguments of `vllm.LLM`, on a card also `speculative_config`. Those that have a setting "
+            "of their own, or that trees need, are refused. Default: none, but the `dtype` of `bf16` or `fp16`."
         },
     )
     vllm_base_weights: BaseWeights = field(

@@ -57,7 +57,7 @@ def test_options_without_an_engine_or_without_a_plan(tmp_path: Path) -> None:
 def test_guessed_tokens_are_refused_on_a_processor(tmp_path: Path) -> None:
     """For a fault of vLLM that `tests/engines/test_vllm.py` shows."""
     guesses = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}}
-    with pytest.raises(ValueError, match="has speculative_config, but here is no card"):
+    with pytest.raises(ValueError, match="has speculative_config, and this training runs on a processor"):
         check_engine_options(make(tmp_path, vllm_engine_kwargs=guesses))
     check_engine_options(make(tmp_path, vllm_engine_kwargs={"speculative_config": None}))
 

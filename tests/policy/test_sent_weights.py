@@ -1,5 +1,6 @@
 """All weights without folders: the order for several servers, and what becomes of one that fails or is new."""
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from treepo_trl.policy.servers.sent_weights import SentWeights, TransferError, _
 from treepo_trl.policy.servers.weights import WeightVersions
 
 
+free_port = sent_weights._free_port  # the tests below replace it
 pytestmark = pytest.mark.usefixtures("lost_servers_are_asked_often")
 NCCL: dict[str, dict[str, Any]] = {**LORA, "weight_transfer_config": {"backend": "nccl"}}
 WEIGHTS = [("a", torch.arange(6.0)), ("b", torch.ones(2, 3)), ("c", torch.zeros(8, dtype=torch.bfloat16))]
@@ -64,7 +66,7 @@ def opened_nccl(stack: ExitStack, folder: Path, count: int = 1) -> tuple[PolicyS
     """As `ServerGeneration` opens them."""
     servers, fakes = opened(stack, folder, count, versions=WeightVersions, changes=NCCL)
     assert servers.takes_sent_weights
-    servers.versions = versions = SentWeights("", "run", torch.device("cpu"), 51000, servers.check_again)
+    servers.versions = versions = SentWeights(str(folder), "run", torch.device("cpu"), 51000, servers.check_again)
     versions.connect(servers.servers)
     for fake in fakes:
         assert fake.calls == ["/init_weight_transfer_engine"]
@@ -163,11 +165,21 @@ def test_a_restart_that_nobody_has_seen_is_probed_before_it_samples(stack: ExitS
     until(lambda: "computes another model" in engine._pool.servers[0].error)
 
 
-def test_what_a_server_cannot_do_from_the_start_is_an_error(stack: ExitStack, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["/start_weight_update", "/finish_weight_update"])
+def test_what_a_server_cannot_do_from_the_start_is_an_error(stack: ExitStack, tmp_path: Path, path: str) -> None:
+    """And it leaves the others as a training finds them."""
     servers, fakes = opened_nccl(stack, tmp_path, 2)
-    fakes[0].fails = {"/start_weight_update"}
-    with pytest.raises(ServerLostError, match="/start_weight_update has failed"):
+    fakes[1].fails = {path}
+    with pytest.raises(ServerLostError, match=f"{path} has failed"):
         give(servers, 0)
+    assert fakes[0].calls[-2:] == ["/finish_weight_update", "/resume"]
+
+
+def test_an_update_that_a_killed_training_has_begun_is_ended(stack: ExitStack, tmp_path: Path) -> None:
+    servers, fakes = opened_nccl(stack, tmp_path)
+    fakes[0].is_updating = True
+    give(servers, 0)
+    assert fakes[0].weights == "treepo-run-0"
 
 
 @pytest.mark.parametrize("path", ["/start_weight_update", "/finish_weight_update", "/update_weight_version"])
@@ -179,7 +191,6 @@ def test_a_server_that_fails_before_or_after_is_lost_and_not_left_paused(
     give(servers, 0)
     engine = engine_over(stack, servers)
     fakes[0].fails = {path}
-    fakes[0].calls.clear()
     give(servers, 1)
     assert fakes[0].calls[-1] == "/resume"
     sample(engine, servers)
@@ -216,23 +227,24 @@ def test_a_group_that_does_not_open_at_the_start_is_an_error(
 
 @pytest.mark.parametrize("hangs", ["while_opening", "while_sending"])
 def test_who_waits_for_a_server_that_has_died_gives_up(
-    stack: ExitStack, tmp_path: Path, transfers: Transfers, hangs: str
+    stack: ExitStack, tmp_path: Path, transfers: Transfers, hangs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As NCCL does, this side would wait for ever."""
+    """A machine without power: no connection closes, and as NCCL does, this side would wait for ever."""
     released = threading.Event()
     stack.callback(released.set)
     servers, fakes = opened_nccl(stack, tmp_path)
 
     def hang() -> None:
-        fakes[0].die()
+        monkeypatch.setattr(ServerConnection, "is_healthy", lambda self: False)
         released.wait(60)
 
     setattr(transfers, hangs, hang)
     fakes[0].hangs = {"/init_weight_transfer_engine", "/update_weights"}
-    again = SentWeights("", "run", torch.device("cpu"), 51000, lambda _: None)
+    again = SentWeights(str(tmp_path), "run", torch.device("cpu"), 51000, lambda _: None)
     work = {"while_opening": lambda: again.connect(servers.servers), "while_sending": lambda: give(servers, 0)}
-    with pytest.raises(TransferError, match=rf"{fakes[0].url} did not take .* over NCCL: "):
+    with pytest.raises(TransferError, match=rf"{fakes[0].url} over NCCL: it does not answer\. "):
         work[hangs]()
+    assert [group.destroyed for group in transfers.groups] == [hangs == "while_sending"]
 
 
 def test_a_refusal_is_heard_while_this_side_still_waits(
@@ -308,6 +320,15 @@ def test_pieces_are_copies_below_the_limit(monkeypatch: pytest.MonkeyPatch) -> N
 
     pieces = [[(name, tensor.tolist()) for name, tensor in piece] for piece in _pieces(gathered(), memory.device)]
     assert pieces == [[("0", [0] * 3), ("1", [1] * 3)], [("2", [2] * 3)]]
+
+
+def test_a_group_takes_the_next_free_port() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        port = taken.getsockname()[1]
+        assert free_port(port) > port
+    with pytest.raises(ValueError, match=r"No port from `vllm_group_port` \(65536\)"):
+        free_port(2**16)
 
 
 def test_the_card_is_that_of_the_main_thread(monkeypatch: pytest.MonkeyPatch) -> None:

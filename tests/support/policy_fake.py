@@ -39,6 +39,7 @@ class PolicyFake(FakeVLLM):
         served: versions from which it has sampled.
         calls: what was asked of it around its weights, in order.
         fails: paths that get status 500.
+        is_updating: whether an update has begun and not ended; then none can begin.
         hangs, hanging: paths that get no answer, and those that somebody waits for.
     """
 
@@ -53,6 +54,7 @@ class PolicyFake(FakeVLLM):
         self.unloaded: list[str] = []
         self.calls: list[str] = []
         self.fails: set[str] = set()
+        self.is_updating = False
         self.served: set[str] = set()
         self.hangs: set[str] = set()
         self.hanging: list[str] = []
@@ -71,6 +73,7 @@ class PolicyFake(FakeVLLM):
         """All that a restart costs, of a server that nobody was connected to."""
         self.adapters.clear()
         self.weights = "default"
+        self.is_updating = False
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         model = json.loads(await request.read())["model"]
@@ -117,8 +120,11 @@ class PolicyFake(FakeVLLM):
             return web.json_response({"error": {"message": "no such folder"}}, status=500)
         if path in _ANSWERED:
             self.calls.append(path)
-            failed = {"error": {"message": f"{path} has failed"}}
-            return web.json_response(failed if path in self.fails else {}, status=500 if path in self.fails else 200)
+            is_right = path not in self.fails and not (path == "/start_weight_update" and self.is_updating)
+            if is_right and path in ("/start_weight_update", "/finish_weight_update"):
+                self.is_updating = path == "/start_weight_update"
+            answer = {} if is_right else {"error": {"message": f"{path} has failed"}}
+            return web.json_response(answer, status=200 if is_right else 500)
         return await super()._other(request)
 
     async def _hang(self, path: str) -> None:

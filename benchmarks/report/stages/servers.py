@@ -1,5 +1,6 @@
 """vLLM servers on this machine against the engine in process, and how the policy reaches them."""
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,11 +35,14 @@ def synchronize(record: Record, model: str, ways: Sequence[str], repeats: int) -
 
     from benchmarks import servers, weight_sync
     from tests.support.vllm_servers import LORA_FLAGS, vllm_servers
+    from treepo_trl.policy.servers.sent_weights import SentWeights
 
-    cards = servers.cards()
+    cards, count = servers.cards(), found()
+    if cards[0] is not None:  # before CUDA begins: TRL refuses a process that sees several cards
+        os.environ["CUDA_VISIBLE_DEVICES"] = cards[0]
     over_nccl = any("NCCL" in way for way in ways)
-    if over_nccl and len(cards) < 2:
-        raise CannotRunError(f"NCCL needs a card for the policy and one for the server, this machine has {found()}")
+    if over_nccl and count < 2:
+        raise CannotRunError(f"NCCL needs a card for the policy and one for the server, this machine has {count}")
     flags = ["--weight-transfer-config", '{"backend": "nccl"}'] if over_nccl else [*LORA_FLAGS]
     options = weight_sync.parse_options(
         ["--repeats", str(repeats), "--rank", "16" if torch.cuda.is_available() else "4"]
@@ -51,6 +55,8 @@ def synchronize(record: Record, model: str, ways: Sequence[str], repeats: int) -
             sync = "adapter" if way == "the adapter" else "merge"
             place = {"vllm_mode": "server", "vllm_server_base_url": server.url}
             trainer = weight_sync.build(model, sync, options, **place)
+            if over_nccl and not isinstance(trainer.vllm_generation.servers.versions, SentWeights):
+                raise CannotRunError("this vLLM takes no weights over NCCL")
             for value in weight_sync.measure_syncs(trainer, options):
                 record(f"{way}: ms per synchronization", 1000 * value)
 

@@ -68,9 +68,9 @@ def check_engine_options(args: TreePOConfig) -> None:
             raise ValueError(f"`vllm_engine_kwargs` has {name}, which is not free: {OWNED[name]}.")
     if given.get("speculative_config") and args.device.type == "cpu":
         raise ValueError(
-            "`vllm_engine_kwargs` has speculative_config, but here is no card. vLLM for processors (0.31 and 0.32) "
-            "never writes the temperatures of guessed tokens. So it samples something else than the policy. Leave it "
-            "out."
+            "`vllm_engine_kwargs` has speculative_config, and this training runs on a processor. There vLLM (0.31 and "
+            "0.32) never writes the temperatures of guessed tokens, and so samples something else than the policy. "
+            "Leave it out."
         )
     from vllm import EngineArgs
 

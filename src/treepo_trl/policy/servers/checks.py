@@ -78,8 +78,8 @@ def _check_version_of_weights(server: ServerConnection) -> None:
         server.get("/weight_info")
     except ServerRefusedError as error:
         raise ValueError(
-            f"The vLLM server at {server.url} does not say which weights it has. Training all weights needs that: "
-            "vLLM 0.27 or later, and VLLM_SERVER_DEV_MODE=1 in its environment. An adapter does not (`--use_peft`)."
+            f"The vLLM server at {server.url} does not say which weights it has, as vLLM does from 0.27 on. Install a "
+            "newer one, or let an adapter travel alone (`--use_peft`, and `vllm_lora_sync='adapter'`)."
         ) from error
 
 

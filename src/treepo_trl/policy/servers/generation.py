@@ -1,8 +1,8 @@
 """
 What stands in the place of TRL's `VLLMGeneration` where vLLM servers sample.
 
-That one has a client of one server, which it asks for texts. `GRPOTrainer` finds the same names here: it sends the
-policy (`sync_weights`) and samples by itself in evaluation (`generate`).
+TRL's has a client, which asks one server for texts. `GRPOTrainer` finds the same names here: it sends the policy
+(`sync_weights`) and samples by itself in evaluation (`generate`).
 """
 
 import uuid
@@ -52,7 +52,7 @@ class _CheckedServers:
 
 class ServerGeneration(VLLMGeneration):
     """
-    [`~trl.generation.vllm_generation.VLLMGeneration`] over servers that load the policy from folders.
+    [`~trl.generation.vllm_generation.VLLMGeneration`] over servers that are given the policy.
 
     Args:
         args ([`TreePOConfig`]):

@@ -34,7 +34,7 @@ class PolicyServers:
         needs ([`ServerNeeds`]):
             What each of them must be.
         versions ([`PolicyVersions`]):
-            The policy in folders.
+            Of the policy.
         timeout (`float`):
             Seconds that a start waits for them, and after which a request counts as lost.
         is_probed (`bool`):

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -90,7 +90,7 @@ class SentWeights(WeightVersions):
 
     Args:
         folder (`str`), run (`str`):
-            As for [`WeightVersions`]. Nothing is written.
+            As for [`WeightVersions`]; nothing is written.
         device (`torch.device`):
             That the weights are sent from.
         group_port (`int`):
@@ -131,56 +131,55 @@ class SentWeights(WeightVersions):
         self, step: int, weights: Iterator[tuple[str, torch.Tensor]], servers: Iterable[ServerConnection]
     ) -> dict[ServerConnection, Exception]:
         name = self._new_name(step)
-        clients, lost = self._all_prepared(servers)
+        clients: dict[ServerConnection, _Client] = {}  # of servers that wait for weights
+        lost: dict[ServerConnection, Exception] = {}  # servers that are not to sample
         try:
+            self._prepare(servers, clients, lost)
             for piece in _pieces(weights, self._device):
                 for client in clients.values():
                     self._while_it_lives(client, partial(_send, client, piece))
                 piece.clear()  # before the next is gathered
+            for server in clients:
+                with self._noting(server, lost):
+                    server.post("/finish_weight_update", {}, LOAD_TIMEOUT)
+                    server.post("/update_weight_version", {"new_version": name})
         except BaseException:
             for server in clients:
                 _end_update(server)
             raise
-        for server in clients:
-            try:
-                server.post("/finish_weight_update", {}, LOAD_TIMEOUT)
-                server.post("/update_weight_version", {"new_version": name})
-            except _LOST as error:
-                lost[server] = error
         self._add(step, name)
         for server in clients:
             _resume(server)
         return lost
 
-    def _all_prepared(
-        self, servers: Iterable[ServerConnection]
-    ) -> tuple[dict[ServerConnection, _Client], dict[ServerConnection, Exception]]:
-        """Clients of the servers that wait for weights, and which servers are not to sample, with the reason."""
-        clients: dict[ServerConnection, _Client] = {}
-        lost: dict[ServerConnection, Exception] = {}
+    @contextmanager
+    def _noting(self, server: ServerConnection, lost: dict[ServerConnection, Exception]) -> Iterator[None]:
+        """Note what a server has failed at; before the first version that is an error."""
+        try:
+            yield
+        except _LOST as error:
+            if not self.names:
+                raise
+            lost[server] = error
+
+    def _prepare(
+        self,
+        servers: Iterable[ServerConnection],
+        clients: dict[ServerConnection, _Client],
+        lost: dict[ServerConnection, Exception],
+    ) -> None:
+        """Let the servers wait for weights; they generate no more. Groups are opened before any of them stops."""
+        groups: dict[ServerConnection, _Client] = {}
         for server in servers:
             before = self._clients.get(server)
-            try:
-                clients[server] = self._prepared(server)
-            except _LOST as error:
-                if not self.names:  # what a server cannot do from the start is an error
-                    raise
-                lost[server] = error
-            else:
-                if self.names and clients[server] is not before:
+            with self._noting(server, lost):
+                groups[server] = self._client_of(server)
+                if self.names and groups[server] is not before:
                     lost[server] = ServerLostError(f"{server.url} was started anew. It is probed before it samples.")
-        return clients, lost
-
-    def _prepared(self, server: ServerConnection) -> _Client:
-        """A server's client, once the server generates no more and waits for weights."""
-        client = self._client_of(server)
-        server.post("/pause?mode=wait")  # which also empties the prefix cache
-        try:
-            server.post("/start_weight_update", {}, LOAD_TIMEOUT)
-        except _LOST:
-            _resume(server)
-            raise
-        return client
+        for server, client in groups.items():
+            with self._noting(server, lost):
+                _start_update(server)
+                clients[server] = client
 
     def _client_of(self, server: ServerConnection) -> _Client:
         """The client with this server's group, which ends with the server: then a new one."""
@@ -229,9 +228,10 @@ class SentWeights(WeightVersions):
         if error is None and done.done():
             return
         client.leave()
+        self._clients.pop(client.server, None)
         reason = "it does not answer" if error is None else str(error).rstrip(".")
         raise TransferError(
-            f"The vLLM server at {client.server.url} did not take the policy's weights over NCCL: {reason}. Each "
+            f"The policy's weights did not reach the vLLM server at {client.server.url} over NCCL: {reason}. Each "
             "process needs a card of its own, and a way to the others; `NCCL_DEBUG=INFO` says more. If the servers "
             "start without `--weight-transfer-config`, weights go through a folder."
         ) from error
@@ -258,6 +258,23 @@ def _send(client: VLLMClient, piece: list[tuple[str, torch.Tensor]]) -> None:
         torch.cuda.synchronize(piece[0][1].device)  # the client reads the copies in streams of its own
     metadata = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for name, tensor in piece]
     client.update_named_params(metadata, iter(piece))
+
+
+def _start_update(server: ServerConnection) -> None:
+    """Pause a server and let it wait for weights, also where a killed training has not ended its update."""
+    try:
+        server.post("/pause?mode=wait")  # which also empties the prefix cache
+        try:
+            server.post("/start_weight_update", {}, LOAD_TIMEOUT)
+        except ServerLostError as error:
+            if error.status is None:  # it has not refused
+                raise
+            with suppress(*_LOST):
+                server.post("/finish_weight_update", {}, LOAD_TIMEOUT)
+            server.post("/start_weight_update", {}, LOAD_TIMEOUT)
+    except _LOST:
+        _end_update(server)  # a pause that it has not answered may have begun
+        raise
 
 
 def _end_update(server: ServerConnection) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from treepo_trl.engines.server_connection import ServerConnection, ServerLostError, ServerRefusedError
 
 
-LOAD_TIMEOUT = 600.0  # seconds to read a model from a shared disk
+LOAD_TIMEOUT = 600.0  # seconds until a server has all of a model
 _QUESTION_TIMEOUT = 30.0  # seconds until an engine tells the version of its weights, between two of its steps
 _BYTES_PER_FILE = 2**31  # of a model's weights: what the processor's memory holds of them at a time
 
