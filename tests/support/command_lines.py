@@ -94,6 +94,10 @@ def check_treepo_trl(argv: list[str]) -> None:
         importlib.import_module(f"treepo_trl.commands.{COMMANDS[argv[0]][1]}").main(argv[1:])
 
 
+HAND_ON = {"benchmarks.quickstart", "benchmarks.ahead_on_server"}
+"""Scripts whose further options are those of `treepo-trl quickstart`."""
+
+
 def check_script(program: str, rest: list[str]) -> None:
     """A file of this repository, or `-m` and a module of it: what is in Python runs up to the end of its parser."""
     if program == "accelerate":
@@ -109,7 +113,7 @@ def check_script(program: str, rest: list[str]) -> None:
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *options, *(ON_A_PROCESSOR if "--config" in options else [])])
-        hands_on = name == "benchmarks.quickstart"
+        hands_on = name in HAND_ON
         if not is_module:
             patch.syspath_prepend(Path(name).parent.resolve())  # as Python does for a script
         with skipped_without_package(), parsers_that_stop("parse_known_args" if hands_on else "parse_args") as rest:
