@@ -117,7 +117,7 @@ def test_abort_leaves_nothing_in_the_servers(servers: list[VLLMServer]) -> None:
         before = counted(servers, r"generation_tokens_total\{")
         engine.submit(requests)
         engine.collect()
-        is_early = counted(servers, r"generation_tokens_total\{") - before < 510 * 500 / 2
+        is_early = counted(servers, r"generation_tokens_total\{") - before < 510 * 500 / 4
         engine.abort()
         end = time.monotonic() + 60
         while counted(servers, r"num_requests_(?:running|waiting)\{"):
@@ -126,7 +126,7 @@ def test_abort_leaves_nothing_in_the_servers(servers: list[VLLMServer]) -> None:
         if is_early:
             break
     assert is_early
-    assert counted(servers, r"generation_tokens_total\{") - before < 510 * 500
+    assert counted(servers, r"generation_tokens_total\{") - before < 510 * 500 / 2
     assert len(drain(engine, [SegmentRequest(0, [5], 2)])[0].token_ids) <= 2
 
 
