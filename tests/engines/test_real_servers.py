@@ -4,7 +4,9 @@ import re
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -35,6 +37,20 @@ def counted(servers: list[VLLMServer], name: str) -> float:
     texts = [urllib.request.urlopen(server.url + "/metrics").read().decode() for server in servers]
     pattern = rf"^vllm:{name}[^}}]*\}} ([\d.e+]+)"
     return sum(float(number) for text in texts for number in re.findall(pattern, text, re.MULTILINE))
+
+
+def num_connections(servers: list[VLLMServer]) -> int:
+    """Connections that the processes of the servers' addresses hold open."""
+    processes = [psutil.Process(server.process.pid) for server in servers if server.process is not None]
+    connections = [each for process in processes for each in process.net_connections("tcp")]
+    return sum(each.status == psutil.CONN_ESTABLISHED for each in connections)
+
+
+def wait_until(condition: Callable[[], bool], failure: str) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, failure
+        time.sleep(0.05)
 
 
 def test_greedy_segments_are_those_of_generate(servers: list[VLLMServer], reference: PreTrainedModel) -> None:
@@ -111,23 +127,24 @@ def test_what_a_server_refuses(servers: list[VLLMServer]) -> None:
 
 def test_abort_leaves_nothing_in_the_servers(servers: list[VLLMServer]) -> None:
     engine = VLLMServerEngine([ServerConnection(server.url) for server in servers], [])  # nothing ends a segment
-    lengths = [2, 2, *[500] * 510]  # eight times as many as the servers run at once, of which the first end at once
-    requests = [SegmentRequest(i, [5 + i % 50, 5 + i // 50], lengths[i], tree=i) for i in range(512)]
-    for _ in range(4):  # on a busy machine this process may stand still until the servers have done all
+    requests = [SegmentRequest(i, [5 + i % 50, 5 + i // 50], 500 if i else 2, tree=i) for i in range(512)]
+    engine.submit(requests[:64])  # as many as the servers run at once
+    engine.collect()
+    others = [ServerConnection(server.url) for server in servers]
+    try:
+        for other in others:
+            other.post("/pause?mode=keep")  # so that nothing ends before the abort, however slow this process is
         before = counted(servers, r"generation_tokens_total\{")
-        engine.submit(requests)
-        engine.collect()
-        is_early = counted(servers, r"generation_tokens_total\{") - before < 510 * 500 / 4
+        engine.submit(requests[64:])
+        wait_until(lambda: num_connections(servers) >= 448, "requests did not reach the servers")
         engine.abort()
-        end = time.monotonic() + 60
-        while counted(servers, r"num_requests_(?:running|waiting)\{"):
-            assert time.monotonic() < end, "aborted requests still run"
-            time.sleep(0.05)
-        if is_early:
-            break
-    assert is_early
-    assert counted(servers, r"generation_tokens_total\{") - before < 510 * 500 / 2
+        wait_until(lambda: num_connections(servers) < 64, "aborted requests keep their connections")
+    finally:
+        for other in others:
+            other.post("/resume")
     assert len(drain(engine, [SegmentRequest(0, [5], 2)])[0].token_ids) <= 2
+    wait_until(lambda: not counted(servers, r"num_requests_(?:running|waiting)\{"), "aborted requests still run")
+    assert counted(servers, r"generation_tokens_total\{") - before < 448 * 500 / 4
 
 
 def test_a_cache_can_be_emptied(servers: list[VLLMServer]) -> None:
