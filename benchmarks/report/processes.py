@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's steps run in the process of the case, as in training
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, on processors alone
 }
+_LOOK = 1.0  # seconds between two looks at what a process has started
 _PRELOADED = ["peft", "datasets", "treepo_trl.treepo_trainer", "vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"]
 
 
@@ -86,11 +87,17 @@ class Processes:
             results.touch()
             process = self._context.Process(target=_child, args=(function, arguments, results, log))
             process.start()
+            end = time.monotonic() + max(limit, 0.0)
+            started: set[psutil.Process] = set()
             try:
-                process.join(max(limit, 0.0))
+                while True:  # a process that is killed can no longer be asked what it has started
+                    started |= _descendants(cast(int, process.pid))
+                    process.join(min(max(end - time.monotonic(), 0.0), _LOOK))
+                    if not process.is_alive() or time.monotonic() >= end:
+                        break
                 exit_code = process.exitcode
             finally:
-                started = _descendants(cast(int, process.pid)) if process.is_alive() else []
+                started |= _descendants(cast(int, process.pid))
                 with suppress(ProcessLookupError):  # the child's session: itself, and most of what it has started
                     os.killpg(cast(int, process.pid), signal.SIGKILL)
                 for each in started:  # servers and the processes of a launcher have sessions of their own
@@ -101,11 +108,11 @@ class Processes:
             return _outcome(results, log, exit_code, limit)
 
 
-def _descendants(pid: int) -> list[psutil.Process]:
+def _descendants(pid: int) -> set[psutil.Process]:
     """What a process has started that is still there, and what that has started."""
     with suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).children(recursive=True)
-    return []
+        return set(psutil.Process(pid).children(recursive=True))
+    return set()
 
 
 def _child(function: Any, arguments: dict[str, Any], results: Path, log: Path) -> None:

@@ -21,7 +21,7 @@ from benchmarks.report import files
 from benchmarks.report.cases import Case, Stage, alternating
 from benchmarks.report.machine import commit, versions
 from benchmarks.report.page import render
-from benchmarks.report.processes import Outcome, Processes
+from benchmarks.report.processes import Outcome, Processes, _descendants
 from benchmarks.report.stages import STAGES
 from benchmarks.report.stages.trainings import architecture_of, recipe_gib
 from tests.support.paths import ROOT
@@ -87,17 +87,44 @@ def test_a_part_ends_with_its_time(tmp_path: Path) -> None:
         assert found["timed_out"]
 
 
-def serves(record: Any) -> None:
+def serves(record: Any, dies_after: Path | None = None) -> None:
     record("server", str(subprocess.Popen(["sleep", "600"], start_new_session=True).pid))
-    time.sleep(600)
+    while dies_after is None or not dies_after.exists():
+        time.sleep(0.05)
+    os.kill(os.getpid(), 9)
 
 
-def test_what_a_part_has_started_ends_with_it(tmp_path: Path) -> None:
+def is_running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_what_a_part_has_started_ends_with_its_time(tmp_path: Path) -> None:
     """Servers and the processes of a launcher have sessions of their own."""
-    found = Processes(tmp_path, smoke=False).run(Case("f", serves), "log", 4.0)
-    assert found["timed_out"]
+    for limit in (4.0, 20.0, 100.0):  # on a busy machine it may not come as far in a short time
+        found = Processes(tmp_path, smoke=False).run(Case("f", serves), "log", limit)
+        assert found["timed_out"]
+        if found["rows"]:
+            break
     (pid,) = map(int, found["rows"]["server"])
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert not is_running(pid)
+
+
+def test_what_a_part_has_started_ends_where_the_part_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for want of memory."""
+    seen = tmp_path / "seen"
+
+    def noting(pid: int) -> set[psutil.Process]:
+        if found := _descendants(pid):
+            seen.touch()
+        return found
+
+    monkeypatch.setattr("benchmarks.report.processes._descendants", noting)
+    found = Processes(tmp_path, smoke=False).run(Case("g", serves, {"dies_after": seen}), "log", 100.0)
+    assert "ended with status -9" in found["failed"]
+    (pid,) = map(int, found["rows"]["server"])
+    assert not is_running(pid)
 
 
 class Scripted:
