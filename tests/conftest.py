@@ -15,12 +15,17 @@ import random
 from collections.abc import Generator, Iterator
 from typing import cast
 
+import hypothesis
 import pytest
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from tests.support.models import make_model, make_tokenizer
 from tests.support.paths import ROOT
 from tests.support.vllm_servers import LORA_FLAGS, TRANSFER_FLAGS, VLLMServer, vllm_servers
+
+
+hypothesis.settings.register_profile("any-speed", deadline=None)  # a busy machine stands still now and then
+hypothesis.settings.load_profile("any-speed")
 
 
 @pytest.fixture(scope="session")
