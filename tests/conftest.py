@@ -25,7 +25,8 @@ from tests.support.vllm_servers import LORA_FLAGS, TRANSFER_FLAGS, VLLMServer, v
 
 
 hypothesis.settings.register_profile("any-speed", deadline=None)  # a busy machine stands still now and then
-hypothesis.settings.load_profile("any-speed")
+if hypothesis.settings.get_current_profile_name() == "default":  # and not that of `benchmarks.mutants`
+    hypothesis.settings.load_profile("any-speed")
 
 
 @pytest.fixture(scope="session")

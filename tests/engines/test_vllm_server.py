@@ -42,7 +42,7 @@ def test_servers_know_their_model_by_one_name() -> None:
 # Trees
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(configs(), st.sampled_from([0.02, 0.2]), st.integers(1, 4))
 def test_trees_are_those_of_an_engine_in_this_process(config: TreeSamplingConfig, stop: float, count: int) -> None:
     if config.branching_policy == "entropy":

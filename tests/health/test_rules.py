@@ -372,7 +372,7 @@ VALUES = st.one_of(
 NAMES = sorted({*HEALTHY, "eval_reward", "eval_reward_std", "frac_reward_zero_std", "step"})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES), min_size=12, max_size=16))
 def test_no_log_is_an_error(logs: list[dict[str, Any]]) -> None:
     examination = Examination()

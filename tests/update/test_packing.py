@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.rows import Batch, batch_of, packed_sizes
@@ -80,13 +80,11 @@ def batches(draw: st.DrawFn) -> Batch:
 
 
 @given(batches())
-@settings(deadline=None)
 def test_packed_positions_spell_the_rows(batch: Batch) -> None:
     check_structure(*batch)
 
 
 @given(batches(), st.data())
-@settings(deadline=None)
 def test_any_mask_and_any_number_of_scored_columns(batch: Batch, data: st.DataObject) -> None:
     """Holes, completely masked rows and completions, rows without a prompt."""
     ids, mask, _ = batch
@@ -156,7 +154,6 @@ def test_unpack_hides_what_is_not_a_number_at_unscored_places() -> None:
 
 
 @given(batches(), st.integers(1, 30))
-@settings(deadline=None)
 def test_pieces_hold_every_row_once_and_as_many_tokens_as_allowed(batch: Batch, max_tokens: int) -> None:
     pieces = cut_rows(*batch, max_tokens)
     assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(range(len(batch[0])))

@@ -108,7 +108,6 @@ def gradients_of(output: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torc
 
 
 @given(forests(), st.integers(1, 45), st.sampled_from([0, 10**9]), st.sampled_from([None, 1.5]), REACHES)
-@settings(deadline=None)
 def test_blocks_of_any_size_give_the_dense_result_and_its_gradients(
     parents: list[int], query_block: int, max_kept: int, scaling: float | None, reach: Reach
 ) -> None:
@@ -125,7 +124,6 @@ def test_blocks_of_any_size_give_the_dense_result_and_its_gradients(
 
 
 @given(forests(), st.integers(1, 45), REACHES)
-@settings(deadline=None)
 def test_a_block_has_the_keys_that_its_queries_see_and_no_other(
     parents: list[int], query_block: int, reach: Reach
 ) -> None:
@@ -142,7 +140,7 @@ def test_a_block_has_the_keys_that_its_queries_see_and_no_other(
 
 
 @given(forests())
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_depths_are_the_lengths_of_paths(parents: list[int]) -> None:
     depths = TreeAttention(last_of(parents), "sdpa").depths()
     assert depths.tolist() == [len(path_to(parents, i)) - 1 for i in range(len(parents))]
@@ -255,7 +253,7 @@ def test_keys_and_masks_of_long_paths_are_not_kept(length: int, is_kept: bool) -
 
 @given(forests(max_size=300))
 @example([i - 1 for i in range(256)] + [127, *range(256, 383)])  # a trunk and two branches, of a block each
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_the_block_mask_is_the_one_that_looks_at_every_pair(parents: list[int]) -> None:
     last = last_of(parents)
     ours = TreeAttention(last, "flex").block_mask()
@@ -272,7 +270,7 @@ def test_the_block_mask_is_the_one_that_looks_at_every_pair(parents: list[int]) 
 @given(forests(max_size=300), REACHES)
 @example([i - 1 for i in range(300)], Reach(window=130))  # blocks that are seen, seen in part and out of reach
 @example([i - 1 for i in range(300)], Reach(chunk=130))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_the_block_mask_lets_pass_what_the_reach_does(parents: list[int], reach: Reach) -> None:
     mask = TreeAttention(last_of(parents), "flex").block_mask(reach)
     length = len(parents)
