@@ -1,12 +1,12 @@
 """`TreePOConfig`: what TreePO adds to [`~trl.GRPOConfig`], with every check that needs no model."""
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from trl.trainer.grpo_config import GRPOConfig
 
 from .engines import SamplingOptions
-from .fields import Ranges, check_fields, check_vllm_fields, without_credentials
+from .fields import Ranges, check_fields, check_vllm_fields, keep_credentials
 from .fields.grpo import check_dictionary, check_grpo_fields
 from .sampling.branching import BranchSchedule
 from .sampling.config import TreeSamplingConfig
@@ -266,6 +266,8 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             self.engine_check = "off"
         if self.prompt_selection is False:
             self.prompt_selection = "off"
+        if isinstance(self.vllm_server_base_url, str):
+            self.vllm_server_base_url = keep_credentials(self.vllm_server_base_url)
         check_dictionary("vllm_engine_kwargs", self.vllm_engine_kwargs)
         check_grpo_fields(
             self, but={*(each.name for each in fields(TreeSamplingConfig)), "vllm_gpu_memory_utilization"}
@@ -347,13 +349,6 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
                 "`stop_pattern` and `mask_truncated_completions=True` exclude each other: a path that the pattern "
                 "ended has no EOS token, so its completion would be masked as truncated. Unset one of them."
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """All settings, for loggers and files. The user and password of a server's address are left out."""
-        settings = super().to_dict()
-        if isinstance(self.vllm_server_base_url, str):
-            settings["vllm_server_base_url"] = without_credentials(self.vllm_server_base_url)
-        return settings
 
     def _check_whole_trees(self) -> None:
         offline = ""

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.support.models import make_tokenizer
-from tests.support.policy_fake import PolicyFake
+from tests.support.policy_fake import LORA, PolicyFake
 from treepo_trl.commands.engine import EngineArguments, build_engine, use_adapter
 from treepo_trl.doctor.findings import BrokenError
 from treepo_trl.doctor.servers import check_servers
@@ -70,15 +70,42 @@ def test_an_adapter_above_the_rank_of_the_server(tiny_model_dir: str, tmp_path: 
         build_engine(arguments(tiny_model_dir, server), [0], SamplingOptions(), adapters=[adapter])
 
 
+def test_an_adapter_that_the_server_cannot_load(tiny_model_dir: str, tmp_path: Path) -> None:
+    """vLLM answers 500."""
+    with PolicyFake(serving(tiny_model_dir)) as server:
+        server.can_load = False
+        with pytest.raises(
+            ValueError, match=r"could not load the adapter .*rank 64 is too large.*the same path"
+        ) as error:
+            build_engine(arguments(tiny_model_dir, server), [0], SamplingOptions(), adapters=[adapter_in(tmp_path)])
+        assert server.url in str(error.value)
+
+
+def test_a_server_with_the_weights_of_a_training_is_refused(tiny_model_dir: str) -> None:
+    with PolicyFake(serving(tiny_model_dir)) as server:
+        server.weights = "treepo-other-7"
+        with pytest.raises(ValueError, match=r"has the weights of a training \(treepo-other-7\).*Start it again"):
+            build_engine(arguments(tiny_model_dir, server), [0], SamplingOptions(), adapters=[])
+
+
 def test_the_doctor_names_server_and_flag() -> None:
     needs = ServerNeeds("/models/base", make_tokenizer(), num_adapters=2, adapter_rank=4)
-    with PolicyFake() as server:
-        assert "2 servers of vLLM 0.31.0 in bfloat16: 16 requests" in check_servers([server.url] * 2, needs)
+    with PolicyFake() as other, PolicyFake() as server:
+        assert "2 servers of vLLM 0.31.0 in bfloat16: 16 requests" in check_servers([other.url, server.url], needs)
     with pytest.raises(BrokenError, match=f"No vLLM server answers at {server.url}"):
         check_servers([server.url], needs)
     with PolicyFake({}) as server, pytest.raises(BrokenError, match="serves no adapters") as error:
         check_servers([server.url], needs)
     assert "--enable-lora --max-loras 2" in error.value.remedy
+    with (
+        PolicyFake() as first,
+        PolicyFake(LORA | {"model_config": {"dtype": "torch.float16"}}) as second,
+        pytest.raises(
+            BrokenError, match=f"different number types: {first.url} in bfloat16, {second.url} in float16"
+        ) as error,
+    ):
+        check_servers([first.url, second.url], needs)
+    assert "`--dtype`" in error.value.remedy
 
 
 def test_the_doctor_reads_the_servers_of_a_recipe(tiny_model_dir: str, tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.models import make_tokenizer
 from tests.support.policy_fake import LORA, NEEDS, PolicyFake, give, opened, write_version
 from treepo_trl.engines.server_connection import ServerConnection, ServerLostError
 from treepo_trl.policy.servers import policy_servers
 from treepo_trl.policy.servers.checks import ServerNeeds, check_server
-from treepo_trl.policy.servers.policy_servers import PolicyServers, check_policy
+from treepo_trl.policy.servers.policy_servers import PolicyServers, bound_of_probe, check_policy
 from treepo_trl.policy.servers.weights import AdapterVersions, WeightVersions
 
 
@@ -81,6 +82,25 @@ def test_an_address_where_nothing_answers(tmp_path: Path, monkeypatch: pytest.Mo
     assert "`vllm_server_timeout`" in str(error.value)
     assert "secret" not in str(error.value)
     assert "somebody" not in str(error.value)
+
+
+@pytest.mark.parametrize("status", [401, 404])
+def test_an_address_where_something_else_answers(tmp_path: Path, status: int) -> None:
+    """At once: a start would wait for minutes."""
+    with PolicyFake() as server:
+        server.health = status
+        servers = PolicyServers([server.url], NEEDS, AdapterVersions(str(tmp_path), "run"), 1e6, is_probed=True)
+        with pytest.raises(ValueError, match=rf"status {status}.*no vLLM server.*https://user:password@host") as error:
+            servers.open()
+        assert server.url in str(error.value)
+
+
+def test_a_server_that_does_not_come_up_tells_why(tmp_path: Path) -> None:
+    with PolicyFake() as server:
+        server.health = 503
+        servers = PolicyServers([server.url], NEEDS, AdapterVersions(str(tmp_path), "run"), 0.0, is_probed=True)
+        with pytest.raises(ValueError, match=r"No vLLM server answers at .*The last try: .*status 503"):
+            servers.open()
 
 
 def test_credentials_are_not_shown_by_a_server_that_does_not_fit(tmp_path: Path) -> None:
@@ -178,11 +198,26 @@ def test_a_server_with_an_old_adapter_is_refused(tmp_path: Path) -> None:
 
 
 def test_all_servers_with_another_model_than_the_policy_are_refused() -> None:
-    check_policy(0.09, is_quantized=False)
-    check_policy(5.0, is_quantized=True)  # by design; each batch is compared
+    check_policy(0.09, 0.1, is_quantized=False)
+    check_policy(5.0, 0.1, is_quantized=True)  # by design; each batch is compared
     for difference in (0.15, float("nan")):
         with pytest.raises(ValueError, match="another model than the policy"):
-            check_policy(difference, is_quantized=False)
+            check_policy(difference, 0.1, is_quantized=False)
+
+
+def test_the_rounding_of_16_bits_is_no_other_model(tmp_path: Path) -> None:
+    """Random tokens are 14 nats each, which bfloat16 rounds by nearly a tenth of a nat."""
+    assert bound_of_probe(torch.float32) <= 0.1
+    for types in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)):
+        assert 4 * 0.09 < bound_of_probe(*types) < 0.5
+    with ExitStack() as stack:
+        servers, fakes = opened(stack, tmp_path, 2)
+        servers.bound = bound_of_probe(torch.bfloat16)
+        fakes[1].offset = 0.2
+        give(servers, 0)
+        fakes[1].offset = 0.6
+        with pytest.raises(ValueError, match="computes another model than the others"):
+            give(servers, 1)
 
 
 # Servers that go and come
@@ -244,6 +279,21 @@ def test_weights_written_while_a_server_loads_others_are_not_taken_for_loaded(tm
         fake.while_reloading = lambda: None
         servers.versions.load(servers.servers[0])
         assert fake.weights == "treepo-run-1"
+
+
+def test_a_server_that_was_not_heard_to_go_on_is_told_again(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        servers, (fake,) = opened(stack, tmp_path, versions=WeightVersions)
+        fake.fails = {"/resume"}
+        give(servers, 0)
+        fake.fails, fake.calls = set(), []
+        servers.admit(servers.servers[0])
+        assert fake.calls == ["/resume"]  # it has the weights
+        fake.fails, fake.calls = {"/pause"}, []
+        servers.versions.write(1, write_version)
+        with pytest.raises(ServerLostError, match="/pause"):
+            servers.versions.load(servers.servers[0])
+        assert fake.calls == ["/pause", "/resume"]  # a pause that failed may have begun
 
 
 def test_weights_that_the_server_cannot_read(tmp_path: Path) -> None:

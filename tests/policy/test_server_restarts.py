@@ -176,6 +176,17 @@ def test_a_version_that_none_of_the_servers_that_are_left_can_load_is_an_error(
         give(servers, 2)
 
 
+def test_a_version_that_one_server_cannot_load_while_the_other_goes_away_is_an_error(
+    stack: ExitStack, tmp_path: Path
+) -> None:
+    servers, fakes = opened(stack, tmp_path, 2)
+    give(servers, 0)
+    fakes[0].die()  # nobody knows yet
+    fakes[1].can_load = False
+    with pytest.raises(ValueError, match="rank 64 is too large"):
+        give(servers, 1)
+
+
 def test_a_server_that_is_started_anew_between_loading_and_probing_is_lost(stack: ExitStack, tmp_path: Path) -> None:
     servers, fakes = opened(stack, tmp_path, 2)
     give(servers, 0)

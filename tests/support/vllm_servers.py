@@ -24,7 +24,7 @@ CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TORCH_COMPILE_DISABLE": "1",  # the first request would wait for a compiler
 }
-LORA_FLAGS = ["--enable-lora", "--max-loras", "3", "--max-lora-rank", "16"]
+LORA_FLAGS = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "16"]
 TRANSFER_FLAGS = [
     *("--weight-transfer-config", '{"backend": "nccl"}'),
     *("--worker-extension-cls", "tests.support.stored_transfer.WorkerExtension"),

@@ -1,5 +1,6 @@
 """Addresses of servers: how they are parted, and that no password of one is ever shown."""
 
+import pickle
 import traceback
 from pathlib import Path
 
@@ -10,13 +11,24 @@ from treepo_trl.engines.server_connection import ServerConnection
 from treepo_trl.fields import server_urls
 
 
-def test_loggers_get_addresses_without_passwords(tmp_path: Path) -> None:
-    address = "http://me:se,cret@a:8000, https://me:se@cret@b:8001/x,http://c:8002/"
-    config = make(tmp_path, use_vllm=True, vllm_server_base_url=address)
-    assert config.vllm_server_base_url == address
-    for text in (config.to_json_string(), str(config.to_dict()), str(config.to_sanitized_dict())):
-        assert "cret" not in text
-    assert config.to_dict()["vllm_server_base_url"] == "http://a:8000,https://b:8001/x,http://c:8002/"
+def test_no_setting_holds_a_password(tmp_path: Path) -> None:
+    """Loggers, callbacks and checkpoints read settings in many ways; connections of this process have it."""
+    address = "http://me:se%2Ccret@a:8000, https://me:se%40cret@b:8001/x/,http://c:8002/"
+    config = make(tmp_path, use_vllm=True, vllm_mode="server", vllm_server_base_url=address)
+    assert config.vllm_server_base_url == "http://a:8000,https://b:8001/x,http://c:8002"
+    again = make(tmp_path, use_vllm=True, vllm_mode="server", vllm_server_base_url=config.vllm_server_base_url)
+    seen = [repr(again), str(again), again.to_json_string(), str(again.to_sanitized_dict()), str(vars(again))]
+    assert all("a:8000" in text and "cret" not in text for text in seen)
+    assert b"cret" not in pickle.dumps(again)  # as in `training_args.bin`
+    urls = server_urls(again.vllm_server_base_url, "", 0)
+    assert urls == ["http://me:se%2Ccret@a:8000", "https://me:se%40cret@b:8001/x", "http://c:8002"]
+    assert ServerConnection(urls[0]).url == "http://a:8000"
+
+
+def test_a_host_holds_no_password(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`vllm_server_host` must be a name or an address alone") as error:
+        make(tmp_path, use_vllm=True, vllm_mode="server", vllm_server_host="me:secret@host")
+    assert "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -33,8 +45,9 @@ def test_loggers_get_addresses_without_passwords(tmp_path: Path) -> None:
 )
 def test_a_mistaken_address_is_an_error_that_shows_no_password(tmp_path: Path, address: str) -> None:
     """Of the setting, where it can be told that early, else of the connection."""
-    told = [str(make(tmp_path, vllm_server_base_url=address).to_dict())]
+    told = []
     for read in (
+        lambda: make(tmp_path, vllm_server_base_url=address),
         lambda: server_urls(address, "", 0),
         lambda: make(tmp_path, use_vllm=True, vllm_mode="server", vllm_server_base_url=address),
         lambda: [ServerConnection(url) for url in server_urls(address, "", 0)],

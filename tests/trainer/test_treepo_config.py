@@ -221,6 +221,8 @@ def test_max_tree_depth(tmp_path: Path, length: int, segment: int | None, depth:
         ),
         ({**SERVERS, "vllm_enable_sleep_mode": True}, "`vllm_enable_sleep_mode=True` ... flags of their own"),
         ({**SERVERS, "vllm_gpu_memory_utilization": "auto"}, "'auto' ... `--gpu-memory-utilization`"),
+        ({**SERVERS, "vllm_server_timeout": math.inf}, "`vllm_server_timeout` is inf ... number of seconds above 0"),
+        ({**SERVERS, "vllm_server_timeout": 0}, "`vllm_server_timeout` is 0 ... number of seconds above 0"),
         ({**SERVERS, "vllm_share_base_weights": True}, "`vllm_share_base_weights=True` ... `vllm_mode` is 'server'"),
         ({**SERVERS, "vllm_server_base_url": "http://a:1, http://a:1/"}, "several different ones parted by commas"),
         ({**SERVERS, "vllm_server_base_url": "http://a:1,"}, "several different ones parted by commas"),

@@ -132,6 +132,7 @@ def _check_servers(training_args: TreePOConfig, model_args: ModelConfig, adapter
         training_args.branching_policy == "entropy",
         AdapterVersions.kept if has_adapter else 0,
         getattr(adapter, "r", 0) if has_adapter else 0,
+        all_weights=not has_adapter,
     )
     urls = server_urls(
         training_args.vllm_server_base_url, training_args.vllm_server_host, training_args.vllm_server_port

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .engine import EngineArguments
 
 
+_OWN_WEIGHTS = "default"  # as vLLM calls those that it has started with
+
+
 class ServedAdapters(VLLMServerEngine):
     """
     [`VLLMServerEngine`] that samples with one of several adapters, or without any.
@@ -72,6 +75,7 @@ def server_engine(
 
     def admit(server: ServerConnection) -> None:
         check_server(server, needs)
+        _check_base(server)
         loaded = {model.id for model in server.models()}
         for name, path in zip(names, adapters, strict=True):
             if name not in loaded:
@@ -95,13 +99,30 @@ def _rank_of(adapter: str) -> int:
     return cast(LoraConfig, PeftConfig.from_pretrained(adapter)).r
 
 
+def _check_base(server: ServerConnection) -> None:
+    """Raise for a server that a training has given its weights: they stand under the name of the base."""
+    with suppress(ServerRefusedError):  # older than 0.27; no training with all weights takes such a server
+        version = server.get("/weight_info")["weight_version"]
+        if version != _OWN_WEIGHTS:
+            raise ValueError(
+                f"The vLLM server at {server.url} has the weights of a training ({version}) in place of its model's. "
+                "Start it again."
+            )
+
+
 def _load(server: ServerConnection, name: str, adapter: str) -> None:
+    from treepo_trl.policy.servers.weights import LOAD_TIMEOUT
+
     path = os.path.abspath(adapter) if os.path.isdir(adapter) else adapter
     try:
-        server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
-    except ServerRefusedError as error:
+        server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, LOAD_TIMEOUT)
+    except (ServerLostError, ServerRefusedError) as error:
+        is_lost = isinstance(error, ServerLostError) and (error.status is None or not server.is_healthy())
+        if is_lost:  # else vLLM answers 500 for what it cannot load
+            raise
+        reason = error.body if isinstance(error, ServerRefusedError) else error
         raise ValueError(
-            f"The vLLM server at {server.url} could not load the adapter {adapter}: {error.body} It reads the folder "
+            f"The vLLM server at {server.url} could not load the adapter {adapter}: {reason} It reads the folder "
             "itself: put it where the server finds it under the same path. It needs "
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment."
         ) from error

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from treepo_trl.engines.server_connection import ServerConnection, ServerLostError
 from treepo_trl.policy.servers.checks import ServerNeeds, check_server
+from treepo_trl.policy.servers.policy_servers import check_number_types
 
 from .findings import BrokenError
 
@@ -25,11 +26,12 @@ def check_servers(urls: list[str], needs: ServerNeeds) -> str:
         needs ([`ServerNeeds`]):
             What each must be.
     """
-    found: list[ServerFacts] = []
+    found: dict[str, ServerFacts] = {}
     for url in urls:
         server = ServerConnection(url, _SECONDS)
         try:
-            found.append(check_server(server, needs))
+            found[server.url] = check_server(server, needs)
+            check_number_types(found)
         except ServerLostError as error:
             raise BrokenError(
                 f"No vLLM server answers at {server.url}: {error}",
@@ -41,5 +43,6 @@ def check_servers(urls: list[str], needs: ServerNeeds) -> str:
                 raise BrokenError(str(error), "Start it as docs/servers.md says.") from error
             raise BrokenError(f"{cause}.", f"Start {remedy}") from error
     count = f"{len(found)} server{'s' * (len(found) > 1)}"
-    slots = sum(facts.num_slots for facts in found)
-    return f"{count} of vLLM {found[0].version} in {found[0].dtype}: {slots} requests at once; no folder was loaded"
+    slots = sum(facts.num_slots for facts in found.values())
+    first = next(iter(found.values()))
+    return f"{count} of vLLM {first.version} in {first.dtype}: {slots} requests at once; no folder was loaded"

@@ -6,14 +6,12 @@ import json as json_module
 import logging
 import threading
 import weakref
-from base64 import b64encode
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
 
 import aiohttp
 
-from treepo_trl.fields import without_credentials
+from treepo_trl.fields import place_and_headers
 
 from .server_facts import ServedModel, ServerFacts, facts_from
 
@@ -87,7 +85,7 @@ class ServerConnection:
     """
 
     def __init__(self, url: str, timeout: float = 240.0) -> None:
-        self.url, self._headers = _place_and_headers(url)
+        self.url, self._headers = place_and_headers(url)
         self.timeout = timeout
         self._loop = http_loop()
         self._session: aiohttp.ClientSession | None = None
@@ -301,28 +299,6 @@ class ServerConnection:
     def _no_vllm(self, path: str, error: Exception) -> str:
         reason = str(error) if isinstance(error, ServerRefusedError) else f"{path} has no {error}."
         return f"What answers at {self.url} is no vLLM server. {reason} Start one there, or correct the address."
-
-
-def _place_and_headers(url: str) -> tuple[str, dict[str, str]]:
-    """An address without user, password and slash at its end; and the header that these two become."""
-    try:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError
-        if "@" in parts.path:  # then host and path are a user, and a password with a slash
-            raise ValueError
-        _ = parts.port
-    except ValueError:
-        raise ValueError(
-            f"The server address {without_credentials(url)!r} is none: write it as `http://host:port`, or "
-            "`https://...`. A `/` in a password is written `%2F`."
-        ) from None
-    place = parts.netloc.rpartition("@")[2]
-    headers = {}
-    if "@" in parts.netloc:
-        user = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
-        headers["Authorization"] = f"Basic {b64encode(user.encode()).decode()}"
-    return urlunsplit((parts.scheme, place, parts.path.rstrip("/"), "", "")), headers
 
 
 def _error_text(parsed: object, body: bytes) -> str:

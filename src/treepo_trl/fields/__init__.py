@@ -4,8 +4,9 @@ What a field of settings may hold: types, choices, ranges, values of GRPOConfig,
 Every room may import it, so it loads the standard library alone; `grpo` needs TRL, and is imported by its name.
 """
 
+from .addresses import keep_credentials, place_and_headers, server_urls
 from .values import Ranges, check_fields, check_int, check_text
-from .vllm import check_vllm_fields, server_urls, without_credentials
+from .vllm import check_vllm_fields
 
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "check_int",
     "check_text",
     "check_vllm_fields",
+    "keep_credentials",
+    "place_and_headers",
     "server_urls",
-    "without_credentials",
 ]

@@ -1,8 +1,10 @@
 """What is refused of the settings around vLLM: in this process, and on servers."""
 
-import re
+import math
 from dataclasses import fields
 from typing import TYPE_CHECKING
+
+from .addresses import server_urls
 
 
 if TYPE_CHECKING:
@@ -19,38 +21,6 @@ _OWN_PROCESS = (
     "vllm_model_impl",
 )
 """Settings of an engine in this process."""
-
-
-_NEXT_ADDRESS = re.compile(r"\s*,\s*(?=https?://)", re.IGNORECASE)  # other commas may stand in a password
-
-
-def without_credentials(urls: str) -> str:
-    """An address, or several parted by commas, without their users and passwords, however mistaken they are."""
-    shown = []
-    for url in _NEXT_ADDRESS.split(urls):
-        place = url.rpartition("@")[2]
-        scheme = re.match(r"\s*https?://", url, re.IGNORECASE)
-        shown.append(scheme[0] + place if scheme and place != url else place)
-    return ",".join(shown)
-
-
-def server_urls(base_url: str | None, host: str, port: int) -> list[str]:
-    """
-    Addresses of the servers: those of `vllm_server_base_url`, parted by commas, else the one of host and port.
-
-    Raises:
-        ValueError: for an address that is given twice, or a comma that no address follows. It shows no password.
-    """
-    if base_url is None:
-        return [f"http://{host}:{port}"]
-    urls = [url.strip().rstrip("/") for url in _NEXT_ADDRESS.split(base_url)]
-    if "" in urls or "," in "".join(urls) or len(set(urls)) < len(urls):
-        raise ValueError(
-            "`vllm_server_base_url` must be one address, or several different ones parted by commas, such as "
-            "'http://localhost:8000,http://localhost:8001'. Each begins with http:// or https://, and a comma inside "
-            "one is written `%2C`."
-        )
-    return urls
 
 
 def check_vllm_fields(settings: "TreePOConfig") -> None:
@@ -74,7 +44,17 @@ def check_vllm_fields(settings: "TreePOConfig") -> None:
 
 
 def _check_servers(settings: "TreePOConfig") -> None:
+    if "@" in settings.vllm_server_host:
+        raise ValueError(
+            "`vllm_server_host` must be a name or an address alone. A user and a password stand in "
+            "`vllm_server_base_url`, such as 'http://user:password@host:8000'."
+        )
     server_urls(settings.vllm_server_base_url, settings.vllm_server_host, settings.vllm_server_port)
+    if not 0 < settings.vllm_server_timeout < math.inf:
+        raise ValueError(
+            f"`vllm_server_timeout` is {settings.vllm_server_timeout}; it must be a number of seconds above 0, after "
+            "which a server that is silent counts as lost."
+        )
     defaults = {each.name: each.default for each in fields(settings)}
     for name in _OWN_PROCESS:
         value = getattr(settings, name)

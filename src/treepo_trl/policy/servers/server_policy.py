@@ -21,7 +21,7 @@ from treepo_trl.trl_seams import vllm_generation_class
 
 from .generation import ServerGeneration, complete, gathered_rows
 from .main_process import from_main_process
-from .policy_servers import PolicyServers, check_policy
+from .policy_servers import PolicyServers, bound_of_probe, check_policy
 
 
 if TYPE_CHECKING:
@@ -76,10 +76,12 @@ class ServerPolicy(PolicyEngine):
         self._generation.on_given = self._refer_to_policy
         self.engine = self._generation.engine = self._engine(trainer.eos_token_ids)
         policy, facts = trainer.accelerator.unwrap_model(trainer.model), self._generation.facts
+        dtypes = computing_dtype(cast(PreTrainedModel, policy), trainer.accelerator), getattr(torch, facts.dtype)
+        if self._generation.servers is not None:
+            self._generation.servers.bound = bound_of_probe(*dtypes)
         self._watch = EngineWatch(
             self.args.engine_check,
-            computing_dtype(cast(PreTrainedModel, policy), trainer.accelerator),
-            getattr(torch, facts.dtype),
+            *dtypes,
             self.args.sampling_options(),
             lambda: dropout_of(policy),
         )
@@ -167,7 +169,8 @@ class ServerPolicy(PolicyEngine):
             theirs = cast(PolicyServers, servers).reference
             if theirs is not None:
                 difference = float((policy - theirs).abs().mean())
-                check_policy(difference, self._generation.facts.quantization is not None)
+                is_quantized = self._generation.facts.quantization is not None
+                check_policy(difference, cast(PolicyServers, servers).bound, is_quantized)
             return theirs is not None
 
         return from_main_process(accelerator, check)

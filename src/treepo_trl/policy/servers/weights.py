@@ -215,23 +215,27 @@ class WeightVersions(PolicyVersions):
         name = self.names[-1]  # a new version may be written meanwhile
         path = os.path.join(self._folder, name)
         if name in self._loaded(server):
+            self._resume(server)  # it may not have heard that the last time
             return
-        server.post("/pause?mode=wait")  # which also empties the prefix cache
         try:
-            kwargs = {"weights_path": path}
-            server.post(
-                "/collective_rpc",
-                {"method": "reload_weights", "kwargs": kwargs, "timeout": LOAD_TIMEOUT},
-                LOAD_TIMEOUT,
-            )
+            server.post("/pause?mode=wait")  # which also empties the prefix cache
+            self._reload(server, path)
             server.post("/update_weight_version", {"new_version": name})
+        finally:
+            self._resume(server)
+
+    def _reload(self, server: ServerConnection, path: str) -> None:
+        call = {"method": "reload_weights", "kwargs": {"weights_path": path}, "timeout": LOAD_TIMEOUT}
+        try:
+            server.post("/collective_rpc", call, LOAD_TIMEOUT)
         except ServerLostError as error:
             if error.status is not None and server.is_healthy():
                 raise self._unreadable(server, path, f"{error} Restart it: its weights are gone.") from error
             raise
-        finally:
-            with suppress(ServerLostError):
-                server.post("/resume")
+
+    def _resume(self, server: ServerConnection) -> None:
+        with suppress(ServerLostError):
+            server.post("/resume")
 
 
 def _let_all_read(folder: str) -> None:
