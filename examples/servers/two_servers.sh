@@ -15,19 +15,10 @@ print(small_model(default_folder()))")}
 mkdir -p "$(dirname "$folder")"
 mkdir "$folder"
 
-export VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=True
-export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-export VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}
-
-# On a GPU: `vllm serve "$model"`, without the last line of flags. `vllm serve` does not start with the package vllm-cpu.
 servers=()
 trap 'kill "${servers[@]}" 2> /dev/null || true; wait' EXIT
 for i in 0 1; do
-  python -m vllm.entrypoints.openai.api_server --model "$model" --host 127.0.0.1 --port $((port + i)) \
-    --enable-scale-out --enable-prefix-caching --enable-prompt-tokens-details --logprobs-mode processed_logprobs \
-    --generation-config vllm --enable-lora --max-loras 2 --max-lora-rank 16 --disable-uvicorn-access-log \
-    --dtype float32 --max-model-len 512 --max-num-seqs 64 --enforce-eager --block-size 32 \
-    > "$folder/server-$i.log" 2>&1 &
+  MODEL=$model bash "$(dirname "$0")/serve_cpu.sh" --port $((port + i)) > "$folder/server-$i.log" 2>&1 &
   servers+=($!)
 done
 sleep 10
