@@ -1,6 +1,7 @@
 """Engines that do not compute the policy, each wrong in one way, and what the probe says of them."""
 
 import copy
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -249,6 +250,36 @@ def test_a_model_without_lora_layers_is_refused() -> None:
     policy.get_base_model = lambda: make_model()
     with pytest.raises(ValueError, match="no LoRA layer"):
         probe_adapter(policy, lambda: None, lambda prompts: [], PROMPTS, bound=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("gain", "reached"),
+    [
+        (lambda size: (size / 0.1) ** 3, (0.25, 1.0)),  # ten times the scale: from 0.02 to 17 nats
+        (lambda size: (size / 0.1) ** 3 * (1.1 + math.sin(6 * math.log(size))), (0.25, 1.0)),  # up, down and up
+        (lambda size: 50.0 * (size > 0.06), (1.0, math.inf)),  # nothing, or more than is wanted
+        (lambda size: math.nan if size > 0.012 else 1.0, (0.05, 0.25)),  # out of range before it is enough
+    ],
+    ids=["steep", "waves", "jump", "overflow"],
+)
+def test_a_policy_that_no_fixed_step_of_the_scale_moves_enough(
+    gain: Callable[[float], float], reached: tuple[float, float]
+) -> None:
+    """What an adapter adds grows with its weights in another way than in proportion."""
+
+    def amplify(layer: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        size = float(layer.weight.square().mean().sqrt())
+        return output * (gain(size) if size else 0.0)
+
+    policy = make_policy()
+    with torch.no_grad():
+        policy.get_base_model().lm_head.weight.mul_(10.0)  # likely tokens have far to fall
+    for name, module in policy.named_modules():
+        if "lora_B" in name and isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(amplify)
+    found = probe(Engine(policy))
+    assert found.cause is None, str(found)
+    assert reached[0] <= found.movement <= reached[1]
 
 
 def test_an_adapter_that_is_off_is_said_to_be() -> None:

@@ -179,14 +179,26 @@ class _Probe:
 
     def _move(self, results: list[SegmentResult]) -> float:
         """Move the adapter until it moves the policy's log-probabilities of these tokens enough; how far it did."""
-        start, scale, movement = self._policy(self.prompts, results), 1e-3, 0.0
-        for _ in range(12):
+        start = self._policy(self.prompts, results)
+
+        def moved(scale: float) -> float:
             self.factors.move(self.factors.names, scale)
-            movement = _mean(self._policy(self.prompts, results) - start)
+            return _mean(self._policy(self.prompts, results) - start)
+
+        scale, movement = 1e-3, 0.0
+        small, large = 0.0, math.inf  # the largest scale that was too small, the smallest that was too large
+        for _ in range(12):
+            movement = moved(scale)
             if 0.5 * _MOVEMENT <= movement <= 2 * _MOVEMENT:
-                break
-            scale *= min(max(_MOVEMENT / max(movement, 1e-9), 0.1), 10.0) if movement == movement else 0.1
-        return movement
+                return movement
+            small, large = (scale, large) if movement < _MOVEMENT else (small, scale)  # NaN is too large
+            if small > 0.0 and large < math.inf:
+                scale = math.sqrt(small * large)
+            else:
+                scale *= min(max(_MOVEMENT / max(movement, 1e-9), 0.1), 10.0) if movement == movement else 0.1
+        if large < math.inf:  # a policy that jumps: too far tells more than not far enough
+            movement = moved(large)
+        return moved(small) if movement != movement and small > 0.0 else movement
 
     def _ignored(
         self,
