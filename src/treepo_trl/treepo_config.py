@@ -153,7 +153,8 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         default=None,
         metadata={
             "help": "Further arguments of `vllm.LLM`, on a card also `speculative_config`. Those that have a setting "
-            "of their own, or that trees need, are refused. Default: none, but the `dtype` of `bf16` or `fp16`."
+            "of their own, or that trees, the plan or the checks rely on, are refused. Default: none, but the `dtype` "
+            "of `bf16` or `fp16`."
         },
     )
     vllm_base_weights: BaseWeights = field(
