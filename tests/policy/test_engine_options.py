@@ -10,6 +10,7 @@ import pytest
 from trl.generation.vllm_generation import VLLMGeneration
 
 from treepo_trl import TreePOConfig
+from treepo_trl.engines.vllm import cache_options
 from treepo_trl.policy.engine_options import GUESSES, OWNED, check_engine_options, engine_options
 
 
@@ -81,11 +82,15 @@ def test_decoded_segments_stay_in_the_cache_of_all_layers_unless_the_user_says_o
     from vllm import EngineArgs
 
     name = "prefix_cache_retention_interval"
-    assert engine_options(make(tmp_path)) == ({name: None} if hasattr(EngineArgs, name) else {})
-    assert engine_options(make(tmp_path, vllm_engine_kwargs={name: 0, "seed_of_nothing": 1})) == {
-        name: 0,
-        "seed_of_nothing": 1,
-    }
+    retention = {name: None} if hasattr(EngineArgs, name) else {}
+    assert engine_options(make(tmp_path)) == {"block_size": 32, **retention}
+    own = {name: 0, "block_size": 64, "seed_of_nothing": 1}
+    assert engine_options(make(tmp_path, vllm_engine_kwargs=own)) == own
+
+
+def test_blocks_of_a_card_are_vllms(tmp_path: Path) -> None:
+    """16 tokens there; on a processor 128, which is longer than many segments."""
+    assert "block_size" not in cache_options(on_processor=False)
 
 
 @pytest.mark.parametrize("name", OWNED)

@@ -26,7 +26,7 @@ from tests.support.vllm_policies import lora_trainer
 
 model, folder = sys.argv[1:]
 original = LLM.__init__
-LLM.__init__ = lambda self, **kwargs: original(self, dtype="float32", enforce_eager=True, block_size=32, **kwargs)
+LLM.__init__ = lambda self, **kwargs: original(self, dtype="float32", enforce_eager=True, **kwargs)
 
 
 def reward(completions, **_):

@@ -226,11 +226,10 @@ def serve(family: Family, folder: Path, has_adapter: bool) -> Served:
         max_model_len=256,
         max_num_seqs=32,
         enforce_eager=True,
-        block_size=32,
         gpu_memory_utilization=0.1,
         logprobs_mode="processed_logprobs",
         enable_prefix_caching=True,
-        **cache_options(),
+        **cache_options(on_processor=True),
         **family.engine_options,
         **(lora_engine_options(4) if has_adapter else {}),
     )

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from peft import LoraConfig
 
+from tests.support.fakes import EOS, FakeEngine, memoryless
 from tests.support.models import make_model
 from tests.support.trainers import (
     RecordingTrainer,
@@ -21,7 +23,8 @@ from tests.support.trainers import (
     trained,
     watch_loss,
 )
-from treepo_trl import TreePOTrainer
+from treepo_trl import TreePOTrainer, TreeSampler, TreeSamplingConfig
+from treepo_trl.batches.batch_sampler import _warn_of_short_segments
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -135,3 +138,13 @@ def test_branching_by_entropy_trains(tmp_path: Path, tiny_model_dir: str) -> Non
     # A uniform distribution over the 65 tokens has the largest entropy.
     assert all(node.entropy is not None and 0 < node.entropy <= math.log(65) + 1e-4 for node in nodes)
     assert len({node.entropy for node in nodes}) > len(nodes) // 2
+
+
+@pytest.mark.parametrize(("block_size", "is_told"), [(None, False), (4, False), (5, True)])
+def test_segments_below_a_block_of_the_engines_cache_are_warned_about(
+    block_size: int | None, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    PartialState()
+    config = TreeSamplingConfig(num_generations=4, max_completion_length=8, segment_length=4, stop_repetition=False)
+    _warn_of_short_segments(TreeSampler(FakeEngine(memoryless(0.0), block_size=block_size), config, [EOS]))
+    assert ("shorter than a block of the engine's cache" in caplog.text) == is_told

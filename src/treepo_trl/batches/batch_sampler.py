@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from typing import cast
 
 import torch
+from accelerate.logging import get_logger
 from transformers import PreTrainedModel
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -19,6 +20,9 @@ from .sampling_under_way import Sampled, SamplingUnderWay, in_thread
 from .trainer_turns import TrainerTurns
 from .tree_batch import TreeBatch
 from .width_schedule import WidthSchedule
+
+
+logger = get_logger(__name__)
 
 
 class BatchSampler:
@@ -45,6 +49,7 @@ class BatchSampler:
     ) -> None:
         self._trainer, self._sampler, self._turns = trainer, sampler, turns
         self._policy_engine = policy_engine
+        _warn_of_short_segments(sampler)
         self._width_schedule = WidthSchedule(cast(TreePOConfig, trainer.args))
         self._under_way: SamplingUnderWay | None = None
 
@@ -163,4 +168,13 @@ class BatchSampler:
         mean_length = metrics["tree/mean_length"]
         return metrics | self._width_schedule.learn(
             trainer.state, mean_length, batch.trees, scaled_rewards, trainer.accelerator
+        )
+
+
+def _warn_of_short_segments(sampler: TreeSampler) -> None:
+    block, segment = sampler.engine.block_size, sampler.config.segment_length
+    if block is not None and segment is not None and segment < block:
+        logger.warning(
+            f"Segments of {segment} tokens are shorter than a block of the engine's cache. It keeps whole blocks of "
+            f"{block}, so much of what paths share is computed again. A `segment_length` of {block} or more shares it."
         )

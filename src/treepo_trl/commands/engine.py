@@ -225,12 +225,10 @@ def _vllm_engine(
         "quantization": arguments.vllm_quantization,
         "enforce_eager": arguments.vllm_enforce_eager,
         "enable_prefix_caching": True,
-        **cache_options(),
+        **cache_options(on_cpu),
         "logprobs_mode": "processed_logprobs",
         "seed": seed,
     }
-    if on_cpu:
-        settings["block_size"] = 32  # the default of 128 tokens is longer than many segments: nothing would be shared
     if adapters:
         from peft import LoraConfig, PeftConfig
 

@@ -73,7 +73,7 @@ def engine_options(args: TreePOConfig) -> dict[str, object]:
     Also the number type of mixed precision: the engine computes in what the policy does.
     """
     mixed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
-    own = cache_options() | ({"dtype": mixed} if mixed else {})
+    own = cache_options(on_processor=args.device.type == "cpu") | ({"dtype": mixed} if mixed else {})
     return own | cast("dict[str, object]", args.vllm_engine_kwargs or {})
 
 
