@@ -2,10 +2,10 @@
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,41 +14,18 @@ from trl.generation import vllm_client
 from trl.generation.vllm_client import VLLMClient
 
 from tests.support.fake_vllm import until
-from tests.support.policy_fake import LORA, PolicyFake, engine_over, opened, sample
+from tests.support.nccl_fake import NCCL, Transfers, opened_nccl
+from tests.support.policy_fake import LORA, PolicyFake, engine_over, sample
 from treepo_trl.engines.server_connection import ServerConnection, ServerLostError
 from treepo_trl.policy.servers import sent_weights
 from treepo_trl.policy.servers.policy_servers import PolicyServers
 from treepo_trl.policy.servers.sent_weights import SentWeights, TransferError, _Client, _pieces, can_send
-from treepo_trl.policy.servers.weights import WeightVersions
 
 
 free_port = sent_weights._free_port  # the tests below replace it
 pytestmark = pytest.mark.usefixtures("lost_servers_are_asked_often")
-NCCL: dict[str, dict[str, Any]] = {**LORA, "weight_transfer_config": {"backend": "nccl"}}
 WEIGHTS = [("a", torch.arange(6.0)), ("b", torch.ones(2, 3)), ("c", torch.zeros(8, dtype=torch.bfloat16))]
 PAUSED, ENDED = ["/pause", "/start_weight_update"], ["/finish_weight_update", "/update_weight_version", "/resume"]
-
-
-class Transfers:
-    """Stands in for NCCL in TRL's client, whose requests and threads are its own."""
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[int, list[str]]] = []  # port of the group, and names
-        self.groups: list[SimpleNamespace] = []
-        self.while_opening: Callable[[], None] = lambda: None
-        self.while_sending: Callable[[], None] = lambda: None
-
-    def open(self, info: dict[str, Any]) -> SimpleNamespace:
-        self.while_opening()
-        group = SimpleNamespace(group=SimpleNamespace(), port=info["master_port"], destroyed=False)
-        group.destroy = lambda: setattr(group, "destroyed", True)
-        self.groups.append(group)
-        return group
-
-    def send(self, iterator: Iterator[tuple[str, torch.Tensor]], group: Any, src: int, post_iter_func: Any) -> None:
-        assert src == 0
-        self.while_sending()
-        self.sent.append((group.port, [name for name, _ in iterator]))
 
 
 @pytest.fixture(autouse=True)
@@ -60,18 +37,6 @@ def transfers(monkeypatch: pytest.MonkeyPatch) -> Transfers:
     monkeypatch.setattr(sent_weights, "_LOOK", 0.05)
     monkeypatch.setattr(sent_weights, "_free_port", lambda first: first)
     return transfers
-
-
-def opened_nccl(stack: ExitStack, folder: Path, count: int = 1) -> tuple[PolicyServers, list[PolicyFake]]:
-    """As `ServerGeneration` opens them."""
-    servers, fakes = opened(stack, folder, count, versions=WeightVersions, changes=NCCL)
-    assert servers.takes_sent_weights
-    servers.versions = versions = SentWeights(str(folder), "run", torch.device("cpu"), 51000, servers.check_again)
-    versions.connect(servers.servers)
-    for fake in fakes:
-        assert fake.calls == ["/init_weight_transfer_engine"]
-        fake.calls.clear()
-    return servers, fakes
 
 
 def give(servers: PolicyServers, step: int) -> None:
@@ -115,6 +80,42 @@ def test_a_server_that_is_started_anew_waits_for_the_next_update(
     until(lambda: len(engine.living_servers()) == 2)
     sample(engine, servers)
     assert fakes[0].served == {"treepo-run-1"}
+
+
+def test_a_server_that_is_started_anew_before_the_first_batch_gets_a_group(
+    stack: ExitStack, tmp_path: Path, transfers: Transfers
+) -> None:
+    servers, fakes = opened_nccl(stack, tmp_path, 2)
+    fakes[0].forget()
+    give(servers, 0)
+    assert transfers.sent == [(51002, ["a", "b", "c"]), (51001, ["a", "b", "c"])]
+    assert [group.destroyed for group in transfers.groups] == [True, False, False]
+    sample(engine_over(stack, servers), servers)
+    assert [fake.served for fake in fakes] == [{"treepo-run-0"}] * 2
+
+
+def test_another_server_before_the_first_batch_is_an_error(stack: ExitStack, tmp_path: Path) -> None:
+    servers, fakes = opened_nccl(stack, tmp_path)
+    fakes[0].forget()
+    fakes[0].changes = {**NCCL, "model_config": {"model": "/models/other"}}
+    with pytest.raises(ValueError, match="serves '/models/other'"):
+        give(servers, 0)
+    assert fakes[0].calls == []
+
+
+def test_a_group_alone_is_no_policy(stack: ExitStack, tmp_path: Path, transfers: Transfers) -> None:
+    """A new one lives on where the update fails after its opening."""
+    servers, fakes = opened_nccl(stack, tmp_path, 2)
+    give(servers, 0)
+    fakes[0].forget()
+    fakes[0].fails = {"/start_weight_update"}
+    give(servers, 1)
+    with pytest.raises(ServerLostError, match="has missed the last one"):
+        servers.versions.load(servers.servers[0])
+    fakes[0].fails = set()
+    give(servers, 2)
+    servers.versions.load(servers.servers[0])
+    assert len(transfers.groups) == 3
 
 
 @pytest.mark.parametrize(
@@ -214,6 +215,26 @@ def test_a_group_that_does_not_open_later_costs_one_server(
     assert [port for port, _ in transfers.sent] == [51001]
 
 
+def test_a_group_that_does_not_open_is_tried_less_and_less(
+    stack: ExitStack, tmp_path: Path, transfers: Transfers
+) -> None:
+    """Each try may hold all others. Once it has opened, that is forgotten."""
+    servers, fakes = opened_nccl(stack, tmp_path, 2)
+    give(servers, 0)
+    tried: list[int] = []
+    for step in range(1, 11):
+        fakes[0].calls.clear()
+        if step in (1, 8):
+            fakes[0].forget()
+        fakes[0].fails = set() if step == 7 else {"/init_weight_transfer_engine"}
+        lost = servers.versions.take(step, iter(WEIGHTS), servers.servers)
+        if "/init_weight_transfer_engine" in fakes[0].calls:
+            tried.append(step)
+        if step == 4:
+            assert "left out of this update: one in 4 tries it" in str(lost[servers.servers[0]])
+    assert tried == [1, 3, 7, 8, 10]
+
+
 def test_a_group_that_does_not_open_at_the_start_is_an_error(
     stack: ExitStack, tmp_path: Path, transfers: Transfers
 ) -> None:
@@ -267,6 +288,33 @@ def test_a_refusal_is_heard_while_this_side_still_waits(
     assert fakes[0].calls == [*PAUSED, "/update_weights", "/finish_weight_update", "/resume"]
 
 
+def test_an_error_of_this_side_is_told_while_the_server_waits(
+    stack: ExitStack, tmp_path: Path, transfers: Transfers
+) -> None:
+    """The group ends, the request is taken back, and no server is left paused."""
+    servers, fakes = opened_nccl(stack, tmp_path, 2)
+    fakes[0].hangs = {"/update_weights"}
+
+    def fail() -> None:
+        until(lambda: fakes[0].hanging)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    transfers.while_sending = fail
+    with ThreadPoolExecutor(1) as thread:
+        given = thread.submit(give, servers, 0)
+        try:
+            until(given.done)
+            until(lambda: not fakes[0].hanging)
+        finally:
+            fakes[0].hangs = set()
+    with pytest.raises(TransferError, match=rf"{fakes[0].url} over NCCL: CUDA out of memory\. Each") as error:
+        given.result()
+    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+    assert [group.destroyed for group in transfers.groups] == [True, False]
+    for fake in fakes:
+        assert fake.calls == [*PAUSED, "/finish_weight_update", "/resume"]
+
+
 def test_an_error_of_the_gathering_leaves_no_server_paused(stack: ExitStack, tmp_path: Path) -> None:
     def gathered() -> Iterator[tuple[str, torch.Tensor]]:
         yield WEIGHTS[0]
@@ -301,6 +349,7 @@ def test_trls_client_sends_user_and_password_and_shows_neither(stack: ExitStack)
     fake = stack.enter_context(PolicyFake(NCCL))
     client = _Client(ServerConnection(fake.url.replace("http://", "http://me:secret@")), 51000)
     client.init_communicator("cuda")
+    client.wait()
     assert client.base_url == fake.url
     assert fake.calls == ["/init_weight_transfer_engine"]
     fake.die()

@@ -23,10 +23,16 @@ def test_sent_weights_are_those_of_the_policy(
     monkeypatch.setattr(generation, "can_send", lambda device: True)
     monkeypatch.setattr(sent_weights, "_BYTES_PER_PIECE", 20_000)  # several pieces
     trainer = trainer_on(tiny_model_dir, urls_of(servers), tmp_path, adapter=False, max_steps=2)
-    assert isinstance(trainer.vllm_generation.servers.versions, SentWeights)
+    versions = trainer.vllm_generation.servers.versions
+    assert isinstance(versions, SentWeights)
+    ports = {server: client.group_port for server, client in versions._clients.items()}
+    forgetful = next(iter(ports))
+    assert forgetful.get("/weight_info")["weight_version"].endswith("-group")
+    forgetful.post("/update_weight_version", {"new_version": "default"})  # as a restart would
     found = watch(trainer)
     trainer.train()
     trainer.vllm_generation.sync_weights()
     assert_followed(found, [0, 1, 2])
+    assert [server for server, port in ports.items() if versions._clients[server].group_port != port] == [forgetful]
     assert max(logged(trainer, "engine/logp_difference_mean")) < 1e-3
     give_the_base_back(tiny_model_dir, servers)

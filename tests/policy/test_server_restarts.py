@@ -213,7 +213,6 @@ def test_a_server_that_hangs_while_it_loads_keeps_nobody_waiting(
     for step in (1, 2):
         fakes[0].hangs = {path}
         fakes[0].forget()
-        fakes[0].hanging.clear()
         give(servers, 3 * step)
         until(lambda: fakes[0].hanging)
         with ThreadPoolExecutor(1) as thread:

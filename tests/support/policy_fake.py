@@ -128,10 +128,14 @@ class PolicyFake(FakeVLLM):
         return await super()._other(request)
 
     async def _hang(self, path: str) -> None:
-        if path in self.hangs:
-            self.hanging.append(path)
-        while path in self.hangs:
-            await asyncio.sleep(0.01)
+        if path not in self.hangs:
+            return
+        self.hanging.append(path)
+        try:
+            while path in self.hangs:
+                await asyncio.sleep(0.01)
+        finally:  # also where nobody waits for an answer any more
+            self.hanging.remove(path)
 
     def _load(self, name: str, folder: str) -> web.Response:
         if name in self.adapters:

@@ -28,6 +28,9 @@ class StoredGroup:
         """What rank 0 gives."""
         return self.group.broadcast_obj(tensors, src=0)
 
+    def destroy(self) -> None:
+        """It ends with its process."""
+
 
 class _StoredTransfer(nccl_engine.NCCLWeightTransferEngine):
     def init_transfer_engine(self, init_info: Any) -> None:

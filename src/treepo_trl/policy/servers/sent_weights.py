@@ -62,12 +62,18 @@ class _Client(VLLMClient):
     def _get(self, url: str, **kwargs: Any) -> Any:
         return self.server.get(url.removeprefix(self.server.url))
 
-    def _post(self, url: str, **kwargs: Any) -> Any:
+    def _post(self, url: str, **kwargs: Any) -> dict[str, Any]:
+        """Only begin a request: TRL waits for this also where its own side has failed, and then nobody answers."""
         path, body = url.removeprefix(self.server.url), kwargs.get("json")
         self._asked = asyncio.run_coroutine_threadsafe(
             self.server.ask("POST", path, body, timeout=LOAD_TIMEOUT), http_loop()
         )
-        return self._asked.result()
+        return {}
+
+    def wait(self) -> None:
+        """Wait until the server is through with the last request; raises what it was refused with."""
+        if self._asked is not None:
+            self._asked.result()
 
     @property
     def refusal(self) -> BaseException | None:
@@ -112,6 +118,7 @@ class SentWeights(WeightVersions):
             device = torch.device("cuda", torch.cuda.current_device())  # other threads begin with the first card
         self._device, self._next_port, self._check = device, group_port, check
         self._clients: dict[ServerConnection, _Client] = {}
+        self._failed: dict[ServerConnection, tuple[int, int]] = {}  # groups in a row, and updates to leave out
 
     def connect(self, servers: Iterable[ServerConnection]) -> None:
         """
@@ -119,13 +126,14 @@ class SentWeights(WeightVersions):
 
         Raises:
             TransferError: if one takes no part.
+            ServerLostError: if one cannot be reached.
         """
         for server in servers:
             self._client_of(server)
 
     def load(self, server: ServerConnection) -> None:
         if self.name not in self._loaded(server):
-            raise ServerLostError(f"{server.url} gets the policy after the next update: it has missed the last one.")
+            raise ServerLostError(f"{server.url} gets the policy with a later update: it has missed the last one.")
 
     def take(
         self, step: int, weights: Iterator[tuple[str, torch.Tensor]], servers: Iterable[ServerConnection]
@@ -184,30 +192,44 @@ class SentWeights(WeightVersions):
     def _client_of(self, server: ServerConnection) -> _Client:
         """The client with this server's group, which ends with the server: then a new one."""
         client = self._clients.get(server)
-        if client is not None and (not self.names or self._is_of_this_run(server)):
+        if client is not None and self._is_of_this_run(server):
             return client
         if client is not None:
             self._clients.pop(server).leave()
-        if self.names:
+        if client is not None or self.names:
             self._check(server)
         way = server.facts().weight_transfer
         if way != "nccl":
             raise TransferError(f"{server.url} was started with weight transfer over {way}, and before over nccl.")
+        client = self._clients[server] = self._open(server)
+        server.post("/update_weight_version", {"new_version": f"{self._prefix}group"})  # a restart forgets it
+        return client
+
+    def _open(self, server: ServerConnection) -> _Client:
+        """A client with a new group. Each try may hold up all others for ten minutes: failures make them rarer."""
+        num_failed, num_left_out = self._failed.get(server, (0, 0))
+        if num_left_out:
+            self._failed[server] = num_failed, num_left_out - 1
+            raise ServerLostError(
+                f"{server.url} is left out of this update: one in {2**num_failed} tries it, since its group over NCCL "
+                "did not open."
+            )
         client = _Client(server, _free_port(self._next_port))
         self._next_port = client.group_port + 1
+        self._failed[server] = num_failed + 1, 2 ** (num_failed + 1) - 1  # unless it opens now
         self._while_it_lives(client, partial(client.init_communicator, self._device))
-        self._clients[server] = client
+        del self._failed[server]
         return client
 
     def _is_of_this_run(self, server: ServerConnection) -> bool:
-        return any(name.startswith(f"treepo-{self._run}-") for name in self._loaded(server))
+        return any(name.startswith(self._prefix) for name in self._loaded(server))
 
     def _while_it_lives(self, client: _Client, work: Callable[[], None]) -> None:
         """
         Do what ends only if a server takes part, and leave it when the server has failed.
 
         Raises:
-            TransferError: if it has died, has refused, or takes longer than for a whole model.
+            TransferError: if it has died, has refused, or takes longer than for a whole model; or if this side fails.
         """
         done = Future[None]()
 
@@ -215,7 +237,8 @@ class SentWeights(WeightVersions):
             try:
                 if self._device.type == "cuda":
                     torch.cuda.set_device(self._device)
-                done.set_result(work())
+                work()  # ends with an error of this side at once, though the server waits on
+                done.set_result(client.wait())
             except Exception as error:
                 done.set_exception(error)
 

@@ -42,7 +42,8 @@ class PolicyVersions(ABC):
     """
 
     def __init__(self, folder: str, run: str) -> None:
-        self._folder, self._run = folder, run
+        self._folder = folder
+        self._prefix = f"treepo-{run}-"  # of all names that this training gives
         self._num_written: Counter[int] = Counter()
         self.names: list[str] = []
 
@@ -81,7 +82,7 @@ class PolicyVersions(ABC):
 
     def _new_name(self, step: int) -> str:
         again = self._num_written[step]
-        return f"treepo-{self._run}-{step}" + (f".{again}" if again else "")  # a probe has several at one step
+        return f"{self._prefix}{step}" + (f".{again}" if again else "")  # a probe has several at one step
 
     def _add(self, step: int, name: str) -> None:
         self._num_written[step] += 1
