@@ -216,7 +216,8 @@ class SentWeights(WeightVersions):
             )
         client = _Client(server, _free_port(self._next_port))
         self._next_port = client.group_port + 1
-        self._failed[server] = num_failed + 1, 2 ** (num_failed + 1) - 1  # unless it opens now
+        num_failed = min(num_failed + 1, 4)
+        self._failed[server] = num_failed, 2**num_failed - 1  # unless it opens now
         self._while_it_lives(client, partial(client.init_communicator, self._device))
         del self._failed[server]
         return client
