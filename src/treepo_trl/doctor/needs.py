@@ -95,12 +95,13 @@ class Needs:
     def packages(self) -> list[str]:
         """Packages that must be installed."""
         training = self.training
+        in_4bit = self.model_settings.get("load_in_4bit")
         engine_in_4bit = training.get("vllm_base_weights") == "quantized" or training.get("vllm_share_base_weights")
         optional = {
             "peft": self.has_adapter,
             "vllm": self.uses_vllm or self.has_servers,  # which TRL wants beside its trainer too
             "bitsandbytes": self.needs_4bit,
-            "vllm-bnb-plugin": bool(self.uses_vllm and self.model_settings.get("load_in_4bit") and engine_in_4bit),
+            "vllm-bnb-plugin": self.uses_vllm and (not self.is_recipe or bool(in_4bit and engine_in_4bit)),
         }
         needed = [name for name, is_needed in optional.items() if is_needed]
         return ["torch", "trl", "transformers", "accelerate", *needed]

@@ -4,7 +4,7 @@ import torch
 
 from treepo_trl.treepo_config import TreePOConfig
 
-from .findings import BrokenError, last_line
+from .findings import BrokenError, last_line, line_of
 from .needs import Needs, NumberType
 
 
@@ -68,7 +68,7 @@ def why_not(number_type: NumberType, device: torch.device) -> str | None:
     try:
         error = _error_of_a_step(dtype, device)
     except (RuntimeError, NotImplementedError) as caught:  # no kernel, or not in this build
-        return last_line(str(caught))
+        return line_of(caught)
     return None if error <= _LARGEST_ERROR else f"a step differs from float32 by {error:.2g}"
 
 

@@ -1,0 +1,83 @@
+"""Machines that do not answer: what is not known is said in its row, and the rest of the report is there."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.doctor.test_recipes import run, written
+from treepo_trl.commands import doctor
+from treepo_trl.doctor import environment
+
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a card")
+
+FULL = "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in the documentation.\nCompile with `DSA`."
+
+
+@pytest.fixture
+def full_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card whose memory others hold: torch sees it, and every call that needs room on it fails."""
+
+    def fails(*_: Any) -> Any:
+        raise torch.AcceleratorError(FULL)
+
+    card = SimpleNamespace(name="A card", major=8, minor=9, shared_memory_per_block_optin=101376)
+    for name, value in (
+        ("is_available", lambda: True),
+        ("device_count", lambda: 1),
+        ("get_device_properties", lambda _: card),
+        ("mem_get_info", fails),
+        ("set_device", fails),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_a_full_card_is_a_row(full_card: None) -> None:
+    rows = environment.environment()
+    assert rows["memory"] == "unknown: AcceleratorError: CUDA error: out of memory"
+    assert (rows["card"], rows["shared memory"]) == ("A card (the first of 1)", "99 KiB per block")
+
+
+def test_a_card_that_does_not_describe_itself(full_card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: int) -> None:
+        raise RuntimeError("No CUDA GPUs are available")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", fails)
+    rows = environment.environment()
+    for name in ("card", "compute capability", "shared memory"):
+        assert rows[name] == "unknown: RuntimeError: No CUDA GPUs are available"
+
+
+def test_a_driver_that_hangs(full_card: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(environment, "_DRIVER_TIMEOUT", 0.1)
+    assert environment.environment()["driver"] == "unknown: nvidia-smi has not answered for 0.1 seconds"
+
+
+def test_a_driver_that_does_not_start(full_card: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("no program")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment.environment()["driver"].startswith("unknown: OSError: ")
+
+
+def test_the_report_of_a_recipe_on_a_full_card(
+    full_card: None, small_model_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    file = written(tmp_path, model_name_or_path=small_model_dir)
+    monkeypatch.setattr(doctor, "small_model", lambda folder: small_model_dir)
+    run(["--json", "--config", str(file)], monkeypatch)
+    report = json.loads(capsys.readouterr().out)
+    assert report["environment"]["memory"].startswith("unknown: ")
+    (memory,) = [check for check in report["checks"] if check["check"] == "memory"]
+    assert memory["status"] == "cannot run"
+    assert memory["detail"] == "the card's memory cannot be read: AcceleratorError: CUDA error: out of memory"
