@@ -116,7 +116,7 @@ def test_the_doctor_reads_the_servers_of_a_recipe(tiny_model_dir: str, tmp_path:
         settings = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url, "use_peft": True}
         settings |= {"model_name_or_path": tiny_model_dir, "bf16": False, "use_cpu": True}
         recipe.write_text(yaml.safe_dump(settings))
-        needs, _, servers = doctor._recipe(["--config", str(recipe)], tiny_model_dir)
+        needs, _, servers, _ = doctor._recipe(["--config", str(recipe)], tiny_model_dir)
         assert servers is not None
         assert servers().startswith("1 server of vLLM")
     assert needs.has_servers

@@ -28,7 +28,7 @@ def recipe(model: str = "any", number_type: NumberType = "bfloat16", use_cpu: bo
 
 def test_number_types_of_a_processor() -> None:
     assert "bfloat16 and float16 work on cpu" in check_number_type(everything("any"))
-    for number_type in ("bfloat16", "float16", "float32"):
+    for number_type in ("bfloat16", "float32"):
         assert f"{number_type} multiplies and trains on cpu" in check_number_type(recipe(number_type=number_type))
 
 
@@ -37,6 +37,13 @@ def test_a_recipe_in_bfloat16_where_there_is_none() -> None:
     with pytest.raises(BrokenError, match="bfloat16 is refused here: Your setup doesn't support bf16/gpu") as error:
         check_number_type(recipe(use_cpu=False))
     assert "`use_cpu: true` and `bf16: false`" in error.value.remedy
+
+
+def test_a_recipe_in_float16_on_a_processor() -> None:
+    """A training refuses it: accelerate would compute in float32."""
+    with pytest.raises(BrokenError, match="float16 is refused here: `fp16=True` needs a GPU") as error:
+        check_number_type(recipe(number_type="float16"))
+    assert "`use_cpu: true`, `fp16: false` and `bf16: false`" in error.value.remedy
 
 
 def test_a_type_that_rounds_too_much(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,8 @@ def test_a_recipe_that_goes_on_from_an_adapter(
     plan_training = doctor.plan_training
     monkeypatch.setattr(doctor, "plan_training", lambda *given: planned.append(plan_training(*given)) or planned[-1])
     file = written(tmp_path, adapter_name_or_path=str(tmp_path / "sft"), bf16=False, max_completion_length=64)
-    needs, memory, _ = doctor._recipe(["--config", str(file), "--card_gib", "24"], "any")
+    needs, memory, *_ = doctor._recipe(["--config", str(file), "--card_gib", "24"], "any")
+    assert memory is not None
     assert "at most, of 24.0" in memory()
     assert planned[0].policy["adapter"] == 4 * 30 * 4 * ((576 + 576) + (576 + 192))
     assert needs.has_adapter

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import yaml
@@ -13,9 +13,10 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config
 
 from treepo_trl.doctor.examination import check_memory, examine
-from treepo_trl.doctor.findings import CannotRunError, in_words
+from treepo_trl.doctor.findings import CannotRunError, Check, in_words
 from treepo_trl.doctor.needs import Needs, NumberType, everything, of_recipe
 from treepo_trl.doctor.servers import check_servers
+from treepo_trl.doctor.settings import check_settings
 from treepo_trl.fields import server_urls
 from treepo_trl.memory import GIB
 from treepo_trl.policy.servers.checks import ServerNeeds
@@ -42,15 +43,22 @@ With --config R --model_name_or_path M it plans R's model, and runs the checks o
 The exit status is 1 if something is broken."""
 
 
+class Recipe(NamedTuple):
+    """What a recipe needs, and its checks for which none of the child processes is needed: none without a recipe."""
+
+    needs: Needs
+    memory: Check | None = None
+    servers: Check | None = None
+    settings: Check | None = None
+
+
 def main(argv: list[str]) -> None:
     """Run the command with the arguments after `treepo-trl doctor`; exits with 1 if something is broken."""
     with user_errors():
         own, rest = _parsed(argv)
         model = require_model(own.model_name_or_path) if own.model_name_or_path else small_model(default_folder())
-        needs, memory, servers = everything(model), None, None
-        if rest:
-            needs, memory, servers = _recipe(rest, model)
-    report = examine(needs, memory, servers)
+        recipe = _recipe(rest, model) if rest else Recipe(everything(model))
+    report = examine(*recipe)
     print(json.dumps(report.to_dict(), indent=2) if own.json else report.text())
     if report.exit_status:
         raise SystemExit(report.exit_status)
@@ -96,8 +104,8 @@ def _parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 _MODEL_HELP = "Folder or hub name of the model that the checks run on. Default: SmolLM2-135M-Instruct, from a package."
 
 
-def _recipe(argv: list[str], model: str) -> tuple[Needs, Callable[[], str], Callable[[], str] | None]:
-    """What a recipe needs, the check of its memory, and that of its servers if it has some."""
+def _recipe(argv: list[str], model: str) -> Recipe:
+    """What a recipe needs, and its checks; that of servers if it has some."""
     number_type, use_cpu = _number_type(argv)
     on_cpu = use_cpu or not torch.cuda.is_available()
     # A number type that does not work here would be refused now; that it does not is a finding.
@@ -118,7 +126,9 @@ def _recipe(argv: list[str], model: str) -> tuple[Needs, Callable[[], str], Call
     checked_args = model_args if adapter is None else _with_new_adapter(model_args, adapter)
     needs = of_recipe(model, training_args, checked_args, number_type, use_cpu)
     servers = partial(_check_servers, training_args, model_args, adapter) if needs.has_servers else None
-    return needs, partial(_check_memory, plan, plan_args.card_gib, on_cpu), servers
+    memory = partial(_check_memory, plan, plan_args.card_gib, on_cpu)
+    turns = script_args.tools, script_args.environment
+    return Recipe(needs, memory, servers, partial(check_settings, training_args, model_args, adapter, *turns))
 
 
 def _check_memory(plan: Callable[[float], tuple[list[str], float]], card_gib: float | None, on_cpu: bool) -> str:
@@ -176,6 +186,8 @@ def _number_type(argv: list[str]) -> tuple[NumberType, bool]:
         {"true": True, "false": False}.get(str(file.get(name) if given[name] is None else given[name]).lower())
         for name in names
     )
+    if fp16 and bf16:
+        raise ValueError("`fp16` and `bf16` are both true. Set one of them to false: a training computes in one type.")
     if fp16:
         return "float16", bool(use_cpu)
     return ("bfloat16" if bf16 is not False else "float32"), bool(use_cpu)  # TRL's default is bfloat16

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from .child import kernel_names, training_names
 from .environment import environment, installed_as
-from .findings import BrokenError, CannotRunError, Finding, Report, finding_of, last_line
+from .findings import BrokenError, CannotRunError, Check, Finding, Report, finding_of, last_line
 from .needs import Needs
 from .processes import run_group
 from .versions import check_versions, how_to_install
@@ -14,7 +14,9 @@ from .versions import check_versions, how_to_install
 GIB = 2**30
 
 
-def examine(needs: Needs, memory: Callable[[], str] | None = None, servers: Callable[[], str] | None = None) -> Report:
+def examine(
+    needs: Needs, memory: Check | None = None, servers: Check | None = None, settings: Check | None = None
+) -> Report:
     """
     Environment and findings for what is needed.
 
@@ -25,9 +27,13 @@ def examine(needs: Needs, memory: Callable[[], str] | None = None, servers: Call
             The check whether a recipe fits the card; see [`check_memory`].
         servers (`Callable`, *optional*):
             The check of the servers that a recipe names; see `servers.py`.
+        settings (`Callable`, *optional*):
+            The check whether a training takes a recipe's settings; see `settings.py`.
     """
     report = Report(environment())
     report.findings.append(finding_of("versions", lambda: check_versions(needs.packages), ""))
+    if settings is not None:
+        report.findings.append(finding_of("settings", settings, "Look for this error in the issues of vLLM."))
     if memory is not None:
         report.findings.append(finding_of("memory", memory, "Give `--card_gib`, or name another model."))
     if servers is not None:

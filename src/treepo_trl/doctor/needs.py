@@ -29,6 +29,7 @@ _MODEL_SETTINGS = (
     "use_dora",
     "use_rslora",
     "load_in_4bit",
+    "load_in_8bit",
     "bnb_4bit_quant_type",
     "use_bnb_nested_quant",
 )
@@ -76,7 +77,8 @@ class Needs:
     def needs_4bit(self) -> bool:
         """Whether bitsandbytes is needed, for weights or for the optimizer."""
         eight_bit = any(word in str(self.training.get("optim", "")) for word in ("8bit", "bnb"))
-        return not self.is_recipe or bool(self.model_settings.get("load_in_4bit")) or eight_bit
+        weights = any(self.model_settings.get(name) for name in ("load_in_4bit", "load_in_8bit"))
+        return not self.is_recipe or weights or eight_bit
 
     @property
     def sleeps(self) -> bool:

@@ -2,6 +2,7 @@
 
 import torch
 
+from treepo_trl.checks import check_arguments
 from treepo_trl.treepo_config import TreePOConfig
 
 from .findings import BrokenError, last_line, line_of
@@ -40,11 +41,12 @@ def training_device(needs: Needs) -> torch.device:
 
 
 def _check_accepted(number_type: NumberType, use_cpu: bool) -> None:
-    """Ask transformers, which refuses some types by what it knows of the machine."""
+    """Ask transformers and the trainer, which refuse some types by what they know of the machine."""
     try:
-        TreePOConfig(
+        args = TreePOConfig(
             "unused", bf16=number_type == "bfloat16", fp16=number_type == "float16", use_cpu=use_cpu, report_to=[]
         )
+        check_arguments(args, None, None, None)
     except ValueError as error:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         raise BrokenError(
@@ -54,7 +56,8 @@ def _check_accepted(number_type: NumberType, use_cpu: bool) -> None:
 
 def _instead_of(number_type: NumberType, device: torch.device) -> str:
     if device.type == "cpu":
-        return "This recipe is for a GPU. To train on a processor set `use_cpu: true` and `bf16: false`."
+        settings = "`use_cpu: true`, `fp16: false`" if number_type == "float16" else "`use_cpu: true`"
+        return f"This recipe is for a GPU. To train on a processor set {settings} and `bf16: false`."
     other = "float16" if number_type == "bfloat16" else "bfloat16"
     choice = other if why_not(other, device) is None else "float32"
     return f"Set `{_SETTING[choice]}`."
