@@ -97,9 +97,12 @@ def test_a_packing_that_is_named_is_the_only_one(tmp_path: Path) -> None:
 
 
 def memory_of(small_model_dir: str, card_gib: float | None, **settings: Any) -> str:
-    options = ["--bf16", "false", "--vllm_gpu_memory_utilization", "0.3", "--max_completion_length", "64"]
+    given = {"bf16": False, "vllm_gpu_memory_utilization": 0.3, "max_completion_length": 64, **settings}
+    options = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     options += [] if card_gib is None else ["--card_gib", str(card_gib)]
-    return doctor._recipe(options, small_model_dir)[1]()
+    memory = doctor._recipe(options, small_model_dir).memory
+    assert memory is not None
+    return memory()
 
 
 def test_a_recipe_that_does_not_fit_the_card(small_model_dir: str) -> None:
@@ -137,6 +140,31 @@ def test_without_a_card_memory_is_unknown(small_model_dir: str) -> None:
 def test_a_model_whose_config_is_not_to_be_had() -> None:
     with pytest.raises(CannotRunError, match="the config of the recipe's model cannot be read"):
         memory_of("nobody/no-model-here", 24)  # the tests have no hub
+
+
+def test_a_training_that_is_not_counted(small_model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train` goes on with it, and so nothing is broken; but what is planned for must be counted."""
+    with pytest.raises(CannotRunError, match=r"goes on without: Weights in 8 bits .* are not planned yet"):
+        memory_of(small_model_dir, 24, load_in_8bit=True)
+    with pytest.raises(BrokenError, match="'auto'`, but this training cannot be planned: Weights in 8 bits"):
+        memory_of(small_model_dir, 24, load_in_8bit=True, use_vllm=True, vllm_gpu_memory_utilization="auto")
+
+    def fails(card: float) -> tuple[list[str], float]:
+        raise NotImplementedError("aten::_local_scalar_dense on the meta device")
+
+    with pytest.raises(CannotRunError, match="goes on without: NotImplementedError: aten"):
+        examination.check_memory(fails, 8 * 2**30, None)
+
+
+def test_what_no_training_goes_on_with_is_broken(small_model_dir: str) -> None:
+    """A model that is not there, and modules that it has not."""
+    for settings, cause in (
+        ({"model_name_or_path": "./gone"}, "looks like a folder, but there is none"),
+        ({"use_peft": True, "lora_target_modules": "qkv_proj"}, "Target modules qkv_proj not found"),
+    ):
+        with pytest.raises(BrokenError, match=cause) as error:
+            memory_of(small_model_dir, 24, **settings)
+        assert error.value.remedy == "Change the setting that it names."
 
 
 def test_a_card_that_others_use() -> None:

@@ -18,7 +18,7 @@ from treepo_trl.doctor.needs import Needs, NumberType, everything, of_recipe
 from treepo_trl.doctor.servers import check_servers
 from treepo_trl.doctor.settings import check_settings
 from treepo_trl.fields import server_urls
-from treepo_trl.memory import GIB
+from treepo_trl.memory import GIB, NotPlannedError
 from treepo_trl.policy.servers.checks import ServerNeeds
 from treepo_trl.policy.servers.weights import AdapterVersions
 from treepo_trl.quickstart import small_model
@@ -120,7 +120,15 @@ def _recipe(argv: list[str], model: str) -> Recipe:
     model_args.model_name_or_path = model_args.model_name_or_path or model
 
     def plan(card: float) -> tuple[list[str], float]:
-        planned = plan_training(training_args, model_args, card, adapter)
+        try:
+            planned = plan_training(training_args, model_args, card, adapter)
+        except NotPlannedError as error:
+            if training_args.vllm_gpu_memory_utilization != "auto":
+                raise
+            raise ValueError(  # as `train` does
+                f"`vllm_gpu_memory_utilization='auto'`, but this training cannot be planned: {error} Give a number "
+                "above 0 and up to 1."
+            ) from error
         return planned.problems(), max(planned.rollout, planned.update)
 
     checked_args = model_args if adapter is None else _with_new_adapter(model_args, adapter)

@@ -1,10 +1,33 @@
-"""What to do about an engine that does not start, from its own words."""
+"""What to do about an engine that does not start, from its own words and from where they come."""
 
+import re
+
+from .findings import CHANGE_SETTING, BrokenError, in_words
 from .needs import Needs
 from .versions import how_to_install, vllm_window
 
 
 _MEMORY_WORDS = ("out of memory", "free memory", "kv cache", "available memory", "cache blocks", "not enough memory")
+_SAY_WHAT_TO_SET = ("treepo_trl", "peft")
+"""Packages whose errors about values name the setting, and what it may be."""
+_CALL_OF_ANOTHER_VERSION = re.compile(r"\(\) (got|missing|takes) ")
+
+
+def engine_error(error: Exception, needs: Needs) -> BrokenError:
+    """The finding about an engine, or the trainer that builds it, that does not start."""
+    return unread_model(error, needs.model) or BrokenError(in_words(error), remedy_for(error, needs))
+
+
+def unread_model(error: Exception, model: str) -> BrokenError | None:
+    """The finding about a model that transformers does not find or read; `None` for another error."""
+    if not isinstance(error, OSError) or error.errno is not None:  # the system's own have a number
+        return None
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    return BrokenError(
+        f"The model `{model}` cannot be read: {type(error).__name__}: {first}",
+        "Check `--model_name_or_path`: a folder with a model, or a name of the hub, which must be reached or have "
+        "been loaded before.",
+    )
 
 
 def remedy_for(error: Exception, needs: Needs) -> str:
@@ -12,6 +35,10 @@ def remedy_for(error: Exception, needs: Needs) -> str:
     text = f"{type(error).__name__} {error}".lower()
     if isinstance(error, ImportError) and "vllm" in text:
         return how_to_install("vllm")
+    origin = _origin(error)
+    is_about_a_value = isinstance(error, ValueError | TypeError) and not _CALL_OF_ANOTHER_VERSION.search(str(error))
+    if is_about_a_value and origin in _SAY_WHAT_TO_SET:
+        return CHANGE_SETTING
     if any(words in text for words in _MEMORY_WORDS):
         return (
             "End other processes that hold memory (`nvidia-smi` lists a card's), or change "
@@ -22,6 +49,16 @@ def remedy_for(error: Exception, needs: Needs) -> str:
         return (
             "Another training on this machine has this port: set the environment variable MASTER_PORT to a free one."
         )
+    if origin == "transformers":
+        return "Look for this error in the issues of `transformers`, which loads the model."
     if not needs.uses_vllm:
         return "Load the model with `attn_implementation='sdpa'`, or sample with vLLM (`use_vllm: true`)."
     return f'Install a vLLM that TRL supports (`pip install "{vllm_window()}"`), or leave `use_vllm` out.'
+
+
+def _origin(error: Exception) -> str | None:
+    """The package that has raised an error; `None` for one that was not raised."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return None if trace is None else str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0]

@@ -3,9 +3,21 @@
 import sys
 from collections.abc import Callable
 
+from treepo_trl.memory import NotPlannedError
+
 from .child import kernel_names, training_names
 from .environment import environment, installed_as
-from .findings import BrokenError, CannotRunError, Check, Finding, Report, finding_of, last_line
+from .findings import (
+    CHANGE_SETTING,
+    BrokenError,
+    CannotRunError,
+    Check,
+    Finding,
+    Report,
+    finding_of,
+    in_words,
+    last_line,
+)
 from .needs import Needs
 from .processes import run_group
 from .versions import check_versions, how_to_install
@@ -78,6 +90,14 @@ def check_memory(plan: Callable[[float], tuple[list[str], float]], card: float |
         problems, taken = plan(card)
     except OSError as error:  # no such model, or no way to the hub
         raise CannotRunError(f"the config of the recipe's model cannot be read: {last_line(str(error))}") from error
+    except NotPlannedError as error:
+        raise CannotRunError(f"the plan does not count this training, which goes on without: {error}") from error
+    except ValueError as error:
+        raise BrokenError(in_words(error), CHANGE_SETTING) from error
+    except (RuntimeError, AttributeError, LookupError, TypeError) as error:  # of a model that is not built from this
+        raise CannotRunError(
+            f"the plan does not count this training, which goes on without: {in_words(error)}"
+        ) from error
     if problems:
         causes, _, remedies = zip(*(problem.partition(": ") for problem in problems), strict=True)
         raise BrokenError(f"{'. '.join(causes)}.", " ".join(each[:1].upper() + each[1:] for each in remedies))

@@ -10,6 +10,8 @@ Status = Literal["ok", "broken", "cannot run"]
 Check = Callable[[], str]
 """Says what was seen. Raises [`BrokenError`], [`CannotRunError`], or whatever the library under it raises."""
 
+CHANGE_SETTING = "Change the setting that it names."
+"""What to do about an error that names a setting and what it may be."""
 _LONGEST_LINE = 400  # characters of an error of a library
 
 

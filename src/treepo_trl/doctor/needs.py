@@ -53,6 +53,8 @@ class Needs:
             Whether a recipe says what is needed. Else everything is.
         has_servers (`bool`):
             Whether vLLM servers sample, and not this machine.
+        is_stand_in (`bool`):
+            Whether `model` is another one than the recipe's.
     """
 
     model: str
@@ -62,6 +64,7 @@ class Needs:
     use_cpu: bool = False
     is_recipe: bool = False
     has_servers: bool = False
+    is_stand_in: bool = False
 
     @property
     def uses_vllm(self) -> bool:
@@ -129,7 +132,8 @@ def of_recipe(model: str, training_args: object, model_args: object, number_type
     training, model_settings = _values(training_args, _TRAINING_SETTINGS), _values(model_args, _MODEL_SETTINGS)
     has_servers = training["use_vllm"] and getattr(training_args, "vllm_mode", None) == "server"
     training["use_vllm"] = training["use_vllm"] and not has_servers
-    return Needs(model, training, model_settings, number_type, use_cpu, is_recipe=True, has_servers=has_servers)
+    is_stand_in = getattr(model_args, "model_name_or_path", model) != model
+    return Needs(model, training, model_settings, number_type, use_cpu, True, has_servers, is_stand_in)
 
 
 def _values(settings: object, names: tuple[str, ...]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from treepo_trl.update.packable import why_no_trees, why_not_packable
 from treepo_trl.update.packed_forward import model_inputs
 from treepo_trl.update.packing import PackedRows, pack_rows
 
+from .engine_errors import unread_model
 from .findings import BrokenError, CannotRunError, in_words, last_line
 from .needs import Needs
 from .number_type import training_device
@@ -31,6 +32,11 @@ def check_packed(needs: Needs, backend: Literal["sdpa", "flex"]) -> str:
         return _compared(needs, backend)
     except torch.OutOfMemoryError as error:
         raise CannotRunError(f"{needs.model} is too large to be compared here: {last_line(str(error))}") from error
+    except OSError as error:
+        unread = unread_model(error, needs.model)
+        if unread is None:
+            raise
+        raise unread from error
 
 
 def _compared(needs: Needs, backend: Literal["sdpa", "flex"]) -> str:

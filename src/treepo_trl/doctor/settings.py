@@ -10,14 +10,11 @@ from treepo_trl.policy.engine import policy_engine_for
 from treepo_trl.treepo_config import TreePOConfig
 
 from .environment import installed_as
-from .findings import BrokenError, CannotRunError
+from .findings import CHANGE_SETTING, BrokenError, CannotRunError
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-
-CHANGE_SETTING = "Change the setting that it names."
 
 
 def check_settings(

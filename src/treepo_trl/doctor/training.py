@@ -27,10 +27,11 @@ from treepo_trl.sampling import SegmentTree
 from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.treepo_trainer import TreePOTrainer
 
-from .engine_errors import remedy_for
-from .findings import BrokenError, CannotRunError, Check, in_words
+from .engine_errors import engine_error
+from .findings import BrokenError, CannotRunError, Check
 from .needs import Needs
 from .number_type import training_device, why_not
+from .target_modules import with_modules_of_model
 
 
 if TYPE_CHECKING:
@@ -99,17 +100,19 @@ class SmallTraining:
         """Start the engine, and grow one tree of eight leaves."""
         started = time.perf_counter()
         try:
+            self.needs, change = with_modules_of_model(self.needs)
             self._trainer = _build(self.needs, self.folder)
             ready = time.perf_counter() - started
             self._tree = tree = _grown(self._trainer)
         except Exception as error:  # vLLM's own classes differ between its versions
             self._trainer = None
-            raise BrokenError(in_words(error), remedy_for(error, self.needs)) from error
+            raise engine_error(error, self.needs) from error
         if len(tree.leaves) != _NUM_LEAVES:
             raise BrokenError(f"A tree of {len(tree.leaves)} leaves grew, not {_NUM_LEAVES}.", "Please report this.")
         sampled, kept = sum(len(node.token_ids) for node in tree.nodes), _leaf_tokens(tree)
         name = "vLLM" if self.needs.uses_vllm else "the transformers engine"
-        return f"{name} started in {ready:.0f} s and grew {_NUM_LEAVES} leaves: {kept} tokens from {sampled} sampled"
+        seen = f"{name} started in {ready:.0f} s and grew {_NUM_LEAVES} leaves: {kept} tokens from {sampled} sampled"
+        return seen if change is None else f"{seen}; {change}"
 
     # Engine and policy
 
@@ -239,7 +242,9 @@ def _settings(needs: Needs) -> dict[str, Any]:
 
 
 def _model_config(needs: Needs) -> ModelConfig:
-    return ModelConfig(needs.model, **needs.model_settings)
+    # 8-bit layers round by what else is in the batch, so engine and policy would differ without a fault.
+    settings = {name: value for name, value in needs.model_settings.items() if name != "load_in_8bit"}
+    return ModelConfig(needs.model, **settings)
 
 
 def _share_of_different_tokens(completion_ids: list[list[int]], **_: object) -> list[float | None]:

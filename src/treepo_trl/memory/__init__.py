@@ -3,6 +3,7 @@ What a training takes of a GPU's memory, counted without one: `plan` adds up wha
 """
 
 from .plan import GIB, MemoryPlan, plan_memory
+from .weights import NotPlannedError
 
 
-__all__ = ["GIB", "MemoryPlan", "plan_memory"]
+__all__ = ["GIB", "MemoryPlan", "NotPlannedError", "plan_memory"]

@@ -20,7 +20,7 @@ from treepo_trl.policy.four_bit_base import base_of, by_size
 from treepo_trl.treepo_config import TreePOConfig
 
 from .activations import STAND_IN, activation_bytes, register_stand_in
-from .weights import BaseSizes, four_bit_config
+from .weights import BaseSizes, NotPlannedError, four_bit_config
 
 
 if TYPE_CHECKING:
@@ -178,14 +178,16 @@ def plan_memory(
             The adapter that the training goes on from, instead of a new one.
 
     Raises:
-        ValueError: if the card is smaller than a tenth of a GiB, because its size was then given in another unit; for
-            weights in 8 bits; for a checkpoint that is quantized otherwise than by bitsandbytes to 4 bits. A model
-            that transformers cannot build on the meta device raises what transformers raises.
+        ValueError: if the card is smaller than a tenth of a GiB, because its size was then given in another unit.
+        NotPlannedError: for weights in 8 bits; for a checkpoint that is quantized otherwise than by bitsandbytes to 4
+            bits. A model that transformers cannot build on the meta device raises what transformers raises.
     """
     if card < 0.1 * GIB:
         raise ValueError(f"The card's memory is {card:.0f} bytes. Give it in GiB: `--card_gib 24`.")
     if model_args.load_in_8bit or "quantization_config" in (training_args.model_init_kwargs or {}):
-        raise ValueError("Weights in 8 bits and `quantization_config` in `model_init_kwargs` are not planned yet.")
+        raise NotPlannedError(
+            "Weights in 8 bits and `quantization_config` in `model_init_kwargs` are not planned yet."
+        )
     four_bits = four_bit_config(config, model_args)
     dtype = _dtype(config, training_args, model_args)
     model = _build(config, dtype, adapter or _new_adapter(model_args), bool(training_args.trust_remote_code))

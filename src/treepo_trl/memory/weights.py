@@ -16,6 +16,10 @@ from treepo_trl.policy.four_bit_base import linear_layers
 _BYTES_4BIT = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
 
 
+class NotPlannedError(ValueError):
+    """A training that is not counted yet, and that may be right all the same."""
+
+
 @dataclass
 class BaseSizes:
     """
@@ -121,7 +125,7 @@ def four_bit_config(config: PreTrainedConfig, model_args: ModelConfig) -> BitsAn
         return get_quantization_config(model_args) if model_args.load_in_4bit else None
     in_checkpoint = given if isinstance(given, dict) else given.to_dict()
     if in_checkpoint.get("quant_method") != "bitsandbytes" or not in_checkpoint.get("load_in_4bit"):
-        raise ValueError(
+        raise NotPlannedError(
             f"The checkpoint is quantized by {in_checkpoint.get('quant_method')!r}; only 4 bits of bitsandbytes are "
             "planned yet."
         )
