@@ -6,7 +6,7 @@ Write `docs/models.md`: what works with which family of models, as tiny random m
     python docs/make_models.py --run-vllm         # what vLLM does, and the page: a process a family, a minute each
     python docs/make_models.py --run-vllm "Llama" # of one family
 
-What is in docs/models.json beside vLLM's part is found out again by `tests/test_models_page.py`.
+What is in docs/models.json is found out again by `tests/test_models_page.py`, of vLLM's part some families.
 """
 
 import argparse
@@ -32,6 +32,8 @@ from tests.support.families import FAMILIES, FAMILY, Family
 
 PAGE, RESULTS = Path(__file__).with_name("models.md"), Path(__file__).with_name("models.json")
 TIMEOUT_S = 300
+IN_CI = ("Llama", "Gemma 3", "Falcon-H1")
+"""Families with which vLLM is run in each test run: plain, windows, recurrent beside attention."""
 
 
 # vLLM
@@ -148,7 +150,9 @@ def models_page() -> str:
             names.setdefault(reason, []).append(family.name)
     reasons = [f"- {', '.join(whose)}: {reason}." for reason, whose in names.items()]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
-    return OPENING + "\n".join([*rows, EXPLANATION, *reasons, CLOSING.format(versions=versions)])
+    return OPENING + "\n".join(
+        [*rows, EXPLANATION, *reasons, CLOSING.format(versions=versions, in_ci=", ".join(IN_CI))]
+    )
 
 
 def _cells(facts: dict[str, Any], vllm: dict[str, Any] | None = None) -> list[str]:
@@ -156,7 +160,7 @@ def _cells(facts: dict[str, Any], vllm: dict[str, Any] | None = None) -> list[st
         packed = "no" if facts["not_trained"] else "plain rows, padding"
     else:
         packed = "yes" if facts["not_packed"] is None else "plain rows"
-    sampled, adapter = _served(vllm)
+    sampled, adapter = served_cells(vllm)
     return [
         "slots" if facts["no_slots"] is None else "copies",
         sampled,
@@ -186,12 +190,14 @@ EXPLANATION = """
   transformers in bfloat16 is the measure: vLLM may be twice as far from float32 as transformers is for the same
   tokens.
   Qwen3.5 needs torchvision: without it vLLM refuses to load the model. It was installed here.
+  `not shared`: its cache had none of the prompts' tokens. With recurrent layers its blocks were longer than these
+  short paths. On a processor vLLM has no cache of prefixes for latent attention.
 - **Packed update.** `yes`: log-probabilities of packed rows are within 1e-4 of those of plain rows, and gradients
   within 1e-5. `plain rows`: nothing is shared in the update, and the log says so. `padding`: a row's values depend on
   its padding, in `GRPOTrainer` too.
 - **Adapter to vLLM.** A LoRA adapter in the engine moves it as it moves the policy.
-- **failed here.** vLLM raised an error on a CPU, which is quoted below. On a GPU it may work: vLLM's kernels for
-  experts with adapters need Triton, which is not there on a CPU.
+- **failed here.** vLLM raised an error on a CPU, which is quoted below. Where it is about Triton it may work on a GPU:
+  vLLM's kernels for experts with adapters need Triton, which is not there on a CPU.
 - **QLoRA.** An adapter on 4-bit weights trains, and the transformers engine samples from it. `not the
   experts`: bitsandbytes leaves experts as they are, at their full size, and `all-linear` gives them no adapter.
 
@@ -234,7 +240,7 @@ A model without a cache that can be copied is refused before the run.
 CLOSING = """
 ## Versions
 
-{versions}. The tests find out again all but vLLM's part. GPUs were not tried.
+{versions}. The tests find out again all but vLLM's part, and of that {in_ci}. GPUs were not tried.
 """
 
 
@@ -269,13 +275,15 @@ def _adapter_is_right(vllm: dict[str, Any]) -> bool:
     return _is_right(vllm["adapter"], vllm.get("adapter_rounding", 0.0))
 
 
-def _served(vllm: dict[str, Any] | None) -> tuple[str, str]:
+def served_cells(vllm: dict[str, Any] | None) -> tuple[str, str]:
     """The cells of sampling with vLLM and of an adapter in it."""
     if vllm is None:
         return "not tried", "not tried"
     if "error" in vllm:
         return "failed here", "failed here"
     sampled = "yes" if _base_is_right(vllm) else "no"
+    if sampled == "yes" and not vllm["cached"]:
+        sampled = "yes, not shared"
     if vllm["adapter"] is None:
         return sampled, "failed here"
     return sampled, "yes" if _adapter_is_right(vllm) else "no"
