@@ -120,7 +120,7 @@ def hidden_features(
     `(T, N, 4 * LEVELS)` per level: what can be read from a path before its next decision.
 
     Noisy signs of whether the path is right and of how hard the rest of the prompt is: they rank right above wrong
-    paths of a prompt in 70 % of the pairs, as a probe of SmolLM2-135M's hidden states does.
+    paths of a prompt in 71 % of the pairs.
     """
     right = world.right(policy[0])[prompts]
     features: list[Array] = []
