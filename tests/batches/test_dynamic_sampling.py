@@ -61,7 +61,7 @@ def run_fill(
 
     Returns each process's batch, and the candidates of its rounds that had no tree.
     """
-    barrier = threading.Barrier(num_processes, timeout=10)
+    barrier = threading.Barrier(num_processes, timeout=120)
     shared: dict[int, list[list[float]]] = {}
     sampled: list[list[tuple[int, list[str]]]] = [[] for _ in range(num_processes)]
     batches: list[Any] = [None] * num_processes

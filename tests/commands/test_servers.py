@@ -26,7 +26,7 @@ def adapter_in(folder: Path, rank: int = 4) -> str:
 def arguments(model: str, *servers: PolicyFake, **changes: Any) -> EngineArguments:
     urls = ",".join(server.url for server in servers)
     settings = {"model_name_or_path": model, "vllm_mode": "server", "vllm_server_base_url": urls}
-    return EngineArguments(**{**settings, "vllm_server_timeout": 2.0, **changes})
+    return EngineArguments(**{**settings, "vllm_server_timeout": 60.0, **changes})
 
 
 def serving(model: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.fake_vllm import FakeVLLM, scripted
+from tests.support.fake_vllm import FakeVLLM, scripted, until
 from treepo_trl.engines import SegmentRequest
 from treepo_trl.engines.server_connection import GENERATE, ServerConnection, ServerLostError, ServerRefusedError
 from treepo_trl.engines.server_facts import ServedModel, ServerFacts
@@ -177,13 +177,15 @@ def test_proxies_of_the_environment_are_ignored(server: FakeVLLM, monkeypatch: p
 
 def test_a_password_is_sent_and_never_shown(server: FakeVLLM, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    connection = ServerConnection(server.url.replace("//", "//me:s%40cret@"), timeout=0.2)
+    connection = ServerConnection(server.url.replace("//", "//me:s%40cret@"), timeout=60.0)
     assert connection.is_healthy()
     assert server.authorizations == {"Basic bWU6c0BjcmV0"}  # me:s@cret
     told = [repr(connection), connection.url, str(vars(connection).get("url"))]
     engine = VLLMServerEngine([connection], [0], timeout=0.2)
+    engine.timeout = 60.0
     for act in (404, 500, "silence", "close", "no json", "other json", "die"):
         server.script = scripted(act)  # pyright: ignore[reportArgumentType]
+        connection.timeout = 0.2 if act == "silence" else 60.0
         for fail in (
             lambda: connection.post(GENERATE, BODY),
             lambda: list(engine.complete([SegmentRequest(0, [1], 1)])),
@@ -196,7 +198,7 @@ def test_a_password_is_sent_and_never_shown(server: FakeVLLM, caplog: pytest.Log
         if act == "die":
             break
         server.script = None
-        asyncio.run(asyncio.sleep(0.3))  # until the engine has found it again
+        until(engine.living_servers)  # it has found the server again
     engine.close()
     text = "".join([*told, *(record.getMessage() for record in caplog.records)])
     assert "scripted 404" in text

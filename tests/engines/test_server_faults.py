@@ -1,6 +1,7 @@
 """Servers that die, come back, are silent, refuse or answer nonsense in the middle of a batch."""
 
 import random
+import threading
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,9 @@ from tests.support.fake_vllm import Act, FakeVLLM, at_random, engine_of, fake_se
 from tests.support.fakes import EOS, FakeEngine, memoryless
 from tests.support.sampling import fingerprint, make_config, prompts_of, trees_of
 from treepo_trl import SegmentTree, TreeSampler
-from treepo_trl.engines import SegmentEngineError, SegmentRequest, SegmentResult
-from treepo_trl.engines.server_connection import GENERATE, ServerConnection, ServerLostError
+from treepo_trl.engines import SegmentEngineError, SegmentRequest, SegmentResult, server_connection
+from treepo_trl.engines.server_connection import GENERATE, MOST_DEADLINES, ServerConnection, ServerLostError
+from treepo_trl.engines.vllm_server import VLLMServerEngine
 
 
 CONFIG = make_config(8, max_completion_length=40, segment_length=8)
@@ -32,11 +34,24 @@ def same_trees(trees: list[SegmentTree]) -> bool:
     return fingerprint(trees) == fingerprint(expected_trees(len(trees)))
 
 
+def engine_that_soon_fails(servers: list[FakeVLLM], **options: Any) -> VLLMServerEngine:
+    """After 0.1 s without a server; its requests have as long as they need."""
+    engine = engine_of(servers, timeout=0.1, **options)
+    engine.timeout = 240.0
+    return engine
+
+
 def requests_of(count: int, tokens: int = 4) -> list[SegmentRequest]:
     return [SegmentRequest(i, [100 + i] * 3, tokens, tree=i) for i in range(count)]
 
 
 # Lost
+
+
+@pytest.fixture
+def many_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of them comes after a minute where the first comes after 0.1 s."""
+    monkeypatch.setattr(server_connection, "MOST_DEADLINES", 600)
 
 
 @pytest.mark.parametrize("act", ["die", *LOST])
@@ -65,31 +80,36 @@ def test_trees_are_the_same_whatever_fails(rng: random.Random) -> None:
         engine.close()
 
 
-@pytest.mark.parametrize(("health", "num_seconds"), [(503, "0.25"), (200, "1")])
+@pytest.mark.parametrize(("health", "num_deadlines", "told"), [(503, 600, "0.1"), (200, MOST_DEADLINES, "0.4")])
 def test_a_silent_server_is_lost_with_all_that_it_has(
-    health: int, num_seconds: str, caplog: pytest.LogCaptureFixture
+    health: int, num_deadlines: int, told: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At its deadline if it is not healthy, else after four of them: `/health` of a server that hangs may answer."""
+    monkeypatch.setattr(server_connection, "MOST_DEADLINES", num_deadlines)
     with fake_servers(2, path_determined()) as (first, second):
         first.script, first.health = scripted(then="silence"), health
-        engine = engine_of([first, second], timeout=0.25)
+        engine = engine_of([first, second], timeout=100.0)
+        connection = engine.living_servers()[0]
+        ask = connection.ask_patiently  # with a thousandth of the deadline of the other server
+        monkeypatch.setattr(connection, "ask_patiently", lambda *args: ask(*args[:4], args[4] / 1000, *args[5:]))
         results = list(engine.complete(requests_of(8)))
         assert sorted(result.request_id for result in results) == list(range(8))
         assert (engine.num_lost, engine.num_resent) == (1, 4)
         until(lambda: first.num_running == 0)
         engine.close()
-        assert f"{first.url} has not answered POST {GENERATE} for {num_seconds} s." in caplog.text
+        assert f"{first.url} has not answered POST {GENERATE} for {told} s." in caplog.text
 
 
+@pytest.mark.usefixtures("many_deadlines")
 def test_a_healthy_server_is_waited_for_beyond_the_deadline(caplog: pytest.LogCaptureFixture) -> None:
     with fake_servers(1, path_determined()) as (server,):
         server.script = scripted(then="late")
-        engine = engine_of([server], timeout=1.0)
+        engine = engine_of([server], timeout=0.1)
         assert len(list(engine.complete(requests_of(4)))) == 4
         assert engine.num_lost == engine.num_resent == 0
         assert len(server.bodies) == 4  # each was sent once
         (told,) = (record.getMessage() for record in caplog.records)
-        assert f"The vLLM server at {server.url} has not answered a request for 1 s (`vllm_server_timeout`)" in told
+        assert f"The vLLM server at {server.url} has not answered a request for 0.1 s (`vllm_server_timeout`)" in told
 
 
 def test_what_waits_on_a_lost_server_is_sent_again_before_its_deadline() -> None:
@@ -105,7 +125,7 @@ def test_what_waits_on_a_lost_server_is_sent_again_before_its_deadline() -> None
 def test_a_slow_server_is_no_lost_one() -> None:
     with fake_servers(1) as (server,):
         server.seconds = 0.3
-        engine = engine_of([server], timeout=5.0)
+        engine = engine_of([server], timeout=60.0)
         assert len(list(engine.complete(requests_of(4)))) == 4
         assert engine.num_lost == 0
 
@@ -124,10 +144,10 @@ def test_a_request_that_costs_server_after_server_is_given_up() -> None:
 
 def test_without_a_server_it_fails_and_names_them_all() -> None:
     with fake_servers(2) as (first, second):
-        engine = engine_of([first, second], timeout=0.4)
+        engine = engine_that_soon_fails([first, second])
         first.die()
         second.script = scripted(then="die")
-        with pytest.raises(RuntimeError, match=r"No vLLM server has answered for 0\.4 s") as error:
+        with pytest.raises(RuntimeError, match=r"No vLLM server has answered for 0\.1 s") as error:
             TreeSampler(engine, CONFIG, [EOS]).sample(prompts_of(3), seed=0)
         for server in (first, second):
             assert server.url in str(error.value)
@@ -221,7 +241,7 @@ def test_a_server_that_is_back_and_does_not_fit_stays_out(changes: Any, words: s
         raise ValueError("another adapter")
 
     with fake_servers(2, path_determined()) as (first, second):
-        engine = engine_of([first, second], on_connect=check, timeout=1.0)
+        engine = engine_that_soon_fails([first, second], on_connect=check)
         first.script = scripted("die")
         list(engine.complete(requests_of(2)))
         first.changes = changes or {}
@@ -334,19 +354,29 @@ def test_a_server_with_something_open_is_not_asked() -> None:
         assert policy.asked == [server.url] * 2
 
 
+@pytest.mark.usefixtures("many_deadlines")
 def test_a_server_that_came_back_behind_open_connections_is_found_out_at_a_deadline(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """As after a loss of power: nobody has closed the connections, and another process answers at the address."""
     with fake_servers(1, path_determined()) as (server,):
-        policy = Policy([server])
+        policy, is_back = Policy([server]), threading.Event()
         answer = server.script
         server.script = scripted(then="silence")
-        engine = engine_of([server], on_connect=policy.give, check_idle=policy.check, timeout=1.0)
+
+        def check(connection: ServerConnection) -> None:
+            if policy.asked:  # at the deadline
+                is_back.wait(120)
+            policy.check(connection)
+
+        engine = engine_of([server], on_connect=policy.give, check_idle=check)
+        engine.timeout = 0.1
         engine.submit(requests_of(4))
         until(lambda: server.num_running == 4)
         policy.having.clear()
         server.script = answer
+        engine.timeout = 240.0  # of what is sent again
+        is_back.set()
         results: list[SegmentResult] = []
         while len(results) < 4:
             results += engine.collect()

@@ -136,14 +136,16 @@ def test_a_server_that_was_admitted_wrongly_for_another_engine_is_kept_out(stack
 def test_without_another_server_the_reasons_are_told(stack: ExitStack, tmp_path: Path) -> None:
     servers, fakes = opened(stack, tmp_path, 2)
     give(servers, 0)
-    engine = engine_over(stack, servers, timeout=1.0)
+    engine = engine_over(stack, servers, timeout=0.1)
     for fake, change in zip(fakes, (wrong_model, wrong_version), strict=True):
         fake.forget()
         change(fake)
     give(servers, 1)
-    with pytest.raises(RuntimeError, match="No vLLM server has answered for 1 s") as error:
+    reasons = ("serves '/models/other'", "is vLLM 0.30.2")
+    until(lambda: all(reason in error_of(engine, position) for position, reason in enumerate(reasons)))
+    with pytest.raises(RuntimeError, match=r"No vLLM server has answered for 0\.1 s") as error:
         sample(engine, servers)
-    for fake, reason in zip(fakes, ("serves '/models/other'", "is vLLM 0.30.2"), strict=True):
+    for fake, reason in zip(fakes, reasons, strict=True):
         assert fake.url in str(error.value)
         assert reason in str(error.value)
 
@@ -233,10 +235,15 @@ def test_a_load_without_an_answer_is_a_lost_server(
     stack: ExitStack, tmp_path: Path, kind: Any, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its folder can be read: nothing is said of that, though `/health` answers."""
-    monkeypatch.setattr(weights, "LOAD_TIMEOUT", 0.1)
     servers, (fake, _) = opened(stack, tmp_path, 2, versions=kind)
     give(servers, 0)
     fake.hangs = {path}
+    post = servers.servers[0].post
+
+    def post_impatiently(where: str, json: Any = None, timeout: float | None = None) -> Any:
+        return post(where, json, 0.1 if timeout == weights.LOAD_TIMEOUT else timeout)
+
+    monkeypatch.setattr(servers.servers[0], "post", post_impatiently)  # the other server has its time
     lost: list[str] = []
     servers.on_lost = lambda server, error: lost.append(f"{server.url}: {error}")
     give(servers, 1)
@@ -255,10 +262,10 @@ def test_a_server_that_generates_nothing_is_not_admitted(
     servers, (fake,) = opened(stack, tmp_path, is_probed=is_probed)
     if is_given:
         give(servers, 0)
-    fake.script = scripted(then="silence")
-    with pytest.raises(ServerLostError, match="has not answered POST /inference/v1/generate for 1 s"):
+    fake.script, servers.servers[0].timeout = scripted(then="silence"), 0.1
+    with pytest.raises(ServerLostError, match=r"has not answered POST /inference/v1/generate for 0\.1 s"):
         servers.admit(servers.servers[0])
-    fake.script = None
+    fake.script, servers.servers[0].timeout = None, 60.0
     servers.admit(servers.servers[0])
     servers.check_idle(servers.servers[0])
 

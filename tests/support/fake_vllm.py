@@ -117,7 +117,7 @@ class FakeVLLM:
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _wait(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=10)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=120)
 
     async def _start(self) -> None:
         app = web.Application(client_max_size=2**30)
@@ -262,7 +262,7 @@ def at_random(rng: random.Random, *acts: Act) -> Script:
     return lambda body: rng.choice(acts)
 
 
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 120.0) -> None:
     """Wait for another thread, not for ever."""
     end = time.monotonic() + seconds
     while not condition():

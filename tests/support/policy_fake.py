@@ -158,8 +158,8 @@ def opened(stack: ExitStack, folder: Path, count: int = 1, **options: Any) -> tu
     changes = options.pop("changes", LORA)
     fakes = [stack.enter_context(PolicyFake(changes)) for _ in range(count)]
     versions = options.pop("versions", AdapterVersions)(str(folder), "run")
-    is_probed = options.pop("is_probed", True)
-    servers = PolicyServers([fake.url for fake in fakes], NEEDS, versions, 1.0, is_probed)
+    is_probed, timeout = options.pop("is_probed", True), options.pop("timeout", 60.0)
+    servers = PolicyServers([fake.url for fake in fakes], NEEDS, versions, timeout, is_probed)
     servers.open()
     return servers, fakes
 

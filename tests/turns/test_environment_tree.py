@@ -14,9 +14,9 @@ from treepo_trl.turns.environments import Forking as ForkingMode
 from treepo_trl.turns.tool_runner import EnvironmentLostError
 
 
-def environments(cls: Any, forking: ForkingMode, timeout: float | None = None, **row: Any) -> EnvironmentTree:
+def environments(cls: Any, forking: ForkingMode, **row: Any) -> EnvironmentTree:
     """The environments of a tree, after its reset."""
-    made = EnvironmentTree(EnvironmentPool(cls, []), forking, ToolRunner(4, timeout), [])
+    made = EnvironmentTree(EnvironmentPool(cls, []), forking, ToolRunner(4), [])
     made.observation({"start": 0, **row})
     return made
 
@@ -90,7 +90,7 @@ def test_a_slow_fork_holds_up_nothing_else() -> None:
         def _fork(self) -> Any:
             if self.value == 2:
                 forking.set()
-                go.wait(20)
+                go.wait(120)
             return super()._fork()
 
     tree = environments(fresh(Slow), "fork")
@@ -98,13 +98,13 @@ def test_a_slow_fork_holds_up_nothing_else() -> None:
     with ThreadPoolExecutor(2) as threads:
         try:
             slow = threads.submit(tree.execute, (0,), step(1))
-            assert forking.wait(20)
+            assert forking.wait(60)
             other = threads.submit(lambda: tree.keep(1, tree.execute((), step(5))))
-            other.result(5)
-            threads.submit(tree.release, True).result(5)
+            other.result(60)
+            threads.submit(tree.release, True).result(60)
         finally:
             go.set()
-        assert slow.result(20).found.results == [("step", "It shows 3.")]
+        assert slow.result(60).found.results == [("step", "It shows 3.")]
 
 
 def test_forks_of_one_environment_are_made_one_after_another() -> None:
@@ -146,18 +146,18 @@ def test_a_replay_that_hangs() -> None:
                 n: How much.
             """
             if hangs[0]:
-                go.wait(20)
+                go.wait(60)
             return super().step(n)
 
     environment = fresh(Hanging)
-    tree = environments(environment, "replay", timeout=0.5)
+    tree = environments(environment, "replay")
     tree.keep(0, tree.execute((), step(2)))
     tree.keep(1, tree.execute((0,), step(3)))
     two = SegmentTree([1])
     first = two.add(None, [5])
     two.add(first, [5], finish_reason="stop")
     ends = [two.add(first, [6], finish_reason="stop"), two.add(first, [7], finish_reason="stop")]
-    hangs[0] = True
+    hangs[0], tree.runner = True, ToolRunner(4, 0.1)  # for calls that hang alone
     try:
         with pytest.raises(EnvironmentLostError):
             tree.execute((0,), step(4))
