@@ -7,6 +7,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -314,4 +315,5 @@ def _close(session: aiohttp.ClientSession, loop: asyncio.AbstractEventLoop) -> N
     if not session.closed:
         closing = asyncio.run_coroutine_threadsafe(session.close(), loop)
         if threading.current_thread() is threading.main_thread():  # else the loop's own thread might wait for itself
-            closing.result(timeout=5)
+            with suppress(TimeoutError):  # a process that ends does not wait for long
+                closing.result(timeout=5)
