@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import textwrap
 import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -77,6 +78,7 @@ def _serve(name: str, with_adapter: bool, sender: Connection) -> None:
         except Exception as error:  # whatever it is, it is the answer
             traceback.print_exc()
             first_line = str(error).strip().splitlines()[0].replace(folder, "the model's folder")
+            first_line = textwrap.shorten(first_line, 250, placeholder=" ...")
             sender.send({"error": f"{type(error).__name__}: {first_line}"})
 
 
