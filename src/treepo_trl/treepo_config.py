@@ -260,6 +260,10 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         },
     )
 
+    def __setattr__(self, name: str, value: object) -> None:
+        is_address = name == "vllm_server_base_url" and isinstance(value, str)
+        super().__setattr__(name, keep_credentials(cast(str, value)) if is_address else value)
+
     def __post_init__(self) -> None:
         if self.tree_packing is False:  # what a bare `off` is in YAML
             self.tree_packing = "off"
@@ -267,8 +271,6 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             self.engine_check = "off"
         if self.prompt_selection is False:
             self.prompt_selection = "off"
-        if isinstance(self.vllm_server_base_url, str):
-            self.vllm_server_base_url = keep_credentials(self.vllm_server_base_url)
         check_dictionary("vllm_engine_kwargs", self.vllm_engine_kwargs)
         check_grpo_fields(
             self, but={*(each.name for each in fields(TreeSamplingConfig)), "vllm_gpu_memory_utilization"}

@@ -91,7 +91,7 @@ def test_a_server_with_the_weights_of_a_training_is_refused(tiny_model_dir: str)
 def test_the_doctor_names_server_and_flag() -> None:
     needs = ServerNeeds("/models/base", make_tokenizer(), num_adapters=2, adapter_rank=4)
     with PolicyFake() as other, PolicyFake() as server:
-        assert "2 servers of vLLM 0.31.0 in bfloat16: 16 requests" in check_servers([other.url, server.url], needs)
+        assert "2 servers of vLLM 0.31.0 in float32: 16 requests" in check_servers([other.url, server.url], needs)
     with pytest.raises(BrokenError, match=f"No vLLM server answers at {server.url}"):
         check_servers([server.url], needs)
     with PolicyFake({}) as server, pytest.raises(BrokenError, match="serves no adapters") as error:
@@ -101,7 +101,7 @@ def test_the_doctor_names_server_and_flag() -> None:
         PolicyFake() as first,
         PolicyFake(LORA | {"model_config": {"dtype": "torch.float16"}}) as second,
         pytest.raises(
-            BrokenError, match=f"different number types: {first.url} in bfloat16, {second.url} in float16"
+            BrokenError, match=f"different number types: {first.url} in float32, {second.url} in float16"
         ) as error,
     ):
         check_servers([first.url, second.url], needs)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig
+from transformers import LlavaConfig
 
 from tests.support.paths import ROOT
 from treepo_trl.commands import doctor
@@ -154,6 +155,12 @@ def test_a_training_that_is_not_counted(small_model_dir: str, monkeypatch: pytes
 
     with pytest.raises(CannotRunError, match="goes on without: NotImplementedError: aten"):
         examination.check_memory(fails, 8 * 2**30, None)
+
+
+def test_a_model_that_reads_images_is_not_counted(tmp_path: Path) -> None:
+    LlavaConfig().save_pretrained(tmp_path)
+    with pytest.raises(CannotRunError, match="goes on without: Models of type llava are no causal language models"):
+        memory_of(str(tmp_path), 24)
 
 
 def test_what_no_training_goes_on_with_is_broken(small_model_dir: str) -> None:

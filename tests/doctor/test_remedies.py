@@ -1,5 +1,6 @@
 """What is said where an engine does not start: the remedy of the error, and no other."""
 
+import ctypes
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from peft.utils.error import NoMatchingPeftModuleError
+from transformers import LlavaConfig
 
 from tests.doctor.test_recipes import needs_of, written
-from treepo_trl.doctor.engine_errors import remedy_for
+from treepo_trl.doctor.engine_errors import engine_error, remedy_for
 from treepo_trl.doctor.findings import BrokenError
 from treepo_trl.doctor.needs import Needs, everything
 from treepo_trl.doctor.packed_update import check_packed
+from treepo_trl.doctor.target_modules import with_modules_of_model
 from treepo_trl.doctor.training import SmallTraining
 
 
@@ -31,6 +34,22 @@ def error_of(needs: Needs, folder: Path) -> BrokenError:
     with pytest.raises(BrokenError) as error:
         SmallTraining(needs, folder).check_engine()
     return error.value
+
+
+def test_a_library_that_is_not_there_is_no_model_that_is_not_there(tiny_model_dir: str) -> None:
+    """Both are an `OSError` without a number."""
+    with pytest.raises(OSError, match="no-such-library") as error:
+        ctypes.CDLL("no-such-library.so.1")
+    assert error.value.errno is None
+    found = engine_error(error.value, lora(tiny_model_dir))
+    assert "cannot be read" not in str(found)
+    assert "--model_name_or_path" not in found.remedy
+
+
+def test_a_stand_in_that_is_loaded_in_another_way_keeps_the_modules(tmp_path: Path) -> None:
+    LlavaConfig().save_pretrained(tmp_path)
+    needs = lora(str(tmp_path), "qkv_proj", is_stand_in=True)
+    assert with_modules_of_model(needs) == (needs, None)
 
 
 # An adapter on a model that it was not written for

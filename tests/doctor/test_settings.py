@@ -11,6 +11,7 @@ from peft import LoraConfig
 from tests.doctor.test_recipes import RECIPES, needs_of, run, written
 from tests.support.broken_environments import hide
 from treepo_trl.commands import doctor
+from treepo_trl.doctor.child import kernel_names
 from treepo_trl.doctor.findings import BrokenError, CannotRunError
 
 
@@ -95,3 +96,5 @@ def test_8_bits_need_bitsandbytes(tmp_path: Path) -> None:
     needs = needs_of(written(tmp_path, load_in_8bit=True))
     assert "bitsandbytes" in needs.packages
     assert needs.model_settings["load_in_8bit"] is True
+    assert "4-bit" not in kernel_names(needs)
+    assert "4-bit" in kernel_names(needs_of(written(tmp_path, load_in_4bit=True)))

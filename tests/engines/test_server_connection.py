@@ -74,7 +74,7 @@ def test_facts_and_models(server: FakeVLLM) -> None:
         model_name="first",
         tokenizer="/models/base",
         context_length=4096,
-        dtype="bfloat16",
+        dtype="float32",
         quantization=None,
         logprobs_mode="processed_logprobs",
         max_logprobs=-1,

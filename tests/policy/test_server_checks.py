@@ -84,7 +84,7 @@ def test_an_address_where_nothing_answers(tmp_path: Path, monkeypatch: pytest.Mo
     assert "somebody" not in str(error.value)
 
 
-@pytest.mark.parametrize("status", [401, 404])
+@pytest.mark.parametrize("status", [401, 403])
 def test_an_address_where_something_else_answers(tmp_path: Path, status: int) -> None:
     """At once: a start would wait for minutes."""
     with PolicyFake() as server:
@@ -95,11 +95,13 @@ def test_an_address_where_something_else_answers(tmp_path: Path, status: int) ->
         assert server.url in str(error.value)
 
 
-def test_a_server_that_does_not_come_up_tells_why(tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", [404, 429, 503])
+def test_a_server_that_does_not_come_up_tells_why(tmp_path: Path, status: int) -> None:
+    """A gateway may answer so while a server starts."""
     with PolicyFake() as server:
-        server.health = 503
+        server.health = status
         servers = PolicyServers([server.url], NEEDS, AdapterVersions(str(tmp_path), "run"), 0.0, is_probed=True)
-        with pytest.raises(ValueError, match=r"No vLLM server answers at .*The last try: .*status 503"):
+        with pytest.raises(ValueError, match=rf"No vLLM server answers at .*The last try: .*status {status}"):
             servers.open()
 
 
@@ -211,8 +213,7 @@ def test_the_rounding_of_16_bits_is_no_other_model(tmp_path: Path) -> None:
     for types in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)):
         assert 4 * 0.09 < bound_of_probe(*types) < 0.5
     with ExitStack() as stack:
-        servers, fakes = opened(stack, tmp_path, 2)
-        servers.bound = bound_of_probe(torch.bfloat16)
+        servers, fakes = opened(stack, tmp_path, 2, changes=changed("model_config", dtype="torch.bfloat16"))
         fakes[1].offset = 0.2
         give(servers, 0)
         fakes[1].offset = 0.6

@@ -82,7 +82,7 @@ SETTINGS = ("changes", "version", "loads_adapters", "has_scale_out", "offset")
 WRONG: list[tuple[Callable[[PolicyFake], None], str]] = [
     (wrong_model, "serves '/models/other'"),
     (wrong_length, "started with a context of 32"),
-    (wrong_type, "computes in float16, and in bfloat16 before it was started anew"),
+    (wrong_type, "computes in float16, and in float32 before it was started anew"),
     (wrong_version, "is vLLM 0.30.2"),
     (without_adapters, "serves no adapters"),
     (without_loading, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"),

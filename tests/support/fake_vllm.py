@@ -223,7 +223,7 @@ class FakeVLLM:
                 "served_model_name": "base",
                 "tokenizer": "/models/base",
                 "max_model_len": 4096,
-                "dtype": "torch.bfloat16",
+                "dtype": "torch.float32",
                 "quantization": None,
                 "logprobs_mode": "processed_logprobs",
                 "max_logprobs": 20,

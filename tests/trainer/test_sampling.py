@@ -140,11 +140,11 @@ def test_branching_by_entropy_trains(tmp_path: Path, tiny_model_dir: str) -> Non
     assert len({node.entropy for node in nodes}) > len(nodes) // 2
 
 
-@pytest.mark.parametrize(("block_size", "is_told"), [(None, False), (4, False), (5, True)])
+@pytest.mark.parametrize(("block_size", "is_told"), [(None, False), (4, False), (5, True), (9, True), (10, False)])
 def test_segments_below_a_block_of_the_engines_cache_are_warned_about(
     block_size: int | None, is_told: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     PartialState()
-    config = TreeSamplingConfig(num_generations=4, max_completion_length=8, segment_length=4, stop_repetition=False)
+    config = TreeSamplingConfig(num_generations=4, max_completion_length=20, segment_length=4, stop_repetition=False)
     _warn_of_short_segments(TreeSampler(FakeEngine(memoryless(0.0), block_size=block_size), config, [EOS]))
     assert ("shorter than a block of the engine's cache" in caplog.text) == is_told

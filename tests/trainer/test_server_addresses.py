@@ -17,11 +17,12 @@ def test_no_setting_holds_a_password(tmp_path: Path) -> None:
     config = make(tmp_path, use_vllm=True, vllm_mode="server", vllm_server_base_url=address)
     assert config.vllm_server_base_url == "http://a:8000,https://b:8001/x,http://c:8002"
     again = make(tmp_path, use_vllm=True, vllm_mode="server", vllm_server_base_url=config.vllm_server_base_url)
+    again.vllm_server_base_url = again.vllm_server_base_url.replace("http://a", "http://me:secret@a")
     seen = [repr(again), str(again), again.to_json_string(), str(again.to_sanitized_dict()), str(vars(again))]
     assert all("a:8000" in text and "cret" not in text for text in seen)
     assert b"cret" not in pickle.dumps(again)  # as in `training_args.bin`
     urls = server_urls(again.vllm_server_base_url, "", 0)
-    assert urls == ["http://me:se%2Ccret@a:8000", "https://me:se%40cret@b:8001/x", "http://c:8002"]
+    assert urls == ["http://me:secret@a:8000", "https://me:se%40cret@b:8001/x", "http://c:8002"]
     assert ServerConnection(urls[0]).url == "http://a:8000"
 
 

@@ -172,8 +172,9 @@ class BatchSampler:
 
 
 def _warn_of_short_segments(sampler: TreeSampler) -> None:
+    """Not of short completions, which hold no more than two blocks and so share little in any case."""
     block, segment = sampler.engine.block_size, sampler.config.segment_length
-    if block is not None and segment is not None and segment < block:
+    if block is not None and segment is not None and segment < block < sampler.config.max_completion_length / 2:
         logger.warning(
             f"Segments of {segment} tokens are shorter than a block of the engine's cache. It keeps whole blocks of "
             f"{block}, so much of what paths share is computed again. A `segment_length` of {block} or more shares it."

@@ -1,6 +1,7 @@
 """What to do about an engine that does not start, from its own words and from where they come."""
 
 import re
+import traceback
 
 from .findings import CHANGE_SETTING, BrokenError, in_words
 from .needs import Needs
@@ -10,6 +11,7 @@ from .versions import how_to_install, vllm_window
 _MEMORY_WORDS = ("out of memory", "free memory", "kv cache", "available memory", "cache blocks", "not enough memory")
 _SAY_WHAT_TO_SET = ("treepo_trl", "peft")
 """Packages whose errors about values name the setting, and what it may be."""
+_READ_MODELS = {"transformers", "huggingface_hub"}
 _CALL_OF_ANOTHER_VERSION = re.compile(r"\(\) (got|missing|takes) ")
 
 
@@ -20,8 +22,8 @@ def engine_error(error: Exception, needs: Needs) -> BrokenError:
 
 def unread_model(error: Exception, model: str) -> BrokenError | None:
     """The finding about a model that transformers does not find or read; `None` for another error."""
-    if not isinstance(error, OSError) or error.errno is not None:  # the system's own have a number
-        return None
+    if not isinstance(error, OSError) or not _READ_MODELS.intersection(_packages(error)):
+        return None  # of the system, or of a library that is not there
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     return BrokenError(
         f"The model `{model}` cannot be read: {type(error).__name__}: {first}",
@@ -58,7 +60,10 @@ def remedy_for(error: Exception, needs: Needs) -> str:
 
 def _origin(error: Exception) -> str | None:
     """The package that has raised an error; `None` for one that was not raised."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return None if trace is None else str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0]
+    return next(iter(_packages(error)[-1:]), None)
+
+
+def _packages(error: Exception) -> list[str]:
+    """The packages that an error has come through, the one that has raised it last."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in frames]

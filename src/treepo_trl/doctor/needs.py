@@ -78,10 +78,9 @@ class Needs:
 
     @property
     def needs_4bit(self) -> bool:
-        """Whether bitsandbytes is needed, for weights or for the optimizer."""
+        """Whether there are weights in 4 bits, or an optimizer of bitsandbytes, which the same check tries."""
         eight_bit = any(word in str(self.training.get("optim", "")) for word in ("8bit", "bnb"))
-        weights = any(self.model_settings.get(name) for name in ("load_in_4bit", "load_in_8bit"))
-        return not self.is_recipe or weights or eight_bit
+        return not self.is_recipe or bool(self.model_settings.get("load_in_4bit")) or eight_bit
 
     @property
     def sleeps(self) -> bool:
@@ -105,7 +104,7 @@ class Needs:
         optional = {
             "peft": self.has_adapter,
             "vllm": self.uses_vllm or self.has_servers,  # which TRL wants beside its trainer too
-            "bitsandbytes": self.needs_4bit,
+            "bitsandbytes": self.needs_4bit or bool(self.model_settings.get("load_in_8bit")),
             "vllm-bnb-plugin": self.uses_vllm and (not self.is_recipe or bool(in_4bit and engine_in_4bit)),
         }
         needed = [name for name, is_needed in optional.items() if is_needed]

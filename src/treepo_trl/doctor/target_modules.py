@@ -32,9 +32,12 @@ def with_modules_of_model(needs: Needs) -> tuple[Needs, str | None]:
 
 
 def _has_any(name: str, peft_config: object) -> bool:
-    """Whether PEFT finds a module of the adapter in this model."""
+    """Whether PEFT finds a module of the adapter in this model, or nobody knows."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    except (ValueError, OSError):  # a model that is loaded in another way, or none: its own check says more
+        return True
     return any(check_target_module_exists(peft_config, module) for module, _ in model.named_modules())

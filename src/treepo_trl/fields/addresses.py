@@ -7,7 +7,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 _NEXT_ADDRESS = re.compile(r"\s*,\s*(?=https?://)", re.IGNORECASE)  # other commas may stand in a password
 _WITH_CREDENTIALS: dict[str, str] = {}
-"""Addresses with user and password, by the same without them; of this process alone."""
+"""Addresses with user and password, by the same without them: of this process alone, and the last ones given."""
 
 
 def without_credentials(urls: str) -> str:

@@ -44,7 +44,7 @@ def check_vllm_fields(settings: "TreePOConfig") -> None:
 
 
 def _check_servers(settings: "TreePOConfig") -> None:
-    if "@" in settings.vllm_server_host:
+    if settings.vllm_server_base_url is None and "@" in settings.vllm_server_host:
         raise ValueError(
             "`vllm_server_host` must be a name or an address alone. A user and a password stand in "
             "`vllm_server_base_url`, such as 'http://user:password@host:8000'."

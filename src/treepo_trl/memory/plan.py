@@ -297,6 +297,8 @@ def _build(
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")  # layers are counted as what they stand for
+    if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
+        raise NotPlannedError(f"Models of type {config.model_type} are no causal language models of transformers.")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=STAND_IN, trust_remote_code=trust_remote_code

@@ -25,6 +25,7 @@ PROBE_TOKENS = 64
 _OTHER_MODEL, _OTHER_MODEL_IN_16_BITS = 0.1, 0.4
 _AGAIN = 1.0  # seconds between two questions whether a server is up
 _HEALTH_SECONDS = 30.0
+_NO_VLLM = (401, 403, 407)  # a gateway whose password is not given; other answers may be those of one that starts
 
 
 class PolicyServers:
@@ -90,6 +91,7 @@ class PolicyServers:
             raise ValueError(f"The vLLM server at {lost.url} went away while it was checked. Look at its log.")
         check_number_types({server.url: each for server, each in found.items()})
         self._number_type, self._is_quantized = number_type(facts), facts.quantization is not None
+        self.bound = bound_of_probe(getattr(torch, facts.dtype))  # whoever knows the policy's type sets it again
         self.takes_sent_weights = all(each.weight_transfer == "nccl" for each in found.values())
         return facts
 
@@ -302,17 +304,20 @@ def wait_for_server(server: ServerConnection, seconds: float) -> None:
     """
     deadline, is_told = time.monotonic() + seconds, False
     while True:
+        left = deadline - time.monotonic()
         try:
-            server.get("/health", _HEALTH_SECONDS)
+            server.get("/health", min(_HEALTH_SECONDS, max(left, _AGAIN)))
             return
         except ServerRefusedError as error:
-            raise ValueError(
-                f"{error} That is no vLLM server: correct `vllm_server_base_url`, or write user and password of your "
-                "gateway into it (`https://user:password@host`)."
-            ) from error
+            if error.status in _NO_VLLM:
+                raise ValueError(
+                    f"{error} That is no vLLM server: correct `vllm_server_base_url`, or write user and password of "
+                    "your gateway into it (`https://user:password@host`)."
+                ) from error
+            reason: Exception = error
         except ServerLostError as error:
             reason = error
-        if time.monotonic() >= deadline:
+        if left <= 0:
             raise ValueError(
                 f"No vLLM server answers at {server.url}. Start it with `vllm serve`, or correct "
                 "`vllm_server_base_url`. `vllm_server_timeout` says for how many seconds a start waits. The last try: "

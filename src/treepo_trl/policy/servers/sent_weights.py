@@ -32,7 +32,7 @@ _FAREWELL = 30.0  # seconds for a request of a training that ends
 
 
 class TransferError(RuntimeError):
-    """A server that did not take the weights."""
+    """Weights that a server did not get, by its fault or by one of this side."""
 
 
 _LOST = (ServerLostError, ServerRefusedError, TransferError, ValueError, KeyError, TypeError)
