@@ -2,15 +2,14 @@
 
 import re
 import threading
-import time
 import urllib.request
-from collections.abc import Callable
 
 import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests.support.fake_vllm import until
 from tests.support.sampling import trees_of
 from tests.support.segments import EOS, GREEDY, PROMPTS, complete, drain, full_logits, full_logprobs, generated
 from tests.support.vllm_servers import VLLMServer
@@ -44,13 +43,6 @@ def num_connections(servers: list[VLLMServer]) -> int:
     processes = [psutil.Process(server.process.pid) for server in servers if server.process is not None]
     connections = [each for process in processes for each in process.net_connections("tcp")]
     return sum(each.status == psutil.CONN_ESTABLISHED for each in connections)
-
-
-def wait_until(condition: Callable[[], bool], failure: str) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, failure
-        time.sleep(0.05)
 
 
 def test_greedy_segments_are_those_of_generate(servers: list[VLLMServer], reference: PreTrainedModel) -> None:
@@ -136,14 +128,14 @@ def test_abort_leaves_nothing_in_the_servers(servers: list[VLLMServer]) -> None:
             other.post("/pause?mode=keep")  # so that nothing ends before the abort, however slow this process is
         before = counted(servers, r"generation_tokens_total\{")
         engine.submit(requests[64:])
-        wait_until(lambda: num_connections(servers) >= 448, "requests did not reach the servers")
+        until(lambda: num_connections(servers) >= 448)
         engine.abort()
-        wait_until(lambda: num_connections(servers) < 64, "aborted requests keep their connections")
+        until(lambda: num_connections(servers) < 64)
     finally:
         for other in others:
             other.post("/resume")
     assert len(drain(engine, [SegmentRequest(0, [5], 2)])[0].token_ids) <= 2
-    wait_until(lambda: not counted(servers, r"num_requests_(?:running|waiting)\{"), "aborted requests still run")
+    until(lambda: not counted(servers, r"num_requests_(?:running|waiting)\{"))
     assert counted(servers, r"generation_tokens_total\{") - before < 448 * 500 / 4
 
 

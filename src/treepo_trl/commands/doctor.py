@@ -28,7 +28,7 @@ from treepo_trl.treepo_config import TreePOConfig
 from .arguments import CONFIG_HELP, PlanArguments, check_config, help_of, make_parser, require_model
 from .errors import user_errors
 from .examples import EXAMPLES
-from .plan import plan_training
+from .plan import no_share, plan_training
 from .train_adapter import starting_adapter
 
 
@@ -125,10 +125,7 @@ def _recipe(argv: list[str], model: str) -> Recipe:
         except NotPlannedError as error:
             if training_args.vllm_gpu_memory_utilization != "auto":
                 raise
-            raise ValueError(  # as `train` does
-                f"`vllm_gpu_memory_utilization='auto'`, but this training cannot be planned: {error} Give a number "
-                "above 0 and up to 1."
-            ) from error
+            raise no_share(error) from error
         return planned.problems(), max(planned.rollout, planned.update)
 
     checked_args = model_args if adapter is None else _with_new_adapter(model_args, adapter)

@@ -70,3 +70,11 @@ def plan_training(
         trust_remote_code=training_args.trust_remote_code,
     )
     return plan_memory(config, training_args, model_args, card, adapter)
+
+
+def no_share(error: Exception) -> ValueError:
+    """The error about an engine whose share of the card is to be planned, where planning has failed so."""
+    return ValueError(
+        f"`vllm_gpu_memory_utilization='auto'`, but this training cannot be planned: {error} Give a number "
+        "above 0 and up to 1."
+    )

@@ -117,8 +117,7 @@ def _load(server: ServerConnection, name: str, adapter: str) -> None:
     try:
         server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, LOAD_TIMEOUT)
     except (ServerLostError, ServerRefusedError) as error:
-        is_lost = isinstance(error, ServerLostError) and (error.status is None or not server.is_healthy())
-        if is_lost:  # else vLLM answers 500 for what it cannot load
+        if isinstance(error, ServerLostError) and not server.has_answered(error):
             raise
         reason = error.body if isinstance(error, ServerRefusedError) else error
         raise ValueError(

@@ -19,7 +19,7 @@ from treepo_trl.treepo_config import TreePOConfig
 
 from .arguments import TRL_REWARDS, OptionsParser, TreePOScriptArguments, make_parser, require_model
 from .errors import user_errors
-from .plan import plan_training, this_card
+from .plan import no_share, plan_training, this_card
 from .prompts import load_named_dataset, take_split
 from .train_adapter import check_starting_adapter, load_tokenizer_of, starting_adapter
 
@@ -154,10 +154,7 @@ def check_memory(training_args: TreePOConfig, model_args: ModelConfig, adapter: 
         result = plan_training(training_args, model_args, this_card(), adapter)
     except Exception as error:
         if is_planned:
-            raise ValueError(
-                f"`vllm_gpu_memory_utilization='auto'`, but this training cannot be planned: {error} Give a number "
-                "above 0 and up to 1."
-            ) from error
+            raise no_share(error) from error
         print(f"Memory is not planned for this training: {type(error).__name__}: {error}")
         return
     print(result.table())

@@ -223,6 +223,10 @@ class ServerConnection:
 
     # What the server says about itself
 
+    def has_answered(self, error: ServerLostError) -> bool:
+        """Whether the server is there after this error: vLLM answers 500 for what it cannot load."""
+        return error.status is not None and self.is_healthy()
+
     def is_healthy(self) -> bool:
         """Whether `/health` answers."""
         try:

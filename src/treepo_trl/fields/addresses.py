@@ -10,16 +10,6 @@ _WITH_CREDENTIALS: dict[str, str] = {}
 """Addresses with user and password, by the same without them: of this process alone, and the last ones given."""
 
 
-def without_credentials(urls: str) -> str:
-    """An address, or several parted by commas, without their users and passwords, however mistaken they are."""
-    shown = []
-    for url in _NEXT_ADDRESS.split(urls):
-        place = url.rpartition("@")[2]
-        scheme = re.match(r"\s*https?://", url, re.IGNORECASE)
-        shown.append(scheme[0] + place if scheme and place != url else place)
-    return ",".join(shown)
-
-
 def keep_credentials(base_url: str) -> str:
     """
     A setting's addresses without users and passwords; `server_urls` puts them back in this process.
@@ -74,7 +64,7 @@ def place_and_headers(url: str) -> tuple[str, dict[str, str]]:
         _ = parts.port
     except ValueError:
         raise ValueError(
-            f"The server address {without_credentials(url)!r} is none: write it as `http://host:port`, or "
+            f"The server address {_without_credentials(url)!r} is none: write it as `http://host:port`, or "
             "`https://...`. A `/` in a password is written `%2F`."
         ) from None
     place = parts.netloc.rpartition("@")[2]
@@ -83,3 +73,10 @@ def place_and_headers(url: str) -> tuple[str, dict[str, str]]:
         user = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
         headers["Authorization"] = f"Basic {b64encode(user.encode()).decode()}"
     return urlunsplit((parts.scheme, place, parts.path.rstrip("/"), "", "")), headers
+
+
+def _without_credentials(url: str) -> str:
+    """An address without user and password, however mistaken it is."""
+    place = url.rpartition("@")[2]
+    scheme = re.match(r"\s*https?://", url, re.IGNORECASE)
+    return scheme[0] + place if scheme and place != url else place

@@ -160,7 +160,7 @@ class AdapterVersions(PolicyVersions):
         try:
             server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, LOAD_TIMEOUT)
         except ServerLostError as error:
-            if error.status is not None and server.is_healthy():  # vLLM answers 500 for what it cannot load
+            if server.has_answered(error):
                 raise self._unreadable(server, path, str(error)) from error
             raise
         except ServerRefusedError as error:
@@ -230,7 +230,7 @@ class WeightVersions(PolicyVersions):
         try:
             server.post("/collective_rpc", call, LOAD_TIMEOUT)
         except ServerLostError as error:
-            if error.status is not None and server.is_healthy():
+            if server.has_answered(error):
                 raise self._unreadable(server, path, f"{error} Restart it: its weights are gone.") from error
             raise
 
