@@ -29,11 +29,15 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_gets_the_arguments_after_its_name(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_gets_the_arguments_after_its_name(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "options.yaml").write_text("env: {}")
+    arguments = ["bash"] if command == "completion" else ["--config", str(tmp_path / "options.yaml")]
     calls: list[list[str]] = []
     monkeypatch.setattr(importlib.import_module(f"treepo_trl.commands.{COMMANDS[command][1]}"), "main", calls.append)
-    main([command, "--num_generations", "4"])
-    assert calls == [["--num_generations", "4"]]
+    main([command, *arguments])
+    assert calls == [arguments]
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,7 +52,7 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "completion"])
 def test_config_without_a_file(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
-        main([command, "--num_generations", "4", "--config"])
+        main([command, "--config"])
     assert error.value.code == 2
     assert capsys.readouterr().err == f"treepo-trl {command}: error: argument --config: expected one argument\n"
 

@@ -14,6 +14,7 @@ PACKAGE = Path(treepo_trl.__file__).parent
 
 # From the ground up: a room imports from its own floor's folder and from floors below, never from beside or above.
 FLOORS: tuple[tuple[str, ...], ...] = (
+    ("preflight",),
     ("model_support", "trl_seams", "fields", "file_lock", "model_card"),
     ("engines", "checkpoints"),
     ("sampling",),
@@ -34,6 +35,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"torch", "transformers", "trl", "vllm", "accelerate", "peft", "datasets", "numpy"}
 # Heavy packages that a room may name at all, in functions included.
 HEAVY_ALLOWED = {
+    "preflight": set(),
     "fields.values": set(),
     "fields.vllm": set(),
     "sampling": set(),

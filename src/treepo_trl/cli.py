@@ -4,10 +4,12 @@ import argparse
 import importlib
 import sys
 from contextlib import nullcontext
+from types import ModuleType
 
 from . import __version__
 from .commands import COMMANDS
-from .commands.errors import tracebacks
+from .commands.errors import tracebacks, user_errors
+from .preflight import answer, quiet_terminal
 
 
 def usage() -> str:
@@ -27,7 +29,11 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of `treepo-trl`. Loads the module of the command that runs, and no other."""
+    """
+    Entry point of `treepo-trl`. Loads the module of the command that runs, and no other.
+
+    What can be answered without its module is answered before.
+    """
     argv = sys.argv[1:] if argv is None else argv
     is_debugging = argv[:1] == ["--debug"]
     argv = argv[is_debugging:]
@@ -40,10 +46,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="treepo-trl", usage=usage().partition("\n")[0].removeprefix("usage: "))
     parser.add_argument("command", choices=COMMANDS)
     command = parser.parse_args(argv[:1]).command
-    _, module = COMMANDS[command]
-    run = importlib.import_module(f"treepo_trl.commands.{module}").main
+    quiet_terminal()
     with tracebacks() if is_debugging else nullcontext():
-        run(argv[1:])
+        with user_errors():
+            answer(command, argv[1:], lambda: _parsers(command))
+        _module(command).main(argv[1:])
+
+
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f"treepo_trl.commands.{COMMANDS[command][1]}")
+
+
+def _parsers(command: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The parser that prints a command's help, and that of its options. In most commands they are one."""
+    module = _module(command)
+    parser = module.command_parser()
+    return (module.help_parser() if hasattr(module, "help_parser") else parser), parser
 
 
 if __name__ == "__main__":

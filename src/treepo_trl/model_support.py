@@ -1,13 +1,15 @@
 """What a model's config says about its attention, for the transformers engine and for packed rows."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
+from accelerate.utils import is_peft_model
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -162,3 +164,8 @@ def leaves_out_softcap(implementation: str | None) -> bool:
 def has_attention_dropout(config: "PreTrainedConfig") -> bool:
     """Whether training drops attention weights."""
     return bool(getattr(config, "attention_dropout", 0.0))
+
+
+def without_adapter(model: "PreTrainedModel | PeftModel") -> "PreTrainedModel":
+    """The model of transformers itself, where PEFT may stand around it."""
+    return cast("PreTrainedModel", cast("PeftModel", model).get_base_model() if is_peft_model(model) else model)

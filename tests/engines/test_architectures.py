@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.support.models import make_model
-from tests.support.rows import tiny_config
+from tests.support.rows import skip_if_refused, tiny_config
 from tests.support.segments import EOS, GREEDY, PROMPTS, complete, full_logprobs, generated
 from treepo_trl.engines import SamplingOptions
 from treepo_trl.engines.transformers import TransformersEngine, why_no_slots
@@ -82,6 +82,7 @@ def test_windows_are_those_of_a_full_forward(window: int) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_soft_cap_is_sampled_with_where_it_is_trained_with(attention: str) -> None:
     """SDPA of transformers leaves it out, so the engine does."""
+    skip_if_refused(attention)
     config = tiny("gemma2", attn_logit_softcapping=0.1).config
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma2ForCausalLM, PreTrainedConfig, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from tests.support.models import make_model
@@ -76,6 +77,12 @@ def ready_model(**changes: Any) -> Any:
     model = make_model(**changes)
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     return model
+
+
+def skip_if_refused(attention: str) -> None:
+    """Skip a test of soft caps with SDPA, where transformers refuses the pair: from 5.21 on."""
+    if attention == "sdpa" and not Gemma2ForCausalLM._supports_sdpa:
+        pytest.skip("this transformers refuses SDPA for models with soft caps")
 
 
 def tiny_config(architecture: str, **changes: Any) -> PreTrainedConfig:

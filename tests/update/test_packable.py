@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from tests.support.models import make_model
-from tests.support.rows import batch_of, forward_packed, plain, tiny_config, tiny_model
+from tests.support.rows import batch_of, forward_packed, plain, skip_if_refused, tiny_config, tiny_model
 from treepo_trl.update import packable
 from treepo_trl.update.packable import packed_forward_for, packed_forward_or_none, why_no_trees, why_not_packable
 from treepo_trl.update.packed_forward import PackedForward
@@ -155,6 +155,7 @@ def test_the_token_budget_is_served(num_processes: int, settings: dict[str, Any]
 def test_a_soft_cap_that_training_leaves_out_is_said(
     attention: str, is_left_out: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    skip_if_refused(attention)
     AcceleratorState._reset_state()
     Accelerator(cpu=True)  # whose processes the logger asks for
     model = tiny_model(tiny_config("gemma2", attn_logit_softcapping=30.0), attention)
@@ -189,8 +190,10 @@ PACKED = {
     *("llama", "qwen2", "qwen3", "qwen3_moe", "gemma", "cohere", "glm4", "granite", "olmo2", "phi3", "smollm3"),
     *("mistral", "gemma2", "gemma3_text", "gpt_oss", "ministral", "exaone4", "olmo3", "cohere2"),
     *(f"{name} with windows" for name in ("qwen2", "phi3", "starcoder2", "mixtral")),
-    *("starcoder2", "mixtral", "gpt_neox"),  # opt looks at the values of its mask, which the question has not
+    *("starcoder2", "mixtral", "gpt_neox"),
 }
+# Refused by older transformers, where OPT looks at the values of its mask, which the question has not.
+PACKED_BY_NEWER_TRANSFORMERS = {"opt", "gptj"}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -202,8 +205,9 @@ def test_no_architecture_passes_as_packable_and_gives_other_values(name: str) ->
     except ValueError:  # no SDPA attention for this architecture
         model = tiny_model(config, "eager")
     found = ask(model)
-    assert isinstance(found, PackedForward if name in PACKED else str)
-    if name not in PACKED:
+    if name not in PACKED_BY_NEWER_TRANSFORMERS:
+        assert isinstance(found, PackedForward if name in PACKED else str)
+    if isinstance(found, str):
         return
     prompt, shared = list(range(5, 12)), [list(range(20, 28)), list(range(40, 48))]
     batch = batch_of([prompt] * 4, [[*shared[i // 2], *range(30 + 5 * i, 38 + 5 * i)] for i in range(4)])

@@ -8,6 +8,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from treepo_trl.preflight import no_prompt_column
 from treepo_trl.treepo_config import TreePOConfig
 
 from .turns import check_text_prompt
@@ -79,20 +80,13 @@ def _check_columns(dataset: object, has_environments: bool) -> None:
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":  # rows have the columns of a transform
         return
     if "prompt" not in columns and not has_environments:
-        raise _no_prompt(columns)
+        raise no_prompt_column(columns)
     images = sorted({"image", "images"} & set(columns))
     if images:
         raise ValueError(
             f"The dataset has the column '{images[0]}': image prompts are not supported yet by `TreePOTrainer`. "
             "Remove the column, or use `GRPOTrainer`."
         )
-
-
-def _no_prompt(columns: Iterable[str]) -> ValueError:
-    return ValueError(
-        f"The dataset has no column 'prompt', only {', '.join(columns) or 'none at all'}. Rename the column "
-        "that holds the prompts, as text or as a list of messages, to 'prompt'."
-    )
 
 
 def _check_size(args: TreePOConfig, num_prompts: int) -> None:
@@ -192,7 +186,7 @@ def check_rows(trainer: GRPOTrainer, rows: Iterable[Mapping[str, object]]) -> No
         if "prompt" not in row:
             if trainer.environment_factories is not None:
                 continue
-            raise _no_prompt(row)
+            raise no_prompt_column(row)
         prompt = row["prompt"]
         if isinstance(prompt, str):
             check_text_prompt(trainer, prompt)

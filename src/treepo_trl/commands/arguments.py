@@ -6,15 +6,15 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
-import yaml
 from trl import TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
 from treepo_trl.engines import SamplingOptions
 from treepo_trl.fields import Ranges, check_fields, check_text
+from treepo_trl.preflight.config_file import check_options, config_of, split_words
+from treepo_trl.preflight.option_table import DefaultsFormatter
 
 from .examples import EXAMPLES
 
@@ -183,27 +183,6 @@ def json_object(option: str, value: dict | str | None, example: str) -> dict | N
     return parsed
 
 
-def require_model(name: str | None) -> str:
-    """
-    The name or folder of the model.
-
-    Raises:
-        ValueError: if none is given, or an adapter instead of one.
-    """
-    if not name:
-        raise ValueError("No model: give `--model_name_or_path` (hub id or folder).")
-    folder = Path(name)
-    if name.startswith(("/", ".", "~")) and not folder.is_dir():
-        raise ValueError(f"`--model_name_or_path {name}` looks like a folder, but there is none.")
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ValueError(
-            f"`--model_name_or_path {name}` is an adapter. Name the model that it belongs to, and the adapter as "
-            "`--adapter_name_or_path`, for `eval` as `--adapters`. `train` resumes a checkpoint of its own with "
-            "`--resume_from_checkpoint`."
-        )
-    return name
-
-
 # Options of TRL's dataclasses that commands without a trainer have too: described by the latter's.
 _DESCRIBED_BY: dict[str, type] = dict.fromkeys(SamplingOptions.__dataclass_fields__, SamplingOptions)
 _DESCRIBED_BY["chat_template_kwargs"] = SampleArguments
@@ -235,15 +214,10 @@ class OptionsParser(TrlParser):
             ValueError: for unknown options, values out of range, and a file that holds no settings. `TypeError` for
                 values of another type.
         """
-        given = sys.argv[1:] if args is None else args
-        words = [word for each in given for word in (each.split("=", 1) if each.startswith("--config=") else [each])]
-        if "--config" in words:
-            following = words[words.index("--config") + 1 :]
-            if not following or following[0].startswith("--"):  # TRL takes the next argument without looking
-                self.error("argument --config: expected one argument")
-            if "--config" in following:
-                self.error("argument --config: give one file")
-            check_config(following[0])
+        words = split_words(sys.argv[1:] if args is None else args)
+        config_of(self, words)
+        if fail_with_unknown_args and not return_remaining_strings:
+            check_options(self, words)
         try:
             return super().parse_args_and_config(
                 words, return_remaining_strings, fail_with_unknown_args, separate_remaining_strings
@@ -254,23 +228,6 @@ class OptionsParser(TrlParser):
     def error(self, message: str) -> NoReturn:
         """Exit with the message alone: the usage is several hundred lines, and `--help` has it."""
         self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def check_config(file: str) -> None:
-    """Raise a `ValueError` unless the file is there and is a YAML mapping of names."""
-    try:
-        with open(file) as stream:  # as TRL opens it
-            content = yaml.safe_load(stream)
-    except OSError as error:
-        raise ValueError(f"`--config {file}` cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"`--config {file}` is no YAML file: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"`--config {file}` holds no settings. Write a setting per line, as `name: value`.")
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Options with their defaults, below examples as they are written."""
 
 
 def options_parser(command: str | None, *dataclasses: type) -> OptionsParser:
@@ -284,7 +241,7 @@ def options_parser(command: str | None, *dataclasses: type) -> OptionsParser:
         prog=prog,
         usage=f"{prog} [--config FILE] [options]",  # argparse's own names all of several hundred
         description=EXAMPLES[command],
-        formatter_class=_HelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
 
 

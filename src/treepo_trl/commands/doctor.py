@@ -21,11 +21,12 @@ from treepo_trl.fields import server_urls
 from treepo_trl.memory import GIB, NotPlannedError
 from treepo_trl.policy.servers.checks import ServerNeeds
 from treepo_trl.policy.servers.weights import AdapterVersions
+from treepo_trl.preflight import check_config, require_model
 from treepo_trl.quickstart import small_model
 from treepo_trl.quickstart.model import default_folder
 from treepo_trl.treepo_config import TreePOConfig
 
-from .arguments import CONFIG_HELP, PlanArguments, check_config, help_of, make_parser, require_model
+from .arguments import CONFIG_HELP, PlanArguments, help_of, make_parser
 from .errors import user_errors
 from .examples import EXAMPLES
 from .plan import no_share, plan_training
@@ -66,11 +67,12 @@ def main(argv: list[str]) -> None:
 
 def command_parser() -> argparse.ArgumentParser:
     """The options of `treepo-trl doctor`: its own, and those of the training that a recipe is for."""
-    parents = [make_parser("doctor", PlanArguments), _own_parser()]
+    parents = [make_parser("doctor", PlanArguments), help_parser()]
     return argparse.ArgumentParser("treepo-trl doctor", parents=parents, add_help=False, conflict_handler="resolve")
 
 
-def _own_parser() -> argparse.ArgumentParser:
+def help_parser() -> argparse.ArgumentParser:
+    """The options of `treepo-trl doctor` that `--help` shows: without those of a training, which recipes have."""
     parser = argparse.ArgumentParser(
         "treepo-trl doctor",
         description=f"{EXAMPLES['doctor']}\n{_DESCRIPTION}",
@@ -86,7 +88,7 @@ def _own_parser() -> argparse.ArgumentParser:
 
 def _parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of this command, and those of the training."""
-    parser = _own_parser()
+    parser = help_parser()
     if any(word in ("-h", "--help") for word in argv):
         parser.parse_args(argv)
     if "--config" in argv and not [word for word in argv[argv.index("--config") + 1 :][:1] if word[:2] != "--"]:

@@ -9,8 +9,9 @@ from trl import GRPOConfig, ModelConfig
 
 from treepo_trl.engines import SamplingOptions, SegmentEngine
 from treepo_trl.fields import Ranges, check_fields
+from treepo_trl.preflight import require_model
 
-from .arguments import help_of, require_model
+from .arguments import help_of
 
 
 if TYPE_CHECKING:

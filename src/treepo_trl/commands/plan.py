@@ -7,9 +7,10 @@ from transformers import AutoConfig
 from trl import ModelConfig
 
 from treepo_trl.memory import GIB, MemoryPlan, plan_memory
+from treepo_trl.preflight import require_model
 from treepo_trl.treepo_config import TreePOConfig
 
-from .arguments import OptionsParser, PlanArguments, make_parser, require_model
+from .arguments import OptionsParser, PlanArguments, make_parser
 from .errors import user_errors
 from .train_adapter import starting_adapter
 

@@ -10,14 +10,13 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict,
 from datasets.exceptions import DatasetGenerationError
 from jinja2 import TemplateError
 
+from treepo_trl.preflight import BUILDERS, check_data_file
+
 from .arguments import SampleArguments
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-_DATA_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 def load_prompts(arguments: SampleArguments) -> list[object]:
@@ -69,17 +68,10 @@ def load_named_dataset(
     Raises:
         ValueError: if a file is missing, empty, broken or of an unknown kind.
     """
+    check_data_file(name)
     path = Path(name)
-    if path.suffix in _DATA_BUILDERS and not path.is_file():
-        raise ValueError(f"`--dataset_name {name}` looks like a file, but there is none at {path.absolute()}.")
     if path.is_file():
-        builder = _DATA_BUILDERS.get(path.suffix)
-        if builder is None:
-            raise ValueError(
-                f"`--dataset_name {name}` ends in {path.suffix!r}; known are {', '.join(_DATA_BUILDERS)}."
-            )
-        if path.stat().st_size == 0:
-            raise ValueError(f"`--dataset_name {name}` is an empty file.")
+        builder = BUILDERS[path.suffix]
         try:
             return _splits(load_dataset(builder, data_files={file_split: name}, streaming=streaming))
         except DatasetGenerationError as error:

@@ -11,8 +11,7 @@ from treepo_trl.engines import SamplingOptions
 from treepo_trl.engines.server_connection import ServerConnection, ServerLostError, ServerRefusedError
 from treepo_trl.engines.vllm_server import VLLMServerEngine
 from treepo_trl.fields import server_urls
-
-from .arguments import require_model
+from treepo_trl.preflight import require_model
 
 
 if TYPE_CHECKING:

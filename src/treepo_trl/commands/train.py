@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,11 +12,13 @@ from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config,
 
 from treepo_trl.checkpoints import checkpoint_to_resume
 from treepo_trl.policy.starting_adapter import load_with_adapter
+from treepo_trl.preflight import check_import_path, require_model
+from treepo_trl.preflight.import_paths import could_not_load
 from treepo_trl.quickstart import TreeProgressCallback
 from treepo_trl.sampling import TreeSamplingConfig
 from treepo_trl.treepo_config import TreePOConfig
 
-from .arguments import TRL_REWARDS, OptionsParser, TreePOScriptArguments, make_parser, require_model
+from .arguments import TRL_REWARDS, OptionsParser, TreePOScriptArguments, make_parser
 from .errors import user_errors
 from .plan import no_share, plan_training, this_card
 from .prompts import load_named_dataset, take_split
@@ -235,18 +236,12 @@ def imported(option: str, path: str, separator: str) -> Callable[..., object]:
     Raises:
         ValueError: if there is none.
     """
+    check_import_path(option, path, separator)
     module_name, _, attribute = path.rpartition(separator)
-    if not module_name or not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise ValueError(f"`{option} {path}` is no import path. Give one such as `my_package.file{separator}name`.")
-    if os.getcwd() not in sys.path:  # as in TRL's script: a module beside the run is found
-        sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"`{option} {path}` could not be loaded: {error}. Check the path, and that {os.getcwd()} or the "
-            "installed packages hold it."
-        ) from error
+        raise ValueError(could_not_load(option, path, error)) from error
     if not callable(found):
         raise ValueError(f"`{option} {path}` is a {type(found).__name__}; give a function or class.")
     return found

@@ -9,9 +9,10 @@ from trl import ModelConfig
 
 from treepo_trl.policy.engine import policy_engine_for
 from treepo_trl.policy.starting_adapter import check_fits, read_adapter_config
+from treepo_trl.preflight import require_model
 from treepo_trl.treepo_config import TreePOConfig
 
-from .arguments import TreePOScriptArguments, require_model
+from .arguments import TreePOScriptArguments
 
 
 if TYPE_CHECKING:

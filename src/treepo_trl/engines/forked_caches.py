@@ -10,18 +10,15 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from transformers import DynamicCache, PreTrainedModel
 
+from treepo_trl.model_support import without_adapter
+
 from .base import SamplingOptions, SegmentRequest, SegmentResult
-from .own_model import OwnModelEngine, Row, compare_with_plain_forward
-
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from .own_model import OwnModelEngine, Row, compare_with_plain_forward, no_cache_argument
 
 
 @dataclass(eq=False)
@@ -66,8 +63,11 @@ class ForkedCacheEngine(OwnModelEngine):
         with_entropies: bool = False,
     ) -> None:
         super().__init__(model, eos_token_ids, options, with_entropies)
-        base = cast("PeftModel", model).get_base_model() if is_peft_model(model) else model
-        self._cache_argument, self._takes_positions = _arguments(cast(PreTrainedModel, base))
+        base = without_adapter(model)
+        arguments = inspect.signature(base.forward).parameters
+        if "logits_to_keep" not in arguments:
+            raise ValueError(no_cache_argument(base))
+        self._takes_positions = "position_ids" in arguments
         affordable = _affordable_bytes(model.device)
         self.max_batch_bytes = affordable if max_batch_bytes is None else max_batch_bytes
         self._states = _States(affordable if max_cached_bytes is None else max_cached_bytes)
@@ -258,18 +258,6 @@ def _joined(caches: list[DynamicCache]) -> DynamicCache:
 
 def _num_bytes(cache: DynamicCache) -> int:
     return sum(tensor.nbytes for layer in cache.layers for _, _, tensor in _tensors(layer))
-
-
-def _arguments(model: PreTrainedModel) -> tuple[str, bool]:
-    """What the model's forward calls its cache, and whether it takes positions."""
-    names = inspect.signature(model.forward).parameters
-    found = next((name for name in ("past_key_values", "cache_params") if name in names), None)
-    if found is None or "logits_to_keep" not in names:
-        raise ValueError(
-            f"The transformers engine cannot sample from {type(model).__name__}: its forward takes no cache as those "
-            "of transformers do. Set `use_vllm=True`."
-        )
-    return found, "position_ids" in names
 
 
 def _affordable_bytes(device: torch.device) -> int:

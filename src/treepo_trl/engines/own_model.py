@@ -1,11 +1,14 @@
 """What the engines over a model of this process share: what waits, its rows, the age of its weights, a comparison."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
+
+from treepo_trl.model_support import without_adapter
 
 from .base import SamplingOptions, SegmentEngine, SegmentEngineError, SegmentRequest, SegmentResult
 from .draw import TokenDraw
@@ -88,6 +91,7 @@ class OwnModelEngine(SegmentEngine):
         self._pending: list[SegmentRequest] = []
         self._weights_version = weights_version(model)
         self._has_compared = False
+        self._cache_argument = _cache_argument(model)
 
     @property
     def num_cached_tokens(self) -> int:
@@ -115,6 +119,31 @@ class OwnModelEngine(SegmentEngine):
         if self._weights_version != (version := weights_version(self.model)):
             self._weights_version = version
             self.reset_prefix_cache()
+
+
+def no_cache_argument(model: PreTrainedModel) -> str:
+    """What is said of a model whose forward does not have the arguments of those of transformers."""
+    return (
+        f"The transformers engine cannot sample from {type(model).__name__}: its forward takes no cache as those of "
+        "transformers do. Set `use_vllm=True`."
+    )
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    """
+    What the forward of a model calls its cache: `cache` since transformers 5.24.
+
+    Before, and in code that comes with a checkpoint, it is `past_key_values`, and `cache_params` of recurrent models.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    base = without_adapter(model)
+    arguments = inspect.signature(base.forward).parameters
+    found = next((name for name in ("cache", "past_key_values", "cache_params") if name in arguments), None)
+    if found is None:
+        raise ValueError(no_cache_argument(base))
+    return found
 
 
 def weights_version(model: torch.nn.Module) -> int:

@@ -8,22 +8,23 @@ prefix is computed once. Rows join and leave the running batch one by one, each 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
 
 import torch
-from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from treepo_trl.model_support import FULL_REACH, is_heterogeneous, layer_reaches, leaves_out_softcap, other_layers
+from treepo_trl.model_support import (
+    FULL_REACH,
+    is_heterogeneous,
+    layer_reaches,
+    leaves_out_softcap,
+    other_layers,
+    without_adapter,
+)
 
 from .base import SamplingOptions, SegmentRequest, SegmentResult
 from .own_model import OwnModelEngine, Row, compare_with_plain_forward
 from .row_states import ROW_ATTENTION, ROW_ATTENTION_WITHOUT_SOFTCAP, Block, BlockCache, SlotLayer
-
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 @dataclass(eq=False, kw_only=True)
@@ -259,9 +260,9 @@ class TransformersEngine(OwnModelEngine):
             input_ids=input_ids,
             position_ids=positions,
             attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-            past_key_values=Cache(layers=[*layers]),
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: Cache(layers=[*layers])},
             **self._without_router_logits,
         )
         return outputs.logits[:, -1].float() if logits else None
@@ -312,7 +313,7 @@ class TransformersEngine(OwnModelEngine):
 
 def why_no_slots(model: PreTrainedModel) -> str | None:
     """What a model has that [`TransformersEngine`] cannot keep in slots, such as "ALiBi biases"; `None` if nothing."""
-    base = cast(PreTrainedModel, cast("PeftModel", model).get_base_model() if is_peft_model(model) else model)
+    base = without_adapter(model)
     config = base.config.get_text_config()
     other = other_layers(config)
     if other is not None:

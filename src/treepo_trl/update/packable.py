@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from treepo_trl.model_support import (
@@ -22,6 +21,7 @@ from treepo_trl.model_support import (
     layer_reaches,
     leaves_out_softcap,
     other_layers,
+    without_adapter,
 )
 
 from .packed_forward import PackedForward
@@ -86,7 +86,7 @@ def packed_forward_for(
     """
     if args.tree_packing == "off":
         return None
-    base = _base_of(model)
+    base = without_adapter(model)
     reason = _why_not_packed(base, has_aux_loss)
     if reason is None:
         is_sharded = _is_sharded(accelerator)
@@ -105,7 +105,7 @@ def packed_forward_or_none(
     model: "PreTrainedModel | PeftModel", args: PackingSettings, accelerator: Accelerator, has_aux_loss: bool
 ) -> PackedForward | None:
     """[`packed_forward_for`]; with a warning where rows stay plain that could be wanted otherwise."""
-    _warn_of_softcap(_base_of(model).config.get_text_config())
+    _warn_of_softcap(without_adapter(model).config.get_text_config())
     packed = packed_forward_for(model, args, accelerator, has_aux_loss)
     if isinstance(packed, str):
         logger.warning(f"{packed} Training forwards plain rows, as GRPOTrainer does.")
@@ -121,11 +121,6 @@ def _warn_of_softcap(config: PreTrainedConfig) -> None:
             f"The model bounds its attention scores at {softcap}, which transformers leaves out with {attention!r} "
             "attention, so the policy is not the model that vLLM serves. Load it with `attn_implementation='eager'`."
         )
-
-
-def _base_of(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
-    """The model without its adapter's wrapper."""
-    return cast(PreTrainedModel, cast("PeftModel", model).get_base_model() if is_peft_model(model) else model)
 
 
 def _is_sharded(accelerator: Accelerator) -> bool:

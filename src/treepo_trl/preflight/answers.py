@@ -1,0 +1,71 @@
+"""What is told of a command line before its command is imported."""
+
+import argparse
+from collections.abc import Callable
+
+from .config_file import check_options, split_words
+from .data_files import check_data_file, columns_of, no_prompt_column
+from .import_paths import check_import_path
+from .models import check_hub, require_model
+from .option_table import as_parser, load_table, save_table, table_file
+
+
+_HUB_NAMES = ("model_name_or_path", "adapter_name_or_path", "dataset_name")
+_READ_DATA = ("train", "sample", "eval")
+_NEVER_OF_THE_HUB = ("-", "addition")  # standard input, and tasks that are made here
+Parsers = Callable[[], tuple[argparse.ArgumentParser, argparse.ArgumentParser]]
+
+
+def answer(command: str, argv: list[str], parsers: Parsers) -> None:
+    """
+    Print a command's help and exit, or say what is wrong with its options and files; returns if nothing is.
+
+    Args:
+        command (`str`):
+            Its name.
+        argv (`list[str]`):
+            What stands after the name.
+        parsers (`Callable`):
+            Makes the parser of its help and that of its options, once for each version: the next call finds them in
+            the cache.
+
+    Raises:
+        ValueError: for an option that the command does not have, a file that is missing or lacks its prompts, a model
+            that is neither here nor can be loaded.
+    """
+    file = table_file(command)
+    table = load_table(file)
+    if table is None:
+        help_parser, parser = parsers()
+        save_table(file, help_parser, parser)
+    else:
+        help_parser, parser = as_parser(table["help"]), as_parser(table["options"])
+    words = split_words(argv)
+    if any(word in ("-h", "--help") for word in words):
+        help_parser.print_help()
+        raise SystemExit(0)
+    parser.prog = f"treepo-trl {command}"
+    given = check_options(parser, words)
+    if command != "quickstart":  # its file of settings is its own
+        _check_names(command, given)
+
+
+def _check_names(command: str, given: dict[str, object]) -> None:
+    """Files, import paths and models that options name."""
+    data, model = given.get("dataset_name"), given.get("model_name_or_path")
+    if isinstance(data, str) and command in _READ_DATA:
+        check_data_file(data)
+        columns = columns_of(data) if command == "train" and not given.get("environment") else None
+        if columns is not None and "prompt" not in columns and not given.get("datasets"):
+            raise no_prompt_column(columns)
+    for option, separator in (("reward_funcs", "."), ("tools", ":"), ("environment", ":")):
+        value = given.get(option)
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, str) and separator in path:  # else a name of TRL, or told by what loads it
+                check_import_path(f"--{option}", path, separator)
+    if isinstance(model, str) and model:
+        require_model(model)
+    names = {name: value for name in _HUB_NAMES if isinstance(value := given.get(name), str) and value}
+    if command not in _READ_DATA or data in _NEVER_OF_THE_HUB or ":" in str(data):  # such as reasoning_gym:NAME
+        names.pop("dataset_name", None)
+    check_hub(names, is_refused=command != "doctor")  # where it is a finding

@@ -1,0 +1,194 @@
+"""What a command line is told before its command is imported."""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import huggingface_hub
+import pytest
+from datasets import Dataset
+from huggingface_hub import constants
+
+from treepo_trl.cli import main
+from treepo_trl.commands import COMMANDS
+from treepo_trl.preflight import answer
+from treepo_trl.preflight.data_files import columns_of
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test asks a real hub, and none changes what later tests ask."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: Session(None))
+
+
+class Session:
+    """The hub's client, with an answer or an error."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error, self.asked = error, 0
+
+    def head(self, url: str, timeout: float) -> None:
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+
+
+def asked(command: str, *argv: str) -> None:
+    """What `treepo-trl` asks before it imports the command."""
+
+    def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+        module = importlib.import_module(f"treepo_trl.commands.{COMMANDS[command][1]}")
+        parser = module.command_parser()
+        return getattr(module, "help_parser", lambda: parser)(), parser
+
+    answer(command, list(argv), parsers)
+
+
+def test_a_known_command_line_is_answered_without_libraries(tmp_path: Path) -> None:
+    """Twice in a new process each, as the first one makes the table."""
+    code = (
+        "import sys\nfrom treepo_trl.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as exit:\n    print(exit.code, file=sys.stderr)\n"
+        "print('loaded', sorted({'torch', 'trl', 'transformers', 'datasets'} & set(sys.modules)), file=sys.stderr)"
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    for arguments, said in (
+        (["train", "--help"], "usage: treepo-trl train"),
+        (["train", "--learnin_rate", "1"], "has no option --learnin_rate (did you mean --learning_rate?)"),
+        (["train", "--dataset_name", "no.jsonl"], "`--dataset_name no.jsonl` looks like a file, but there is none"),
+        (["train", "--config", "no.yaml"], "`--config no.yaml` cannot be read: No such file or directory."),
+    ):
+        command = [sys.executable, "-c", code, *arguments]
+        for _ in range(2):
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+        assert said in done.stdout + done.stderr
+        assert done.stderr.splitlines()[-1] == "loaded []"
+
+
+def test_a_mistyped_option_is_named_with_the_one_that_is_meant(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"`treepo-trl train` has no option --num_generation \(did you mean --num_gen"
+    ):
+        asked("train", "--num_generation", "4")
+    with pytest.raises(ValueError, match=r"`treepo-trl plan` does not know what 8 is for"):
+        asked("plan", "--card_gib", "24", "8")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("env:\n  A: b\nsegment_lenght: 32\nmax_steps: 3\n")
+    for command in ("train", "plan", "doctor"):
+        with pytest.raises(
+            ValueError, match=r"no options of `treepo-trl .*`: segment_lenght \(did you mean segment_le"
+        ):
+            asked(command, f"--config={recipe}")
+
+
+def test_a_right_command_line_is_told_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("env:\n  A: b\nsegment_length: 32\nreward_funcs: accuracy_reward\n")
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text('{"prompt": "1 + 1 ="}\n')
+    asked("train", "--config", str(recipe), "--dataset_name", str(tasks), "--model_name_or_path", str(tmp_path))
+    asked("view", "a run", "another", "--health")
+    asked("sample", "--model_name_or_path", "some/model", "--num_generations", "4")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "columns"),
+    [
+        ("a.jsonl", '{"question": "x"}\n\n{"answer": 2}\n', ["question", "answer"]),
+        ("b.csv", '"question","answer, exact"\n1,2\n', ["question", "answer, exact"]),
+        ("c.txt", "a line\n", ["text"]),
+        ("d.jsonl", "no JSON\n", None),
+        ("e.json", '[\n{"question": "x"}\n]\n', None),  # `datasets` reads it
+        ("f.json", '[{"question": "x"}]\n', None),
+    ],
+)
+def test_columns_of_a_file(name: str, text: str, columns: list[str] | None, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    assert columns_of(str(tmp_path / name)) == columns
+
+
+def test_a_training_needs_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "tasks.parquet"
+    Dataset.from_dict({"question": ["x"], "answer": ["y"]}).to_parquet(str(file))
+    with pytest.raises(ValueError, match=r"no column 'prompt', only question, answer"):
+        asked("train", "--dataset_name", str(file))
+    asked("train", "--dataset_name", str(file), "--environment", "json:JSONDecoder")  # which may give the prompts
+    asked("eval", "--dataset_name", str(file))  # which names its columns by options
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--reward_funcs", "no_such_file.reward"),
+        ("--tools", "no_such_file:tool"),
+        ("--environment", "no_such_file.sub:Class"),
+    ],
+)
+def test_code_that_is_not_there(option: str, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"`{option} {value}` could not be loaded: No module named 'no_such_file'"):
+        asked("train", option, value)
+
+
+def test_code_is_looked_for_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "loud_reward.py").write_text("raise RuntimeError('it ran')")
+    asked("train", "--reward_funcs", "loud_reward.reward", "accuracy_reward")
+
+
+UNREACHABLE = httpx.ConnectError("Name or service not known")
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "sample", "eval"])
+def test_a_model_that_cannot_be_reached_is_told_at_once(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(UNREACHABLE)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: session)
+    with pytest.raises(
+        ValueError, match=r"`--model_name_or_path no/model` is no folder here .*Name or service not kn"
+    ):
+        asked(command, "--model_name_or_path", "no/model")
+    assert session.asked == 1
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"`HF_HUB_OFFLINE` is set"):
+        asked(command, "--model_name_or_path", "no/model")
+    assert session.asked == 1
+
+
+def test_a_model_of_the_cache_is_taken_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = Session(UNREACHABLE)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: session)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--a--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text(json.dumps({}))
+    for _ in range(2):
+        asked("plan", "--model_name_or_path", "a/model")
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert capsys.readouterr().err.count("models and data come from its cache") == 1
+    assert session.asked == 1
+
+
+def test_a_folder_asks_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(UNREACHABLE)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: session)
+    asked("plan", "--model_name_or_path", str(tmp_path), "--dataset_name", "of/the-hub")  # which `plan` does not read
+    asked("eval", "--model_name_or_path", str(tmp_path), "--dataset_name", "reasoning_gym:chain_sum")
+    asked("doctor", "--model_name_or_path", str(tmp_path))
+    assert session.asked == 0
+
+
+def test_an_answer_is_one_line_on_the_command_line() -> None:
+    with pytest.raises(SystemExit, match=r"^treepo-trl: error: `treepo-trl plan` has no option --crad_gib \(did you"):
+        main(["plan", "--crad_gib", "24"])
