@@ -1,7 +1,10 @@
 """Fine-tune reasoning models with segment trees: a `GRPOTrainer` whose completions share their prefixes."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING
+
+from .preflight.versions import warn_of_versions
 
 
 __version__ = "0.1.0"
@@ -20,6 +23,11 @@ if TYPE_CHECKING:
     from .sampling import SegmentTree, TreeSampler, TreeSamplingConfig
     from .treepo_config import TreePOConfig
     from .treepo_trainer import TreePOTrainer
+
+
+# Kernels of the hub are code of others, downloaded while a model loads: only for whoever asks for them.
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
+warn_of_versions()
 
 
 def __getattr__(name: str) -> object:

@@ -142,6 +142,8 @@ class TreePOTrainer(GRPOTrainer):
         check_tools(self)
         if args.fp16:
             keep_master_weights(self.model)
+        if self.accelerator.device.type == "cpu":
+            args.dataloader_pin_memory = False  # there is nothing to pin it for, and torch would say so
         self._reward_watch = RewardWatch(self)
         self._evaluation_metrics = EvaluationMetrics(self)
         self.policy_engine.connect(self)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.fake_vllm import VLLM_VERSION
 from tests.support.models import make_tokenizer
 from tests.support.policy_fake import LORA, PolicyFake
 from treepo_trl.commands.engine import EngineArguments, build_engine, use_adapter
@@ -91,7 +92,9 @@ def test_a_server_with_the_weights_of_a_training_is_refused(tiny_model_dir: str)
 def test_the_doctor_names_server_and_flag() -> None:
     needs = ServerNeeds("/models/base", make_tokenizer(), num_adapters=2, adapter_rank=4)
     with PolicyFake() as other, PolicyFake() as server:
-        assert "2 servers of vLLM 0.31.0 in float32: 16 requests" in check_servers([other.url, server.url], needs)
+        assert f"2 servers of vLLM {VLLM_VERSION} in float32: 16 requests" in check_servers(
+            [other.url, server.url], needs
+        )
     with pytest.raises(BrokenError, match=f"No vLLM server answers at {server.url}"):
         check_servers([server.url], needs)
     with PolicyFake({}) as server, pytest.raises(BrokenError, match="serves no adapters") as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.fake_vllm import FakeVLLM, scripted, until
+from tests.support.fake_vllm import VLLM_VERSION, FakeVLLM, scripted, until
 from treepo_trl.engines import SegmentRequest
 from treepo_trl.engines.server_connection import GENERATE, ServerConnection, ServerLostError, ServerRefusedError
 from treepo_trl.engines.server_facts import ServedModel, ServerFacts
@@ -69,7 +69,7 @@ def test_facts_and_models(server: FakeVLLM) -> None:
     connection = ServerConnection(server.url + "/")
     assert connection.models() == [ServedModel("base", "/models/base", None, 4096)]
     assert connection.facts() == ServerFacts(
-        version="0.31.0",
+        version=VLLM_VERSION,
         model="/models/base",
         model_name="first",
         tokenizer="/models/base",

@@ -20,6 +20,11 @@ from tests.support.fakes import EOS, FakeEngine, MarkovEngine, memoryless
 from treepo_trl.engines import SegmentRequest, SegmentResult
 from treepo_trl.engines.server_connection import ServerConnection
 from treepo_trl.engines.vllm_server import VLLMServerEngine
+from treepo_trl.policy.servers.checks import installed_vllm
+
+
+VLLM_VERSION = installed_vllm() or "0.31.0"
+"""What a fake server says it is: servers must be of the version that is installed."""
 
 
 # What happens to a request: a proper answer, one that comes late, a status, no answer, a closed connection, all
@@ -204,7 +209,7 @@ class FakeVLLM:
             self.num_health += 1
             return web.Response(status=self.health)
         if path == "/version":
-            return web.json_response({"version": "0.31.0"})
+            return web.json_response({"version": VLLM_VERSION})
         if path == "/v1/models":
             length = self._config()["model_config"]["max_model_len"]
             base = {"id": "base", "root": "/models/base", "parent": None, "max_model_len": length}

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,8 @@ def why_not_trained(family: Family) -> str | None:
         add_fused_lm_head(model, outputs=("log_probs", "entropy"))
         plain(model, *trees(1))
     except AttributeError as error:
-        return f"TRL's loss cannot read the output of {type(model).__name__} ({error})"
+        without_class = re.sub(r"^'\w+' object", "it", str(error))  # whose name differs between versions
+        return f"TRL's loss cannot read the output of {type(model).__name__} ({without_class})"
     return None
 
 

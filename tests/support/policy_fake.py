@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from aiohttp import web
 
-from tests.support.fake_vllm import FakeVLLM
+from tests.support.fake_vllm import VLLM_VERSION, FakeVLLM
 from tests.support.models import make_tokenizer
 from treepo_trl.engines import SegmentRequest
 from treepo_trl.engines.vllm_server import VLLMServerEngine
@@ -46,7 +46,7 @@ class PolicyFake(FakeVLLM):
     def __init__(self, changes: Any = LORA) -> None:
         self.adapters: dict[str, str] = {}
         self.offset = 0.0
-        self.version = "0.31.0"
+        self.version = VLLM_VERSION
         self.loads_adapters = True
         self.can_load = True
         self.tokenizer = make_tokenizer()

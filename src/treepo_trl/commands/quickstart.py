@@ -24,9 +24,10 @@ from treepo_trl.quickstart import (
     addition_tasks,
     answer_reward,
     last_number,
+    lines_above_the_bar,
     small_model,
 )
-from treepo_trl.quickstart.model import default_folder
+from treepo_trl.quickstart.model import default_folder, without_loading_bars
 from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.treepo_trainer import TreePOTrainer
 
@@ -106,11 +107,13 @@ def run(
     assert training_args.generation_batch_size is not None, "set in __post_init__"
     num_train = training_args.max_steps * training_args.generation_batch_size // training_args.num_generations
     train_dataset, held_out = addition_tasks(num_train, own.num_held_out, training_args.seed)
-    trainer = _trainer(own, training_args, model_args, model_path, train_dataset)
+    with without_loading_bars():
+        trainer = _trainer(own, training_args, model_args, model_path, train_dataset)
     before = _accuracy(trainer, held_out)
     print(f"accuracy on {len(held_out)} held-out tasks before training: {before:.1%}")
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    with lines_above_the_bar():
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     seconds = time.perf_counter() - started
     after = _accuracy(trainer, held_out)
     trainer.save_model(training_args.output_dir)

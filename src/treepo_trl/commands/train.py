@@ -14,7 +14,7 @@ from treepo_trl.checkpoints import checkpoint_to_resume
 from treepo_trl.policy.starting_adapter import load_with_adapter
 from treepo_trl.preflight import check_import_path, require_model
 from treepo_trl.preflight.import_paths import could_not_load
-from treepo_trl.quickstart import TreeProgressCallback
+from treepo_trl.quickstart import TreeProgressCallback, lines_above_the_bar
 from treepo_trl.sampling import TreeSamplingConfig
 from treepo_trl.treepo_config import TreePOConfig
 
@@ -73,7 +73,8 @@ def train(
         )
     if trainer.pop_callback(ProgressCallback) is not None:  # not there with `disable_tqdm` and in notebooks
         trainer.add_callback(TreeProgressCallback)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with lines_above_the_bar():
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.save_state()  # the logs, for `treepo-trl view --health`
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")

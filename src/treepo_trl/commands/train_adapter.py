@@ -7,7 +7,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from trl import ModelConfig
 
-from treepo_trl.policy.engine import policy_engine_for
 from treepo_trl.policy.starting_adapter import check_fits, read_adapter_config
 from treepo_trl.preflight import require_model
 from treepo_trl.treepo_config import TreePOConfig
@@ -78,6 +77,8 @@ def check_starting_adapter(
     Raises:
         ValueError: naming layers and the adapter's base, or the setting.
     """
+    from treepo_trl.policy.engine import policy_engine_for  # with vLLM behind it
+
     base = require_model(model_args.model_name_or_path)
     policy_engine_for(training_args, base, peft_config)
     trust = bool(training_args.trust_remote_code)

@@ -15,8 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from treepo_trl import __version__
-
 
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Options with their defaults, below examples as they are written."""
@@ -27,7 +25,7 @@ _FORMATTERS = {
 }
 _KINDS = {"_HelpAction": "help", "_StoreTrueAction": "store_true", "_StoreFalseAction": "store_false"}
 _TYPES = {"int": int, "float": float}
-_STANDS_ON = ("trl", "transformers", "accelerate")  # whose dataclasses and parser have the options
+_STANDS_ON = ("treepo-trl", "trl", "transformers", "accelerate")  # whose dataclasses and parser have the options
 
 
 def cache_folder() -> Path:
@@ -88,7 +86,7 @@ def table_file(command: str) -> Path:
     """Where a command's options are kept: another file for other versions, and after a change of this package."""
     package = Path(__file__).parents[1]
     sources = sorted((str(path), path.stat().st_mtime_ns) for path in package.rglob("*.py"))
-    versions = [sys.version, __version__, *map(_version, _STANDS_ON)]
+    versions = [sys.version, *map(_version, _STANDS_ON)]
     key = hashlib.sha256(repr((versions, sources)).encode()).hexdigest()[:16]
     return cache_folder() / "options" / f"{command}-{key}.json"
 

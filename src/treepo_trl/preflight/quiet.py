@@ -1,6 +1,7 @@
 """Lines of other packages that a user can do nothing about, kept from the terminal of a command."""
 
 import logging
+import warnings
 
 
 _NOISE = {
@@ -16,6 +17,8 @@ _NOISE = {
 
 def quiet_terminal() -> None:
     """Leave out these lines, and no others of the same packages."""
+    # TRL's default sets it by its older name.
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     for name, text in _NOISE.items():
         logging.getLogger(name).addFilter(_Without(text))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .accuracy import AnswerAccuracy, greedy_completions
     from .model import small_model
-    from .progress import TreeProgressCallback
+    from .progress import TreeProgressCallback, lines_above_the_bar
     from .tasks import NUM_HELD_OUT, addition_tasks, answer_reward, last_number
 
 
@@ -23,6 +23,7 @@ __all__ = [
     "answer_reward",
     "greedy_completions",
     "last_number",
+    "lines_above_the_bar",
     "small_model",
 ]
 
@@ -34,6 +35,7 @@ _MODULES = {
     "answer_reward": "tasks",
     "greedy_completions": "accuracy",
     "last_number": "tasks",
+    "lines_above_the_bar": "progress",
     "small_model": "model",
 }
 

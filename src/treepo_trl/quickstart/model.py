@@ -2,7 +2,10 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 
 from treepo_trl.preflight.option_table import cache_folder
@@ -40,11 +43,26 @@ def small_model(folder: str | Path) -> str:
     if folder.exists():
         raise FileExistsError(f"{folder} exists and holds no model. Remove it, or name another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:  # an interrupted run leaves no half model
-        target = Path(scratch) / "model"
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, without_loading_bars():
+        target = Path(scratch) / "model"  # so that an interrupted run leaves no half model
         _write(spec.submodule_search_locations[0], target)
         shutil.move(target, folder)
     return str(folder)
+
+
+@contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """Leave out the bars of transformers, which are for models that take longer to load than this one."""
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+    was_enabled = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        with redirect_stderr(StringIO()):  # the reader of GGUF files has a bar of its own
+            yield
+    finally:
+        if was_enabled:
+            enable_progress_bar()
 
 
 def _write(source: str, target: Path) -> None:

@@ -1,7 +1,10 @@
 """A progress bar with one readable line per logged step."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 
@@ -21,6 +24,18 @@ class TreeProgressCallback(ProgressCallback):
             return
         if "reward" in logs or "eval_reward" in logs:
             self.training_bar.write(step_line(logs, state.global_step, state.max_steps))
+
+
+@contextmanager
+def lines_above_the_bar() -> Iterator[None]:
+    """Write what is logged, and Python's warnings, above the bar instead of into its line."""
+    has_handlers = [each for each in map(logging.getLogger, logging.root.manager.loggerDict) if each.handlers]
+    logging.captureWarnings(True)
+    try:
+        with logging_redirect_tqdm([logging.root, *has_handlers]):
+            yield
+    finally:
+        logging.captureWarnings(False)
 
 
 def step_line(logs: Mapping[str, float], step: int, max_steps: int) -> str:
