@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from tests.support.distributed import SCRIPT
+from tests.support.models import make_model
 from tests.support.processes import run_in_two_processes
 from tests.support.trainers import (
     RecordingTrainer,
@@ -27,6 +28,7 @@ from tests.support.trainers import (
     reward_by_kind,
     train,
 )
+from treepo_trl import TreePOTrainer
 
 
 def saved_state(checkpoint: Path) -> dict[str, Any]:
@@ -258,3 +260,30 @@ def test_training_twice_starts_again(tmp_path: Path, tiny_model_dir: str, num_it
     trainer.train()
     assert trainer.sampled[len(first) :] == first
     assert [told["seed"] for told in trainer.told][len(seeds) :] == seeds
+
+
+def test_a_resume_after_an_error_is_that_of_a_new_trainer(tmp_path: Path) -> None:
+    """The third batch's rewards are asked for in the middle of an accumulation window; they fail once."""
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "steps_per_generation": 4}
+    settings |= {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "use_adaptive_entropy": True}
+
+    def run(name: str, fails: bool) -> Any:
+        calls = 0
+
+        def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+            nonlocal calls
+            calls += 1
+            if fails and calls == 3:
+                raise OSError("once")
+            return parity_reward(completion_ids)
+
+        trainer = build(TreePOTrainer, make_model(), make_config(tmp_path / name, **settings), reward_funcs=reward)
+        if fails:
+            with pytest.raises(OSError, match="once"):
+                trainer.train()
+        trainer.train(resume_from_checkpoint=fails)
+        return trainer
+
+    whole, again = run("whole", fails=False), run("again", fails=True)
+    assert list(map(without_times, again.state.log_history)) == list(map(without_times, whole.state.log_history))
+    assert_same_parameters(parameters_of(again), parameters_of(whole), tolerance=0.0)

@@ -18,7 +18,10 @@ from treepo_trl.doctor.findings import BrokenError, CannotRunError, Finding
 from treepo_trl.doctor.needs import Needs, everything
 
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a card")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a card"),
+    pytest.mark.needs_vllm,
+]
 
 RECIPES = ROOT / "examples/cli_configs"
 QUICKSTART = ROOT / "src/treepo_trl/quickstart/recipe.yaml"

@@ -19,7 +19,10 @@ from treepo_trl.doctor.target_modules import with_modules_of_model
 from treepo_trl.doctor.training import SmallTraining
 
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a card")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a card"),
+    pytest.mark.needs_vllm,
+]
 
 SETTING = "Change the setting that it names."
 

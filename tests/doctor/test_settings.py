@@ -15,7 +15,10 @@ from treepo_trl.doctor.child import kernel_names
 from treepo_trl.doctor.findings import BrokenError, CannotRunError
 
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a card")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a card"),
+    pytest.mark.needs_vllm,
+]
 
 LORA = {"use_vllm": True, "use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "bf16": False}
 

@@ -22,7 +22,10 @@ from treepo_trl.doctor.processes import run_group
 from treepo_trl.doctor.training import SmallTraining, compared_memory
 
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a card")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a card"),
+    pytest.mark.needs_vllm,
+]
 
 
 @pytest.fixture(scope="module")

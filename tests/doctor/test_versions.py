@@ -12,6 +12,8 @@ from treepo_trl.doctor.needs import everything
 from treepo_trl.doctor.versions import check_versions, vllm_window
 
 
+pytestmark = pytest.mark.needs_vllm
+
 ALL = everything("any").packages
 
 

@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Iterator
 from importlib.metadata import distribution, packages_distributions
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -50,6 +51,7 @@ def imported_on_loading(body: list[ast.stmt]) -> Iterator[str]:
             yield from imported_on_loading([*node.body, *node.orelse])
 
 
+@pytest.mark.needs_vllm
 def test_imports_on_loading_come_with_the_package() -> None:
     brought, owners = required([Requirement(line) for line in PROJECT["dependencies"]]), packages_distributions()
     for file in (ROOT / "src/treepo_trl").rglob("*.py"):

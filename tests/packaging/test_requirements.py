@@ -10,6 +10,8 @@ from packaging.requirements import Requirement
 from tests.support.paths import ROOT
 
 
+pytestmark = pytest.mark.needs_vllm
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 WITH_VLLM = {"vllm", "vllm-quantization"}

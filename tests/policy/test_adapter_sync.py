@@ -105,6 +105,7 @@ def test_an_adapter_is_tried_at_construction_and_the_engine_sleeps_as_before(
     assert generation._llm_weights_sleeping is sleeps
 
 
+@pytest.mark.needs_vllm
 @pytest.mark.parametrize(
     ("shares", "expected"),
     [

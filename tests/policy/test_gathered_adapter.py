@@ -90,6 +90,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.needs_vllm
 def test_an_engine_gets_the_whole_adapter_of_a_policy_in_parts(tmp_path: Path) -> None:
     for rank in run_in_two_processes(SCRIPT, tmp_path, str(tmp_path)):
         for found in rank.values():

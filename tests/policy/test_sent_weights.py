@@ -23,7 +23,7 @@ from treepo_trl.policy.servers.sent_weights import SentWeights, TransferError, _
 
 
 free_port = sent_weights._free_port  # the tests below replace it
-pytestmark = pytest.mark.usefixtures("lost_servers_are_asked_often")
+pytestmark = [pytest.mark.usefixtures("lost_servers_are_asked_often"), pytest.mark.needs_vllm]
 WEIGHTS = [("a", torch.arange(6.0)), ("b", torch.ones(2, 3)), ("c", torch.zeros(8, dtype=torch.bfloat16))]
 PAUSED, ENDED = ["/pause", "/start_weight_update"], ["/finish_weight_update", "/update_weight_version", "/resume"]
 

@@ -21,6 +21,7 @@ def changed(section: str, **values: Any) -> dict[str, Any]:
     return {**LORA, section: {**LORA.get(section, {}), **values}}
 
 
+@pytest.mark.needs_vllm
 @pytest.mark.parametrize(
     ("changes", "attributes", "message"),
     [
@@ -240,6 +241,7 @@ def test_a_server_that_comes_back_gets_the_current_version(tmp_path: Path) -> No
         assert list(fakes[1].adapters) == ["treepo-run-1", "treepo-run-2"]
 
 
+@pytest.mark.needs_vllm
 def test_a_server_that_comes_back_as_another_one_is_refused(tmp_path: Path) -> None:
     with ExitStack() as stack:
         servers, (fake,) = opened(stack, tmp_path)

@@ -91,6 +91,7 @@ WRONG: list[tuple[Callable[[PolicyFake], None], str]] = [
 ]
 
 
+@pytest.mark.needs_vllm
 @pytest.mark.parametrize("position", [0, 1])
 @pytest.mark.parametrize(("change", "reason"), WRONG, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_server_that_was_started_wrongly_is_kept_out(
@@ -133,6 +134,7 @@ def test_a_server_that_was_admitted_wrongly_for_another_engine_is_kept_out(stack
     assert fakes[1].served == {"treepo-run-0"}
 
 
+@pytest.mark.needs_vllm
 def test_without_another_server_the_reasons_are_told(stack: ExitStack, tmp_path: Path) -> None:
     servers, fakes = opened(stack, tmp_path, 2)
     give(servers, 0)

@@ -93,6 +93,43 @@ def test_paths_that_have_ended_take_their_share_of_the_width_with_them() -> None
     assert {len(tree.leaves) for tree in trees} == {4}
 
 
+@given(st.floats(0, 12), st.integers(2, 9), st.integers())
+def test_a_prompt_has_two_children_at_least(width: float, num_generations: int, seed: int) -> None:
+    """However narrow its tree may begin: the advantage of a first segment is what sets it apart from its siblings."""
+    config = TreeSamplingConfig(
+        num_generations=num_generations,
+        max_completion_length=4,
+        segment_length=2,
+        branch_schedule="sqrt",
+        fallback_policy="none",
+        stop_repetition=False,
+    )
+    (tree,) = TreeSampler(MarkovEngine(1, 0), config, [EOS]).sample([[9]], seed, widths=[width, 9.0])
+    number = min(max(width, 2), num_generations)
+    assert math.floor(number) <= len(tree.root_children) <= math.ceil(number)
+
+
+def test_widths_and_their_noise_by_hand() -> None:
+    """
+    Half of the weight ends with the first segment of 4 tokens; the others have another 4, so S = 4 and 8 tokens.
+
+    The same variance v = 1 at both depths, at c = 4 and 0.5 * 4 tokens of all paths.
+    """
+    resolved, tokens, alive = [1.0, 1.0], [4.0, 2.0], [1.0, 0.5]
+    # n ~ sqrt(v S / c) = sqrt(4 / 4), sqrt(8 / 2) = 1, 2; a tree of n, 2n has n / 2 + 2n / 2 leaves.
+    assert best_widths(resolved, tokens, alive, 6) == pytest.approx([4, 8])
+    # Noise and price of one path everywhere: 4 + 8 and 4 + 2.
+    assert predicted_noise([4, 8], resolved, tokens, alive) == pytest.approx(
+        (4 / 4 + 8 / 8) * (4 * 4 + 2 * 8) / (12 * 6)
+    )
+    # A width is a mean, so it counts with its fraction.
+    assert predicted_noise([1.5, 2.5], resolved, tokens, alive) == pytest.approx(
+        (4 / 1.5 + 8 / 2.5) * (4 * 1.5 + 2 * 2.5) / (12 * 6)
+    )
+    # Below one there is one path all the same: neither more noise nor fewer tokens than of one.
+    assert predicted_noise([0.25, 2], resolved, tokens, alive) == pytest.approx((4 + 8 / 2) * (4 + 2 * 2) / (12 * 6))
+
+
 def test_one_width_everywhere_is_as_noisy_as_independent_completions() -> None:
     assert predicted_noise([16] * 3, [0.2, 0.1, 0.4], [8, 6, 2], [1, 0.8, 0.3]) == pytest.approx(1)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
+from accelerate.utils.other import is_compiled_module
 from peft import LoraConfig
 
 from tests.support.fakes import EOS, FakeEngine, memoryless
@@ -18,6 +19,7 @@ from tests.support.trainers import (
     build,
     logs_of,
     make_config,
+    parameters_of,
     parity_reward,
     plain_prompts,
     trained,
@@ -148,3 +150,21 @@ def test_segments_below_a_block_of_the_engines_cache_are_warned_about(
     config = TreeSamplingConfig(num_generations=4, max_completion_length=20, segment_length=4, stop_repetition=False)
     _warn_of_short_segments(TreeSampler(FakeEngine(memoryless(0.0), block_size=block_size), config, [EOS]))
     assert ("shorter than a block of the engine's cache" in caplog.text) == is_told
+
+
+def test_a_compiled_model_is_not_sampled_with(tmp_path: Path) -> None:
+    """Each number of rows and tokens would be compiled anew: minutes for a step."""
+    sampled_with: list[bool] = []
+    config = make_config(tmp_path, torch_compile=True, torch_compile_backend="eager", max_steps=2)
+    trainer = build(TreePOTrainer, make_model(), config)
+    sample = trainer.sampler.sample
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        sampled_with.append(is_compiled_module(trainer.policy_engine.engine.model))
+        return sample(*args, **kwargs)
+
+    trainer.sampler.sample = watched
+    trainer.train()
+    assert is_compiled_module(trainer.model_wrapped)
+    assert sampled_with == [False, False]
+    assert all(torch.isfinite(parameter).all() for parameter in parameters_of(trainer).values())

@@ -168,6 +168,7 @@ class ResumePoint(TrainerCallback):
         trainer = self._trainer
         trainer._step, trainer._buffered_inputs = 0, None
         trainer._last_loaded_step = -1  # what vLLM holds may be of another training
+        _forget_window(trainer)
         self._resumed_at = 0
         output_dir = str(trainer.args.output_dir)
         if folder is None:
@@ -249,6 +250,14 @@ class ResumePoint(TrainerCallback):
             f"{folder} was written in the middle of a generation batch, and {reason}. The rest of that batch is left "
             "out and a new one is sampled: this is not the curve of a training that was not interrupted."
         )
+
+
+def _forget_window(trainer: "GRPOTrainer") -> None:
+    """Drop what TRL has collected for the next log: an error leaves that of the accumulation window it came in."""
+    for metrics in trainer._metrics.values():
+        metrics.clear()
+    trainer._entropy_window_stats = None
+    trainer._current_train_step_time = 0.0
 
 
 def _own_values(state: TrainerState) -> dict[str, object]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, cast
 
 from trl import TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
@@ -14,7 +14,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 from treepo_trl.engines import SamplingOptions
 from treepo_trl.fields import Ranges, check_fields, check_text
 from treepo_trl.preflight.config_file import check_options, config_of, split_words
-from treepo_trl.preflight.option_table import DefaultsFormatter
+from treepo_trl.preflight.option_table import DefaultsFormatter, OneLineParser
 
 from .examples import EXAMPLES
 
@@ -188,7 +188,7 @@ _DESCRIBED_BY: dict[str, type] = dict.fromkeys(SamplingOptions.__dataclass_field
 _DESCRIBED_BY["chat_template_kwargs"] = SampleArguments
 
 
-class OptionsParser(TrlParser):
+class OptionsParser(OneLineParser, TrlParser):
     """TRL's parser of options and of the file of `--config`, whose errors are one line."""
 
     def __init__(self, dataclass_types: Any = None, **kwargs: Any) -> None:  # parameters as in TRL
@@ -224,10 +224,6 @@ class OptionsParser(TrlParser):
             )
         except AttributeError as error:  # transformers takes the types of some values for granted
             raise TypeError(f"{error.obj!r} is of a wrong type for its setting: {error}.") from error
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with the message alone: the usage is several hundred lines, and `--help` has it."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def options_parser(command: str | None, *dataclasses: type) -> OptionsParser:

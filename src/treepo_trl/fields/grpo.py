@@ -49,6 +49,18 @@ _BOUNDS = frozenset(
 """Numbers of GRPOConfig that may be infinite: that is no bound."""
 
 
+CHOICES: dict[str, tuple[object, ...]] = {
+    "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "scale_rewards": ("group", "batch", "none", True, False),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    "vllm_mode": ("colocate", "server"),
+    "vllm_model_impl": ("vllm", "transformers"),
+}
+"""Values that GRPOTrainer knows. Another one ends its training in the first step, after the sampling."""
+
+
 def check_grpo_fields(settings: GRPOConfig, but: Collection[str]) -> None:
     """
     Raise for a value of GRPOConfig's own fields that is no finite number, boolean or JSON where they have one.
@@ -63,6 +75,9 @@ def check_grpo_fields(settings: GRPOConfig, but: Collection[str]) -> None:
         value = getattr(settings, name)
         if value is None or name in but:
             continue
+        if name in CHOICES and value not in CHOICES[name]:
+            known = ", ".join(map(repr, CHOICES[name]))
+            raise ValueError(f"`{name}` is {value!r}; it must be one of {known}.")
         if list[float] in options:
             for i, each in enumerate(_as_list(name, value)):
                 check_number(f"{name}[{i}]", each)

@@ -131,7 +131,7 @@ class TransformersPolicy(PolicyEngine):
         self._trainer = trainer
         check_own_forward(trainer.accelerator, self.args.ds3_gather_for_generation)
         self.engine = engine_for_model(
-            trainer.accelerator.unwrap_model(trainer.model),
+            trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False),
             trainer.eos_token_ids,
             self.args.sampling_options(),
             with_entropies=self.args.branching_policy == "entropy",
@@ -151,7 +151,8 @@ class TransformersPolicy(PolicyEngine):
             ) as model,
             trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
         ):
-            self.engine.model = cast(PreTrainedModel, model)
+            # `torch_compile` would compile anew for each number of rows and tokens.
+            self.engine.model = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
             model.eval()  # dropout off, as in vLLM
             try:
                 yield
@@ -211,7 +212,8 @@ class VLLMPolicy(PolicyEngine):
         self._watch = self._engine_watch(trainer)
 
     def _engine_watch(self, trainer: GRPOTrainer) -> EngineWatch:
-        llm, policy = self._generation.llm, trainer.accelerator.unwrap_model(trainer.model)
+        llm = self._generation.llm
+        policy = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
 
         def facts() -> list[str]:
             theirs = cast(PreTrainedTokenizerBase, llm.get_tokenizer())
@@ -269,7 +271,7 @@ class VLLMPolicy(PolicyEngine):
                 # An engine of its own: the trainer's draws as the settings say, and counts tokens.
                 return segments_of(VLLMEngine(generation.llm, [], lora_request=generation.llm.lora_request), prompts)
 
-        policy = cast("PeftModel", self._trainer.accelerator.unwrap_model(self._trainer.model))
+        policy = self._trainer.accelerator.unwrap_model(self._trainer.model, keep_torch_compile=False)
         wanted = probe_prompts(prompts, self.engine.context_length, self.engine.block_size)
         found = probe_adapter(policy, generation.sync_weights, sample, wanted, bound=self._watch.bound)
         self._watch.probed(found)

@@ -13,11 +13,19 @@ import tempfile
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Options with their defaults, below examples as they are written."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line: the usage is several hundred, and `--help` has it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with the message alone."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 _FORMATTERS = {
@@ -60,7 +68,7 @@ def _action_as_data(action: argparse.Action) -> dict[str, Any]:
 
 def as_parser(data: dict[str, Any]) -> argparse.ArgumentParser:
     """The parser of `as_data`: the same help, the same options."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         data["prog"],
         data["usage"],
         data["description"],
