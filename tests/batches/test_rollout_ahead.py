@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from tests.support.distributed import SCRIPT
 from tests.support.fakes import FakeEngine, memoryless
@@ -52,14 +53,14 @@ def trainer_with(
     versions: list[int] = []
     reward = changes.pop("reward", parity_reward)
     data, evaluated = changes.pop("data", plain_prompts()), changes.pop("eval_dataset", None)
-    ahead = changes.pop("rollout_ahead", 1)
+    ahead, cls = changes.pop("rollout_ahead", 1), changes.pop("cls", RecordingTrainer)
     use_fake_policy(
         monkeypatch,
         partial(FakePolicy, synchronize=lambda trainer: versions.append(trainer.state.global_step), engine=engine),
     )
     config = make_config(folder, **{"max_steps": 4, **changes})
     config.rollout_ahead = ahead  # behind the check for servers: this engine shares nothing with the update
-    trainer = build(RecordingTrainer, model, config, reward_funcs=reward, train_dataset=data, eval_dataset=evaluated)
+    trainer = build(cls, model, config, reward_funcs=reward, train_dataset=data, eval_dataset=evaluated)
     trainer.versions = versions
     return trainer
 
@@ -118,6 +119,46 @@ def test_only_the_time_of_sampling_changes(
     assert_same_run(*runs, parameter_tolerance=0.0)
     assert runs[0].sampled == runs[1].sampled
     assert runs[0].versions != runs[1].versions
+
+
+class TwiceTrainer(RecordingTrainer):
+    """Samples each batch once more, and trains on the second trees."""
+
+    def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
+        super()._generate_single_turn(*args, **options)
+        return super()._generate_single_turn(*args, **options)
+
+
+def test_a_batch_that_is_sampled_once_more_is_not_the_one_ahead(
+    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next batch stays where it is: the same run as without."""
+    runs = []
+    for ahead in (0, 1):
+        settings = {"rollout_ahead": ahead, "branch_schedule": "early", "cls": TwiceTrainer}
+        runs.append(trainer_with(tmp_path / str(ahead), tiny_model_dir, monkeypatch, **settings))
+        runs[-1].train()
+    assert_same_run(*runs, parameter_tolerance=0.0)
+    assert steps_of(runs[0]) == ["0", "0", "1", "1", "2", "2", "3", "3"]
+    assert steps_of(runs[1]) == ["0", "1", "0", "2", "1", "3", "2", "3"]
+
+
+def test_an_epoch_that_is_left_takes_its_next_batch_with_it(
+    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three batches an epoch. The third of the first is sampled ahead and never used: others come in its place."""
+
+    class Leave(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_epoch_stop = state.global_step == 2
+
+    trainer = trainer_with(tmp_path, tiny_model_dir, monkeypatch, data=plain_prompts(6), max_steps=5)
+    trainer.add_callback(Leave())
+    trainer.train()
+    assert steps_of(trainer) == ["0", "1", "2", "2", "3", "4"]
+    first, second = trainer.sampled[:3], trainer.sampled[3:]
+    assert sorted(sum(first, [])) == sorted(sum(second, []))  # the prompts of an epoch each
+    assert first != second
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_iterations": 2}], ids=["after a batch", "inside of one"])

@@ -130,6 +130,21 @@ def test_a_checkpoint_is_not_written_over_another_one(tmp_path: Path, is_intact:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
+def test_an_older_one_that_was_set_aside_makes_room_for_the_one_that_is_written_over(tmp_path: Path) -> None:
+    """A process that is killed behind a checkpoint's last file leaves both: the number is free for a third one."""
+    folder, before = fake_checkpoint(tmp_path / "checkpoint-4"), fake_checkpoint(tmp_path / "before-checkpoint-4")
+    (folder / "second").touch()
+    (before / "first").touch()
+    with written_anew(folder, Accelerator(cpu=True), should_save=True):
+        assert not folder.exists()
+        assert newest_checkpoint(str(tmp_path)) == str(before)
+        assert (before / "second").exists()
+        assert not (before / "first").exists()
+        fake_checkpoint(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert not (folder / "second").exists()
+
+
 def test_what_was_written_before_a_save_stays(tmp_path: Path) -> None:
     """By callbacks in the same step, also beside a half of an earlier attempt."""
     folder = tmp_path / "checkpoint-4"
