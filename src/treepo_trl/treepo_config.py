@@ -72,8 +72,8 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "`optimal_baseline` weights these leaves by how unsure the model was: the sum of 1 - p over their "
             "tokens. It has less noise where right and wrong completions differ in that. With weighted leaves and "
             "`fallback_policy='root'` the mean of `leave_one_out` is the policy gradient. That of "
-            "`optimal_baseline` has the bias of a ratio beside it: none was seen with `sqrt`, up to 4 % with `early` "
-            "and 3 to 8 leaves. Paper: `treepo`."
+            "`optimal_baseline` has the bias of a ratio beside it: none was seen with `sqrt`, up to 0.04 of the "
+            "gradient with `early` and 3 to 8 leaves. Paper: `treepo`."
         },
     )
     subgroup_rejection: bool = field(

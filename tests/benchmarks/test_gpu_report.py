@@ -94,8 +94,13 @@ def serves(record: Any, dies_after: Path | None = None) -> None:
     os.kill(os.getpid(), 9)
 
 
-def is_running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+def ends(pid: int) -> bool:
+    """Whether a process that was killed is gone, or only a name; on a busy machine the signal takes its time."""
+    for _ in range(1200):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_what_a_part_has_started_ends_with_its_time(tmp_path: Path) -> None:
@@ -106,7 +111,7 @@ def test_what_a_part_has_started_ends_with_its_time(tmp_path: Path) -> None:
         if found["rows"]:
             break
     (pid,) = map(int, found["rows"]["server"])
-    assert not is_running(pid)
+    assert ends(pid)
 
 
 def test_what_a_part_has_started_ends_where_the_part_is_killed(
@@ -124,7 +129,7 @@ def test_what_a_part_has_started_ends_where_the_part_is_killed(
     found = Processes(tmp_path, smoke=False).run(Case("g", serves, {"dies_after": seen}), "log", 100.0)
     assert "ended with status -9" in found["failed"]
     (pid,) = map(int, found["rows"]["server"])
-    assert not is_running(pid)
+    assert ends(pid)
 
 
 class Scripted:
