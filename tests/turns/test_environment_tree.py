@@ -65,6 +65,42 @@ def test_a_replay_compares_what_was_answered_then() -> None:
     assert again.found.results == [("step", {"apples": 6})]
 
 
+def test_a_replay_runs_the_calls_on_the_environment_alone() -> None:
+    """Another tool of the same turn has given its answer; it may cost, and may not repeat itself."""
+    asked: list[str] = []
+
+    def ask(text: str) -> int:
+        """
+        Asks somebody.
+
+        Args:
+            text: What.
+        """
+        asked.append(text)
+        return len(asked)
+
+    tree = environments(fresh(Counter), "replay")
+    tree.standalone = [ask]
+    turn = [*step(2), {"type": "function", "function": {"name": "ask", "arguments": {"text": "how"}}}]
+    tree.keep(0, tree.execute((), turn))
+    tree.keep(1, tree.execute((0,), step(3)))
+    assert tree.execute((0,), step(4)).found.results == [("step", "It shows 6.")]
+    assert asked == ["how"]
+    assert tree.pool.counts.num_replayed_calls == 1
+
+
+def test_rows_of_a_tree_share_no_observation() -> None:
+    class Board(Counter):
+        def reset(self, start: int, **kwargs: Any) -> Any:
+            super().reset(start)
+            return [{"type": "text", "text": "A board."}]
+
+    tree = environments(fresh(Board), "none")
+    first: Any = tree.observation({})
+    first[0]["text"] += " Changed."
+    assert tree.observation({}) == [{"type": "text", "text": "A board."}]
+
+
 class Selfish(Counter):
     def _fork(self) -> Any:
         return self

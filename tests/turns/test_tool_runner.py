@@ -12,7 +12,10 @@ import pytest
 
 from tests.support.fake_vllm import until
 from tests.support.tools import add, boom, slow_mul
+from treepo_trl import SegmentTree
+from treepo_trl.sampling.turns import TurnEnd
 from treepo_trl.turns import tool_runner
+from treepo_trl.turns.conversations import Conversation, ToolTurns
 from treepo_trl.turns.tool_runner import EnvironmentLostError, ToolRunner, ToolThreadError, tools_by_name
 from treepo_trl.turns.workers import Workers
 
@@ -245,3 +248,15 @@ def test_the_end_waits_for_no_call_for_ever() -> None:
     until(future.running)
     assert not workers.end(0.01)
     go.set()
+
+
+@pytest.mark.parametrize(("room", "num_tokens"), [(5, 4), (4, 0), (3, 0)])
+def test_an_answer_leaves_room_for_a_token_of_the_next_turn(room: int, num_tokens: int) -> None:
+    """Four tokens of answer: a path that ends in them would train on nothing behind them."""
+    message: dict[str, Any] = {"role": "assistant", "tool_calls": calls(("add", {"a": 1, "b": 1}))}
+    conversation = Conversation(schemas=[], tools=dict(TOOLS))
+    turns = ToolTurns([conversation], ToolRunner(1), lambda *_: message, lambda _: [1, 2, 3, 4], str, max_turns=9)
+    answer = turns.begin(TurnEnd(0, SegmentTree([1]), None, [5], room)).result()
+    assert len(answer.token_ids) == num_tokens
+    assert len(answer.messages) == (num_tokens > 0)
+    assert num_tokens or answer.finish_reason == "overlong"
