@@ -210,6 +210,21 @@ class TimeIsUpError(BaseException):
     """The time of a block is over. No `Exception`, because reward functions often catch those."""
 
 
+def check_interruptible(seconds: float | None) -> None:
+    """
+    Raise if a block could not be ended after `seconds` here.
+
+    Raises:
+        ValueError: outside of the main thread, which alone handles signals, and on Windows.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if seconds is not None and not (in_main and hasattr(signal, "pthread_kill")):
+        raise ValueError(
+            f"`reward_timeout={seconds:g}` interrupts a reward function by a signal, which needs a training in the "
+            "main thread of the process, and no Windows. Leave it out."
+        )
+
+
 @contextmanager
 def ended_after(seconds: float | None) -> Iterator[None]:
     """
@@ -220,16 +235,12 @@ def ended_after(seconds: float | None) -> Iterator[None]:
     which reward functions use themselves.
 
     Raises:
-        ValueError: outside of the main thread, which alone handles signals.
+        ValueError: where no block can be ended ([`check_interruptible`]).
     """
     if seconds is None:
         yield
         return
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_kill"):
-        raise ValueError(
-            "`reward_timeout` interrupts a reward function by a signal, which needs a training in the main thread of "
-            "the process, and no Windows. Leave it out."
-        )
+    check_interruptible(seconds)
     start, is_over, main = time.monotonic(), threading.Event(), threading.get_ident()
 
     def interrupt(*_: object) -> None:

@@ -42,7 +42,7 @@ from .policy.engine import policy_engine_for
 from .policy.four_bit_base import write_quantization
 from .policy.half_precision import keep_master_weights
 from .policy.starting_adapter import adapter_resumed_too, match_reference
-from .reward_watch import RewardWatch
+from .reward_watch import RewardWatch, check_interruptible
 from .sampling import SegmentTree, TreeSampler, text_decoder
 from .sampling.turns import TurnHandler
 from .tree_log import write_trees
@@ -166,6 +166,7 @@ class TreePOTrainer(GRPOTrainer):
     ) -> TrainOutput:
         """Train as [`~transformers.Trainer`] does; `True` resumes from the newest checkpoint that is intact."""
         args = self.args
+        check_interruptible(args.reward_timeout)
         folder = checkpoint_to_resume(resume_from_checkpoint, str(args.output_dir))
         writes = args.save_strategy != "no" or args.enable_jit_checkpoint or args.log_trees
         with only_training_in(str(args.output_dir), writes and self.accelerator.is_main_process):

@@ -170,11 +170,16 @@ def test_what_no_training_goes_on_with_is_broken(small_model_dir: str) -> None:
     """A model that is not there, and modules that it has not."""
     for settings, cause in (
         ({"model_name_or_path": "./gone"}, "looks like a folder, but there is none"),
-        ({"use_peft": True, "lora_target_modules": "qkv_proj"}, "Target modules qkv_proj not found"),
+        ({"use_peft": True, "lora_target_modules": "qkv_proj"}, "Target modules .*qkv_proj.* not found"),
     ):
         with pytest.raises(BrokenError, match=cause) as error:
             memory_of(small_model_dir, 24, **settings)
         assert error.value.remedy == "Change the setting that it names."
+
+
+def test_one_module_is_a_name_and_no_pattern(small_model_dir: str) -> None:
+    """TRL makes a list of one name the name, which PEFT takes for a pattern of whole paths."""
+    assert "at most, of 24.0" in memory_of(small_model_dir, 24, use_peft=True, lora_target_modules="q_proj")
 
 
 def test_a_card_that_others_use() -> None:

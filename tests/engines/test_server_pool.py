@@ -81,7 +81,7 @@ def test_who_waits_for_a_server_that_is_lost_once_more_sleeps(monkeypatch: pytes
         monkeypatch.setattr(pool, "living", counted)
         pool.servers[0].connection.num_failures = float("inf")  # pyright: ignore[reportAttributeAccessIssue]
         pool.lose(pool.servers[0], ServerLostError("gone"))
-        with pytest.raises(RuntimeError, match="No vLLM server has answered for 0.3 s"):
+        with pytest.raises(RuntimeError, match=r"No vLLM server has answered for 0\.3 s"):
             await pool.wait()
         assert questions[0] < 10
 

@@ -63,6 +63,8 @@ def test_a_known_command_line_is_answered_without_libraries(tmp_path: Path) -> N
         (["train", "--help"], "usage: treepo-trl train"),
         (["train", "--learnin_rate", "1"], "has no option --learnin_rate (did you mean --learning_rate?)"),
         (["train", "--dataset_name", "no.jsonl"], "`--dataset_name no.jsonl` looks like a file, but there is none"),
+        (["view", ".", "no_run"], "`no_run` does not exist. Name a run's `output_dir`"),
+        (["export", "no_run"], "`no_run` does not exist"),
         (["train", "--config", "no.yaml"], "`--config no.yaml` cannot be read: No such file or directory."),
     ):
         command = [sys.executable, "-c", code, *arguments]
@@ -94,7 +96,7 @@ def test_a_right_command_line_is_told_nothing(tmp_path: Path, capsys: pytest.Cap
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text('{"prompt": "1 + 1 ="}\n')
     asked("train", "--config", str(recipe), "--dataset_name", str(tasks), "--model_name_or_path", str(tmp_path))
-    asked("view", "a run", "another", "--health")
+    asked("view", str(tmp_path), str(tasks), "--health")
     asked("sample", "--model_name_or_path", "some/model", "--num_generations", "4")
     assert capsys.readouterr().out == ""
 

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -258,21 +259,19 @@ def test_who_swallows_the_end_is_ended_again() -> None:
         swallow_two()
 
 
-def test_only_the_main_thread_can_be_interrupted() -> None:
-    errors: list[Exception] = []
+def test_a_thread_that_cannot_be_interrupted_is_told_before_it_trains(tmp_path: Path) -> None:
+    """Not at the first call of a reward function, behind a batch of trees."""
+    asked: list[str] = []
 
-    def enter() -> None:
-        try:
-            with ended_after(1.0):
-                pass
-        except Exception as error:
-            errors.append(error)
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        asked.extend(completions)
+        return [0.0] * len(completions)
 
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    (error,) = errors
-    assert "`reward_timeout` interrupts a reward function by a signal" in str(error)
+    trainer = build(TreePOTrainer, make_model(), make_config(tmp_path, reward_timeout=1.0), reward_funcs=reward)
+    with ThreadPoolExecutor(1) as threads, pytest.raises(ValueError, match=r"reward_timeout=1` .*main thread"):
+        threads.submit(trainer.train).result()
+    assert trainer.state.global_step == 0
+    assert asked == []
 
 
 def test_a_long_call_is_said_at_doubling_times(

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import fields
 
 import torch
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl.import_utils import is_vllm_available
 
 from treepo_trl.engines import SamplingOptions
@@ -47,7 +49,7 @@ def check_arguments(
     Raises:
         TypeError: if `args` is no `TreePOConfig`.
         ValueError: for features that are not supported yet and for generation settings that segments cannot have.
-        ImportError: if vLLM is asked for and not installed.
+        ImportError: if vLLM or a logger is asked for and not installed.
     """
     if not isinstance(args, TreePOConfig):
         raise TypeError(
@@ -55,6 +57,7 @@ def check_arguments(
         )
     check_turns(args, tools, rollout_func, environment_factory)
     check_number_type(args)
+    _check_loggers(args)
     options = args.generation_options()
     if args.use_vllm:
         _check_vllm(args, options)
@@ -88,6 +91,15 @@ def check_number_type(args: TreePOConfig) -> None:
             "`fp16=True` needs a GPU: on a processor accelerate would compute in float32 without a word. Set "
             "`fp16=False`, and `bf16` where the processor has it."
         )
+
+
+def _check_loggers(args: TreePOConfig) -> None:
+    """Raise for loggers that are not installed: transformers does so once the model is loaded."""
+    missing = set(args.report_to or ()).intersection(INTEGRATION_TO_CALLBACK)
+    missing -= {*get_available_reporting_integrations(), "flyte"}  # the list leaves that one out
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise ImportError(f"`report_to` has {names}, which is not installed. Install it, or take it out.")
 
 
 def _check_vllm(args: TreePOConfig, options: dict[str, object]) -> None:

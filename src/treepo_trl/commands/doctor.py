@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 import yaml
 from transformers import AutoTokenizer
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from treepo_trl.doctor.examination import check_memory, examine
 from treepo_trl.doctor.findings import CannotRunError, Check, in_words
@@ -21,6 +21,7 @@ from treepo_trl.fields import server_urls
 from treepo_trl.memory import GIB, NotPlannedError
 from treepo_trl.policy.servers.checks import ServerNeeds
 from treepo_trl.policy.servers.weights import AdapterVersions
+from treepo_trl.policy.starting_adapter import new_adapter_config
 from treepo_trl.preflight import check_config, require_model
 from treepo_trl.quickstart import small_model
 from treepo_trl.quickstart.model import default_folder
@@ -151,7 +152,7 @@ def _check_memory(plan: Callable[[float], tuple[list[str], float]], card_gib: fl
 
 def _check_servers(training_args: TreePOConfig, model_args: ModelConfig, adapter: "PeftConfig | None") -> str:
     """Check the servers of a recipe against the policy that it would train."""
-    adapter = adapter or get_peft_config(model_args)
+    adapter = adapter or new_adapter_config(model_args)
     has_adapter = adapter is not None and training_args.vllm_lora_sync == "adapter"
     needs = ServerNeeds(
         cast(str, model_args.model_name_or_path),

@@ -15,9 +15,10 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProgressCallback
-from trl import GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+from trl import GRPOTrainer, ModelConfig, get_quantization_config
 from trl.import_utils import is_vllm_available
 
+from treepo_trl.policy.starting_adapter import new_adapter_config
 from treepo_trl.quickstart import (
     NUM_HELD_OUT,
     TreeProgressCallback,
@@ -148,7 +149,7 @@ def _trainer(
         args=training_args,
         train_dataset=train_dataset,
         quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+        peft_config=new_adapter_config(model_args),
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(TreeProgressCallback)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import ProgressCallback
-from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
+from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_quantization_config
 
 from treepo_trl.checkpoints import checkpoint_to_resume
-from treepo_trl.policy.starting_adapter import load_with_adapter
+from treepo_trl.policy.starting_adapter import load_with_adapter, new_adapter_config
 from treepo_trl.preflight import check_import_path, require_model
 from treepo_trl.preflight.import_paths import could_not_load
 from treepo_trl.quickstart import TreeProgressCallback, lines_above_the_bar
@@ -103,7 +103,7 @@ def policy_arguments(
         return {
             "model": base,
             "quantization_config": quantization_config,
-            "peft_config": get_peft_config(model_args),
+            "peft_config": new_adapter_config(model_args),
         }
     check_starting_adapter(name, adapter, training_args, model_args)
     tokenizer = load_tokenizer_of(name, training_args, model_args)

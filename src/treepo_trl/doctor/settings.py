@@ -3,10 +3,11 @@
 import copy
 from typing import TYPE_CHECKING, Any
 
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from treepo_trl.checks import check_arguments
 from treepo_trl.policy.engine import policy_engine_for
+from treepo_trl.policy.starting_adapter import new_adapter_config
 from treepo_trl.treepo_config import TreePOConfig
 
 from .environment import installed_as
@@ -44,7 +45,7 @@ def check_settings(
     given: Any = tools  # only whether there are some is asked for
     try:
         check_arguments(args, given, None, environment)
-        policy_engine_for(args, str(model_args.model_name_or_path), adapter or get_peft_config(model_args))
+        policy_engine_for(args, str(model_args.model_name_or_path), adapter or new_adapter_config(model_args))
     except (ValueError, TypeError) as error:
         raise BrokenError(str(error), CHANGE_SETTING) from error
     except (ImportError, OSError) as error:  # of vLLM, which the engine's check says more about

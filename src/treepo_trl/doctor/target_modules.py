@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
+
+from treepo_trl.policy.starting_adapter import new_adapter_config
 
 from .needs import Needs
 
@@ -22,7 +24,7 @@ def with_modules_of_model(needs: Needs) -> tuple[Needs, str | None]:
     """
     if not (needs.has_adapter and needs.is_stand_in):
         return needs, None
-    peft_config: Any = get_peft_config(ModelConfig(needs.model, **needs.model_settings))
+    peft_config: Any = new_adapter_config(ModelConfig(needs.model, **needs.model_settings))
     wanted = peft_config.target_modules
     if wanted is None or wanted == "all-linear" or _has_any(needs.model, peft_config):
         return needs, None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from datasets import Dataset
-from trl import GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+from trl import GRPOTrainer, ModelConfig, get_quantization_config
 
 from treepo_trl.engines import SegmentResult
 from treepo_trl.engines.vllm import VLLMEngine
@@ -23,6 +23,7 @@ from treepo_trl.policy.adapter_probe import AdapterProbe, probe_adapter, segment
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
 from treepo_trl.policy.engine import awake
 from treepo_trl.policy.engine_check import bound_of, computing_dtype
+from treepo_trl.policy.starting_adapter import new_adapter_config
 from treepo_trl.sampling import SegmentTree
 from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.treepo_trainer import TreePOTrainer
@@ -216,7 +217,7 @@ def _build(needs: Needs, folder: Path) -> MeasuredTrainer:
         args=args,
         train_dataset=Dataset.from_dict({"prompt": list(PROMPTS)}),
         quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+        peft_config=new_adapter_config(model_args),
     )
 
 

@@ -17,6 +17,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from treepo_trl.model_support import layer_heads
 from treepo_trl.policy.four_bit_base import base_of, by_size
+from treepo_trl.policy.starting_adapter import new_adapter_config
 from treepo_trl.treepo_config import TreePOConfig
 
 from .activations import STAND_IN, activation_bytes, register_stand_in
@@ -190,7 +191,7 @@ def plan_memory(
         )
     four_bits = four_bit_config(config, model_args)
     dtype = _dtype(config, training_args, model_args)
-    model = _build(config, dtype, adapter or _new_adapter(model_args), bool(training_args.trust_remote_code))
+    model = _build(config, dtype, adapter or new_adapter_config(model_args), bool(training_args.trust_remote_code))
     if training_args.disable_dropout:
         disable_dropout_in_model(model)
     is_adapter = not isinstance(model, PreTrainedModel)
@@ -278,12 +279,6 @@ def _dtype(config: PreTrainedConfig, args: TreePOConfig, model_args: ModelConfig
     if dtype is None or dtype == "auto":
         dtype = _dtype_in_checkpoint(config) or torch.float32
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
-
-
-def _new_adapter(model_args: ModelConfig) -> "PeftConfig | None":
-    from trl import get_peft_config
-
-    return get_peft_config(model_args)
 
 
 def _build(

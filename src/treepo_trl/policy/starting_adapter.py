@@ -16,6 +16,7 @@ import transformers
 from accelerate.utils import is_peft_model
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from trl import ModelConfig, get_peft_config
 from trl.trainer.utils import create_model_from_path
 
 from treepo_trl.treepo_config import TreePOConfig
@@ -30,6 +31,19 @@ _ADAPTER = "default"
 """The name under which `GRPOTrainer` looks for the adapter that it copies."""
 _REFERENCE = "ref"
 _SHOWN = 3
+
+
+def new_adapter_config(model_args: ModelConfig) -> "PeftConfig | None":
+    """
+    What TRL's options for a new adapter ask for; `None` without LoRA.
+
+    TRL takes a list with one name for that name alone, and PEFT takes that for a pattern of whole paths, which no
+    module has.
+    """
+    config: Any = get_peft_config(model_args)
+    if config is not None and isinstance(config.target_modules, str) and config.target_modules.isidentifier():
+        config.target_modules = {config.target_modules}
+    return config
 
 
 def read_adapter_config(adapter: str) -> "PeftConfig":

@@ -6,7 +6,7 @@ Standard library, YAML, and the hub's client where a name is one of the hub.
 
 from .answers import answer
 from .config_file import check_config, check_options
-from .data_files import BUILDERS, check_data_file, no_prompt_column
+from .data_files import BUILDERS, check_data_file, no_prompt_column, require_run
 from .import_paths import check_import_path
 from .models import require_model
 from .quiet import quiet_terminal
@@ -22,4 +22,5 @@ __all__ = [
     "no_prompt_column",
     "quiet_terminal",
     "require_model",
+    "require_run",
 ]

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 
 from .config_file import check_options, split_words
-from .data_files import check_data_file, columns_of, no_prompt_column
+from .data_files import check_data_file, columns_of, no_prompt_column, require_run
 from .import_paths import check_import_path
 from .models import check_hub, require_model
 from .option_table import as_parser, load_table, save_table, table_file
@@ -58,6 +58,10 @@ def _check_names(command: str, given: dict[str, object]) -> None:
         columns = columns_of(data) if command == "train" and not given.get("environment") else None
         if columns is not None and "prompt" not in columns and not given.get("datasets"):
             raise no_prompt_column(columns)
+    runs = given.get("runs", given.get("run"))  # of `view` and `export`
+    for run in runs if isinstance(runs, list) else [runs]:
+        if isinstance(run, str) and run:
+            require_run(run)
     for option, separator in (("reward_funcs", "."), ("tools", ":"), ("environment", ":")):
         value = given.get(option)
         for path in value if isinstance(value, list) else [value]:

@@ -1,4 +1,4 @@
-"""Data in a local file: whether it is there, of a known kind, and has the columns that are needed."""
+"""Files and folders that options name: whether they are there, of a known kind, with the columns that are needed."""
 
 import csv
 import json
@@ -29,6 +29,19 @@ def check_data_file(name: str) -> None:
         raise ValueError(f"`--dataset_name {name}` ends in {path.suffix!r}; known are {', '.join(BUILDERS)}.")
     if path.stat().st_size == 0:
         raise ValueError(f"`--dataset_name {name}` is an empty file.")
+
+
+def require_run(name: str) -> Path:
+    """
+    The folder or file of a run that a name stands for.
+
+    Raises:
+        ValueError: if there is nothing.
+    """
+    path = Path(name)
+    if not path.exists():
+        raise ValueError(f"`{name}` does not exist. Name a run's `output_dir`, or a checkpoint or file in it.")
+    return path
 
 
 def columns_of(name: str) -> list[str] | None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from treepo_trl.preflight import require_run
 from treepo_trl.tree_log import SampledLine, TreeLogLine, read_trees
 
 
@@ -55,11 +56,9 @@ def find_sources(names: Iterable[str]) -> list[Source]:
     """
     sources: list[Source] = []
     for name in names:
-        path = Path(name)
+        path = require_run(name)
         if path.is_dir():
             sources.append(_run(name, path))
-        elif not path.exists():
-            raise ValueError(f"`{name}` does not exist. Name a run's `output_dir`, or a file with trees.")
         elif sources and _are_one_log(sources[-1].files[-1], path):
             sources[-1].files.append(path)
             sources[-1].name = str(path.parent)
