@@ -5,8 +5,7 @@ The quickstart with TreePO and with stock GRPO: held-out accuracy, tokens and se
     python -m benchmarks.quickstart --seeds 1 --steps 5  # a quick look
     python -m benchmarks.quickstart --seeds 1 --steps 6 --trainers treepo treepo_plain  # what the packed update saves
 
-`treepo_plain` is TreePO with `tree_packing="off"`, `treepo_float32` and `treepo_float16` are number types. Each run is
-`treepo-trl quickstart` in a process of its own. Finished runs are not repeated. Options that this script does not know
+`treepo_plain` is TreePO with `tree_packing="off"`. Each run is `treepo-trl quickstart` in a process of its own. Finished runs are not repeated. Options that this script does not know
 go to the runs. Prints a Markdown table: tokens are those that the engine sampled for a step, and a step's seconds hold
 sampling, rewards and update.
 """
@@ -22,12 +21,8 @@ from benchmarks.common import OUTPUTS, make_parser, run_to_log, table_head, tabl
 OPTIONS: dict[str, list[str]] = {
     "treepo": [],
     "treepo_plain": ["--tree_packing", "off"],
-    "treepo_float32": ["--dtype", "float32", "--bf16", "false"],
-    "treepo_float16": ["--dtype", "float16", "--bf16", "false", "--fp16", "true"],
     "grpo": ["--stock_grpo", "true", "--log_trees", "false"],
 }
-COMMANDS = {"treepo_float16": "benchmarks.float16_cli"}
-"""Where the command is another than `treepo_trl.cli`."""
 
 
 def run(trainer: str, seed: int, steps: int, out: Path, extra: list[str]) -> dict:
@@ -35,7 +30,7 @@ def run(trainer: str, seed: int, steps: int, out: Path, extra: list[str]) -> dic
     folder = out / f"{trainer}-{seed}"
     result = folder / "quickstart.json"
     if not result.exists():
-        command = ["-m", COMMANDS.get(trainer, "treepo_trl.cli"), "quickstart", "--output_dir", str(folder)]
+        command = ["-m", "treepo_trl.cli", "quickstart", "--output_dir", str(folder)]
         command += ["--seed", str(seed), "--max_steps", str(steps), *extra]
         command += OPTIONS[trainer]
         run_to_log(command, folder / "log.txt")

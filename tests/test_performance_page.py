@@ -11,7 +11,6 @@ from tests.support.paths import ROOT
 LIBRARIES = {"torch", "transformers", "TRL", "PEFT", "vLLM"}
 MACHINE_NOT_KNOWN = {
     "Memory": "one run whose machine was not noted; the page says so, and the figures are sizes",
-    "Prompt selection": "runs whose machine was not noted; the page says so, and the figures do not depend on time",
 }
 """Parts with figures and without a machine, and why they stay."""
 
@@ -84,7 +83,7 @@ def test_figures_have_a_command_and_versions(part: Part) -> None:
 
 def test_figures_have_a_machine() -> None:
     assert len(WITH_FIGURES) > 25
-    assert len(MACHINE_NOT_KNOWN) <= 2
+    assert len(MACHINE_NOT_KNOWN) <= 1
     assert {part.title for part in PARTS if part.has_figures and not part.has_machine} == set(MACHINE_NOT_KNOWN)
     assert {part.title for part in PARTS if "Hardware: not written down" in part.text} == set(MACHINE_NOT_KNOWN)
 
