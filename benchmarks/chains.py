@@ -33,7 +33,7 @@ CHAINS = {"late": (0.03, 0.15, 0.02), "errors": (0.3, 0.02, 0.03), "early": (0.1
 """How soon a path decides, ends, and changes sides, per token."""
 SHARES = {"hard": 0.05, "middle": 0.4, "easy": 0.9}
 """Decisions that are right."""
-SCHEDULES = ("independent", "early", "spread", "sqrt", "measured")
+SCHEDULES = ("independent", "early", "spread", "sqrt")
 ESTIMATORS = ("constant", "value", "leave_one_out", "optimal_baseline", "grpo", "treepo")
 
 
@@ -77,10 +77,10 @@ class Chain:
         return [float(tokens[-1] == END and tokens[-2] == RIGHT) for tokens in completions]
 
     def trees(self, schedule: str, num: int, seed: int) -> list[SegmentTree]:
-        """Trees of a schedule; `measured` takes its widths from 400 trees before."""
+        """Trees of a schedule; `sqrt` takes its lengths from 400 trees before."""
         engine = MarkovEngine(0, seed)
         engine.TRANSITIONS = self.rows  # pyright: ignore
-        names = {"independent": "early", "measured": "sqrt"}
+        names = {"independent": "early"}
         config = TreeSamplingConfig(
             num_generations=WIDTH,
             max_completion_length=CAP,
@@ -104,7 +104,7 @@ class Chain:
             statistics_ = statistics_.then(now)
             length = round(statistics.mean(tree.mean_length() for tree in trees))
             if schedule != "spread":
-                widths = statistics_.widths(WIDTH, schedule == "measured")
+                widths = statistics_.widths(WIDTH)
         return sampler.sample(prompts, seed, widths=widths, expected_length=length)
 
     def estimate(self, tree: SegmentTree, estimator: str) -> torch.Tensor:

@@ -5,9 +5,9 @@ The quickstart with TreePO and with stock GRPO: held-out accuracy, tokens and se
     python -m benchmarks.quickstart --seeds 1 --steps 5  # a quick look
     python -m benchmarks.quickstart --seeds 1 --steps 6 --trainers treepo treepo_plain  # what the packed update saves
 
-`treepo_plain` is TreePO with `tree_packing="off"`. Each run is `treepo-trl quickstart` in a process of its own. Finished
-runs are not repeated. Options that this script does not know go to the runs. Prints a Markdown table: tokens are those
-that the engine sampled for a step, and a step's seconds hold sampling, rewards and update.
+`treepo_plain` is TreePO with `tree_packing="off"`. Each run is `treepo-trl quickstart` in a process of its own.
+Finished runs are not repeated. Options that this script does not know go to the runs. Prints a Markdown table: tokens
+are those that the engine sampled for a step, and a step's seconds hold sampling, rewards and update.
 """
 
 import json

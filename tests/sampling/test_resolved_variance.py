@@ -5,8 +5,9 @@ import statistics
 
 import pytest
 
-from treepo_trl.sampling.resolved_variance import DepthStatistics, even_widths
+from treepo_trl.sampling.resolved_variance import DepthStatistics
 from treepo_trl.sampling.tree import SegmentTree
+from treepo_trl.sampling.widths import square_root_widths
 
 
 def random_tree(rng: random.Random, deviations: list[float]) -> tuple[SegmentTree, list[float]]:
@@ -88,15 +89,15 @@ def test_numbers_go_to_a_flat_list_and_back() -> None:
         DepthStatistics.from_flat(seen.flat(), 5)
 
 
-def test_much_evidence_gives_the_best_widths_and_none_the_square_root() -> None:
+def test_with_evidence_the_variance_is_the_measured_one_and_without_as_the_tokens() -> None:
     rng, deviations = random.Random(1), [0.1, 0.1, 1.0, 1.0]
     seen = DepthStatistics.of_depth(4)
     for _ in range(3000):
         seen.add(*random_tree(rng, deviations))
-    late = seen.widths(16, is_measured=True)
-    # v S: 0.01 * 2, 0.01 * 4, 1 * 6, 1 * 8; tokens 2 everywhere.
-    assert [n / late[-1] for n in late] == pytest.approx([(x / 8) ** 0.5 for x in (0.02, 0.04, 6, 8)], abs=0.05)
-    assert seen.widths(16, is_measured=False) == pytest.approx(even_widths(4, 16))
+    assert seen.resolved_by_paths() == pytest.approx([0.01, 0.01, 1, 1], abs=0.05)
+    assert seen.widths(16) == pytest.approx(square_root_widths([1.0] * 4, [1.0] * 4, 16))
+    seen.groups = [0.0] * 4
+    assert seen.resolved_by_paths() == pytest.approx([sum(seen.resolved()) / 4] * 4)
 
 
 def test_an_older_batch_counts_less() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.fakes import EOS, MarkovEngine
 from treepo_trl.sampling import TreeSampler, TreeSamplingConfig
-from treepo_trl.sampling.widths import best_widths, heaviest_first, predicted_noise
+from treepo_trl.sampling.widths import heaviest_first, predicted_noise, square_root_widths
 
 
 WEIGHTS = st.lists(st.sampled_from([0.05, 0.1, 0.2, 0.25, 0.4, 1.0]), min_size=1, max_size=4)
@@ -49,34 +49,25 @@ def test_paths_that_are_alike_split_evenly_and_the_rest_by_chance() -> None:
 
 
 def test_without_knowledge_the_width_is_the_square_root_of_the_depth() -> None:
-    widths = best_widths([1.0] * 9, [1.0] * 9, [1.0] * 9, 15)
+    widths = square_root_widths([1.0] * 9, [1.0] * 9, 15)
     assert widths == pytest.approx([5 * math.sqrt(depth) for depth in range(1, 10)])
 
 
-@given(
-    st.lists(st.tuples(st.floats(0, 1), st.floats(0.1, 2), st.floats(0.5, 1)), min_size=2, max_size=5),
-    st.integers(),
-)
-def test_no_other_widths_have_less_noise_for_the_price(depths: list[tuple[float, float, float]], seed: int) -> None:
-    alive = list(itertools.accumulate((share for _, _, share in depths), lambda before, share: before * share))
-    alive[0] = 1.0
-    alive = [min(alive[: i + 1]) for i in range(len(alive))]
-    resolved, tokens = [v for v, _, _ in depths], [c for _, c, _ in depths]
-    if max(resolved) < 1e-3:
-        return
+@given(st.lists(st.tuples(st.floats(0.1, 2), st.floats(0.5, 1)), min_size=2, max_size=5), st.integers())
+def test_no_other_widths_have_less_noise_for_the_price(depths: list[tuple[float, float]], seed: int) -> None:
+    """Where a depth resolves in proportion to its tokens."""
+    alive = list(itertools.accumulate((share for _, share in depths), lambda before, share: before * share))
+    alive = [1.0, *alive[1:]]
+    tokens = [c for c, _ in depths]
     # At a large scale, so that no width is below one path.
-    widths = best_widths(resolved, tokens, alive, 10**6)
-    best = predicted_noise([n + 1 for n in widths], resolved, tokens, alive)
+    widths = square_root_widths(tokens, alive, 10**6)
+    best = predicted_noise([n + 1 for n in widths], tokens, tokens, alive)
     rng = random.Random(seed)
     for _ in range(50):
         other = sorted(n * math.exp(rng.gauss(0, 0.3)) for n in widths)
-        assert best <= predicted_noise([n + 1 for n in other], resolved, tokens, alive) * (1 + 1e-4)
+        assert best <= predicted_noise([n + 1 for n in other], tokens, tokens, alive) * (1 + 1e-4)
     ending = [a - b for a, b in zip(alive, [*alive[1:], 0.0], strict=True)]
     assert sum(n * share for n, share in zip(widths, ending, strict=True)) == pytest.approx(10**6)
-
-
-def test_depths_at_which_the_width_would_fall_share_one() -> None:
-    assert best_widths([1.0, 0.01], [1.0, 1.0], [1.0, 1.0], 8) == pytest.approx([8, 8])
 
 
 def test_paths_that_have_ended_take_their_share_of_the_width_with_them() -> None:
@@ -113,11 +104,12 @@ def test_widths_and_their_noise_by_hand() -> None:
     """
     Half of the weight ends with the first segment of 4 tokens; the others have another 4, so S = 4 and 8 tokens.
 
-    The same variance v = 1 at both depths, at c = 4 and 0.5 * 4 tokens of all paths.
+    With the same variance v = 1 at both depths, at c = 4 and 0.5 * 4 tokens of all paths.
     """
     resolved, tokens, alive = [1.0, 1.0], [4.0, 2.0], [1.0, 0.5]
-    # n ~ sqrt(v S / c) = sqrt(4 / 4), sqrt(8 / 2) = 1, 2; a tree of n, 2n has n / 2 + 2n / 2 leaves.
-    assert best_widths(resolved, tokens, alive, 6) == pytest.approx([4, 8])
+    # n ~ sqrt(4), sqrt(8); a tree of n, sqrt(2) n has n / 2 + sqrt(2) n / 2 leaves.
+    first = 12 / (1 + math.sqrt(2))
+    assert square_root_widths(tokens, alive, 6) == pytest.approx([first, math.sqrt(2) * first])
     # Noise and price of one path everywhere: 4 + 8 and 4 + 2.
     assert predicted_noise([4, 8], resolved, tokens, alive) == pytest.approx(
         (4 / 4 + 8 / 8) * (4 * 4 + 2 * 8) / (12 * 6)
@@ -141,7 +133,7 @@ def test_the_schedule_opens_as_many_paths_as_its_widths() -> None:
     config = TreeSamplingConfig(
         num_generations=12, max_completion_length=18, segment_length=2, branch_schedule="sqrt", stop_repetition=False
     )
-    widths = best_widths([1.0] * 9, [1.0] * 9, [1.0] * 9, 12)
+    widths = square_root_widths([1.0] * 9, [1.0] * 9, 12)
     counts: list[list[int]] = []
     for tree in TreeSampler(engine, config, [EOS]).sample([[9]] * 200, 0):
         counts.append([sum(node.depth == depth for node in tree.nodes) for depth in range(9)])

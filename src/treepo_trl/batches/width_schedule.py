@@ -91,7 +91,7 @@ class WidthSchedule:
         if self.is_learned:
             widths = seen.widths(self.args.num_generations)
             metrics |= {f"tree/width/{i}": width for i, width in enumerate(widths)}
-            noise = predicted_noise(widths, *seen.shape(is_measured=True))
+            noise = predicted_noise(widths, seen.resolved_by_paths(), *seen.shape())
             if not math.isnan(noise):
                 metrics["tree/predicted_noise"] = noise
         return metrics

@@ -3,14 +3,15 @@
 import math
 
 from .config import TreeSamplingConfig
-from .resolved_variance import even_widths
+from .widths import square_root_widths
 
 
 def first_widths(config: TreeSamplingConfig, expected_length: int | None) -> list[float]:
     """Widths of `sqrt`, by depth, for paths that all have the expected length in tokens."""
     assert config.segment_length is not None, "set by the config"
     length = min(expected_length or config.max_completion_length, config.max_completion_length)
-    return even_widths(math.ceil(length / config.segment_length), config.num_generations)
+    depth = math.ceil(length / config.segment_length)
+    return square_root_widths([1.0] * depth, [1.0] * depth, config.num_generations)
 
 
 def num_first_branches(config: TreeSamplingConfig) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .tree import SegmentTree
-from .widths import best_widths
+from .widths import square_root_widths
 
 
 _DECAY = 0.97
@@ -144,33 +144,26 @@ class DepthStatistics:
                 found[depth] = (self.squares[depth] - noise) / self.weights[depth]
         return found
 
-    def shape(self, is_measured: bool) -> tuple[list[float], list[float], list[float]]:
-        """
-        Arguments of [`best_widths`]: resolved variance, tokens, and share of paths alive, per path of the tree.
-
-        Args:
-            is_measured (`bool`):
-                Whether the variance is the measured one, as far as there is evidence. Else it is in proportion to the
-                tokens of a depth.
-        """
-        alive = [weight / self.num_trees for weight in self.alive]
+    def shape(self) -> tuple[list[float], list[float]]:
+        """Tokens of each depth, and the share of paths that are alive there, per path of the tree."""
         tokens = [number / self.num_trees for number in self.tokens]
-        if not is_measured:
-            return tokens, tokens, alive
-        found = self.resolved()
+        return tokens, [weight / self.num_trees for weight in self.alive]
+
+    def resolved_by_paths(self) -> list[float]:
+        """
+        Variance that each depth resolves over all paths, those that have ended included.
+
+        It is the measured one as far as there is evidence. The rest is in proportion to the tokens of a depth.
+        """
+        found, (tokens, alive) = self.resolved(), self.shape()
         total = max(sum(a * (v or 0.0) for a, v in zip(alive, found, strict=True)), 0.0)
         per_token = total / max(sum(tokens), 1e-12)
         mixed: list[float] = []
         for a, c, v, groups in zip(alive, tokens, found, self.groups, strict=True):
             evidence = 0.0 if v is None else groups / (groups + _PRIOR_GROUPS)
             mixed.append(max(evidence * a * (v or 0.0), 0.0) + (1 - evidence) * per_token * c)
-        return mixed, tokens, alive
+        return mixed
 
-    def widths(self, num_generations: int, is_measured: bool = False) -> list[float]:
-        """Widths for the next trees; see [`best_widths`] and [`shape`]."""
-        return best_widths(*self.shape(is_measured), num_generations)
-
-
-def even_widths(depth: int, num_generations: int) -> list[float]:
-    """Widths before anything is known: paths of `depth` whole segments, the square root of the depth."""
-    return best_widths([1.0] * depth, [1.0] * depth, [1.0] * depth, num_generations)
+    def widths(self, num_generations: int) -> list[float]:
+        """Widths for the next trees: see [`square_root_widths`]."""
+        return square_root_widths(*self.shape(), num_generations)

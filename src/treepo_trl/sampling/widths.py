@@ -8,8 +8,9 @@ this depth. With a baseline that knows the value of a prefix, the gradient's noi
     noise = sum_l v_l S_l / n_l    at a price of    sum_l c_l n_l    tokens,
 
 because the norm of a token's score is about the same everywhere. The least product of the two has
-`n_l ~ sqrt(v_l S_l / c_l)`. Widths cannot shrink along a path; depths at which they would are pooled. This is the
-splitting of particle transport (Kahn and Harris 1951), with the importance of a path measured on its task.
+`n_l ~ sqrt(v_l S_l / c_l)`: the splitting of particle transport (Kahn and Harris 1951). Where nothing is known of the
+task, `v` is in proportion to `c`, and the widths are the square root of the length. Widths from a measured `v` were no
+better (`docs/research/baselines-on-a-tiny-policy.md`).
 
 A child's weight is that of its parent over the number of children. A width that is decided before the children are
 seen leaves the weighted mean exact. Standard library only.
@@ -51,18 +52,11 @@ def heaviest_first(weights: Sequence[float], total: int, rng: random.Random) -> 
     return counts
 
 
-def best_widths(
-    resolved: Sequence[float], tokens: Sequence[float], alive: Sequence[float], num_generations: int
-) -> list[float]:
+def square_root_widths(tokens: Sequence[float], alive: Sequence[float], num_generations: int) -> list[float]:
     """
-    Paths per unit of leaf weight at each depth: `n_l ~ sqrt(v_l S_l / c_l)`, never falling.
-
-    Scaled so that a tree has `num_generations` leaves in the mean. With `resolved` in proportion to `tokens`, which is
-    to know nothing about the task, this is the square root of the depth.
+    Paths per unit of leaf weight at each depth: `n_l ~ sqrt(S_l)`, scaled to `num_generations` leaves in the mean.
 
     Args:
-        resolved (sequence of `float`):
-            v: variance that the segments of each depth resolve, over all paths; those that have ended resolve 0.
         tokens (sequence of `float`):
             c: tokens of a path at each depth, over all paths.
         alive (sequence of `float`):
@@ -70,17 +64,10 @@ def best_widths(
         num_generations (`int`):
             W: leaves of a tree.
     """
-    lengths = _lengths(tokens, alive)
-    pools: list[tuple[float, float, int]] = []
-    for v, c, length in zip(resolved, tokens, lengths, strict=True):
-        pools.append((max(v, 0.0) * length, c, 1))
-        while len(pools) > 1 and pools[-2][0] * pools[-1][1] >= pools[-1][0] * pools[-2][1]:
-            last, before = pools.pop(), pools.pop()
-            pools.append((before[0] + last[0], before[1] + last[1], before[2] + last[2]))
-    shape = [math.sqrt(gain / cost) if cost > 0 else 0.0 for gain, cost, size in pools for _ in range(size)]
+    shape = [math.sqrt(length) for length in _lengths(tokens, alive)]
     num_ending = [a - b for a, b in zip(alive, [*alive[1:], 0.0], strict=True)]
     mean = sum(n * share for n, share in zip(shape, num_ending, strict=True))
-    if mean <= 0:  # nothing is resolved anywhere: nothing to choose by
+    if mean <= 0:  # no tokens anywhere: nothing to choose by
         return [float(num_generations)] * len(shape)
     return [n * num_generations / mean for n in shape]
 
@@ -91,7 +78,8 @@ def predicted_noise(
     """
     `noise * price` of these widths over that of independent completions: below 1 a decoded token teaches more.
 
-    Arguments as in [`best_widths`]. `nan` where nothing is resolved.
+    Arguments as in [`square_root_widths`], and v: the variance that the segments of each depth resolve, over all
+    paths. `nan` where nothing is resolved.
     """
     terms = [max(v, 0.0) * length for v, length in zip(resolved, _lengths(tokens, alive), strict=True)]
     independent = sum(terms) * sum(tokens)
