@@ -61,12 +61,13 @@ CLOSING = """\
   *Too hard* and *too easy* are told apart by its middle.
 - If all rewards of a training are 0, *too hard* is told, though 0 may be the best of penalties.
 - With few prompts a batch, the share of prompts with equal rewards is known late: it is averaged over 40 prompts.
-- An evaluation is noisy. *held-out* needs six of them at least, and more if they have few completions.
 - Five logs are few. A rule says what to look at, not what is wrong.
-- A rule is silent without its metrics: *held-out* needs evaluations, *kl* needs `beta` above 0, *engine* needs vLLM.
+- A rule is silent without its metrics: *engine* needs vLLM.
+- Jumps of gradient and KL, entropy, and a held-out reward that falls are not examined: what to do about them is no
+  setting. The trackers of [loggers](logging.md) plot them.
 
 The rules are silent on the quickstart with its three seeds.
-*held-out*, *engine* and *kl* had nothing to read there: it has no evaluations, no vLLM and no `beta`.
+*engine* had nothing to read there: it has no vLLM.
 The ranges come from these runs, from the meaning of the metrics, and from no other training.
 """
 

@@ -21,7 +21,7 @@ QUICKSTART = json.loads((ROOT / "tests/data/quickstart_logs.json").read_text())
 def test_nothing_is_told_of_the_quickstart(seed: str) -> None:
     examination = Examination()
     assert [str(finding) for log in QUICKSTART[seed] for finding in examination.add(log)] == []
-    assert {rule.name for rule in examination.without_data()} == {"held-out", "engine", "kl"}
+    assert {rule.name for rule in examination.without_data()} == {"engine"}
 
 
 def idle_log(step: int) -> dict[str, float]:
@@ -87,7 +87,7 @@ def test_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert lines[1].startswith(
         "- step 5: the policy does not move: the learning rate was 0 in 5 logs one after the other"
     )
-    assert lines[2].startswith("Not logged, so not examined: too-hard, too-easy, all-or-nothing, held-out, cut, ")
+    assert lines[2].startswith("Not logged, so not examined: too-hard, too-easy, all-or-nothing, cut, ")
     assert lines[3] == "hard (the tree log from step 1 to 40): 2 findings."
     assert lines[4].startswith("- step 5: completions are cut off: 33% of the completions")
     assert lines[5].startswith("- step 40: prompts are too hard")  # one a step

@@ -71,17 +71,6 @@ RULES: tuple[Rule, ...] = (
         signs.unscored,
     ),
     Rule(
-        "held-out",
-        "the reward rises and the held-out reward falls",
-        ("eval_reward",),
-        f"mean of the last third of evaluations, at least {signs.NEAR}, below that of {signs.NEAR} earlier ones by "
-        f"{signs.HELD_OUT} deviations of `eval_reward` and {signs.HELD_OUT_ERRORS} standard errors (from successive "
-        "differences), with `reward` higher than then",
-        "both rise",
-        "what the reward function can be fooled by, more prompts, `learning_rate`, `beta`, an earlier checkpoint",
-        signs.held_out_falls,
-    ),
-    Rule(
         "cut",
         "completions are cut off",
         ("tree/finish_length_frac", "completions/clipped_ratio"),
@@ -136,43 +125,6 @@ RULES: tuple[Rule, ...] = (
         "finite, but for the first steps of `fp16`, which finds its scale so",
         "`bf16` in place of `fp16`, `learning_rate`, `max_grad_norm`, and rewards that are not finite",
         signs.gradient_is_not_finite,
-    ),
-    Rule(
-        "gradient",
-        "the gradient jumps",
-        ("grad_norm",),
-        f"above {signs.GRADIENT:g} and {signs.JUMP} times the median of the {signs.BEFORE} logs before",
-        f"below {signs.GRADIENT:g}, or of the size of those before",
-        "`learning_rate`, `max_grad_norm`, `warmup_steps`, and rewards of very different size",
-        signs.gradient_jumps,
-    ),
-    Rule(
-        "kl",
-        "the policy leaves the reference model",
-        ("kl",),
-        f"mean of {signs.NEAR} logs above {signs.KL:g}, or a value above {signs.KL_JUMP} and {signs.JUMP} times the "
-        f"median of the {signs.BEFORE} logs before",
-        f"below {signs.KL:g} nat per token, without jumps",
-        "`learning_rate`, `beta`, `max_grad_norm`",
-        signs.kl_jumps,
-    ),
-    Rule(
-        "entropy-low",
-        "the entropy collapses",
-        ("entropy",),
-        f"below {signs.ENTROPY_LOW} of that at the start, and equal rewards as in *all-or-nothing*",
-        "it falls slowly, and completions of a prompt go on to differ",
-        "`temperature`, `learning_rate`, `epsilon_high`, `entropy_coef`, `beta`",
-        signs.entropy_collapses,
-    ),
-    Rule(
-        "entropy-high",
-        "the entropy explodes",
-        ("entropy",),
-        f"{signs.ENTROPY_HIGH:g} times that at the start, and {signs.ENTROPY_RISE:g} nat more",
-        "it falls slowly or stays",
-        "`learning_rate`, `entropy_coef`, `temperature`, `max_grad_norm`",
-        signs.entropy_explodes,
     ),
     Rule(
         "not-moving",

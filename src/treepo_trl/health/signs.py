@@ -6,8 +6,7 @@ None of them raises, whatever was logged. Each number is in a text of `rules.py`
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
-from statistics import fmean, median, pvariance, variance
+from statistics import fmean, pvariance, variance
 
 from .history import History
 
@@ -22,15 +21,7 @@ SPLIT = 0.25  # deviation of rewards, in units of their range
 CUT, REPEATED = 0.3, 0.2  # fractions of the completions
 SHARED = 1.1  # leaf tokens per unique token
 DISTANCE, NEAR = 0.1, 3  # nats per token, logs
-JUMP = 10  # times the median
-BEFORE, LEAST_BEFORE = 20, 10  # logs of that median
-GRADIENT = 1.0  # a norm
 NOT_FINITE = 20  # steps: by design fp16 skips one per halving of its scale, and 16 lead from 65536 to 1
-KL, KL_JUMP = 1.0, 0.1  # nats per token
-ENTROPY_LOW, ENTROPY_HIGH = 0.1, 2.0  # times that at the start
-ENTROPY_RISE = 1.0  # nats per token
-HELD_OUT = 0.25  # deviations of the held-out reward
-HELD_OUT_ERRORS = 4.5  # the best of many windows, looked for after each evaluation, is 3 or more by chance
 LONGER, ERRORS = 1.5, 3  # times the length at the start; standard errors
 CORRELATION = 0.5
 GAIN = 0.1  # deviations of the reward
@@ -63,11 +54,6 @@ def _is_more_than_noise(values: list[float]) -> bool:
     start, end = values[:WINDOW], values[-WINDOW:]
     error = math.sqrt((variance(start) + variance(end)) / WINDOW)
     return fmean(end) - fmean(start) > ERRORS * error
-
-
-def _before(values: list[float]) -> float | None:
-    """Median of the values before the last one, `None` while they are few."""
-    return median(values[-BEFORE - 1 : -1]) if len(values) > LEAST_BEFORE else None
 
 
 # Rewards
@@ -155,7 +141,7 @@ def too_easy(history: History) -> Sighting | None:
 def all_or_nothing(history: History) -> Sighting | None:
     count = _window(history)
     seen = _equal_rewards(history, count, ALL_EQUAL)
-    if seen is None or not _is_split(history, count) or _entropy_fall(history) is not None:
+    if seen is None or not _is_split(history, count):
         return None
     return Sighting(f"{seen}, and prompts differ")
 
@@ -178,44 +164,6 @@ def _is_silent(values: list[float | None]) -> bool:
 
 def _is_missing(value: float | None) -> bool:
     return value is None or math.isnan(value)
-
-
-def held_out_falls(history: History) -> Sighting | None:
-    evaluations = _by_step(history, "eval_reward")
-    values = [value for _, value in evaluations]
-    count = max(NEAR, len(values) // 3)
-    if len(values) < NEAR + count:
-        return None
-    windows = [(fmean(values[end - NEAR : end]), end) for end in range(NEAR, len(values) - count + 1)]
-    top, end = max(windows)
-    step, now = evaluations[end - 1][0], fmean(values[-count:])
-    deviation = dict(_by_step(history, "eval_reward_std")).get(step, 0.0)
-    fall = (top - now) / (deviation or 1.0)
-    error = _error(values) * math.sqrt(1 / NEAR + 1 / count)
-    rewards = list(zip(history.known("reward"), history.steps("reward"), strict=True))
-    before, after = _last([value for value, at in rewards if at <= step]), _last([value for value, _ in rewards])
-    if fall < HELD_OUT or top - now <= HELD_OUT_ERRORS * error or before is None or after is None or after <= before:
-        return None
-    reward = f"since step {step} the reward rose from {before:.3g} to {after:.3g}"
-    means = f"in means of {NEAR} evaluations" if count == NEAR else f"in means of {NEAR} and {count} evaluations"
-    return Sighting(f"{reward}, and the held-out reward fell from {top:.3g} to {now:.3g}, {means}", fall)
-
-
-def _error(values: list[float]) -> float:
-    """
-    Standard error of one value, from successive differences: a slow rise or fall adds little to them.
-
-    Of how many completions an evaluation is the mean is not logged.
-    """
-    return math.sqrt(fmean((value - last) ** 2 for last, value in pairwise(values)) / 2)
-
-
-def _by_step(history: History, name: str) -> list[tuple[int, float]]:
-    """Step and mean value of each evaluation: several datasets are logged at one step."""
-    values: dict[int, list[float]] = {}
-    for step, value in zip(history.steps(name), history.known(name), strict=True):
-        values.setdefault(step, []).append(value)
-    return [(step, fmean(each)) for step, each in values.items()]
 
 
 # Completions
@@ -277,45 +225,6 @@ def gradient_is_not_finite(history: History) -> Sighting | None:
     if len(last) < NEAR or steps < NOT_FINITE or any(value is None or math.isfinite(value) for value in last):
         return None
     return Sighting(f"its norm is {last[-1]}, and none was finite in {steps} steps")
-
-
-def gradient_jumps(history: History) -> Sighting | None:
-    known = history.known("grad_norm")
-    before = _before([value for value in known if value > 0])  # equal rewards give none
-    if before is None or known[-1] <= max(JUMP * before, GRADIENT):
-        return None
-    return Sighting(f"its norm is {known[-1]:.3g}, and the median before was {before:.3g}", known[-1])
-
-
-def kl_jumps(history: History) -> Sighting | None:
-    known = history.known("kl")
-    level, before = _last(known, NEAR), _before(known)
-    if level is not None and level > KL:
-        return Sighting(f"it is {level:.3g} nats per token, over {NEAR} logs", level)
-    if before is not None and known[-1] > max(JUMP * before, KL_JUMP):
-        return Sighting(f"it is {known[-1]:.3g} nats per token, and the median before was {before:.3g}", known[-1])
-    return None
-
-
-def _entropy_fall(history: History) -> tuple[float, float] | None:
-    entropy = _start_and_end(history.known("entropy"))
-    return entropy if entropy is not None and entropy[1] < ENTROPY_LOW * entropy[0] else None
-
-
-def entropy_collapses(history: History) -> Sighting | None:
-    count = _window(history)
-    fall, equal = _entropy_fall(history), _equal_rewards(history, count, ALL_EQUAL)
-    # Of a task that is solved, the entropy is low too. Then the rewards of different prompts are equal as well.
-    if fall is None or equal is None or not _is_split(history, count):
-        return None
-    return Sighting(f"it fell from {fall[0]:.3g} to {fall[1]:.3g} nats per token, and {equal}")
-
-
-def entropy_explodes(history: History) -> Sighting | None:
-    entropy = _start_and_end(history.known("entropy"))
-    if entropy is None or entropy[1] < max(ENTROPY_HIGH * entropy[0], entropy[0] + ENTROPY_RISE):
-        return None
-    return Sighting(f"it rose from {entropy[0]:.3g} to {entropy[1]:.3g} nats per token", entropy[1])
 
 
 def not_moving(history: History) -> Sighting | None:
