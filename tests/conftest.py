@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from tests.support.models import make_model, make_tokenizer
 from tests.support.paths import ROOT
-from tests.support.vllm_servers import LORA_FLAGS, TRANSFER_FLAGS, VLLMServer, vllm_servers
+from tests.support.vllm_servers import LORA_FLAGS, VLLMServer, vllm_servers
 
 
 hypothesis.settings.register_profile("any-speed", deadline=None)  # a busy machine stands still now and then
@@ -60,7 +60,7 @@ def small_model_dir() -> str:
 
 @pytest.fixture(scope="session")
 def started_servers(tiny_model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[VLLMServer]]:
-    flags = ["--dtype", "float32", *LORA_FLAGS, *TRANSFER_FLAGS]
+    flags = ["--dtype", "float32", *LORA_FLAGS]
     with vllm_servers(2, tiny_model_dir, tmp_path_factory.mktemp("servers"), flags) as started:
         yield started
 

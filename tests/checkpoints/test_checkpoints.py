@@ -270,10 +270,13 @@ def test_a_resume_after_an_error_is_that_of_a_new_trainer(tmp_path: Path) -> Non
     def run(name: str, fails: bool) -> Any:
         calls = 0
 
-        def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        def reward(completion_ids: list[list[int]], log_metric: Any, log_extra: Any, **_: Any) -> list[float]:
             nonlocal calls
             calls += 1
-            if fails and calls == 3:
+            is_failing = fails and calls == 3
+            log_metric("seen", 100.0 if is_failing else 1.0)
+            log_extra("seen", [str(is_failing)] * len(completion_ids))
+            if is_failing:
                 raise OSError("once")
             return parity_reward(completion_ids)
 
@@ -287,3 +290,4 @@ def test_a_resume_after_an_error_is_that_of_a_new_trainer(tmp_path: Path) -> Non
     whole, again = run("whole", fails=False), run("again", fails=True)
     assert list(map(without_times, again.state.log_history)) == list(map(without_times, whole.state.log_history))
     assert_same_parameters(parameters_of(again), parameters_of(whole), tolerance=0.0)
+    assert {*map(len, again._logs["extra"].values())} == {len(again._logs["completion"])}

@@ -118,8 +118,8 @@ def test_vllm_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_logger_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the model is loaded, which transformers does first."""
     monkeypatch.setattr("treepo_trl.checks.arguments.get_available_reporting_integrations", lambda: ["trackio"])
-    with pytest.raises(ImportError, match=r"`report_to` has wandb, which is not installed"):
-        make_trainer(make_config(tmp_path, report_to=["trackio", "wandb", "flyte"]))
+    with pytest.raises(ValueError, match=r"`report_to` has wandb, which is not installed"):
+        make_trainer(make_config(tmp_path, report_to=["trackio", "wandb", "flyte", "azure_ml"]))
 
 
 # Datasets

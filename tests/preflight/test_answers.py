@@ -70,7 +70,7 @@ def test_a_known_command_line_is_answered_without_libraries(tmp_path: Path) -> N
         command = [sys.executable, "-c", code, *arguments]
         for _ in range(2):
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
-        assert said in done.stdout + done.stderr
+            assert said in done.stdout + done.stderr
         assert done.stderr.splitlines()[-1] == "loaded []"
 
 
@@ -106,6 +106,8 @@ def test_a_right_command_line_is_told_nothing(tmp_path: Path, capsys: pytest.Cap
     [
         ("a.jsonl", '{"question": "x"}\n\n{"answer": 2}\n', ["question", "answer"]),
         ("b.csv", '"question","answer, exact"\n1,2\n', ["question", "answer, exact"]),
+        ("bom.csv", "\ufeffprompt,answer\n1,2\n", ["prompt", "answer"]),
+        ("late.csv", "\n\nprompt,answer\n1,2\n", ["prompt", "answer"]),
         ("c.txt", "a line\n", ["text"]),
         ("d.jsonl", "no JSON\n", None),
         ("e.json", '[\n{"question": "x"}\n]\n', None),  # `datasets` reads it
@@ -143,7 +145,28 @@ def test_code_is_looked_for_and_not_run(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "loud_reward.py").write_text("raise RuntimeError('it ran')")
+    before = list(sys.path)
     asked("train", "--reward_funcs", "loud_reward.reward", "accuracy_reward")
+    assert sys.path == before, "a file here may have the name of a library that is imported next"
+
+
+def test_what_is_not_used_is_not_looked_at(tmp_path: Path) -> None:
+    """A mixture goes before a data set, and the command line before a file, with values that are the defaults too."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("dataset_name: gone.jsonl\ndatasets:\n  - path: json\n")
+    asked("train", "--config", str(recipe))
+    recipe.write_text("dataset_name: gone.jsonl\n")
+    asked("sample", "--config", str(recipe), "--dataset_name", "-")
+    with pytest.raises(ValueError, match=r"`--dataset_name gone\.jsonl` looks like a file"):
+        asked("sample", "--config", str(recipe))
+
+
+@pytest.mark.parametrize("name", ["help", "config"])
+def test_a_file_sets_no_help_and_no_file(name: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{name}: true\n")
+    with pytest.raises(ValueError, match=f"no options of `treepo-trl plan`: {name}"):
+        asked("plan", "--config", str(recipe))
 
 
 UNREACHABLE = httpx.ConnectError("Name or service not known")
@@ -157,11 +180,38 @@ def test_a_model_that_cannot_be_reached_is_told_at_once(command: str, monkeypatc
         ValueError, match=r"`--model_name_or_path no/model` is no folder here .*Name or service not kn"
     ):
         asked(command, "--model_name_or_path", "no/model")
-    assert session.asked == 1
+    assert session.asked == 2
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"`HF_HUB_OFFLINE` is set"):
         asked(command, "--model_name_or_path", "no/model")
-    assert session.asked == 1
+    assert session.asked == 2
+
+
+def test_an_address_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: Session(httpx.UnsupportedProtocol("No protocol.")))
+    with pytest.raises(ValueError, match=r": No protocol \(look at `HF_ENDPOINT` and the proxies\)\. Give a folder"):
+        asked("plan", "--model_name_or_path", "no/model")
+
+
+def test_a_training_that_needs_the_hub_later_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One that uploads, and one of several processes, which must agree: what loads the model says what is missing."""
+    session = Session(UNREACHABLE)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: session)
+    asked("train", "--model_name_or_path", "no/model", "--push_to_hub", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked("train", "--model_name_or_path", "no/model")
+    assert session.asked == 0
+    assert os.environ["HF_HUB_OFFLINE"] == "0"
+
+
+def test_variables_of_a_file_are_set_before_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("env:\n  A_PROXY: http://proxy:1\nmodel_name_or_path: no/model\n")
+    seen: list[str | None] = []
+    monkeypatch.setenv("A_PROXY", "before")
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: seen.append(os.environ["A_PROXY"]) or Session(None))
+    asked("plan", "--config", str(recipe))
+    assert seen == ["http://proxy:1"]
 
 
 def test_a_model_of_the_cache_is_taken_from_there(
@@ -179,7 +229,11 @@ def test_a_model_of_the_cache_is_taken_from_there(
         asked("plan", "--model_name_or_path", "a/model")
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert capsys.readouterr().err.count("models and data come from its cache") == 1
-    assert session.asked == 1
+    assert session.asked == 2
+    with pytest.raises(ValueError, match="not in the hub's cache"):
+        asked("plan", "--model_name_or_path", "a/model", "--model_revision", "v1")
+    (snapshot.parents[1] / "refs" / "v1").write_text("abc")
+    asked("plan", "--model_name_or_path", "a/model", "--model_revision", "v1")
 
 
 def test_a_folder_asks_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

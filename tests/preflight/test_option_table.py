@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,37 @@ def test_numbers_and_choices_are_checked_as_the_parser_checks_them(capsys: pytes
         assert said[0] == said[1]
 
 
+@pytest.mark.parametrize("command", ["train", "plan", "sample", "eval", "doctor"])
+def test_what_the_parser_takes_is_taken(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`none` unsets a number, a switch takes a value or none, a list many."""
+    parser = importlib.import_module(f"treepo_trl.commands.{COMMANDS[command][1]}").command_parser()
+    kept = as_parser(json.loads(json.dumps(as_data(parser))))
+    num_taken = 0
+    for action in parser._actions:
+        for values in (
+            ["none"],
+            ["null"],
+            ["1"],
+            ["0.5"],
+            ["a"],
+            ["1", "2"],
+            ["true"],
+            [],
+            *([[c] for c in action.choices or ()]),
+        ):
+            words = [*action.option_strings[:1], *map(str, values)]
+            if action.dest == "help" or not action.option_strings:
+                continue
+            try:
+                parser.parse_args(words)
+            except SystemExit:
+                continue
+            kept.parse_args(words)
+            num_taken += 1
+    assert num_taken > 50
+    capsys.readouterr()
+
+
 def test_a_table_is_kept_and_a_broken_one_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from treepo_trl.commands.view import command_parser
 
@@ -42,24 +74,41 @@ def test_a_table_is_kept_and_a_broken_one_is_none(tmp_path: Path, monkeypatch: p
     file = table_file("view")
     assert load_table(file) is None
     file.parent.mkdir(parents=True)
-    old = file.with_name("view-0123456789abcdef.json")
+    old, other = file.with_name("view-0123456789abcdef.json"), file.with_name("view-123456789abcdef0.json")
     old.touch()
+    other.touch()
+    os.utime(old, (0, 0))
     parser = command_parser()
     save_table(file, parser, parser)
-    table = load_table(file)
-    assert table is not None
-    assert as_parser(table["help"]).format_help() == parser.format_help()
-    assert list(file.parent.iterdir()) == [file]  # of one version alone
-    for broken in ("", "{", "[]", '{"help": {}}'):
+    kept = load_table(file)
+    assert kept is not None
+    assert kept[0].format_help() == parser.format_help()
+    assert {*file.parent.iterdir()} == {file, other}  # that of another environment stays
+    for broken in ("", "{", "[]", '{"help": {}}', '{"help": {}, "options": {}}'):
         file.write_text(broken)
         assert load_table(file) is None
 
 
 def test_other_versions_have_other_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = table_file("train")
-    assert table_file("train") == here != table_file("plan")
-    monkeypatch.setattr(option_table, "version", lambda name: "9.9" if name == "transformers" else "1.0")
-    assert table_file("train") != here
+    assert table_file("train") == table_file("train") != table_file("plan")
+    files = []
+    for changed in (None, "treepo-trl", "trl", "transformers", "accelerate"):
+        monkeypatch.setattr(option_table, "version", lambda name, changed=changed: "2" if name == changed else "1")
+        files.append(table_file("train"))
+    assert len(set(files)) == 5
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from treepo_trl.commands.completion import command_parser
+
+    def no_home(*_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    file = table_file("completion")
+    save_table(file, command_parser(), command_parser())
+    assert load_table(file) is None
 
 
 def test_a_folder_that_cannot_be_written_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

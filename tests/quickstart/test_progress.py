@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,28 +41,56 @@ def test_step_line_without_any_reward() -> None:
     assert step_line(logs, 7, 10) == "step  7/10  reward none  1.0 s"
 
 
-def test_what_is_logged_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_logged_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On a terminal a bar is rewritten from the start of its line; a text in between would stay beside it."""
     terminal = StringIO()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(logging.root, "handlers", [])
     package = logging.getLogger("a_package_with_a_handler")
-    package.addHandler(logging.StreamHandler(terminal))
-    package.propagate = False
-    filters = list(warnings.filters)
+    own = logging.StreamHandler(terminal)
+    own.setLevel(logging.ERROR)
+    to_file = logging.getLogger("a_package_with_a_file")
+    to_nowhere = logging.getLogger("a_package_with_a_null_handler")
+    for logger, handler in (
+        (package, own),
+        (to_file, logging.FileHandler(tmp_path / "log")),
+        (to_nowhere, logging.NullHandler()),
+    ):
+        monkeypatch.setattr(logger, "handlers", [handler])
+        monkeypatch.setattr(logger, "propagate", logger is to_nowhere)
     with lines_above_the_bar(), tqdm(total=3, file=terminal) as bar:
         bar.update()
         logging.getLogger("another").warning("one")
-        package.warning("two")
+        package.error("two")
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             warnings.warn("three", stacklevel=1)
+        to_nowhere.warning("four")
+        package.warning("below the level of its handler")
+        to_file.warning("to a file")
+        logging.getLogger("another").info("below the level of the last resort")
     shown = terminal.getvalue()
-    for word in ("one", "two", "three"):
+    for word in ("one", "two", "three", "four"):
         before = shown[: shown.index(word)].rpartition("\n")[2].rpartition("\r")[2]
         assert "|" not in before, "a bar stands in its line"
-    assert warnings.filters == filters
-    assert not isinstance(package.handlers[0].stream, tqdm)
+        assert shown.count(word) == (2 if word == "three" else 1), "a warning is shown with its line of code"
+    assert "below" not in shown
+    assert "to a file" not in shown
+    assert package.handlers == [own]
+    assert logging.root.handlers == []
+
+
+@pytest.mark.parametrize("was_captured", [False, True])
+def test_warnings_that_were_captured_stay_so(was_captured: bool) -> None:
+    logging.captureWarnings(was_captured)
+    try:
+        before = warnings.showwarning
+        with lines_above_the_bar():
+            pass
+        assert warnings.showwarning is before
+    finally:
+        logging.captureWarnings(False)
 
 
 def test_loading_bars_are_left_out_and_come_back(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,6 +99,6 @@ def test_loading_bars_are_left_out_and_come_back(capsys: pytest.CaptureFixture[s
     before = is_progress_bar_enabled()
     with without_loading_bars():
         assert not is_progress_bar_enabled()
-        list(tqdm(range(3)))
+        sys.stderr.write("what else is said\n")
     assert is_progress_bar_enabled() == before
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "what else is said\n")

@@ -25,8 +25,7 @@ MODEL = "/models/base"
 NEEDS = ServerNeeds(MODEL, make_tokenizer(), 64, with_entropies=True, num_adapters=2, adapter_rank=8)
 
 
-_ANSWERED = {"/pause", "/start_weight_update", "/finish_weight_update", "/update_weight_version", "/resume"}
-_ANSWERED |= {"/collective_rpc", "/init_weight_transfer_engine", "/update_weights"}
+_ANSWERED = {"/pause", "/update_weight_version", "/resume", "/collective_rpc"}
 
 
 class PolicyFake(FakeVLLM):
@@ -39,7 +38,6 @@ class PolicyFake(FakeVLLM):
         served: versions from which it has sampled.
         calls: what was asked of it around its weights, in order.
         fails: paths that get status 500.
-        is_updating: whether an update has begun and not ended; then none can begin.
         hangs, hanging: paths that get no answer, and those that somebody waits for.
     """
 
@@ -54,7 +52,6 @@ class PolicyFake(FakeVLLM):
         self.unloaded: list[str] = []
         self.calls: list[str] = []
         self.fails: set[str] = set()
-        self.is_updating = False
         self.served: set[str] = set()
         self.hangs: set[str] = set()
         self.hanging: list[str] = []
@@ -73,7 +70,6 @@ class PolicyFake(FakeVLLM):
         """All that a restart costs, of a server that nobody was connected to."""
         self.adapters.clear()
         self.weights = "default"
-        self.is_updating = False
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         model = json.loads(await request.read())["model"]
@@ -120,9 +116,7 @@ class PolicyFake(FakeVLLM):
             return web.json_response({"error": {"message": "no such folder"}}, status=500)
         if path in _ANSWERED:
             self.calls.append(path)
-            is_right = path not in self.fails and not (path == "/start_weight_update" and self.is_updating)
-            if is_right and path in ("/start_weight_update", "/finish_weight_update"):
-                self.is_updating = path == "/start_weight_update"
+            is_right = path not in self.fails
             answer = {} if is_right else {"error": {"message": f"{path} has failed"}}
             return web.json_response(answer, status=200 if is_right else 500)
         return await super()._other(request)

@@ -25,10 +25,6 @@ CPU_ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",  # the first request would wait for a compiler
 }
 LORA_FLAGS = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "16"]
-TRANSFER_FLAGS = [
-    *("--weight-transfer-config", '{"backend": "nccl"}'),
-    *("--worker-extension-cls", "tests.support.stored_transfer.WorkerExtension"),
-]
 
 
 class VLLMServer:

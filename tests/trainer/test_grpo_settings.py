@@ -76,6 +76,7 @@ OTHER_VALUES: dict[str, Any] = {
     "transformers_continuous_batching_config": {"max_memory_percent": 0.1},
     "log_multimodal": False,
     "cache_implementation": "static",
+    "vllm_group_port": 51999,
     "dataloader_num_workers": 1,
     "dataloader_prefetch_factor": 3,
     "dataloader_persistent_workers": True,

@@ -17,16 +17,16 @@ import torch
 import trl
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
-from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
-from trl.trainer import grpo_trainer
+from trl.trainer import grpo_config, grpo_trainer
 
 import treepo_trl
 from tests.support.paths import ROOT
+from tests.support.trainers import make_config
 from treepo_trl import TreePOConfig, TreePOTrainer, trl_seams
+from treepo_trl.fields.grpo import CHOICES
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
 from treepo_trl.policy.servers.generation import ServerGeneration
-from treepo_trl.policy.servers.sent_weights import _Client
 
 
 # Parameters as in a definition, without annotations.
@@ -257,20 +257,26 @@ def test_parameters_of_the_vllm_generation_that_the_trainer_builds() -> None:
     assert names <= set(parameters(VLLMGeneration.__init__))
 
 
-def test_what_the_client_of_sent_weights_relies_on() -> None:
-    """Requests go through these two alone, and an update that is under way is not begun again."""
-    signatures = {
-        "_get": "self, url, kwargs",
-        "_post": "self, url, kwargs",
-        "check_server": "self, total_timeout=0.0, retry_interval=2.0",
-        "get_server_info": "self",
-        "init_communicator": "self, device=0",
-        "update_named_params": "self, metadata, named_params",
-    }
-    assert {name: written(getattr(VLLMClient, name)) for name in signatures} == signatures
-    for method in (VLLMClient.init_communicator, VLLMClient.update_named_params, VLLMClient.get_world_size):
-        assert not re.search(r"session|requests\.", inspect.getsource(method))
-    assert "if not self._updating_weights:" in inspect.getsource(VLLMClient.update_named_params)
+def test_choices_are_those_that_the_source_of_trl_compares_with() -> None:
+    source = inspect.getsource(grpo_trainer) + inspect.getsource(grpo_config)
+    for name, choices in CHOICES.items():
+        found = set(re.findall(rf'{name} [!=]= "(\w+)"', source))
+        for values in re.findall(rf"{name} (?:not )?in [\[({{]([^\])}}]*)", source):
+            found.update(re.findall(r'"(\w+)"', values))
+        assert name == "vllm_model_impl" or found == set(choices)  # which vLLM alone looks at
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("loss_type", "gpro"), ("loss_type", None), ("scale_rewards", "False"), ("vllm_mode", "sever")],
+)
+def test_other_choices_are_refused_before_a_model_is_loaded(name: str, value: str | None, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"`{name}` is {value!r}; it must be one of '"):
+        make_config(tmp_path, **{name: value})
+
+
+def test_older_values_of_scale_rewards_are_taken(tmp_path: Path) -> None:
+    assert [make_config(tmp_path, scale_rewards=value).scale_rewards for value in (True, False)] == ["group", "none"]
 
 
 # The list of seams in the documentation
@@ -316,7 +322,7 @@ def test_replaced_names_are_listed() -> None:
 
 
 def test_overrides_around_the_engine_are_listed() -> None:
-    classes = {AdapterVLLMGeneration: VLLMGeneration, ServerGeneration: VLLMGeneration, _Client: VLLMClient}
+    classes = {AdapterVLLMGeneration: VLLMGeneration, ServerGeneration: VLLMGeneration}
     own = {name for cls, base in classes.items() for name in vars(cls) if not hasattr(base, name)}
     overrides = {(name, method) for name, method in overrides_in_policy() if method not in {"__init__", *own}}
     assert ("KeepWeightsWorker", "_maybe_get_memory_pool_context") in overrides

@@ -30,33 +30,26 @@ def sample(record: Record, model: str, way: str, options: list[str]) -> None:
 
 
 def synchronize(record: Record, model: str, ways: Sequence[str], repeats: int) -> None:
-    """Time from an optimizer step to a server that has the policy: the adapter, or all weights on one of two ways."""
+    """Time from an optimizer step to a server that has the policy: the adapter, or all weights in a folder."""
     import torch
 
     from benchmarks import servers, weight_sync
     from tests.support.vllm_servers import LORA_FLAGS, vllm_servers
-    from treepo_trl.policy.servers.sent_weights import SentWeights
 
-    cards, count = servers.cards(), found()
+    cards = servers.cards()
     if cards[0] is not None:  # before CUDA begins: TRL refuses a process that sees several cards
         os.environ["CUDA_VISIBLE_DEVICES"] = cards[0]
-    over_nccl = any("NCCL" in way for way in ways)
-    if over_nccl and count < 2:
-        raise CannotRunError(f"NCCL needs a card for the policy and one for the server, this machine has {count}")
-    flags = ["--weight-transfer-config", '{"backend": "nccl"}'] if over_nccl else [*LORA_FLAGS]
     options = weight_sync.parse_options(
         ["--repeats", str(repeats), "--rank", "16" if torch.cuda.is_available() else "4"]
     )
     with (
         tempfile.TemporaryDirectory() as folder,
-        vllm_servers(1, model, Path(folder), [*servers.server_flags(), *flags], cards[-1:]) as (server,),
+        vllm_servers(1, model, Path(folder), [*servers.server_flags(), *LORA_FLAGS], cards[-1:]) as (server,),
     ):
         for way in ways:
             sync = "adapter" if way == "the adapter" else "merge"
             place = {"vllm_mode": "server", "vllm_server_base_url": server.url}
             trainer = weight_sync.build(model, sync, options, **place)
-            if over_nccl and not isinstance(trainer.vllm_generation.servers.versions, SentWeights):
-                raise CannotRunError("this vLLM takes no weights over NCCL")
             for value in weight_sync.measure_syncs(trainer, options):
                 record(f"{way}: ms per synchronization", 1000 * value)
 
@@ -79,7 +72,6 @@ def cases(smoke: bool) -> list[Case]:
     return [
         *(Case(name, sample, {"way": way, "options": options}, architecture) for way, name in WAYS.items()),
         Case("policy", synchronize, {"ways": ["the adapter", "all weights in a folder"], **given}, architecture),
-        Case("policy over NCCL", synchronize, {"ways": ["all weights over NCCL"], **given}, architecture),
     ]
 
 

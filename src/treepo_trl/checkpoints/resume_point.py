@@ -254,8 +254,10 @@ class ResumePoint(TrainerCallback):
 
 def _forget_window(trainer: "GRPOTrainer") -> None:
     """Drop what TRL has collected for the next log: an error leaves that of the accumulation window it came in."""
-    for metrics in trainer._metrics.values():
-        metrics.clear()
+    for collected in (*trainer._metrics.values(), *trainer._logs.values()):
+        collected.clear()
+    trainer._pending_metrics.clear()
+    trainer._pending_extra_logs.clear()
     trainer._entropy_window_stats = None
     trainer._current_train_step_time = 0.0
 

@@ -48,8 +48,9 @@ def check_arguments(
 
     Raises:
         TypeError: if `args` is no `TreePOConfig`.
-        ValueError: for features that are not supported yet and for generation settings that segments cannot have.
-        ImportError: if vLLM or a logger is asked for and not installed.
+        ValueError: for features that are not supported yet, for generation settings that segments cannot have, and
+            for a logger that is not installed.
+        ImportError: if vLLM is asked for and not installed.
     """
     if not isinstance(args, TreePOConfig):
         raise TypeError(
@@ -96,10 +97,11 @@ def check_number_type(args: TreePOConfig) -> None:
 def _check_loggers(args: TreePOConfig) -> None:
     """Raise for loggers that are not installed: transformers does so once the model is loaded."""
     missing = set(args.report_to or ()).intersection(INTEGRATION_TO_CALLBACK)
-    missing -= {*get_available_reporting_integrations(), "flyte"}  # the list leaves that one out
+    # The list leaves one out, and the other where mlflow is there too.
+    missing -= {*get_available_reporting_integrations(), "flyte", "azure_ml"}
     if missing:
         names = ", ".join(sorted(missing))
-        raise ImportError(f"`report_to` has {names}, which is not installed. Install it, or take it out.")
+        raise ValueError(f"`report_to` has {names}, which is not installed. Install it, or take it out.")
 
 
 def _check_vllm(args: TreePOConfig, options: dict[str, object]) -> None:

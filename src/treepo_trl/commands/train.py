@@ -13,7 +13,7 @@ from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_quantization
 from treepo_trl.checkpoints import checkpoint_to_resume
 from treepo_trl.policy.starting_adapter import load_with_adapter, new_adapter_config
 from treepo_trl.preflight import check_import_path, require_model
-from treepo_trl.preflight.import_paths import could_not_load
+from treepo_trl.preflight.import_paths import could_not_load, find_beside_run
 from treepo_trl.quickstart import TreeProgressCallback, lines_above_the_bar
 from treepo_trl.sampling import TreeSamplingConfig
 from treepo_trl.treepo_config import TreePOConfig
@@ -238,6 +238,7 @@ def imported(option: str, path: str, separator: str) -> Callable[..., object]:
         ValueError: if there is none.
     """
     check_import_path(option, path, separator)
+    find_beside_run()
     module_name, _, attribute = path.rpartition(separator)
     try:
         found = getattr(importlib.import_module(module_name), attribute)

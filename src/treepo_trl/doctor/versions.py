@@ -43,13 +43,13 @@ def check_versions(needed: Sequence[str]) -> str:
 
 
 def _never_tried(needed: Sequence[str]) -> str:
-    """A remark on a pair of transformers and vLLM that no test ran with."""
+    """A remark on transformers, or on a pair of it and vLLM, that no test ran with."""
     name = installed_as("vllm") if "vllm" in needed else None
-    vllm = None if name is None else _release(version(name))
-    transformers = _release(version("transformers"))
-    if (transformers, vllm) in TRIED or "transformers" not in needed:
+    transformers, vllm = _release(version("transformers")), None if name is None else _release(version(name))
+    tried = TRIED if vllm is not None else {(each, None) for each, _ in TRIED}
+    if (transformers, vllm) in tried or "transformers" not in needed:
         return ""
-    pair = f"transformers {transformers} with {'no vLLM' if vllm is None else f'vLLM {vllm}'}"
+    pair = f"transformers {transformers}" + ("" if vllm is None else f" with vLLM {vllm}")
     return f"; {pair} was never tried by the tests of this package"
 
 

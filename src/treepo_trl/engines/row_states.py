@@ -205,6 +205,3 @@ class SlotLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.keys.size(2)
-
-    def get_max_cache_shape(self) -> int:
-        return self.get_max_length()  # its name in transformers 5.10

@@ -55,8 +55,6 @@ class ServerFacts:
     """Adapters that it holds at once; 0 without LoRA."""
     max_lora_rank: int
     """Highest rank of an adapter; 0 without LoRA."""
-    weight_transfer: str | None = None
-    """How it takes weights that are sent, such as `nccl`; `None` if it takes none."""
 
 
 def facts_from(version: str, config: Mapping[str, Any]) -> ServerFacts:
@@ -87,5 +85,4 @@ def facts_from(version: str, config: Mapping[str, Any]) -> ServerFacts:
         data_parallel_size=num_ranks,
         max_loras=lora.get("max_loras", 0),
         max_lora_rank=lora.get("max_lora_rank", 0),
-        weight_transfer=(config.get("weight_transfer_config") or {}).get("backend"),
     )

@@ -53,10 +53,10 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
     "importance_sampling_level": ("token", "sequence"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
-    "scale_rewards": ("group", "batch", "none", True, False),
+    "scale_rewards": ("group", "batch", "none"),
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     "vllm_mode": ("colocate", "server"),
-    "vllm_model_impl": ("vllm", "transformers"),
+    "vllm_model_impl": ("auto", "vllm", "transformers"),
 }
 """Values that GRPOTrainer knows. Another one ends its training in the first step, after the sampling."""
 
@@ -73,11 +73,10 @@ def check_grpo_fields(settings: GRPOConfig, but: Collection[str]) -> None:
     """
     for name, options in _kinds().items():
         value = getattr(settings, name)
+        if name in CHOICES and name not in but:
+            _check_choice(name, value)
         if value is None or name in but:
             continue
-        if name in CHOICES and value not in CHOICES[name]:
-            known = ", ".join(map(repr, CHOICES[name]))
-            raise ValueError(f"`{name}` is {value!r}; it must be one of {known}.")
         if list[float] in options:
             for i, each in enumerate(_as_list(name, value)):
                 check_number(f"{name}[{i}]", each)
@@ -92,6 +91,13 @@ def check_grpo_fields(settings: GRPOConfig, but: Collection[str]) -> None:
         if name in _COUNTS:
             check_int(name, value)
     check_ranges(settings, _RANGES)
+
+
+def _check_choice(name: str, value: object) -> None:
+    if name == "scale_rewards" and value in (True, False):  # of older versions of TRL
+        return
+    if value not in CHOICES[name]:
+        raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, CHOICES[name]))}.")
 
 
 @cache

@@ -6,6 +6,7 @@ policy as it was at the start, and not to the bare base.
 """
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +42,7 @@ def new_adapter_config(model_args: ModelConfig) -> "PeftConfig | None":
     module has.
     """
     config: Any = get_peft_config(model_args)
-    if config is not None and isinstance(config.target_modules, str) and config.target_modules.isidentifier():
+    if config is not None and re.fullmatch(r"[\w.]+", str(config.target_modules)):
         config.target_modules = {config.target_modules}
     return config
 

@@ -1,13 +1,15 @@
 """What is told of a command line before its command is imported."""
 
 import argparse
+import os
 from collections.abc import Callable
+from typing import cast
 
 from .config_file import check_options, split_words
 from .data_files import check_data_file, columns_of, no_prompt_column, require_run
 from .import_paths import check_import_path
 from .models import check_hub, require_model
-from .option_table import as_parser, load_table, save_table, table_file
+from .option_table import load_table, save_table, table_file
 
 
 _HUB_NAMES = ("model_name_or_path", "adapter_name_or_path", "dataset_name")
@@ -34,29 +36,30 @@ def answer(command: str, argv: list[str], parsers: Parsers) -> None:
             that is neither here nor can be loaded.
     """
     file = table_file(command)
-    table = load_table(file)
-    if table is None:
-        help_parser, parser = parsers()
+    kept = load_table(file)
+    help_parser, parser = parsers() if kept is None else kept
+    if kept is None:
         save_table(file, help_parser, parser)
-    else:
-        help_parser, parser = as_parser(table["help"]), as_parser(table["options"])
     words = split_words(argv)
     if any(word in ("-h", "--help") for word in words):
         help_parser.print_help()
         raise SystemExit(0)
     parser.prog = f"treepo-trl {command}"
     given = check_options(parser, words)
+    variables = given.get("env")
+    if isinstance(variables, dict):  # TRL sets them again; the hub's client reads them at its import
+        os.environ.update({str(name): str(value) for name, value in variables.items()})
     if command != "quickstart":  # its file of settings is its own
         _check_names(command, given)
 
 
 def _check_names(command: str, given: dict[str, object]) -> None:
     """Files, import paths and models that options name."""
-    data, model = given.get("dataset_name"), given.get("model_name_or_path")
+    data, model = None if given.get("datasets") else given.get("dataset_name"), given.get("model_name_or_path")
     if isinstance(data, str) and command in _READ_DATA:
         check_data_file(data)
         columns = columns_of(data) if command == "train" and not given.get("environment") else None
-        if columns is not None and "prompt" not in columns and not given.get("datasets"):
+        if columns is not None and "prompt" not in columns:
             raise no_prompt_column(columns)
     runs = given.get("runs", given.get("run"))  # of `view` and `export`
     for run in runs if isinstance(runs, list) else [runs]:
@@ -70,6 +73,11 @@ def _check_names(command: str, given: dict[str, object]) -> None:
     if isinstance(model, str) and model:
         require_model(model)
     names = {name: value for name in _HUB_NAMES if isinstance(value := given.get(name), str) and value}
-    if command not in _READ_DATA or data in _NEVER_OF_THE_HUB or ":" in str(data):  # such as reasoning_gym:NAME
+    if (
+        command not in _READ_DATA or data in (None, *_NEVER_OF_THE_HUB) or ":" in str(data)
+    ):  # such as reasoning_gym:NAME
         names.pop("dataset_name", None)
-    check_hub(names, is_refused=command != "doctor")  # where it is a finding
+    if "WORLD_SIZE" in os.environ or given.get("push_to_hub"):
+        return  # processes must agree, and an upload needs the hub at the end
+    is_elsewhere = bool(given.get("model_init_kwargs"))  # which may name a revision and a cache
+    check_hub(names, cast("str | None", given.get("model_revision")), command != "doctor" and not is_elsewhere)

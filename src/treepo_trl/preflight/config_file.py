@@ -51,14 +51,15 @@ def check_options(parser: argparse.ArgumentParser, words: list[str]) -> dict[str
     """
     file = config_of(parser, words)
     settings = {} if file is None else check_config(file)
-    known = {action.dest for action in parser._actions} | {"env"}  # TRL sets the variables of `env`
+    # TRL sets the variables of `env`, and knows no file in a file.
+    known = {action.dest for action in parser._actions} - {"help", "config"} | {"env"}
     wrong = [_with_guess(name, known) for name in settings if name not in known]
     if wrong:
         raise ValueError(
             f"`--config {file}` has settings that are no options of `{parser.prog}`: {', '.join(wrong)}. Rename or "
             "remove them."
         )
-    given, rest = parser.parse_known_args(words)
+    given, rest = _given(parser, words)
     if rest:
         names = {name for action in parser._actions for name in action.option_strings}
         wrong = [_with_guess(word.partition("=")[0], names) for word in rest if word.startswith("-")] or rest
@@ -67,8 +68,20 @@ def check_options(parser: argparse.ArgumentParser, words: list[str]) -> dict[str
             if any(word.startswith("-") for word in rest)
             else f"`{parser.prog}` does not know what {' '.join(rest)} is for. Options begin with `--`."
         )
-    defaults = {action.dest: action.default for action in parser._actions}
-    return settings | {name: value for name, value in vars(given).items() if value != defaults.get(name)}
+    return settings | given
+
+
+def _given(parser: argparse.ArgumentParser, words: list[str]) -> tuple[dict[str, object], list[str]]:
+    """What stands on the command line, values that are the defaults too; and words that are no options."""
+    defaults = [action.default for action in parser._actions]
+    try:
+        for action in parser._actions:
+            action.default = argparse.SUPPRESS
+        given, rest = parser.parse_known_args(words)
+    finally:
+        for action, default in zip(parser._actions, defaults, strict=True):
+            action.default = default
+    return vars(given), rest
 
 
 def _with_guess(name: str, known: Iterable[str]) -> str:

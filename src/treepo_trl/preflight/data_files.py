@@ -56,9 +56,9 @@ def columns_of(name: str) -> list[str] | None:
             from pyarrow import parquet
 
             return list(parquet.read_schema(path).names)
-        with open(path, encoding="utf-8", newline="" if path.suffix == ".csv" else None) as stream:
+        with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as stream:
             if path.suffix == ".csv":
-                return next(csv.reader(stream), None)
+                return next(filter(None, csv.reader(stream)), None)
             rows = [json.loads(line) for line in islice(stream, _ROWS) if line.strip()]
     except (OSError, ValueError, ImportError):
         return None  # a broken file is told by what reads it, with the reason

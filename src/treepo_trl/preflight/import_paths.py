@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 
 
@@ -23,14 +24,18 @@ def check_import_path(option: str, path: str, separator: str) -> None:
     module, _, name = path.rpartition(separator)
     if not module or not all(part.isidentifier() for part in (*module.split("."), name)):
         raise ValueError(f"`{option} {path}` is no import path. Give one such as `my_package.file{separator}name`.")
-    find_beside_run()
     first = module.partition(".")[0]
-    if first not in sys.modules and find_spec(first) is None:
+    beside_run = PathFinder.find_spec(first, [os.getcwd()])
+    if beside_run is None and first not in sys.modules and find_spec(first) is None:
         raise ValueError(could_not_load(option, path, f"No module named {first!r}"))
 
 
 def find_beside_run() -> None:
-    """Let modules of the working directory be found, as in TRL's script."""
+    """
+    Let modules of the working directory be found, as in TRL's script.
+
+    Not before torch and TRL are imported: a file there may have the name of a library.
+    """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
 

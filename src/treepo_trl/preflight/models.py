@@ -29,7 +29,7 @@ def require_model(name: str | None) -> str:
     return name
 
 
-def check_hub(names: dict[str, str], is_refused: bool = True) -> None:
+def check_hub(names: dict[str, str], revision: str | None = None, is_refused: bool = True) -> None:
     """
     Ask once whether the hub answers, where a name is one of the hub: transformers asks six times, for 25 seconds.
 
@@ -38,13 +38,15 @@ def check_hub(names: dict[str, str], is_refused: bool = True) -> None:
     Args:
         names (`dict[str, str]`):
             Of models, adapters and data sets, by the option that gave each.
+        revision (`str`, *optional*):
+            Of the model.
         is_refused (`bool`, *optional*, defaults to `True`):
             Whether to raise for a model that is not here.
 
     Raises:
         ValueError: if the hub does not answer and a model is not in the cache.
     """
-    remote = {option: name for option, name in names.items() if not Path(name).exists()}
+    remote = {option: name for option, name in names.items() if not os.path.exists(name)}
     if not remote:
         return
     from huggingface_hub import constants
@@ -53,7 +55,7 @@ def check_hub(names: dict[str, str], is_refused: bool = True) -> None:
     if reason is None:
         return
     for option, name in remote.items():
-        if is_refused and option == "model_name_or_path" and not _is_cached(name):
+        if is_refused and option == "model_name_or_path" and not _is_cached(name, revision):
             raise ValueError(
                 f"`--{option} {name}` is no folder here and not in the hub's cache, and the hub cannot be asked: "
                 f"{reason}. Give a folder, or try again with a connection."
@@ -64,21 +66,26 @@ def check_hub(names: dict[str, str], is_refused: bool = True) -> None:
 
 
 def _why_unreachable() -> str | None:
-    """Why the hub gives no answer at all; `None` if it gives any, be it a refusal."""
+    """Why the hub gives no answer at all, in two tries; `None` if it gives any, be it a refusal."""
     import httpx
     from huggingface_hub import constants, get_session
 
-    try:
-        get_session().head(constants.ENDPOINT, timeout=_TIMEOUT)
-    except httpx.TransportError as error:
-        return f"{constants.ENDPOINT}: {str(error) or type(error).__name__}"
-    return None
+    reason = None
+    for _ in range(2):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_TIMEOUT)
+            return None
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL, ValueError) as error:  # of an address, or of a proxy's
+            return f"{constants.ENDPOINT}: {str(error).rstrip('.')} (look at `HF_ENDPOINT` and the proxies)"
+        except httpx.TransportError as error:
+            reason = f"{constants.ENDPOINT}: {str(error) or type(error).__name__}"
+    return reason
 
 
-def _is_cached(model: str) -> bool:
+def _is_cached(model: str, revision: str | None) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        return isinstance(try_to_load_from_cache(model, "config.json"), str)
-    except ValueError:  # no name that the hub could have; what loads it says so
+        return isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str)
+    except (ValueError, OSError):  # no name that the hub could have; what loads it says so
         return True

@@ -10,6 +10,8 @@ import json
 import os
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,13 +34,17 @@ _FORMATTERS = {
     each.__name__: each for each in (DefaultsFormatter, argparse.RawDescriptionHelpFormatter, argparse.HelpFormatter)
 }
 _KINDS = {"_HelpAction": "help", "_StoreTrueAction": "store_true", "_StoreFalseAction": "store_false"}
-_TYPES = {"int": int, "float": float}
+_TYPES: dict[str, Callable[[str], object]] = {"int": int, "float": float}
+_KEPT_SECONDS = 30 * 24 * 3600
 _STANDS_ON = ("treepo-trl", "trl", "transformers", "accelerate")  # whose dataclasses and parser have the options
 
 
 def cache_folder() -> Path:
-    """Where the package keeps files that it can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treepo-trl"
+    """Where the package keeps files that it can make again; one that cannot be made where there is no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treepo-trl"
+    except RuntimeError:
+        return Path(os.devnull) / "treepo-trl"
 
 
 def as_data(parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -63,7 +69,24 @@ def _action_as_data(action: argparse.Action) -> dict[str, Any]:
         data |= {"nargs": action.nargs, "metavar": action.metavar}
         data["choices"] = None if action.choices is None else [str(choice) for choice in action.choices]
         data["type"] = getattr(action.type, "__name__", None)
+        data["takes_none"] = _takes_none(action.type)
     return data
+
+
+def _takes_none(parse: object) -> bool:
+    """Whether a type of TRL's parser is that of an optional value, which `none` unsets."""
+    try:
+        return callable(parse) and parse("none") is None
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        return False
+
+
+def _or_none(parse: Callable[[str], object]) -> Callable[[str], object]:
+    def parsed(text: str) -> object:
+        return None if text.lower() in ("none", "null") else parse(text)
+
+    parsed.__name__ = parse.__name__  # argparse names it in errors
+    return parsed
 
 
 def as_parser(data: dict[str, Any]) -> argparse.ArgumentParser:
@@ -83,7 +106,8 @@ def as_parser(data: dict[str, Any]) -> argparse.ArgumentParser:
         if options.get("default") == argparse.SUPPRESS:
             options["default"] = argparse.SUPPRESS  # which argparse knows by its identity
         if each.get("type") in _TYPES and "choices" not in options:
-            options["type"] = _TYPES[each["type"]]
+            parse = _TYPES[each["type"]]
+            options["type"] = _or_none(parse) if each.get("takes_none") else parse
         if each["names"]:
             options["dest"] = each["dest"]
         parser.add_argument(*(each["names"] or [each["dest"]]), **options)
@@ -106,18 +130,18 @@ def _version(distribution: str) -> str:
         return "none"
 
 
-def load_table(file: Path) -> dict[str, Any] | None:
-    """What `save_table` has written; `None` if there is nothing, or nothing that can be read."""
+def load_table(file: Path) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser] | None:
+    """The two parsers that `save_table` has written; `None` if there is nothing, or nothing that can be read."""
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
-        return table if isinstance(table, dict) and {"help", "options"} <= set(table) else None
-    except (OSError, ValueError):
+        return as_parser(table["help"]), as_parser(table["options"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
 def save_table(file: Path, help_parser: argparse.ArgumentParser, parser: argparse.ArgumentParser) -> None:
     """
-    Keep a command's options, in place of those of other versions. A folder that cannot be written is left alone.
+    Keep a command's options, in place of old ones. A folder that cannot be written is left alone.
 
     Args:
         file (`Path`):
@@ -131,10 +155,10 @@ def save_table(file: Path, help_parser: argparse.ArgumentParser, parser: argpars
     table = {"help": as_data(help_parser), "options": as_data(parser)}
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, scratch = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        with open(descriptor, "w", encoding="utf-8") as stream:
-            json.dump(table, stream)
-        os.replace(scratch, file)
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+            written = Path(scratch, file.name)
+            written.write_text(json.dumps(table), encoding="utf-8")
+            os.replace(written, file)
         for old in file.parent.glob(f"{command}-*.json"):
-            if old != file:
+            if time.time() - old.stat().st_mtime > _KEPT_SECONDS:  # another environment may use a newer one
                 old.unlink(missing_ok=True)

@@ -43,7 +43,11 @@ def small_model(folder: str | Path) -> str:
     if folder.exists():
         raise FileExistsError(f"{folder} exists and holds no model. Remove it, or name another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, without_loading_bars():
+    with (
+        tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
+        without_loading_bars(),
+        redirect_stderr(StringIO()),
+    ):
         target = Path(scratch) / "model"  # so that an interrupted run leaves no half model
         _write(spec.submodule_search_locations[0], target)
         shutil.move(target, folder)
@@ -58,8 +62,7 @@ def without_loading_bars() -> Iterator[None]:
     was_enabled = is_progress_bar_enabled()
     disable_progress_bar()
     try:
-        with redirect_stderr(StringIO()):  # the reader of GGUF files has a bar of its own
-            yield
+        yield
     finally:
         if was_enabled:
             enable_progress_bar()

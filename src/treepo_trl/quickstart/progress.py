@@ -1,6 +1,8 @@
 """A progress bar with one readable line per logged step."""
 
 import logging
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -28,14 +30,38 @@ class TreeProgressCallback(ProgressCallback):
 
 @contextmanager
 def lines_above_the_bar() -> Iterator[None]:
-    """Write what is logged, and Python's warnings, above the bar instead of into its line."""
-    has_handlers = [each for each in map(logging.getLogger, logging.root.manager.loggerDict) if each.handlers]
+    """Write what is logged to the terminal, and Python's warnings, above the bar instead of into its line."""
+    levels = {logger: level for logger in _loggers() if (level := _console_level(logger)) is not None}
+    before, showed = {logger: list(logger.handlers) for logger in levels}, warnings.showwarning
     logging.captureWarnings(True)
+    is_captured_here = warnings.showwarning is not showed
     try:
-        with logging_redirect_tqdm([logging.root, *has_handlers]):
+        with logging_redirect_tqdm(list(levels)):
+            for logger, level in levels.items():
+                for handler in logger.handlers:
+                    if handler not in before[logger]:  # tqdm's, which has no level of its own
+                        handler.setLevel(level)
             yield
     finally:
-        logging.captureWarnings(False)
+        if is_captured_here:
+            logging.captureWarnings(False)
+
+
+def _loggers() -> list[logging.Logger]:
+    return [logging.root, *map(logging.getLogger, list(logging.root.manager.loggerDict))]
+
+
+def _console_level(logger: logging.Logger) -> int | None:
+    """From which level on a logger writes to the terminal by itself; `None` if it does not."""
+    streams = sys.stdout, sys.stderr
+    levels = [
+        handler.level
+        for handler in logger.handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream in streams
+    ]
+    if logger is logging.root and not logger.handlers:
+        return logging.WARNING  # as `logging.lastResort` has it
+    return min(levels, default=None)
 
 
 def step_line(logs: Mapping[str, float], step: int, max_steps: int) -> str:

@@ -33,8 +33,7 @@ from treepo_trl.treepo_config import TreePOConfig
 from .checks import ServerNeeds
 from .main_process import from_main_process
 from .policy_servers import PolicyServers
-from .sent_weights import SentWeights, can_send
-from .weights import AdapterVersions, WeightVersions
+from .weights import AdapterVersions, WeightVersions, write_weights
 
 
 if TYPE_CHECKING:
@@ -110,25 +109,14 @@ class ServerGeneration(VLLMGeneration):
         size = bytes_of(self.model.parameters()) if adapter is None else num_bytes(adapter)
         self._folder = shared_folder("policy", settings.vllm_server_adapter_dir, size)
         kind = AdapterVersions if self._loads_adapter else WeightVersions
-        run = uuid.uuid4().hex[:8]
         self.servers = PolicyServers(
             server_urls(settings.vllm_server_base_url, settings.vllm_server_host, settings.vllm_server_port),
             needs,
-            kind(self._folder.path, run),
+            kind(self._folder.path, uuid.uuid4().hex[:8]),
             settings.vllm_server_timeout,
             is_probed=settings.engine_check != "off",
         )
-        facts = self.servers.open()
-        if not self._loads_adapter and self.servers.takes_sent_weights and can_send(self.accelerator.device):
-            self.servers.versions = versions = SentWeights(
-                self._folder.path,
-                run,
-                self.accelerator.device,
-                settings.vllm_group_port,
-                self.servers.check_again,
-            )
-            versions.connect(self.servers.servers)
-        return facts
+        return self.servers.open()
 
     def sync_weights(self) -> None:
         """Give the servers the policy as it is. All processes call it together."""
@@ -172,7 +160,7 @@ class ServerGeneration(VLLMGeneration):
         weights = cast("Iterator[tuple[str, torch.Tensor]]", self._iter_named_params())
         try:
             if self.servers is not None:
-                self.servers.take_weights(step, weights)
+                self.servers.versions.write(step, partial(write_weights, weights))
         finally:
             for _ in weights:  # the others, and an error here, must not leave a gathering half done
                 pass

@@ -3,9 +3,9 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 
@@ -13,7 +13,7 @@ from treepo_trl.engines.server_connection import ServerConnection, ServerLostErr
 from treepo_trl.engines.server_facts import ServerFacts
 
 from .checks import ServerNeeds, check_server
-from .weights import PolicyVersions, WeightVersions
+from .weights import PolicyVersions
 
 
 logger = logging.getLogger(__name__)  # also where nothing is accelerated
@@ -46,8 +46,6 @@ class PolicyServers:
             what they computed then.
 
     Attributes:
-        takes_sent_weights (`bool`):
-            Whether all of them were started to take weights over NCCL; known once they are open.
         reference (`torch.Tensor`, *optional*):
             What the servers, or else the policy, compute for the tokens of `probe_ids` with the current version, in
             nats; `None` if nobody has asked.
@@ -68,7 +66,6 @@ class PolicyServers:
         self._lock = threading.Lock()  # held by whoever gives all of them a version, or admits one
         self._admissions = {server: threading.Lock() for server in self.servers}  # two engines may have lost one
         self._out: set[ServerConnection] = set()  # lost, or wrong, until they are admitted
-        self.takes_sent_weights = False
         self._number_type: str | None = None
         self._is_quantized = False
         self.reference: torch.Tensor | None = None
@@ -92,15 +89,7 @@ class PolicyServers:
         check_number_types({server.url: each for server, each in found.items()})
         self._number_type, self._is_quantized = number_type(facts), facts.quantization is not None
         self.bound = bound_of_probe(getattr(torch, facts.dtype))  # whoever knows the policy's type sets it again
-        self.takes_sent_weights = all(each.weight_transfer == "nccl" for each in found.values())
         return facts
-
-    def take_weights(self, step: int, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Make a new version of these weights; `distribute` follows."""
-        lost = cast(WeightVersions, self.versions).take(step, weights, self.servers)
-        with self._lock:
-            for server, error in lost.items():
-                self._lose(server, error)
 
     def distribute(self) -> None:
         """
@@ -178,12 +167,12 @@ class PolicyServers:
             ServerLostError: if it is lost again, or if nobody has computed anything with the current version yet.
         """
         self._out.add(server)
-        self.check_again(server)
+        self._check_again(server)
         with self._admissions[server]:
             while not self._is_admitted(server):
                 pass
 
-    def check_again(self, server: ServerConnection) -> None:
+    def _check_again(self, server: ServerConnection) -> None:
         """
         Raise unless a server that was started anew is what it was.
 

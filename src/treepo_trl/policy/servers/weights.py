@@ -184,31 +184,6 @@ class WeightVersions(PolicyVersions):
     def model(self) -> str | None:
         return None
 
-    def take(
-        self, step: int, weights: Iterator[tuple[str, torch.Tensor]], servers: Iterable[ServerConnection]
-    ) -> dict[ServerConnection, Exception]:
-        """
-        A new version, which is the current one from then on.
-
-        Args:
-            step (`int`):
-                Of the training.
-            weights (`Iterator`):
-                Names as in the checkpoint, and whole tensors, each of which may be gone once the next is asked for.
-            servers (`Iterable[ServerConnection]`):
-                That answer, or did.
-
-        Returns:
-            `dict`: servers that are found lost on the way.
-        """
-
-        def write(folder: str) -> str:
-            write_weights(weights, folder)
-            return folder
-
-        self.write(step, write)
-        return {}
-
     def _loaded(self, server: ServerConnection) -> set[str]:
         return {server.get("/weight_info", _QUESTION_TIMEOUT)["weight_version"]}
 
@@ -247,15 +222,18 @@ def _let_all_read(folder: str) -> None:
             os.chmod(os.path.join(place, file), 0o644)
 
 
-def write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: str) -> None:
+def write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: str) -> str:
     """
     Write a model's weights in files of a few GiB, as transformers and vLLM read them.
 
     Args:
         weights (`Iterator`):
-            Names as in the checkpoint, and whole tensors.
+            Names as in the checkpoint, and whole tensors, each of which may be gone once the next is asked for.
         folder (`str`):
             Which is there.
+
+    Returns:
+        `str`: the folder.
     """
     held: dict[str, torch.Tensor] = {}
     index: dict[str, str] = {}
@@ -277,3 +255,4 @@ def write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: str) -> N
         write()
     # vLLM reads only files of this list, where there is one.
     Path(folder, "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder
