@@ -7,8 +7,7 @@ How easy the code is to take over: sizes, imports, types, tests and prose of thi
 Everything is read from files, nothing is imported. Prints a Markdown table.
 
 - Lines are all lines of a file. A function's lines go from its `def` to its end.
-- A module is in an import cycle if its imports lead back to it. Imports inside functions count, those under
-  `TYPE_CHECKING` do not.
+- A module is in an import cycle if its imports lead back to it, also those in functions and for types alone.
 - An import goes upward by the `FLOORS` of the tree's own `tests/test_layering.py`.
 - Sentences of prose have more than two words. Fenced code, tables, headings and addresses of links are left out.
 - A setting is described by an entry in a class docstring, by its field's `help`, and by a row of a table in the docs.
@@ -20,7 +19,7 @@ import itertools
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -78,13 +77,9 @@ class Sources:
 # Imports
 
 
-def import_statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Every import below a node, but those for type checkers alone."""
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        yield node
-    checked = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-    for child in node.orelse if isinstance(node, ast.If) and checked else ast.iter_child_nodes(node):
-        yield from import_statements(child)
+def import_statements(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Every import below a node."""
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
 
 
 def import_graph(package: Sources) -> dict[str, set[str]]:

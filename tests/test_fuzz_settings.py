@@ -26,7 +26,7 @@ from tests.support.sample_runs import as_flags
 from treepo_trl import TreePOConfig, TreeSamplingConfig
 from treepo_trl.cli import main
 from treepo_trl.commands.arguments import PlanArguments, SampleArguments, TreePOScriptArguments
-from treepo_trl.commands.engine import EngineArguments
+from treepo_trl.commands.engine_arguments import EngineArguments
 from treepo_trl.engines import SamplingOptions
 
 

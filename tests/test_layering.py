@@ -72,16 +72,25 @@ MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports_of(module: str) -> list[tuple[str, str]]:
-    """Absolute names `(package.module, imported name or "")` of every import statement, in functions too."""
+    """Names `(package.module, imported name or "")` of every import, in functions and for types alone too."""
+    return _imports_of(module, set())
+
+
+def loaded_imports_of(module: str) -> list[tuple[str, str]]:
+    """Those of them that happen when the module runs."""
+    skipped: set[int] = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            skipped.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return _imports_of(module, skipped)
+
+
+def _imports_of(module: str, skipped: set[int]) -> list[tuple[str, str]]:
     tree = ast.parse(MODULES[module].read_text())
-    skipped: set[ast.AST] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            skipped.update(child for statement in node.body for child in ast.walk(statement))
     package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
     found = []
     for node in ast.walk(tree):
-        if node in skipped:
+        if getattr(node, "lineno", 0) in skipped:
             continue
         if isinstance(node, ast.Import):
             found += [(alias.name, "") for alias in node.names]
@@ -122,13 +131,28 @@ def test_imports_go_down(module: str) -> None:
     assert not above, f"{module} imports from {above}: move what both need down, or hand it over as an argument"
 
 
+def test_no_module_leads_back_to_itself() -> None:
+    """By imports for types alone neither: who reads one must not have to read the other first."""
+    steps = {module: rooms_imported_by(module) & set(MODULES) - {"", module} for module in MODULES if module}
+    circles = []
+    for module in steps:
+        seen, ahead = set[str](), set(steps[module])
+        while ahead:
+            step = ahead.pop()
+            seen.add(step)
+            ahead |= steps.get(step, set()) - seen
+        if module in seen:
+            circles.append(module)
+    assert circles == []
+
+
 def modules_in(room: str) -> list[str]:
     return [module for module in MODULES if module == room or module.startswith(f"{room}.")]
 
 
 @pytest.mark.parametrize("room", HEAVY_ALLOWED)
 def test_rooms_without_a_model_name_no_heavy_package(room: str) -> None:
-    packages = {base.split(".")[0] for module in modules_in(room) for base, _ in imports_of(module)}
+    packages = {base.split(".")[0] for module in modules_in(room) for base, _ in loaded_imports_of(module)}
     assert packages & HEAVY <= HEAVY_ALLOWED[room]
 
 

@@ -23,6 +23,7 @@ from . import trl_seams
 from .batches import (
     BatchSampler,
     DynamicSampling,
+    ResumePoint,
     RolloutAhead,
     Rows,
     TrainerTurns,
@@ -31,14 +32,14 @@ from .batches import (
     prompts_of_trees,
     shuffle_trees,
 )
-from .checkpoints import ResumePoint, checkpoint_to_resume, only_training_in
+from .checkpoints import checkpoint_to_resume, only_training_in
 from .checks import NoStepIsAnError, check_arguments, check_datasets, check_rows, check_tokenizer, check_tools
 from .evaluation.in_training import EvaluationMetrics
 from .health.callback import HealthCallback
 from .health.reward_signal import signal_metrics, signal_sums
 from .metrics import replace_last, sum_over_processes
 from .model_card import PAPER
-from .policy.engine import policy_engine_for
+from .policy.for_training import policy_engine_for
 from .policy.four_bit_base import write_quantization
 from .policy.half_precision import keep_master_weights
 from .policy.starting_adapter import adapter_resumed_too, match_reference

@@ -6,6 +6,7 @@ A trainer's own; the trees are grown by `sampling`, and `TreeBatch` turns them i
 
 from .batch_sampler import BatchSampler
 from .dynamic_sampling import DynamicSampling, Rows, forget_stream
+from .resume_point import ResumePoint
 from .rollout_ahead import RolloutAhead
 from .trainer_turns import TrainerTurns
 from .tree_batch import TreeBatch, prompts_of_trees, shuffle_trees
@@ -14,6 +15,7 @@ from .tree_batch import TreeBatch, prompts_of_trees, shuffle_trees
 __all__ = [
     "BatchSampler",
     "DynamicSampling",
+    "ResumePoint",
     "RolloutAhead",
     "Rows",
     "TrainerTurns",

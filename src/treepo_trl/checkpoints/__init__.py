@@ -6,12 +6,10 @@ transformers writes most of it; here is what it leaves out, or writes over.
 
 from .folders import STATE_FILE, checkpoint_to_resume, newest_checkpoint, saved_values
 from .one_training import only_training_in
-from .resume_point import ResumePoint
 
 
 __all__ = [
     "STATE_FILE",
-    "ResumePoint",
     "checkpoint_to_resume",
     "newest_checkpoint",
     "only_training_in",

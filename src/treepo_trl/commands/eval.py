@@ -12,7 +12,8 @@ from treepo_trl.sampling import SegmentTree, TreeSampler, TreeSamplingConfig
 
 from .arguments import OptionsParser, options_parser
 from .cost_table import sample_independent
-from .engine import EngineArguments, load_tokenizer, use_adapter
+from .engine import load_tokenizer, use_adapter
+from .engine_arguments import EngineArguments
 from .errors import user_errors
 from .evaluation.adapters import check_adapters, labels_of, tell_of_tokenizers
 from .evaluation.arguments import EvalArguments, checked_ks

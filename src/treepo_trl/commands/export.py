@@ -11,7 +11,7 @@ from treepo_trl.policy.four_bit_base import BaseQuantization
 from treepo_trl.preflight import require_model
 
 from .arguments import OptionsParser, help_of, options_parser
-from .engine import EngineArguments, WeightType
+from .engine_arguments import EngineArguments, WeightType
 from .errors import user_errors
 
 

@@ -12,7 +12,8 @@ from treepo_trl.sampling import SegmentTree, TreeSampler, TreeSamplingConfig, te
 
 from .arguments import OptionsParser, SampleArguments, options_parser
 from .cost_table import RolloutReport, format_table, report, sample_independent
-from .engine import EngineArguments, build_engine, eos_token_ids, load_tokenizer
+from .engine import build_engine, eos_token_ids, load_tokenizer
+from .engine_arguments import EngineArguments
 from .errors import user_errors
 from .prompts import load_prompts, prompt_token_ids
 from .tree_file import OutputError, TreeFile, opened_output

@@ -13,11 +13,11 @@ from treepo_trl.engines.vllm_server import VLLMServerEngine
 from treepo_trl.fields import server_urls
 from treepo_trl.preflight import require_model
 
+from .engine_arguments import EngineArguments
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from .engine import EngineArguments
 
 
 _OWN_WEIGHTS = "default"  # as vLLM calls those that it has started with
@@ -43,7 +43,7 @@ class ServedAdapters(VLLMServerEngine):
 
 
 def server_engine(
-    arguments: "EngineArguments",
+    arguments: EngineArguments,
     tokenizer: "PreTrainedTokenizerBase",
     eos_ids: list[int],
     options: SamplingOptions,

@@ -2,7 +2,8 @@
 An adapter taken home: merged into its base, checked, and written as a model that needs neither PEFT nor this package.
 """
 
-from .model import Difference, Export, export_model
+from .exported import Difference, Export
+from .model import export_model
 from .source import AdapterSource, find_adapter
 
 

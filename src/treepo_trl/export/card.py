@@ -1,18 +1,14 @@
 """The model card of an exported model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .exported import Export
 from .source import AdapterSource
 
 
-if TYPE_CHECKING:
-    from .model import Export
-
-
-def model_card(source: AdapterSource, export: "Export") -> ModelCard:
+def model_card(source: AdapterSource, export: Export) -> ModelCard:
     """What the model is, how it was made and checked, and how to run it."""
     is_local = Path(source.base).exists()  # a path means nothing elsewhere
     data = ModelCardData(

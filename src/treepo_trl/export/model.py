@@ -7,7 +7,6 @@ weight all show in the log-probabilities.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +24,7 @@ from treepo_trl.policy.four_bit_base import BaseQuantization, base_checkpoint, b
 from treepo_trl.policy.starting_adapter import check_fits
 
 from .card import model_card
+from .exported import Difference, Export
 from .folder import new_folder
 from .modelfile import modelfile
 from .source import AdapterSource
@@ -43,31 +43,6 @@ _TEXTS = (
     "def mean(values):\n    if not values:\n        raise ValueError('none')\n    return sum(values) / len(values)\n",
 )
 _CHAT = ({"role": "user", "content": "What is 17 + 25?"}, {"role": "assistant", "content": "17 + 25 = 42. So 42."})
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Distances between log-probabilities of the same tokens, in nats."""
-
-    mean: float
-    largest: float
-    of_adapter: float
-    """Mean distance between the base with its adapter and without."""
-
-    @property
-    def is_lost_to_rounding(self) -> bool:
-        """Whether the merge has moved the model by more than a quarter of what the adapter does."""
-        return self.mean > 0.25 * self.of_adapter
-
-
-@dataclass(frozen=True)
-class Export:
-    """A model that was exported."""
-
-    folder: Path
-    dtype: torch.dtype
-    was_4bit: bool
-    difference: Difference
 
 
 def export_model(

@@ -2,13 +2,41 @@
 
 import math
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar, Protocol
 
 from .addresses import server_urls
 
 
-if TYPE_CHECKING:
-    from treepo_trl.treepo_config import TreePOConfig
+class VLLMSettings(Protocol):
+    """What is read of [`~treepo_trl.TreePOConfig`], which stands on this package."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    use_vllm: bool
+    vllm_mode: str
+    vllm_lora_sync: Any
+    vllm_server_adapter_dir: str | None
+    vllm_server_base_url: str | None
+    vllm_server_host: str
+    vllm_server_port: int
+    vllm_server_timeout: float
+    vllm_gpu_memory_utilization: Any
+    vllm_sleep_keeps_weights: bool
+    vllm_enable_sleep_mode: bool
+    vllm_share_base_weights: bool
+    vllm_base_weights: Any
+    vllm_tensor_parallel_size: int
+    vllm_engine_kwargs: Any
+    vllm_importance_sampling_correction: bool
+    rollout_ahead: int
+    steps_per_generation: int
+    num_iterations: int
+    gradient_accumulation_steps: int
+
+    @property
+    def chooses_prompts(self) -> str: ...
+
+    @property
+    def micro_steps_per_batch(self) -> int: ...
 
 
 _OWN_PROCESS = (
@@ -23,7 +51,7 @@ _OWN_PROCESS = (
 """Settings of an engine in this process."""
 
 
-def check_vllm_fields(settings: "TreePOConfig") -> None:
+def check_vllm_fields(settings: VLLMSettings) -> None:
     """
     Raise for settings of vLLM that exclude each other, or that the mode does not have.
 
@@ -43,7 +71,7 @@ def check_vllm_fields(settings: "TreePOConfig") -> None:
         )
 
 
-def _check_servers(settings: "TreePOConfig") -> None:
+def _check_servers(settings: VLLMSettings) -> None:
     if settings.vllm_server_base_url is None and "@" in settings.vllm_server_host:
         raise ValueError(
             "`vllm_server_host` must be a name or an address alone. A user and a password stand in "
@@ -70,7 +98,7 @@ def _check_servers(settings: "TreePOConfig") -> None:
         )
 
 
-def _check_adapter_engine(settings: "TreePOConfig", name: str) -> None:
+def _check_adapter_engine(settings: VLLMSettings, name: str) -> None:
     if not (settings.use_vllm and settings.vllm_lora_sync == "adapter"):
         raise ValueError(
             f"`{name}=True` is about the vLLM engine of a LoRA policy. It needs `use_vllm=True` and "
@@ -78,7 +106,7 @@ def _check_adapter_engine(settings: "TreePOConfig", name: str) -> None:
         )
 
 
-def _check_sleep(settings: "TreePOConfig") -> None:
+def _check_sleep(settings: VLLMSettings) -> None:
     if not settings.vllm_sleep_keeps_weights:
         return
     _check_adapter_engine(settings, "vllm_sleep_keeps_weights")
@@ -89,7 +117,7 @@ def _check_sleep(settings: "TreePOConfig") -> None:
         )
 
 
-def _check_shared_base(settings: "TreePOConfig") -> None:
+def _check_shared_base(settings: VLLMSettings) -> None:
     if not settings.vllm_share_base_weights:
         return
     _check_adapter_engine(settings, "vllm_share_base_weights")
@@ -106,7 +134,7 @@ def _check_shared_base(settings: "TreePOConfig") -> None:
         )
 
 
-def _check_engine_kwargs(settings: "TreePOConfig") -> None:
+def _check_engine_kwargs(settings: VLLMSettings) -> None:
     if isinstance(settings.vllm_gpu_memory_utilization, str) and settings.vllm_gpu_memory_utilization != "auto":
         share = settings.vllm_gpu_memory_utilization
         raise TypeError(f"`vllm_gpu_memory_utilization` is {share!r}; it must be a number, or 'auto'.")
@@ -117,7 +145,7 @@ def _check_engine_kwargs(settings: "TreePOConfig") -> None:
         )
 
 
-def _check_rollout_ahead(settings: "TreePOConfig") -> None:
+def _check_rollout_ahead(settings: VLLMSettings) -> None:
     if settings.rollout_ahead == 0:
         return
     reason = ""

@@ -8,7 +8,8 @@ from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from treepo_trl.commands.engine import EngineArguments, uses_vllm
+from treepo_trl.commands.engine import uses_vllm
+from treepo_trl.commands.engine_arguments import EngineArguments
 from treepo_trl.commands.train_adapter import has_tokenizer
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, cast
 
 from treepo_trl.commands.arguments import TRL_REWARDS, SampleArguments, help_of, json_object
-from treepo_trl.commands.engine import EngineArguments
+from treepo_trl.commands.engine_arguments import EngineArguments
 from treepo_trl.engines import SamplingOptions
 from treepo_trl.evaluation import default_ks
 from treepo_trl.fields import Ranges, check_fields, check_int, check_text

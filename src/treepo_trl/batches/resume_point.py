@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .folders import (
+from treepo_trl.checkpoints.folders import (
     STATE_FILE,
     missing_states,
     named_again,
@@ -30,13 +30,13 @@ from .folders import (
     written_anew,
 )
 
+from .rollout_ahead import RolloutAhead
+from .sampling_under_way import SamplingUnderWay
+
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
-
-    from treepo_trl.batches.rollout_ahead import RolloutAhead
-    from treepo_trl.batches.sampling_under_way import SamplingUnderWay
 
 
 logger = get_logger(__name__)
@@ -72,7 +72,7 @@ class ResumePoint(TrainerCallback):
             Has the next batch where that is being sampled.
     """
 
-    def __init__(self, trainer: "GRPOTrainer", ahead: "RolloutAhead") -> None:
+    def __init__(self, trainer: "GRPOTrainer", ahead: RolloutAhead) -> None:
         self._trainer, self._ahead = trainer, ahead
         self._global_step = -1
         self._resumed_at = 0  # global step
@@ -123,7 +123,7 @@ class ResumePoint(TrainerCallback):
         if is_next_lost:
             trainer.accelerator.wait_for_everyone()  # a process that ends with the error may end the others
 
-    def _write_next(self, batch: "SamplingUnderWay", folder: Path) -> bool:
+    def _write_next(self, batch: SamplingUnderWay, folder: Path) -> bool:
         """Write a batch that is sampled ahead, unless that has failed: the update before it is not to be lost too."""
         error = batch.error()
         if error is None:
