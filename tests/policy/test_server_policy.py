@@ -143,6 +143,7 @@ def test_two_processes_update_and_one_samples(model: str, servers: list[VLLMServ
     assert_same_parameters(first, second, 0.0)
 
 
+@pytest.mark.slow
 def test_a_server_is_killed_and_comes_back(
     model: str, servers: list[VLLMServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,7 +150,7 @@ def test_two_processes_with_tools_update_as_one(tmp_path: Path) -> None:
     [
         {"environment_forking": "auto", "tool_timeout": 60.0},
         # The second process has to replace all of its prompts, for nobody plays there.
-        {"environment_forking": "replay", "dynamic_sampling_rounds": 2},
+        pytest.param({"environment_forking": "replay", "dynamic_sampling_rounds": 2}, marks=pytest.mark.slow),
     ],
     ids=["forks", "dynamic"],
 )
