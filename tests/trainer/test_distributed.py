@@ -122,6 +122,7 @@ def test_two_processes_select_the_same_prompts(tmp_path: Path, tiny_model_dir: s
     assert max(log.get("prompt_selection/frac_passed_over", 0) for log in ranks[0]["logs"]) > 0.3
 
 
+@pytest.mark.slow
 def test_two_processes_with_tools_update_as_one(tmp_path: Path) -> None:
     """Totals are over both processes, also where the paths of one call nothing."""
     ranks = run_in_two_processes(SCRIPT, tmp_path, "train_with_tools_and_write", str(tmp_path))
