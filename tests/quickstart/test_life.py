@@ -74,6 +74,8 @@ def test_the_life_of_an_adapter(small_model_dir: str, tmp_path: Path) -> None:
     without = full_logprobs(base.eval(), prompt, completion)
     adapted = full_logprobs(PeftModel.from_pretrained(base, life / "rl").eval(), prompt, completion)
     assert (adapted - without).abs().max() > 0.01
-    llm = vllm.LLM(str(life / "merged"), dtype="float32", max_model_len=128, gpu_memory_utilization=0.2, enforce_eager=True)
+    llm = vllm.LLM(
+        str(life / "merged"), dtype="float32", max_model_len=128, gpu_memory_utilization=0.2, enforce_eager=True
+    )
     for logprobs in (full_logprobs(merged, prompt, completion), engine_logprobs(llm, prompt, completion)):
         torch.testing.assert_close(logprobs, adapted, atol=1e-3, rtol=0)
