@@ -4,8 +4,10 @@ Prompt selection: prompts whose completions nearly always had the same reward ar
 Nothing is decoded for a prompt that is passed over, where dynamic sampling finds out by sampling it.
 """
 
+import pickle
 import random
 from collections import defaultdict
+from contextlib import suppress
 
 import torch
 from accelerate.utils import gather_object
@@ -61,7 +63,7 @@ class PassRates:
         """
         visits: dict[str, list[torch.Tensor]] = defaultdict(list)
         for example, row in zip(examples, rewards, strict=True):
-            visits[Hasher.hash(example)].append(row)
+            visits[key_of(example)].append(row)
         prompts = dict(self._prompts)
         for key, rows in visits.items():
             differing, count = (_KEPT * each for each in prompts.get(key, (0.0, 0.0)))
@@ -73,16 +75,39 @@ class PassRates:
 
     def knows(self, example: Example) -> bool:
         """Whether anything is remembered of an example."""
-        return Hasher.hash(example) in self._prompts
+        return key_of(example) in self._prompts
 
     def chance(self, example: Example) -> float:
         """Of an example to be taken; 1 before its first visit."""
-        seen = self._prompts.get(Hasher.hash(example))
+        seen = self._prompts.get(key_of(example))
         if seen is None:
             return 1.0
         differing, count = seen
         share = (differing + _PRIOR / 2) / (count + _PRIOR)
         return min(max(2 * share, LEAST_CHANCE), 1.0)
+
+
+def key_of(example: Example) -> str:
+    """
+    The hash of a row's content.
+
+    Raises:
+        ValueError: naming the column that has none.
+    """
+    try:
+        return Hasher.hash(example)
+    except (TypeError, pickle.PicklingError, AttributeError) as error:
+        column = next((name for name, value in example.items() if not _has_hash(value)), None)
+        raise ValueError(
+            f"`prompt_selection` knows a row by its content, but the column {column!r} cannot be hashed ({error}). "
+            "Take it out of the rows, or leave `prompt_selection` out."
+        ) from error
+
+
+def _has_hash(value: object) -> bool:
+    with suppress(TypeError, pickle.PicklingError, AttributeError):
+        return bool(Hasher.hash(value))
+    return False
 
 
 def differing_pairs(rewards: torch.Tensor) -> float:
@@ -144,8 +169,8 @@ class SelectedPrompts:
         Raises:
             RuntimeError: if the processes have drawn different rows.
         """
-        drawn = gather_object([Hasher.hash(examples)])
-        if len(set(drawn)) > 1:
+        drawn = gather_object([[key_of(example) for example in examples]])
+        if any(keys != drawn[0] for keys in drawn):
             raise RuntimeError(
                 "`prompt_selection` needs the same rows on every process, and they have drawn different ones. A "
                 "transform with random numbers, a path of the process, or `split_dataset_by_node` makes them differ. "
