@@ -9,6 +9,7 @@ import torch
 import yaml
 from peft import LoraConfig
 from transformers import LlavaConfig
+from trl import ModelConfig
 
 from tests.support.paths import ROOT
 from treepo_trl.commands import doctor
@@ -16,6 +17,7 @@ from treepo_trl.doctor import examination
 from treepo_trl.doctor.child import kernel_names, training_names
 from treepo_trl.doctor.findings import BrokenError, CannotRunError, Finding
 from treepo_trl.doctor.needs import Needs, everything
+from treepo_trl.policy.starting_adapter import new_adapter_config
 
 
 pytestmark = [
@@ -181,6 +183,21 @@ def test_one_module_is_a_name_and_no_pattern(small_model_dir: str) -> None:
     """TRL makes a list of one name the name, which PEFT takes for a pattern of whole paths."""
     for name in ("q_proj", "self_attn.q_proj"):
         assert "at most, of 24.0" in memory_of(small_model_dir, 24, use_peft=True, lora_target_modules=name)
+
+
+@pytest.mark.parametrize(
+    ("given", "modules"),
+    [
+        (None, None),  # those that PEFT knows for the model
+        (["q_proj"], {"q_proj"}),
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        (["all-linear"], "all-linear"),
+        ([r".*\.q_proj"], r".*\.q_proj"),
+    ],
+)
+def test_what_is_no_single_name_stays_as_it_is(given: Any, modules: Any) -> None:
+    config: Any = new_adapter_config(ModelConfig("any", use_peft=True, lora_target_modules=given))
+    assert config.target_modules == modules
 
 
 def test_a_card_that_others_use() -> None:

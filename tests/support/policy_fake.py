@@ -106,8 +106,8 @@ class PolicyFake(FakeVLLM):
             self.unloaded.append(body["lora_name"])
             del self.adapters[body["lora_name"]]
             return web.Response(text="")
-        if path in ("/get_world_size", "/weight_info"):
-            return web.json_response({"world_size": 1, "weight_version": self.weights})
+        if path == "/weight_info":
+            return web.json_response({"weight_version": self.weights})
         if path == "/update_weight_version" and path not in self.fails:
             self.weights = body["new_version"]
         if path == "/collective_rpc":

@@ -23,6 +23,9 @@ _PRIOR = 2.0  # completions of which half of the pairs differ: a group of two sa
 _MOST_PROMPTS = 100_000  # that are remembered: 7 MB of a checkpoint
 
 
+_NO_HASH = (TypeError, pickle.PicklingError, AttributeError)
+"""What a value that cannot be pickled raises."""
+
 Saved = dict[str, list[float]]
 """By the hash of a row: its completions times the share of their pairs that differ, and its completions; JSON."""
 
@@ -96,7 +99,7 @@ def key_of(example: Example) -> str:
     """
     try:
         return Hasher.hash(example)
-    except (TypeError, pickle.PicklingError, AttributeError) as error:
+    except _NO_HASH as error:
         column = next((name for name, value in example.items() if not _has_hash(value)), None)
         raise ValueError(
             f"`prompt_selection` knows a row by its content, but the column {column!r} cannot be hashed ({error}). "
@@ -105,7 +108,7 @@ def key_of(example: Example) -> str:
 
 
 def _has_hash(value: object) -> bool:
-    with suppress(TypeError, pickle.PicklingError, AttributeError):
+    with suppress(*_NO_HASH):
         return bool(Hasher.hash(value))
     return False
 

@@ -42,8 +42,9 @@ def new_adapter_config(model_args: ModelConfig) -> "PeftConfig | None":
     module has.
     """
     config: Any = get_peft_config(model_args)
-    if config is not None and re.fullmatch(r"[\w.]+", str(config.target_modules)):
-        config.target_modules = {config.target_modules}
+    modules = None if config is None else config.target_modules
+    if isinstance(modules, str) and re.fullmatch(r"[\w.]+", modules):
+        config.target_modules = {modules}
     return config
 
 

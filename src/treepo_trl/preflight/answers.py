@@ -73,9 +73,8 @@ def _check_names(command: str, given: dict[str, object]) -> None:
     if isinstance(model, str) and model:
         require_model(model)
     names = {name: value for name in _HUB_NAMES if isinstance(value := given.get(name), str) and value}
-    if (
-        command not in _READ_DATA or data in (None, *_NEVER_OF_THE_HUB) or ":" in str(data)
-    ):  # such as reasoning_gym:NAME
+    is_of_hub = data not in (None, *_NEVER_OF_THE_HUB) and ":" not in str(data)  # such as reasoning_gym:NAME
+    if command not in _READ_DATA or not is_of_hub:
         names.pop("dataset_name", None)
     if "WORLD_SIZE" in os.environ or given.get("push_to_hub"):
         return  # processes must agree, and an upload needs the hub at the end
