@@ -42,8 +42,8 @@ def new_adapter_config(model_args: ModelConfig) -> "PeftConfig | None":
     module has.
     """
     config: Any = get_peft_config(model_args)
-    modules = None if config is None else config.target_modules
-    if isinstance(modules, str) and re.fullmatch(r"[\w.]+", modules):
+    modules: object = getattr(config, "target_modules", None)
+    if config is not None and isinstance(modules, str) and re.fullmatch(r"[\w.]+", modules):
         config.target_modules = {modules}
     return config
 
