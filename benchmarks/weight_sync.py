@@ -42,7 +42,7 @@ from benchmarks.common import (
 )
 from benchmarks.random_models import MODELS, random_checkpoint
 from treepo_trl import TreePOConfig, TreePOTrainer
-from treepo_trl.trl_seams import replaced
+from treepo_trl.trl.seams import replaced
 
 
 UNPACKED = "merge, layers not packed"

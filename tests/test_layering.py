@@ -15,14 +15,15 @@ PACKAGE = Path(treepo_trl.__file__).parent
 # From the ground up: a room imports from its own floor's folder and from floors below, never from beside or above.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("preflight",),
-    ("model_support", "trl_seams", "fields", "file_lock", "model_card"),
+    ("model_support", "fields", "file_lock", "model_card"),
     ("engines", "checkpoints"),
     ("sampling",),
     ("turns", "evaluation"),
     ("update",),
     ("treepo_config",),
-    ("policy", "metrics", "tree_log", "checks", "reward_watch"),
-    ("batches", "viewer", "export", "health"),
+    ("trl",),
+    ("policy", "metrics", "tree_log", "checks"),
+    ("batch", "viewer", "export", "health"),
     ("memory",),
     ("treepo_trainer",),
     ("quickstart",),

@@ -4,7 +4,7 @@ Metrics of a batch of trees.
 Totals are sums, so that those of several samplings and processes add up. Metrics are made of them at the end.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from typing import cast, get_args
 
 import torch
@@ -111,13 +111,6 @@ def sum_over_processes(values: list[float], accelerator: Accelerator) -> list[fl
     """The sum over processes of each value; every process has as many."""
     own = torch.tensor([values], dtype=torch.float32, device=accelerator.device)
     return cast(torch.Tensor, accelerator.gather(own)).sum(0).tolist()
-
-
-def replace_last(logged: deque[float], values: list[float]) -> None:
-    """Put values where the last ones of a column of the logs are, which holds a certain number at most."""
-    for _ in range(min(len(values), len(logged))):
-        logged.pop()
-    logged.extend(values)
 
 
 def _subgroup_sizes(tree: SegmentTree) -> list[int]:

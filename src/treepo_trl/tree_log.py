@@ -2,8 +2,9 @@
 
 import json
 import logging
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -56,6 +57,45 @@ class SampledLine(TypedDict):
     """`leaf_weights` of the tree."""
     tree: TreeRecord
     """`SegmentTree.from_dict` reads it."""
+
+
+def tree_records(
+    step: int,
+    trees: list[SegmentTree],
+    rewards: list[float],
+    advantages: Sequence[float | list[float]],
+    decode: Callable[[list[int]], str],
+) -> list[TreeLogLine]:
+    """
+    A record per tree.
+
+    Args:
+        step (`int`):
+            Global step before which the trees were sampled.
+        trees (`list[SegmentTree]`):
+            Whose leaves are the rows, depth-first.
+        rewards (`list[float]`):
+            Reward of each row, `nan` if it could not be scored.
+        advantages (`list[float]` or `list[list[float]]`):
+            Of each row, or of each of its tokens: the record has that of the last one.
+        decode (`Callable[[list[int]], str]`):
+            Text of a list of tokens.
+    """
+    values = iter(zip(rewards, advantages, strict=True))
+    records: list[TreeLogLine] = []
+    for tree in trees:
+        rows = [(tree.nodes[leaf].end, *next(values)) for leaf in tree.leaves]
+        records.append(
+            {
+                "step": step,
+                "prompt": decode(tree.prompt_ids),
+                "rows": tree.leaves,
+                "rewards": [None if math.isnan(reward) else reward for _, reward, _ in rows],
+                "advantages": [each[end - 1] if isinstance(each, list) else each for end, _, each in rows],
+                "tree": tree.to_dict(),
+            }
+        )
+    return records
 
 
 def write_trees(records: list[TreeLogLine], output_dir: str, step: int, is_first: bool) -> None:

@@ -1,8 +1,8 @@
 """
 `TreePOTrainer`: how a training step of TRL's `GRPOTrainer` (1.16) goes with trees.
 
-The only file that overrides private methods of `GRPOTrainer`; `tests/trainer/test_trl_seams.py` pins their signatures.
-What the steps are made of lies in the rooms; what TRL has no argument for is replaced in `trl_seams`.
+The only file that overrides private methods of `GRPOTrainer`; `tests/trl/test_seams.py` pins their signatures.
+What the steps are made of lies in the rooms; TRL's other private names are in `trl/`.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,37 +19,37 @@ from trl.extras.profiling import profiling_decorator
 from trl.trainer.grpo_trainer import GRPOTrainer, RewardFunc
 from trl.trainer.utils import get_config_model_id
 
-from . import trl_seams
-from .batches import (
-    BatchSampler,
-    DynamicSampling,
+from .batch import (
+    BatchRewards,
+    EvaluationMetrics,
     ResumePoint,
-    RolloutAhead,
-    Rows,
+    RewardWatch,
     TrainerTurns,
     TreeBatch,
-    forget_stream,
+    check_interruptible,
     prompts_of_trees,
     shuffle_trees,
+    tree_source,
 )
 from .checkpoints import checkpoint_to_resume, only_training_in
 from .checks import NoStepIsAnError, check_arguments, check_datasets, check_rows, check_tokenizer, check_tools
-from .evaluation.in_training import EvaluationMetrics
 from .health.callback import HealthCallback
 from .health.reward_signal import signal_metrics, signal_sums
-from .metrics import replace_last, sum_over_processes
+from .metrics import sum_over_processes
 from .model_card import PAPER
 from .policy.for_training import policy_engine_for
 from .policy.four_bit_base import write_quantization
 from .policy.half_precision import keep_master_weights
 from .policy.starting_adapter import adapter_resumed_too, match_reference
-from .reward_watch import RewardWatch, check_interruptible
 from .sampling import SegmentTree, TreeSampler, text_decoder
 from .sampling.turns import TurnHandler
-from .tree_log import write_trees
+from .tree_log import tree_records, write_trees
 from .treepo_config import TreePOConfig
+from .trl import seams
+from .trl.host import Host, Rows
 from .turns import TreeRollout
 from .update.packable import packed_forward_or_none
+from .update.row_advantages import mean_advantages, row_advantages
 
 
 if TYPE_CHECKING:
@@ -145,19 +145,17 @@ class TreePOTrainer(GRPOTrainer):
             keep_master_weights(self.model)
         if self.accelerator.device.type == "cpu":
             args.dataloader_pin_memory = False  # there is nothing to pin it for, and torch would say so
-        self._reward_watch = RewardWatch(self)
-        self._evaluation_metrics = EvaluationMetrics(self)
-        self.policy_engine.connect(self)
+        host = self._host = Host(self)
+        self.policy_engine.connect(host)
         self._decode = text_decoder(self._tokenizer)
         self.sampler = TreeSampler(self.policy_engine.engine, args, self.eos_token_ids, self._decode)
-        self._turns = TrainerTurns(self)
-        self._batch_sampler = BatchSampler(self, self.sampler, self.policy_engine, self._turns)
-        self._ahead = RolloutAhead(self, self._batch_sampler)
-        sample = self._batch_sampler.sample
-        self.dynamic_sampling = DynamicSampling(self, sample, self._turns) if args.chooses_prompts else None
+        self._turns = TrainerTurns(host)
+        self._source = tree_source(host, self.sampler, self.policy_engine, self._turns)
+        self._reward_watch, self._evaluation_metrics = RewardWatch(host), EvaluationMetrics(host)
+        self._rewards = BatchRewards(host, self._reward_watch, self._turns, self._source)
         self._packed_forward = packed_forward_or_none(self.model, args, self.accelerator, self.aux_loss_enabled)
         self._batch = TreeBatch(step=-1)  # under way, or the last one: GRPOTrainer's methods cannot hand it on
-        self._resume_point = ResumePoint(self, self._ahead)
+        self._resume_point = ResumePoint(host, self._source)
         self.add_callback(self._resume_point)
 
     # A training from its start or a checkpoint
@@ -176,7 +174,7 @@ class TreePOTrainer(GRPOTrainer):
             try:
                 return super().train(self._resume_point.restore(folder), trial, ignore_keys_for_eval)
             finally:
-                self._ahead.end()
+                self._source.end()
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         with self._resume_point.saved(trial):
@@ -194,33 +192,28 @@ class TreePOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Rows) -> dict[str, torch.Tensor]:
         check_rows(self, filter(None, inputs))  # with dynamic sampling they are empty placeholders
+        score = super()._generate_and_score_completions
         if not self.model.training:
-            with trl_seams.calculated_rewards(self, self._evaluation_metrics.logging):
-                return super()._generate_and_score_completions(inputs)
-        batch, calculated = self._batch.next(self.state.global_step), trl_seams.calculated_rewards
-        self._batch = batch
-        with (
-            batch.opened(),
-            self._turns.opened(),
-            calculated(self, self._reward_watch.usable),
-            calculated(self, partial(self._turns.without_lost, batch)),
-            calculated(self, batch.keeping_rewards),
-        ):
-            if self.dynamic_sampling is None:
-                forget_stream(self.state)
-            else:
-                inputs = self.dynamic_sampling.fill(batch, len(inputs) // self.num_generations)
-            output = super()._generate_and_score_completions(inputs)
-        rewards, divisors = batch.combined_rewards(self)
-        self._log_metrics(batch, rewards / divisors, output)
-        if self.args.advantage_estimator != "grpo" or self.args.weights_leaves:
-            output["advantages"] = batch.advantages(rewards, divisors, self.args, output["completion_ids"].size(1))
-            means = self.accelerator.gather(batch.mean_advantages(output["advantages"]))
-            replace_last(self._logs["advantages"], cast(torch.Tensor, means).tolist())
-        if self.args.log_trees:
-            records = gather_object(batch.records(rewards, output["advantages"], self._decode))
+            with seams.calculated_rewards(self, self._evaluation_metrics.logging):
+                return score(inputs)
+        batch = self._batch = self._batch.next(self.state.global_step)
+        kept_rewards = seams.calculated_rewards(self, partial(self._rewards.kept_in, batch))
+        with batch.opened(), self._turns.opened(), kept_rewards:
+            output = score(self._source.rows_for(batch, inputs))
+        rewards, divisors = self._rewards.combined(batch)
+        self._host.log(self._metrics_of(batch, rewards / divisors, output))
+        args = self.args
+        if args.advantage_estimator != "grpo" or args.weights_leaves:
+            estimator = args.advantage_estimator, args.weights_leaves, args.subgroup_rejection
+            num_tokens = output["completion_ids"].size(1)
+            output["advantages"] = row_advantages(batch.trees, rewards, divisors, num_tokens, *estimator)
+            means = self.accelerator.gather(mean_advantages(batch.trees, output["advantages"]))
+            self._host.log_advantages(cast(torch.Tensor, means))
+        if args.log_trees:
+            values = rewards.tolist(), output["advantages"].tolist()
+            records = gather_object(tree_records(batch.step, batch.trees, *values, self._decode))
             if self.accelerator.is_main_process:
-                write_trees(records, str(self.args.output_dir), batch.step, is_first=batch.number == 0)
+                write_trees(records, str(args.output_dir), batch.step, is_first=batch.number == 0)
         return output
 
     def _generate_single_turn(
@@ -233,14 +226,15 @@ class TreePOTrainer(GRPOTrainer):
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         if not self.model.training:
             given = prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            self._batch_sampler.wait()
+            self._source.wait()
             with self.policy_engine.evaluation():
                 return super()._generate_single_turn(*given)
         if images is not None:
             raise ValueError("Image prompts are not supported yet by `TreePOTrainer`. Use text prompts.")
         prompts = prompts_of_trees(prompt_ids, num_generations)
-        batch, conversations = self._open_batch(), self._turns.of_rows(len(prompts))
-        self._turns.sampled(batch.take(lambda: self._ahead.sample(batch, prompts, conversations)))
+        batch = self._open_batch()
+        batch.trees = self._source.trees_for(batch, prompts)
+        self._turns.sampled(batch.trees)
         completion_ids, logprobs = batch.first_turns()
         return completion_ids, logprobs if self.policy_engine.gives_logprobs else None
 
@@ -271,7 +265,7 @@ class TreePOTrainer(GRPOTrainer):
             turns ([`~treepo_trl.sampling.turns.TurnHandler`], *optional*):
                 Answers turns; without it an EOS token ends a path.
         """
-        return self._batch_sampler.sample_for_user(self._open_batch(), prompt_ids, turns)
+        return self._source.sample_for_user(self._open_batch(), prompt_ids, turns)
 
     def _take_rollout(self, trees: list[SegmentTree]) -> None:
         self._open_batch().adopt(trees)
@@ -284,29 +278,30 @@ class TreePOTrainer(GRPOTrainer):
     def _calculate_rewards(
         self, inputs: Rows, prompts: list[object], completions: list[object], completion_ids_list: list[list[int]]
     ) -> torch.Tensor:
-        with trl_seams.reward_funcs(self, self._reward_watch.functions(len(prompts))):
+        with seams.reward_funcs(self, self._reward_watch.functions(len(prompts))):
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
-    # Dynamic sampling
+    # The prompts of an epoch
 
     def get_train_dataloader(self) -> DataLoader:
         """Data loader of the training; with dynamic sampling, which draws prompts itself, it only counts."""
-        if self.dynamic_sampling is None:
+        dataset = self._source.loader_dataset()
+        if dataset is None:
             return self._resume_point.after_epochs(super().get_train_dataloader())
-        with trl_seams.train_dataset(self, self.dynamic_sampling.placeholders()):
+        with seams.train_dataset(self, dataset):
             return super().get_train_dataloader()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Rows], num_batches: int, device: torch.device
     ) -> tuple[list[Rows], torch.Tensor | int | None]:
-        return super().get_batch_samples(self._ahead.look_ahead(epoch_iterator), num_batches, device)
+        return super().get_batch_samples(self._source.look_ahead(epoch_iterator), num_batches, device)
 
     # The update
 
     def _prepare_inputs(self, generation_batch: Rows) -> dict[str, torch.Tensor]:
         if self._packed_forward is None:
             return super()._prepare_inputs(generation_batch)
-        with trl_seams.row_shuffle(partial(shuffle_trees, num_generations=self.num_generations)):
+        with seams.row_shuffle(partial(shuffle_trees, num_generations=self.num_generations)):
             return super()._prepare_inputs(generation_batch)
 
     @profiling_decorator
@@ -326,14 +321,13 @@ class TreePOTrainer(GRPOTrainer):
         if self._packed_forward is None or any(value is not None for value in multimodal_inputs.values()):
             return plain(*rows, batch_size, *wanted, **multimodal_inputs)
         logps, entropies, aux_loss, log = self._packed_forward(*rows, batch_size or len(input_ids), *wanted, plain)
-        for name, values in log.items():
-            self._metrics["train" if self.model.training else "eval"][name].extend(values)
+        self._host.log(log, "train" if self.model.training else "eval")
         return logps, entropies, aux_loss
 
-    def _log_metrics(self, batch: TreeBatch, scaled_rewards: torch.Tensor, output: dict[str, torch.Tensor]) -> None:
-        """Log what the batch has cost and shown, and how far the engine was from the policy."""
+    def _metrics_of(
+        self, batch: TreeBatch, scaled_rewards: torch.Tensor, output: dict[str, torch.Tensor]
+    ) -> dict[str, float]:
+        """What the batch has cost and shown, and how far the engine was from the policy."""
         signal = signal_sums(batch.trees, scaled_rewards.view(len(batch.trees), -1).tolist())
         shown = signal_metrics(sum_over_processes(signal, self.accelerator))
-        shown |= self._batch_sampler.metrics(batch, scaled_rewards) | self.policy_engine.compare(output)
-        for name, value in shown.items():
-            self._metrics["train"][name].append(value)
+        return shown | self._source.metrics(batch, scaled_rewards) | self.policy_engine.compare(output)

@@ -50,13 +50,17 @@ getattr(distributed, sys.argv[1])(*sys.argv[2:])
 """
 
 
-def make_trainer(model: str, folder: Path, cls: type = TreePOTrainer, lora: bool = False, **changes: Any) -> Any:
+def make_trainer(
+    model: str, folder: Path, cls: type = TreePOTrainer, lora: bool = False, ahead: int = 0, **changes: Any
+) -> Any:
     """A trainer on `PROMPTS` in their order, whose rewards are scaled over the batch of all processes."""
     settings = {"max_completion_length": 9, "segment_length": 3, "scale_rewards": "batch", "log_trees": True}
+    config = make_config(folder, **{**settings, "shuffle_dataset": False, **changes})
+    config.rollout_ahead = ahead  # behind the check for servers
     return build(
         cls,
         model,
-        make_config(folder, **{**settings, "shuffle_dataset": False, **changes}),
+        config,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:2]}),
         peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
@@ -236,8 +240,7 @@ def train_ahead_and_write(model: str, folder: str) -> None:
             changes = {"per_device_train_batch_size": 4, "max_steps": 4, "branch_schedule": "early"}
             changes |= {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 2}
             to = Path(folder, str(ahead))
-            trainer = make_trainer(model, to, RecordingTrainer, ddp_backend="gloo", **changes)
-            trainer.args.rollout_ahead = ahead  # behind the check for servers
+            trainer = make_trainer(model, to, RecordingTrainer, ahead=ahead, ddp_backend="gloo", **changes)
             names: list[str] = []
             sample = trainer.sampler.sample
 
@@ -275,8 +278,7 @@ def lose_what_is_ahead_and_write(model: str, folder: str) -> None:
     def trainer_to(max_steps: int, is_failing: bool = False) -> Any:
         changes = {"per_device_train_batch_size": 4, "max_steps": max_steps, "eval_strategy": "no"}
         changes |= {"save_strategy": "steps", "save_steps": 1, "log_trees": False}
-        trainer = make_trainer(model, Path(folder), RecordingTrainer, ddp_backend="gloo", **changes)
-        trainer.args.rollout_ahead = 1  # behind the check for servers
+        trainer = make_trainer(model, Path(folder), RecordingTrainer, ahead=1, ddp_backend="gloo", **changes)
         sample = trainer.sampler.sample
 
         def told(prompts: Any, seed: str, **kwargs: Any) -> Any:
@@ -291,7 +293,7 @@ def lose_what_is_ahead_and_write(model: str, folder: str) -> None:
 
     def is_pending(trainer: Any, checkpoint: str) -> bool:
         trainer._resume_point.restore(checkpoint)
-        return trainer._ahead.pending is not None
+        return trainer._source.pending is not None
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_fake_policy(monkeypatch, SharedPolicy)

@@ -10,7 +10,7 @@ import torch
 from tests.support.fakes import EOS, MarkovEngine
 from treepo_trl import SegmentTree, TreeSampler, TreeSamplingConfig
 from treepo_trl.update.advantages import leaf_paths, leaf_scores, tree_advantages
-from treepo_trl.update.weighted_advantages import weighted_advantages
+from treepo_trl.update.row_advantages import weighted_advantages
 
 
 PROBABILITIES = torch.tensor(MarkovEngine.TRANSITIONS, dtype=torch.float64)

@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 from tests.support.models import make_tokenizer
 from treepo_trl import SegmentTree, TreePOConfig, TreePOTrainer
 from treepo_trl.update.advantages import leaf_paths, tree_advantages
-from treepo_trl.update.weighted_advantages import weighted_advantages
+from treepo_trl.update.row_advantages import weighted_advantages
 
 
 NUM_GENERATIONS = 4

@@ -26,7 +26,7 @@ from tests.support.trainers import (
     watch_loss,
 )
 from treepo_trl import TreePOTrainer, TreeSampler, TreeSamplingConfig
-from treepo_trl.batches.batch_sampler import _warn_of_short_segments
+from treepo_trl.batch.source import _warn_of_short_segments
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -19,7 +19,7 @@ from tests.support.trainers import (
     trained,
 )
 from treepo_trl import TreePOTrainer
-from treepo_trl.batches.prompt_selection import LEAST_CHANCE
+from treepo_trl.batch.prompt_selection import LEAST_CHANCE
 
 
 SELECTED: dict[str, Any] = {"prompt_selection": "pass_rate", "dynamic_sampling_rounds": 0}

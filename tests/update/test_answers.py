@@ -8,7 +8,7 @@ import torch
 from treepo_trl import SegmentTree
 from treepo_trl.sampling.resolved_variance import DepthStatistics
 from treepo_trl.update.advantages import ESTIMATORS, expand_to_tokens, leaf_paths, leaf_scores, tree_advantages
-from treepo_trl.update.weighted_advantages import weighted_advantages
+from treepo_trl.update.row_advantages import weighted_advantages
 
 
 def tree_with_answers(with_answers: bool = True) -> SegmentTree:

@@ -19,7 +19,7 @@ from tests.support.markov import (
 )
 from treepo_trl import SegmentTree, TreeSampler, TreeSamplingConfig
 from treepo_trl.update.advantages import leaf_paths
-from treepo_trl.update.weighted_advantages import weighted_advantages
+from treepo_trl.update.row_advantages import weighted_advantages
 
 
 CAP, WIDTH, NUM_TREES = 12, 8, 3000

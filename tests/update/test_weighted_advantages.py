@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from treepo_trl import SegmentTree
 from treepo_trl.update.advantages import leaf_paths
-from treepo_trl.update.weighted_advantages import weighted_advantages
+from treepo_trl.update.row_advantages import weighted_advantages
 
 
 EXACT = ["leave_one_out", "optimal_baseline"]

@@ -7,17 +7,16 @@ Afterwards model, engine and generators are as they were.
 """
 
 import math
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 
 from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
+from treepo_trl.trl.generation import own_draws
 
 from .lora_factors import MovableFactors
 
@@ -294,20 +293,6 @@ class _Probe:
             tokens = torch.tensor(result.token_ids, device=device)
             found.append(logprobs.gather(1, tokens[:, None])[:, 0].cpu().double())
         return torch.cat(found)
-
-
-@contextmanager
-def own_draws(seed: int) -> Iterator[None]:
-    """Draw from generators with this seed for a block. Afterwards all go on as if nothing had been drawn."""
-    before = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        set_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
 
 
 @contextmanager

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from trl.generation.vllm_generation import VLLMGeneration, empty_cache
+from trl.generation.vllm_generation import empty_cache
 
 from treepo_trl.treepo_config import BaseWeights
-from treepo_trl.trl_seams import engine_class
+from treepo_trl.trl.generation import OwnGeneration
+from treepo_trl.trl.seams import engine_class
 
 from .four_bit_base import base_checkpoint, base_of, choose_base_weights, is_4bit
 from .gathered_adapter import check_whole_adapter, gathered_adapter, num_bytes, write_adapter
@@ -84,7 +85,7 @@ def lora_engine_options(rank: int) -> dict[str, int]:
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting[0]}
 
 
-class AdapterVLLMGeneration(VLLMGeneration):
+class AdapterVLLMGeneration(OwnGeneration):
     """
     [`~trl.generation.vllm_generation.VLLMGeneration`] that gives the engine the adapter instead of merged weights.
 
@@ -122,7 +123,7 @@ class AdapterVLLMGeneration(VLLMGeneration):
 
     # What the engine is given
 
-    def _init_vllm(self) -> None:
+    def start(self) -> None:
         check_whole_adapter(self.accelerator)
         if self.share_base_weights:
             check_sharing(self.model, self.accelerator, self.tensor_parallel_size)
@@ -133,7 +134,7 @@ class AdapterVLLMGeneration(VLLMGeneration):
             if self.share_base_weights:  # the device never holds the base twice, even while the engine is built
                 stack.enter_context(parked(base_of(self.model)))
                 empty_cache()
-            super()._init_vllm()  # ends when all processes have loaded the checkpoint: it may be deleted
+            super().start()  # ends when all processes have loaded the checkpoint: it may be deleted
             if self.share_base_weights:
                 dtypes = base_of(self.model).dtype, cast(torch.dtype, self.llm.llm_engine.model_config.dtype)
                 report_sharing(*self._share_base_weights(), *dtypes)
@@ -233,7 +234,7 @@ class AdapterVLLMGeneration(VLLMGeneration):
         self._compare_base_weights()
         if self.enable_sleep_mode:
             self.llm.sleep(level=2)
-            self._llm_weights_sleeping = True
+            self.is_asleep = True
 
     def sync_weights(self) -> None:
         """Load the policy's adapter into the engine and forget what its predecessor computed."""
@@ -246,7 +247,7 @@ class AdapterVLLMGeneration(VLLMGeneration):
         if self.enable_sleep_mode:
             empty_cache()
             self.llm.wake_up(tags=["weights"])
-            self._llm_weights_sleeping = False
+            self.is_asleep = False
         # Without `load_inplace` the engine silently keeps the adapter that it has under this id.
         self.llm.llm_engine.add_lora(LoRARequest(_ADAPTER_NAME, _ADAPTER_ID, directory, load_inplace=True))
         self.llm.lora_request = LoRARequest(_ADAPTER_NAME, _ADAPTER_ID, directory)

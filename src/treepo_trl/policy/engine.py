@@ -4,25 +4,24 @@ The engine that samples from the policy, and what must hold while it samples.
 A [`PolicyEngine`] is made before TRL builds its part of the engine, and connected to the trainer afterwards.
 """
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
-from accelerate.utils import is_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl.extras.profiling import profiling_context
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import unwrap_model_for_generation
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from treepo_trl.engines import SegmentEngine, SegmentResult
 from treepo_trl.treepo_config import TreePOConfig
-from treepo_trl.trl_seams import engine_class, vllm_generation_class
+from treepo_trl.trl.generation import awake, gather_prompts, same_draws
+from treepo_trl.trl.host import Host
+from treepo_trl.trl.seams import engine_class, vllm_generation_class
 
-from .adapter_probe import own_draws, probe_adapter, probe_prompts, segments_of
+from .adapter_probe import probe_adapter, probe_prompts, segments_of
 from .adapter_sync import AdapterVLLMGeneration
 from .engine_check import EngineWatch, computing_dtype, different_tokens, dropout_of, logprob_difference
 from .engine_options import engine_options
@@ -32,6 +31,8 @@ from .shared_base import SHARDED
 
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from treepo_trl.engines.own_model import OwnModelEngine
     from treepo_trl.engines.vllm import VLLMEngine
 
@@ -69,7 +70,7 @@ class PolicyEngine:
         """Context in which `GRPOTrainer.__init__` builds its part of the engine."""
         return nullcontext()
 
-    def connect(self, trainer: GRPOTrainer) -> None:
+    def connect(self, host: Host) -> None:
         """Build the engine over what `GRPOTrainer.__init__` has made."""
         raise NotImplementedError
 
@@ -121,34 +122,34 @@ class TransformersPolicy(PolicyEngine):
 
     engine: "OwnModelEngine"
 
-    def connect(self, trainer: GRPOTrainer) -> None:
+    def connect(self, host: Host) -> None:
         from treepo_trl.engines.for_model import engine_for_model
 
-        self._trainer = trainer
-        check_own_forward(trainer.accelerator, self.args.ds3_gather_for_generation)
+        self._host = host
+        check_own_forward(host.accelerator, self.args.ds3_gather_for_generation)
         self.engine = engine_for_model(
-            trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False),
-            trainer.eos_token_ids,
+            host.policy,
+            host.trainer.eos_token_ids,
             self.args.sampling_options(),
             with_entropies=self.args.branching_policy == "entropy",
         )
 
     @contextmanager
     def ready(self, seed: str, prompts: list[list[int]], in_batch: bool = False) -> Iterator[None]:
-        trainer = self._trainer
+        host = self._host
         with (
-            profiling_context(trainer, "transformers.generate"),
+            profiling_context(host.trainer, "transformers.generate"),
             unwrap_model_for_generation(
-                trainer.model_wrapped,
-                trainer.accelerator,
+                host.wrapped_model,
+                host.accelerator,
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                generation_kwargs=trainer.generation_kwargs,
+                generation_kwargs=host.trainer.generation_kwargs,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,  # pyright: ignore[reportArgumentType]
             ) as model,
-            trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
+            host.whole_parameters(),
         ):
             # `torch_compile` would compile anew for each number of rows and tokens.
-            self.engine.model = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+            self.engine.model = host.accelerator.unwrap_model(model, keep_torch_compile=False)
             model.eval()  # dropout off, as in vLLM
             try:
                 yield
@@ -192,32 +193,32 @@ class VLLMPolicy(PolicyEngine):
             )
         )
 
-    def connect(self, trainer: GRPOTrainer) -> None:
+    def connect(self, host: Host) -> None:
         from treepo_trl.engines.vllm import VLLMEngine
 
-        self._trainer = trainer
-        self._generation: VLLMGeneration = trainer.vllm_generation
-        give_classes_back(cast(torch.nn.Module, trainer.model))
+        self._host = host
+        self._generation: VLLMGeneration = host.trainer.vllm_generation
+        give_classes_back(host.model)
         self.engine = VLLMEngine(
             self._generation.llm,
-            trainer.eos_token_ids,
+            host.trainer.eos_token_ids,
             self.args.sampling_options(),
             self.args.generation_options(),
             with_entropies=self.args.branching_policy == "entropy",
         )
-        self._watch = self._engine_watch(trainer)
+        self._watch = self._engine_watch(host)
 
-    def _engine_watch(self, trainer: GRPOTrainer) -> EngineWatch:
+    def _engine_watch(self, host: Host) -> EngineWatch:
         llm = self._generation.llm
-        policy = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        policy = host.policy
 
         def facts() -> list[str]:
             theirs = cast(PreTrainedTokenizerBase, llm.get_tokenizer())
-            return different_tokens(trainer._tokenizer, theirs) + dropout_of(policy)
+            return different_tokens(host.tokenizer, theirs) + dropout_of(policy)
 
         return EngineWatch(
             self.args.engine_check,
-            computing_dtype(cast(PreTrainedModel, policy), trainer.accelerator),
+            computing_dtype(policy, host.accelerator),
             cast(torch.dtype, llm.llm_engine.model_config.dtype),
             self.args.sampling_options(),
             facts,
@@ -225,16 +226,16 @@ class VLLMPolicy(PolicyEngine):
 
     @contextmanager
     def ready(self, seed: str, prompts: list[list[int]], in_batch: bool = False) -> Iterator[None]:
-        trainer, generation = self._trainer, self._generation
+        host, trainer, generation = self._host, self._host.trainer, self._generation
         if in_batch and not self._is_probed and self._can_probe():
             with profiling_context(trainer, "probe_adapter"):
                 self._probe(prompts)
             self._is_probed = True
-            trainer._last_loaded_step = trainer.state.global_step  # the probe has loaded the adapter again
-        if trainer.state.global_step != trainer._last_loaded_step:
+            host.is_loaded = True  # the probe has loaded the adapter again
+        if not host.is_loaded:
             with profiling_context(trainer, "sync_weights"):
                 generation.sync_weights()
-            trainer._last_loaded_step = trainer.state.global_step
+            host.is_loaded = True
         with awake(generation), same_draws(generation, seed), profiling_context(trainer, "vLLM.generate"):
             if isinstance(generation, AdapterVLLMGeneration):
                 self.engine.lora_request = generation.llm.lora_request
@@ -251,11 +252,11 @@ class VLLMPolicy(PolicyEngine):
         return gather_prompts(self._generation, prompts)
 
     def compare(self, output: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        return self._watch.batch(logprob_difference(output, self._trainer.accelerator))
+        return self._watch.batch(logprob_difference(output, self._host.accelerator))
 
     def _can_probe(self) -> bool:
         """Whether an adapter travels to the engine, and each process holds all of it."""
-        return self._loads_adapter and self._watch.is_on and self._trainer.accelerator.distributed_type not in SHARDED
+        return self._loads_adapter and self._watch.is_on and self._host.accelerator.distributed_type not in SHARDED
 
     def _probe(self, prompts: list[list[int]]) -> None:
         generation = cast(AdapterVLLMGeneration, self._generation)
@@ -267,7 +268,7 @@ class VLLMPolicy(PolicyEngine):
                 # An engine of its own: the trainer's draws as the settings say, and counts tokens.
                 return segments_of(VLLMEngine(generation.llm, [], lora_request=generation.llm.lora_request), prompts)
 
-        policy = self._trainer.accelerator.unwrap_model(self._trainer.model, keep_torch_compile=False)
+        policy = cast("PeftModel", self._host.policy)
         wanted = probe_prompts(prompts, self.engine.context_length, self.engine.block_size)
         found = probe_adapter(policy, generation.sync_weights, sample, wanted, bound=self._watch.bound)
         self._watch.probed(found)
@@ -278,55 +279,3 @@ def _plain_llm_class(options: dict[str, object]) -> "type[PolicyLLM]":
     from .lora_llm import PolicyLLM
 
     return type("PolicyLLM", (PolicyLLM,), {"engine_options": options})
-
-
-@contextmanager
-def same_draws(generation: VLLMGeneration, seed: str) -> Iterator[None]:
-    """
-    Give the ranks that share an engine by tensor parallelism the same random numbers for a block.
-
-    Each of these ranks draws its tokens itself, from the process's generators. A reward function or dropout that drew
-    on one rank alone would make their samples differ, and the engine's collective calls hang. Does nothing without
-    tensor parallelism.
-    """
-    if generation.tensor_parallel_size == 1:
-        yield
-        return
-    with own_draws(zlib.crc32(seed.encode())):
-        yield
-
-
-def gather_prompts(generation: VLLMGeneration, prompts: list[list[int]]) -> tuple[list[list[int]], slice]:
-    """
-    Prompts of all ranks that share an engine by tensor parallelism, in order of rank, and where this rank's own are.
-
-    Every rank of the group must submit the same requests in the same order.
-    """
-    if generation.tensor_parallel_size == 1:
-        return prompts, slice(0, len(prompts))
-    gathered: list[list[list[int]]] = [[]] * generation.tensor_parallel_size
-    group = cast("torch.distributed.ProcessGroup", generation.tp_group)
-    torch.distributed.all_gather_object(gathered, prompts, group=group)
-    rank = torch.distributed.get_rank(group=group)
-    start = sum(len(part) for part in gathered[:rank])
-    return [prompt for part in gathered for prompt in part], slice(start, start + len(prompts))
-
-
-@contextmanager
-def awake(generation: VLLMGeneration) -> Iterator[None]:
-    """Wake a sleeping engine for a block that drives it without `generate`, as `generate` itself does."""
-    if generation.enable_sleep_mode:
-        if generation._llm_weights_sleeping:
-            generation.sync_weights()
-        generation.llm.wake_up(tags=["kv_cache"])
-    if generation.tensor_parallel_size > 1 and is_peft_model(generation.model):
-        # As in TRL's `generate`: vLLM's collective calls must not overlap those of the synchronization.
-        accelerator = generation.accelerator
-        on_cuda = accelerator.device.type == "cuda"
-        torch.distributed.barrier(device_ids=[accelerator.local_process_index] if on_cuda else None)
-    try:
-        yield
-    finally:
-        if generation.enable_sleep_mode:
-            generation.llm.sleep(level=2)
-            generation._llm_weights_sleeping = True

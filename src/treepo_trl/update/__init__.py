@@ -1,5 +1,5 @@
 """
 From rewards to the loss: tree advantages, and forward passes that compute each shared prefix once.
 
-In order: `rewards`, `advantages`, `weighted_advantages`, `packable`, `packing`, `tree_attention`, `packed_forward`.
+In order: `rewards`, `advantages`, `row_advantages`, `packable`, `packing`, `tree_attention`, `packed_forward`.
 """

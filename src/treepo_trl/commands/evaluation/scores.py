@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from trl.trainer.utils import is_async_callable
 
+from treepo_trl.batch.reward_watch import checked_rewards
 from treepo_trl.evaluation import Judgement, majority_at_k, mean_score, pass_at_k, subtrees_of
-from treepo_trl.reward_watch import checked_rewards
 from treepo_trl.sampling import SegmentTree, TreeSamplingConfig
 
 from .data import EvalSet

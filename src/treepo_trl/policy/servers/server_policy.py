@@ -17,7 +17,7 @@ from treepo_trl.policy.engine import PolicyEngine, Sampled
 from treepo_trl.policy.engine_check import EngineWatch, computing_dtype, dropout_of, logprob_difference
 from treepo_trl.policy.shared_base import SHARDED
 from treepo_trl.treepo_config import TreePOConfig
-from treepo_trl.trl_seams import vllm_generation_class
+from treepo_trl.trl.seams import vllm_generation_class
 
 from .generation import ServerGeneration, complete, gathered_rows
 from .main_process import from_main_process

@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,14 +29,10 @@ from treepo_trl.checkpoints.folders import (
     warn_of_earlier_checkpoints,
     written_anew,
 )
+from treepo_trl.trl.host import Host
 
-from .rollout_ahead import RolloutAhead
-from .sampling_under_way import SamplingUnderWay
-
-
-if TYPE_CHECKING:
-    from trl import GRPOConfig
-    from trl.trainer.grpo_trainer import GRPOTrainer
+from .source import TreeSource
+from .tree_batch import SamplingUnderWay
 
 
 logger = get_logger(__name__)
@@ -66,14 +62,14 @@ class ResumePoint(TrainerCallback):
     rows, in a file per process; sampling them again would give others, with a policy that has changed.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`]):
+        host ([`Host`]):
             Has the rows and the state of the training.
-        ahead ([`RolloutAhead`]):
+        source ([`TreeSource`]):
             Has the next batch where that is being sampled.
     """
 
-    def __init__(self, trainer: "GRPOTrainer", ahead: RolloutAhead) -> None:
-        self._trainer, self._ahead = trainer, ahead
+    def __init__(self, host: Host, source: TreeSource) -> None:
+        self._host, self._source = host, source
         self._global_step = -1
         self._resumed_at = 0  # global step
 
@@ -84,51 +80,50 @@ class ResumePoint(TrainerCallback):
         self._follow()
 
     def _follow(self) -> None:
-        if self._trainer.state.global_step != self._global_step:
+        if self._host.state.global_step != self._global_step:
             self._move()
 
     def _move(self) -> None:
-        trainer = self._trainer
-        self._global_step = trainer.state.global_step
-        self._values = _own_values(trainer.state)
-        self._num_tokens = trainer.state.num_input_tokens_seen
-        self._random = _random_states(trainer.accelerator)
-        self._micro_steps = cast(int, trainer._step)
-        self._rows = trainer._buffered_inputs if self._micro_steps % self._window else None
-        self._next_batch = self._ahead.pending
+        host = self._host
+        self._global_step = host.state.global_step
+        self._values = _own_values(host.state)
+        self._num_tokens = host.state.num_input_tokens_seen
+        self._random = _random_states(host.accelerator)
+        self._micro_steps = host.micro_steps
+        self._rows = host.buffered_rows if self._micro_steps % self._window else None
+        self._next_batch = self._source.pending
 
     @property
     def _window(self) -> int:
         """Micro-batches that are trained on one generation batch."""
-        args = cast("GRPOConfig", self._trainer.args)
-        return cast(int, args.steps_per_generation) * args.num_iterations
+        return self._host.args.micro_steps_per_batch
 
     def _settings(self) -> dict[str, object]:
-        return {name: getattr(self._trainer.args, name) for name in _BATCH_SETTINGS}
+        return {name: getattr(self._host.args, name) for name in _BATCH_SETTINGS}
 
     @contextmanager
     def saved(self, trial: object) -> Iterator[None]:
         """Context in which transformers writes a checkpoint: of this point, with the rows, into a new folder."""
-        trainer = self._trainer
-        folder = Path(trainer._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
+        host = self._host
+        folder = Path(host.checkpoint_parent(trial), f"{PREFIX_CHECKPOINT_DIR}-{host.state.global_step}")
         self._follow()
         is_next_lost = False
-        with written_anew(folder, trainer.accelerator, trainer.args.should_save), self._in_the_trainer():
-            if self._rows is not None and not trainer.args.save_only_model:
+        with written_anew(folder, host.accelerator, host.args.should_save), self._in_the_trainer():
+            if self._rows is not None and not host.args.save_only_model:
                 folder.mkdir(parents=True, exist_ok=True)
                 torch.save(self._rows, self._file(folder))
-            if self._next_batch is not None and not trainer.args.save_only_model:
+            if self._next_batch is not None and not host.args.save_only_model:
                 is_next_lost = not self._write_next(self._next_batch, folder)
             yield
         if is_next_lost:
-            trainer.accelerator.wait_for_everyone()  # a process that ends with the error may end the others
+            host.accelerator.wait_for_everyone()  # a process that ends with the error may end the others
 
     def _write_next(self, batch: SamplingUnderWay, folder: Path) -> bool:
         """Write a batch that is sampled ahead, unless that has failed: the update before it is not to be lost too."""
         error = batch.error()
         if error is None:
             folder.mkdir(parents=True, exist_ok=True)
-            batch.write(self._ahead_file(folder))
+            batch.write(self._next_file(folder))
             return True
         logger.warning(
             f"{folder} is written without the batch that was being sampled ahead: {type(error).__name__}: {error}. "
@@ -140,7 +135,7 @@ class ResumePoint(TrainerCallback):
     @contextmanager
     def _in_the_trainer(self) -> Iterator[None]:
         """Context in which what transformers saves of the state and the random numbers is of this point."""
-        state, accelerator = self._trainer.state, self._trainer.accelerator
+        state, accelerator = self._host.state, self._host.accelerator
         values, num_tokens, states = _own_values(state), state.num_input_tokens_seen, _random_states(accelerator)
         _set_own_values(state, {**self._values, _BATCH: {"micro_steps": self._micro_steps} | self._settings()})
         state.num_input_tokens_seen = self._num_tokens
@@ -153,10 +148,10 @@ class ResumePoint(TrainerCallback):
             _set_random_states(accelerator, states)
 
     def _file(self, folder: str | Path) -> Path:
-        return Path(folder, f"generation_batch_{self._trainer.accelerator.process_index}.pt")
+        return Path(folder, f"generation_batch_{self._host.accelerator.process_index}.pt")
 
-    def _ahead_file(self, folder: str | Path) -> Path:
-        return Path(folder, f"next_batch_{self._trainer.accelerator.process_index}.json")
+    def _next_file(self, folder: str | Path) -> Path:
+        return Path(folder, f"next_batch_{self._host.accelerator.process_index}.json")
 
     def restore(self, folder: str | None) -> str | None:
         """
@@ -165,16 +160,16 @@ class ResumePoint(TrainerCallback):
         Returns:
             `str`, *optional*: the folder that transformers is to load the rest from.
         """
-        trainer = self._trainer
-        trainer._step, trainer._buffered_inputs = 0, None
-        trainer._last_loaded_step = -1  # what vLLM holds may be of another training
-        _forget_window(trainer)
+        host = self._host
+        host.micro_steps, host.buffered_rows = 0, None
+        host.is_loaded = False  # what vLLM holds may be of another training
+        host.forget_window()
         self._resumed_at = 0
-        output_dir = str(trainer.args.output_dir)
+        output_dir = str(host.args.output_dir)
         if folder is None:
             warn_of_earlier_checkpoints(output_dir)
             return None
-        folder = named_again(folder, output_dir, trainer.accelerator, trainer.args.should_save)
+        folder = named_again(folder, output_dir, host.accelerator, host.args.should_save)
         state = TrainerState.load_from_json(str(Path(folder, STATE_FILE)))
         self._resumed_at = state.global_step
         self._warn_of_states(folder)
@@ -183,7 +178,7 @@ class ResumePoint(TrainerCallback):
 
     def _warn_of_states(self, folder: str) -> None:
         """Say what of a training its checkpoint does not hold."""
-        args, accelerator = cast("GRPOConfig", self._trainer.args), self._trainer.accelerator
+        args, accelerator = self._host.args, self._host.accelerator
         missing = missing_states(folder, accelerator.process_index, accelerator.num_processes)
         if missing:
             logger.warning(
@@ -198,10 +193,10 @@ class ResumePoint(TrainerCallback):
             )
 
     def _restore_batch(self, folder: str, state: TrainerState) -> None:
-        trainer = self._trainer
+        host = self._host
         saved = cast("dict[str, Any] | None", saved_values(state).get(_BATCH))
         if saved is None:  # of stock `GRPOTrainer`, or of this one when it saved no rows
-            if state.global_step * trainer.args.gradient_accumulation_steps % self._window:
+            if state.global_step * host.args.gradient_accumulation_steps % self._window:
                 self._warn(folder, "it does not hold its rows")
             return
         # What an older checkpoint does not say is taken as unchanged.
@@ -211,14 +206,14 @@ class ResumePoint(TrainerCallback):
             if is_inside:
                 self._warn(folder, ", ".join(f"`{k}` was {saved[k]} and is {v}" for k, v in changed.items()))
             return
-        trainer._step = saved["micro_steps"]
+        host.micro_steps = saved["micro_steps"]
         if is_inside:
             self._load_rows(folder)
-        self._ahead.restore(self._ahead_file(folder))
+        self._source.restore(self._next_file(folder))
 
     def _load_rows(self, folder: str) -> None:
-        trainer, reason = self._trainer, None
-        device = trainer.accelerator.device
+        host, reason = self._host, None
+        device = host.accelerator.device
         try:
             rows = torch.load(self._file(folder), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
@@ -227,7 +222,7 @@ class ResumePoint(TrainerCallback):
         if reasons:  # on any process: they sample together
             self._warn(folder, reasons[0])
         else:
-            trainer._buffered_inputs = cast("list[dict[str, torch.Tensor]]", send_to_device(rows, device))
+            host.buffered_rows = cast("list[dict[str, torch.Tensor]]", send_to_device(rows, device))
 
     def after_epochs(self, loader: DataLoader) -> DataLoader:
         """
@@ -240,7 +235,7 @@ class ResumePoint(TrainerCallback):
             sampler: Any = loader
             while hasattr(sampler, "batch_sampler"):  # accelerate wraps it, once or twice
                 sampler = sampler.batch_sampler
-            steps = math.ceil(len(loader) / self._trainer.args.gradient_accumulation_steps)
+            steps = math.ceil(len(loader) / self._host.args.gradient_accumulation_steps)
             for _ in range(self._resumed_at // max(steps, 1)):
                 next(iter(sampler.sampler), None)
         return loader
@@ -250,16 +245,6 @@ class ResumePoint(TrainerCallback):
             f"{folder} was written in the middle of a generation batch, and {reason}. The rest of that batch is left "
             "out and a new one is sampled: this is not the curve of a training that was not interrupted."
         )
-
-
-def _forget_window(trainer: "GRPOTrainer") -> None:
-    """Drop what TRL has collected for the next log: an error leaves that of the accumulation window it came in."""
-    for collected in (*trainer._metrics.values(), *trainer._logs.values()):
-        collected.clear()
-    trainer._pending_metrics.clear()
-    trainer._pending_extra_logs.clear()
-    trainer._entropy_window_stats = None
-    trainer._current_train_step_time = 0.0
 
 
 def _own_values(state: TrainerState) -> dict[str, object]:

@@ -11,13 +11,11 @@ from typing import Any, cast
 
 import torch
 from accelerate.logging import get_logger
-from trl.chat_template_utils import parse_response
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from treepo_trl.sampling import SegmentTree
 from treepo_trl.sampling.nodes import Message
-from treepo_trl.treepo_config import TreePOConfig
-from treepo_trl.trl_seams import environment_pools
+from treepo_trl.trl.host import Host
+from treepo_trl.trl.seams import environment_pools
 from treepo_trl.turns import EnvironmentPool, EnvironmentTree, ToolRunner, ToolTurns, forking_of
 from treepo_trl.turns.conversations import LONGEST_TOKEN, Conversation, Rows
 from treepo_trl.turns.environments import Forking, ForkingCounts
@@ -70,35 +68,31 @@ class TrainerTurns:
     What the turns of a trainer's paths may call.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`]):
+        host ([`Host`]):
             Has the tools, the environments and the chat template.
     """
 
-    def __init__(self, trainer: GRPOTrainer) -> None:
-        self._trainer = trainer
-        self._args = cast(TreePOConfig, trainer.args)
-        loop = getattr(trainer, "async_loop", None)  # GRPOTrainer has one only if something is asynchronous
+    def __init__(self, host: Host) -> None:
+        self._host, self._args = host, host.args
+        loop = getattr(host.trainer, "async_loop", None)  # GRPOTrainer has one only if something is asynchronous
         self._runner = ToolRunner(self._args.tool_workers, self._args.tool_timeout, loop)
-        self._num_generations = cast(int, trainer.num_generations)
-        self._standalone = cast("list[Tool]", trainer._standalone_tools)
+        self._num_generations = host.num_generations
+        self._standalone: list[Tool] = host.standalone_tools
         self._open: list[EnvironmentTree] = []
         self._conversations: list[Conversation] = []
         self._rows_of: dict[str | None, _TreePool] = {}
         self._pools: dict[str | None, EnvironmentPool] = {}
-        self._unchecked: set[str | None] = set()  # environments whose reset was not seen to repeat itself
-        if trainer.environment_factories is not None:
-            factories = cast("Mapping[str | None, Callable[[], Any]]", trainer.environment_factories)
-            idle = cast("Mapping[str | None, list[Any]]", trainer._environment_pool)
-            self._pools = {name: EnvironmentPool(factory, idle[name]) for name, factory in factories.items()}
-            self._forkings = dict[str | None, Forking]()
-            for name in factories:
-                self._forkings[name] = self._forking(type(idle[name][0]))
-            self._unchecked = set(factories)
+        self._forkings: dict[str | None, Forking] = {}
+        for name, factory in host.environment_factories.items():
+            idle = host.idle_environments(name)
+            self._pools[name] = EnvironmentPool(factory, idle)
+            self._forkings[name] = self._forking(type(idle[0]))
+        self._unchecked = set(self._pools)  # environments whose reset was not seen to repeat itself
 
     @property
     def is_used(self) -> bool:
         """Whether turns can call something."""
-        return bool(self._trainer.tools)
+        return bool(self._host.tools())
 
     def _forking(self, environment: type) -> Forking:
         forking = forking_of(environment, self._args.environment_forking)
@@ -120,7 +114,7 @@ class TrainerTurns:
             pool.counts = ForkingCounts()
         self._rows_of = {name: _TreePool(self._maker(name), self._num_generations) for name in self._pools}
         try:
-            with environment_pools(self._trainer, self._rows_of) if self._pools else nullcontext():
+            with environment_pools(self._host.trainer, self._rows_of) if self._pools else nullcontext():
                 yield
             is_failed = False
         finally:
@@ -128,7 +122,7 @@ class TrainerTurns:
             for tree in self._open:
                 tree.release(is_failed)
             self._open, self._conversations = [], []
-            self._trainer.environments = None
+            self._host.row_environments = None
 
     def _maker(self, name: str | None) -> Callable[[], EnvironmentTree]:
         def make() -> EnvironmentTree:
@@ -143,36 +137,28 @@ class TrainerTurns:
         environments: list[EnvironmentTree | None] = [None] * num_trees
         names: list[str | None] = [None] * num_trees
         if self._pools:
-            rows = cast("list[_RowEnvironment]", self._trainer.environments)[:: self._num_generations]
-            names = cast("list[str | None]", self._trainer._batch_environments)[:: self._num_generations]
+            rows: list[_RowEnvironment] = self._host.row_environments[:: self._num_generations]
+            names = self._host.row_environment_names[:: self._num_generations]
             environments = [row._tree for row in rows]
         self._conversations = [self._conversation(*pair) for pair in zip(names, environments, strict=True)]
         return self._conversations
 
     def _conversation(self, name: str | None, environment: EnvironmentTree | None) -> Conversation:
-        trainer = self._trainer
         if environment is not None and name in self._unchecked:
             self._unchecked.remove(name)
             environment.check_reset()
-        schemas = trainer.tools if environment is None else trainer._env_tools[name]
-        return Conversation(cast("list[Tool]", schemas), tools_by_name(self._standalone), environment, name)
+        schemas = self._host.tools(name, is_in_environment=environment is not None)
+        return Conversation(schemas, tools_by_name(self._standalone), environment, name)
 
     def handler(self, conversations: Sequence[Conversation]) -> ToolTurns | None:
         """What answers the turns of some trees; `None` where they can call nothing."""
         if not self.is_used:
             return None
-        trainer = self._trainer
-        return ToolTurns(
-            conversations,
-            self._runner,
-            lambda token_ids, before, tools: parse_response(trainer._tokenizer, token_ids, before, list(tools)),
-            trainer._get_tool_suffix_ids,
-            self._shortened,
-            cast(int, trainer.max_tool_calling_iterations),
-        )
+        host, most_turns = self._host, cast(int, self._host.trainer.max_tool_calling_iterations)
+        return ToolTurns(conversations, self._runner, host.parsed, host.tool_suffix_ids, self._shortened, most_turns)
 
     def _shortened(self, text: str) -> str:
-        limit, tokenizer = self._args.max_tool_answer_tokens, self._trainer._tokenizer
+        limit, tokenizer = self._args.max_tool_answer_tokens, self._host.tokenizer
         if limit is None or len(text.encode()) <= limit:  # a token has at least a byte
             return text
         start = text[: limit * LONGEST_TOKEN]
@@ -184,7 +170,7 @@ class TrainerTurns:
     def sampled(self, trees: Sequence[SegmentTree]) -> None:
         """Give `GRPOTrainer` the environments at the ends of the trees' paths, which its reward functions read."""
         if self._pools:
-            self._trainer.environments = [
+            self._host.row_environments = [
                 cast(EnvironmentTree, conversation.environment).leaf_environment(tree, leaf)
                 for tree, conversation in zip(trees, self._conversations, strict=True)
                 for leaf in tree.leaves
@@ -196,20 +182,13 @@ class TrainerTurns:
         assert handler is not None, "GRPOTrainer asks only where there are tools"
         return handler.rows(trees)
 
-    def without_lost(
-        self, batch: TreeBatch, calculate_rewards: Callable[..., torch.Tensor]
-    ) -> Callable[..., torch.Tensor]:
-        """`calculate_rewards` in whose result leaves that have lost their environment have no reward."""
+    def without_lost(self, batch: TreeBatch, rewards: torch.Tensor) -> torch.Tensor:
+        """Rewards of all processes' rows in which leaves that have lost their environment have none (`nan`)."""
         if self._args.tool_timeout is None or not self._pools:
-            return calculate_rewards
-
-        def calculate(*args: object, **kwargs: object) -> torch.Tensor:
-            rewards = calculate_rewards(*args, **kwargs)
-            is_lost = [tree.nodes[leaf].finish_reason == "timeout" for tree, leaf in batch.leaves()]
-            lost = self._trainer.accelerator.gather(torch.tensor(is_lost, device=rewards.device))
-            return rewards.masked_fill(cast(torch.Tensor, lost)[:, None], torch.nan)
-
-        return calculate
+            return rewards
+        is_lost = [tree.nodes[leaf].finish_reason == "timeout" for tree, leaf in batch.leaves()]
+        lost = self._host.accelerator.gather(torch.tensor(is_lost, device=rewards.device))
+        return rewards.masked_fill(cast(torch.Tensor, lost)[:, None], torch.nan)
 
     def totals(self) -> dict[str, float]:
         """What the environments of the last batch have cost; nothing where there are none."""
@@ -231,7 +210,7 @@ class TrainerTurns:
             return prompts, [self._conversation(None, None) for _ in rows]
         conversations: list[Conversation] = []
         for i, row in enumerate(rows):
-            name = row.get("environment") if self._trainer._multi_environment else None
+            name = row.get("environment") if self._host.has_several_environments else None
             if name not in self._pools:
                 raise ValueError(
                     f"An example has `environment={name!r}`, which is not among those of `environment_factory`: "
@@ -241,7 +220,7 @@ class TrainerTurns:
             environment = self._maker(name)()
             prompts[i] = _with_observation(prompts[i], environment.observation(kwargs))
             conversations.append(self._conversation(name, environment))
-        self._trainer._batch_environments = [each.name for each in conversations]
+        self._host.row_environment_names = [each.name for each in conversations]
         return prompts, conversations
 
     def show(self, conversations: Sequence[Conversation]) -> None:
@@ -251,8 +230,8 @@ class TrainerTurns:
         for name, pool in self._rows_of.items():
             pool.trees = [cast(EnvironmentTree, each.environment) for each in conversations if each.name == name]
         rows = [each for each in conversations for _ in range(self._num_generations)]
-        self._trainer._batch_environments = [each.name for each in rows]
-        self._trainer.environments = [_RowEnvironment(cast(EnvironmentTree, each.environment)) for each in rows]
+        self._host.row_environment_names = [each.name for each in rows]
+        self._host.row_environments = [_RowEnvironment(cast(EnvironmentTree, each.environment)) for each in rows]
 
 
 def _with_observation(prompt: list[Message], observation: object) -> list[Message]:

@@ -2,7 +2,7 @@
 Every name of TRL that is replaced while one of its methods runs, with the reason and what would end it.
 
 TRL 1.16 builds and calls these names itself and takes no argument for them. Each is replaced for one call and put
-back, also after an error. `tests/trainer/test_trl_seams.py` tests that TRL still looks them up there.
+back, also after an error. `tests/trl/test_seams.py` tests that TRL still looks them up there.
 """
 
 from collections import defaultdict

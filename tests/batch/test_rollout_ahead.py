@@ -30,7 +30,7 @@ from tests.support.trainers import (
     watch_loss,
 )
 from treepo_trl import TreePOConfig
-from treepo_trl.batches.rollout_ahead import LookAhead
+from treepo_trl.batch.ahead import LookAhead
 from treepo_trl.checkpoints import newest_checkpoint
 
 
@@ -310,7 +310,7 @@ def test_an_evaluation_waits_for_the_thread(
     evaluation = trainer.policy_engine.evaluation
 
     def look() -> Any:
-        pending = trainer._ahead.pending
+        pending = trainer._source.pending
         done.append(None if pending is None else pending._future.done())
         return evaluation()
 

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.trainers import labelled
-from treepo_trl.batches import prompt_selection
-from treepo_trl.batches.prompt_selection import LEAST_CHANCE, PassRates, SelectedPrompts, differing_pairs
-from treepo_trl.batches.prompt_stream import PromptStream
+from treepo_trl.batch import prompt_selection
+from treepo_trl.batch.prompt_selection import LEAST_CHANCE, PassRates, SelectedPrompts, differing_pairs
+from treepo_trl.batch.prompt_stream import PromptStream
 
 
 WRONG, RIGHT, OTHER = ({"prompt": name, "answer": "7"} for name in ("wrong", "right", "other"))

@@ -15,7 +15,7 @@ from tests.support.trainers import (
     trained,
 )
 from treepo_trl import SegmentTree
-from treepo_trl.batches import TreeBatch
+from treepo_trl.update.row_advantages import row_advantages
 
 
 def coarse_reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
@@ -67,17 +67,15 @@ def test_advantages_are_those_of_the_trees(
 
 
 @pytest.mark.parametrize("estimator", ["leave_one_out", "optimal_baseline"])
-def test_rewards_in_single_precision_are_compared_in_double(tmp_path: Path, estimator: str) -> None:
+def test_rewards_in_single_precision_are_compared_in_double(estimator: str) -> None:
     """One unsure completion among sure ones has nearly all of the scores; what is left of a difference is noise."""
     tree = SegmentTree([9])
     tree.add(None, [1] * 900, [-0.36] * 900, "stop")
     for _ in range(7):
         tree.add(None, [1], [-1e-6], "stop")
-    config = make_config(tmp_path, advantage_estimator=estimator, num_generations=8)
-    batch = TreeBatch(step=0, trees=[tree])
 
     def advantages(rewards: list[float]) -> torch.Tensor:
-        return batch.advantages(torch.tensor(rewards), torch.ones(8), config, 900)
+        return row_advantages([tree], torch.tensor(rewards), torch.ones(8), 900, estimator, weights_leaves=True)
 
     assert advantages([12.3] * 8).abs().max() < 1e-6
     values = advantages([0.0, *[1.0] * 7])

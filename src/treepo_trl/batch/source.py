@@ -1,57 +1,69 @@
-"""Trees from a trainer's engine while it holds the current policy, and what they have cost and shown."""
+"""
+Where the trees of a batch come from.
 
-from collections.abc import Callable, Sequence
+A [`TreeSource`] samples them when they are asked for. [`AheadSource`] has sampled them one step before, and
+[`DynamicSource`] chooses their prompts too.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import cast
+from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from transformers import PreTrainedModel
-from trl.trainer.grpo_trainer import GRPOTrainer
 
+from treepo_trl.checkpoints import saved_values
 from treepo_trl.metrics import reduce_totals, tree_metrics, tree_totals, turn_metrics
 from treepo_trl.policy.engine import PolicyEngine
 from treepo_trl.sampling import SamplingStats, SegmentTree, TreeSampler
 from treepo_trl.sampling.turns import TurnHandler
-from treepo_trl.treepo_config import TreePOConfig
+from treepo_trl.trl.host import Host, Rows
 from treepo_trl.turns.conversations import Conversation
 
-from .sampling_under_way import Sampled, SamplingUnderWay, in_thread
-from .trainer_turns import TrainerTurns
-from .tree_batch import TreeBatch
+from .tree_batch import SamplingUnderWay, TreeBatch
+from .turns import TrainerTurns
 from .width_schedule import WidthSchedule
 
 
 logger = get_logger(__name__)
 
+# In the state that checkpoints save, of the source that chooses prompts:
+PROMPTS_DRAWN = "treepo_prompts_drawn"  # pass over the dataset and examples drawn
+PASS_RATES = "treepo_pass_rates"
 
-class BatchSampler:
+
+class TreeSource:
     """
-    Samples the trees of a trainer's batches.
+    Trees from a trainer's engine while it holds the current policy, and what they have cost and shown.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`]):
+        host ([`Host`]):
             Has the settings and the state of the training.
         sampler ([`TreeSampler`]):
             Grows the trees.
-        policy_engine ([`PolicyEngine`]):
+        engine ([`PolicyEngine`]):
             The engine that the sampler drives.
         turns ([`TrainerTurns`]):
             Answers turns.
+
+    Attributes:
+        pending ([`SamplingUnderWay`], *optional*):
+            The next batch, if it is sampled ahead.
     """
 
-    def __init__(
-        self,
-        trainer: GRPOTrainer,
-        sampler: TreeSampler,
-        policy_engine: PolicyEngine,
-        turns: TrainerTurns,
-    ) -> None:
-        self._trainer, self._sampler, self._turns = trainer, sampler, turns
-        self._policy_engine = policy_engine
+    def __init__(self, host: Host, sampler: TreeSampler, engine: PolicyEngine, turns: TrainerTurns) -> None:
+        self._host, self._sampler, self._engine, self._turns = host, sampler, engine, turns
         _warn_of_short_segments(sampler)
-        self._width_schedule = WidthSchedule(cast(TreePOConfig, trainer.args))
-        self._under_way: SamplingUnderWay | None = None
+        self._width_schedule = WidthSchedule(host.args)
+        self.pending: SamplingUnderWay | None = None
+
+    def trees_for(self, batch: TreeBatch, prompts: list[list[int]]) -> list[SegmentTree]:
+        """The trees of this process's prompts, of which `GRPOTrainer` is about to take the rows."""
+        conversations = self._turns.of_rows(len(prompts))
+        try:
+            return self.sample(batch, prompts, conversations)
+        finally:
+            batch.num_sampled += 1
 
     def sample(
         self,
@@ -61,64 +73,29 @@ class BatchSampler:
         round_number: int = 0,
     ) -> list[SegmentTree]:
         """Sample the trees of this process's prompts, together with those of processes that share its engine."""
-        trees = self._sample(batch, prompts, self._turns.handler(conversations), round_number)
-        batch.totals.append(tree_totals(trees, self._sampler.stats, self._policy_engine.processes_per_engine))
+        trees = self._sampled(batch, prompts, self._turns.handler(conversations), round_number)
+        batch.totals.append(tree_totals(trees, self._sampler.stats, self._engine.processes_per_engine))
         return trees
 
     def sample_for_user(
         self, batch: TreeBatch, prompts: list[list[int]], turns: TurnHandler | None
     ) -> list[SegmentTree]:
         """Sample trees that may or may not become those of the batch."""
-        model = cast(PreTrainedModel, self._trainer.model)
+        model = self._host.model
         is_training = model.training
         batch.num_sampled += 1
         try:
-            return self._sample(batch, prompts, turns)
+            return self._sampled(batch, prompts, turns)
         finally:
             model.train(is_training)
 
-    def begin(self, batch: TreeBatch, prompts: list[list[int]]) -> SamplingUnderWay:
-        """
-        Sample the trees of a later batch in a thread, from the policy as it is now.
-
-        The engine has the policy when this returns. Whatever samples next waits for the thread.
-        """
-        self.wait()
-        ready = ExitStack()
-        sample, own = self._prepared(ready, batch, prompts, None, 0, in_batch=True)
-        engine = self._policy_engine
-        future = in_thread(sample if engine.samples_here else lambda: None)
-
-        def share(result: Callable[[], tuple[list[SegmentTree], SamplingStats]]) -> Sampled:
-            trees, stats = engine.shared(result)
-            return trees[own], tree_totals(trees[own], stats, engine.processes_per_engine)
-
-        self._under_way = SamplingUnderWay(batch.name, prompts, future, share, ready)
-        return self._under_way
-
-    def wait(self) -> None:
-        """
-        Wait until nothing is sampled in a thread: the engine is free. All processes call it together.
-
-        An error of the thread is of those who need its trees.
-        """
-        if self._under_way is not None:
-            under_way, self._under_way = self._under_way, None
-            under_way.error()
-
-    def drop(self) -> None:
-        """Wait until this process samples nothing in a thread, whatever comes of it."""
-        if self._under_way is not None:
-            self._under_way.discard()
-            self._under_way = None
-
-    def _sample(
+    def _sampled(
         self, batch: TreeBatch, prompts: list[list[int]], turns: TurnHandler | None, round_number: int = 0
     ) -> list[SegmentTree]:
         self.wait()
         with ExitStack() as ready:
             sample, own = self._prepared(ready, batch, prompts, turns, round_number, in_batch=batch.is_open)
-            trees, self._sampler.stats = self._policy_engine.shared(sample)
+            trees, self._sampler.stats = self._engine.shared(sample)
         return trees[own]
 
     def _prepared(
@@ -131,14 +108,13 @@ class BatchSampler:
         in_batch: bool,
     ) -> tuple[Callable[[], tuple[list[SegmentTree], SamplingStats]], slice]:
         """What samples, while `ready` is open, the trees of all processes of an engine; and which are this one's."""
-        trainer, num_processes = self._trainer, self._policy_engine.processes_per_engine
-        args, state = cast(TreePOConfig, trainer.args), trainer.state
-        seed = f"{args.seed}/{batch.name}/{trainer.accelerator.process_index // num_processes}"
+        host, num_processes = self._host, self._engine.processes_per_engine
+        seed = f"{host.args.seed}/{batch.name}/{host.accelerator.process_index // num_processes}"
         seed += f"/{round_number}" if round_number > 0 else ""
-        gathered, own = self._policy_engine.gather(prompts)
-        ready.enter_context(self._policy_engine.ready(seed, gathered, in_batch=in_batch))
-        sampler, schedule = self._sampler, self._width_schedule
-        # Asked now: a thread would find what later batches have shown.
+        gathered, own = self._engine.gather(prompts)
+        ready.enter_context(self._engine.ready(seed, gathered, in_batch=in_batch))
+        sampler, schedule, state = self._sampler, self._width_schedule, host.state
+        # These are asked now: a thread would find what later batches have shown.
         expected_length, widths = schedule.expected_length(state), schedule.widths(state)
         progress = batch.step / max(state.max_steps, 1)
 
@@ -160,15 +136,44 @@ class BatchSampler:
             scaled_rewards (`torch.Tensor` of shape `(B,)`):
                 Reward of each row over what its advantage is divided by.
         """
-        trainer = self._trainer
-        totals = reduce_totals(batch.summed_totals() | self._turns.totals(), trainer.accelerator)
+        host = self._host
+        totals = reduce_totals(batch.summed_totals() | self._turns.totals(), host.accelerator)
         metrics = tree_metrics(totals) | (turn_metrics(totals) if self._turns.is_used else {})
-        if cast(TreePOConfig, trainer.args).dynamic_sampling_rounds > 0:
+        if host.args.dynamic_sampling_rounds > 0:
             metrics["dynamic_sampling/discarded_tokens"] = totals["unique_tokens"] - totals["kept_tokens"]
         mean_length = metrics["tree/mean_length"]
         return metrics | self._width_schedule.learn(
-            trainer.state, mean_length, batch.trees, scaled_rewards, trainer.accelerator
+            host.state, mean_length, batch.trees, scaled_rewards, host.accelerator
         )
+
+    # What the other sources do in addition
+
+    def rows_for(self, batch: TreeBatch, rows: Rows) -> Rows:
+        """The rows of a batch that begins, from those of the data loader."""
+        for name in (PROMPTS_DRAWN, PASS_RATES):  # a training that does not choose its prompts draws them otherwise
+            saved_values(self._host.state).pop(name, None)
+        return rows
+
+    def rewards_for(self, batch: TreeBatch) -> torch.Tensor | None:
+        """Rewards of a batch, as `TreeBatch.rewards_per_func`, if its completions were scored to choose them."""
+        return None
+
+    def loader_dataset(self) -> torch.utils.data.Dataset | None:
+        """What the data loader reads in place of the dataset of a source that draws prompts itself."""
+        return None
+
+    def look_ahead(self, epoch_iterator: Iterator[Rows]) -> Iterator[Rows]:
+        """What the micro-batches of an epoch are to be taken from."""
+        return epoch_iterator
+
+    def wait(self) -> None:
+        """Wait until the engine is free. All processes call it together."""
+
+    def end(self) -> None:
+        """Forget what is being sampled: the training is over."""
+
+    def restore(self, path: Path) -> None:
+        """Take up what a checkpoint holds of the next batch."""
 
 
 def _warn_of_short_segments(sampler: TreeSampler) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from contextlib import suppress
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import torch
 
 from tests.support.trainers import RecordingTrainer, build, labelled, make_config, trained
 from treepo_trl import SegmentTree
-from treepo_trl.batches import TreeBatch, shuffle_trees
+from treepo_trl.batch import TreeBatch, shuffle_trees
+from treepo_trl.tree_log import tree_records
 
 
 def length(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -51,23 +51,45 @@ def test_each_sampling_has_a_seed_of_its_own(tmp_path: Path, tiny_model_dir: str
     assert seeds == [f"7/{step}/{number}/0" for step in (0, 1) for number in range(4)]
 
 
-def test_a_batch_forgets_what_it_was_given() -> None:
-    batch, given, sampled = TreeBatch(step=3), [SegmentTree([1])], [SegmentTree([2])]
-    with suppress(RuntimeError), batch.opened():
-        batch.give(given)
-        assert batch.take(lambda: sampled) is given
-        raise RuntimeError("scoring failed")
-    assert batch.take(lambda: sampled) is sampled
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_sampling_behind_a_batch_has_trees_of_its_own(tmp_path: Path, tiny_model_dir: str, rounds: int) -> None:
+    seen: list[tuple[list[SegmentTree], list[SegmentTree]]] = []
+
+    class AskingBehind(RecordingTrainer):
+        """Samples once more when a batch is done."""
+
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            output = super()._generate_and_score_completions(inputs)
+            trees = self._batch.trees
+            self._generate([row["prompt"] for row in self.rows])
+            seen.append((trees, self._batch.trees))
+            return output
+
+        def _calculate_rewards(self, inputs: Any, *args: Any) -> torch.Tensor:
+            self.rows = inputs
+            return super()._calculate_rewards(inputs, *args)
+
+    trained(AskingBehind, tiny_model_dir, make_config(tmp_path, dynamic_sampling_rounds=rounds), reward_funcs=length)
+    assert len(seen) == 2
+    assert all(behind and not {id(tree) for tree in trees} & {id(tree) for tree in behind} for trees, behind in seen)
+
+
+def test_samplings_are_counted_for_each_step() -> None:
+    batch = TreeBatch(step=3)
     assert [batch.next(3).number, batch.next(4).number] == [1, 0]
+    batch.adopt([])
+    batch.adopt([])
+    assert [batch.name, batch.next(3).name, batch.next(4).name] == ["3/2", "3/2", "4/0"]
 
 
 def test_a_record_has_the_advantage_of_each_rows_last_token() -> None:
     tree = SegmentTree([9])
     tree.add(None, [1], None, "stop")
     tree.add(None, [2, 3, 4], None, "stop")
-    rewards, advantages = torch.tensor([math.nan, 1.0]), torch.tensor([[1.0, 0.0, 0.0], [2.0, 3.0, 4.0]])
-    (record,) = TreeBatch(step=3, trees=[tree]).records(rewards, advantages, str)
-    assert (record["advantages"], record["rewards"], record["step"]) == ([1.0, 4.0], [None, 1.0], 3)
+    rewards = [math.nan, 1.0]
+    for advantages in ([[1.0, 0.0, 0.0], [2.0, 3.0, 4.0]], [1.0, 4.0]):
+        (record,) = tree_records(3, [tree], rewards, advantages, str)
+        assert (record["advantages"], record["rewards"], record["step"]) == ([1.0, 4.0], [None, 1.0], 3)
 
 
 def test_trees_are_shuffled_and_their_rows_stay_in_order() -> None:

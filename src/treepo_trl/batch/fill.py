@@ -1,43 +1,26 @@
 """
-Dynamic sampling: prompts whose completions all have the same reward teach nothing and are replaced by fresh ones.
+Filling a batch: prompts whose completions all have the same reward teach nothing and are replaced by fresh ones.
 
 From [DAPO](https://huggingface.co/papers/2503.14476) (section 3.2), which the TreePO paper trains with.
-[`DynamicSampling`] is what the trainer holds; the rest of the file is what it is made of, and knows no trainer.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import cast
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import send_to_device
-from datasets import Dataset, IterableDataset
-from transformers import TrainerState
-from trl.trainer.grpo_trainer import GRPOTrainer
 
-from treepo_trl.checkpoints import saved_values
-from treepo_trl.checks import check_rows
 from treepo_trl.sampling import SegmentTree
-from treepo_trl.treepo_config import TreePOConfig
-from treepo_trl.trl_seams import metrics_aside
 from treepo_trl.turns.conversations import Conversation
 from treepo_trl.update.rewards import combine_rewards
 
-from .prompt_selection import PassRates, Saved, SelectedPrompts
-from .prompt_stream import EndlessPlaceholders, Example, Placeholders, PromptStream
-from .trainer_turns import TrainerTurns
-from .tree_batch import TreeBatch
+from .prompt_selection import SelectedPrompts
+from .prompt_stream import Example, PromptStream
 
 
 logger = get_logger(__name__)
 
 _ROUNDS_BETWEEN_WARNINGS = 10  # of one batch
-
-Rows = list[dict[str, object]]
-"""A row of the dataset for each completion."""
 
 
 @dataclass(eq=False)  # each is itself alone: examples may hold tensors, whose comparison is no truth
@@ -219,155 +202,6 @@ def fill_batch(
 
 def _num_tokens(candidates: list[Candidate]) -> int:
     return sum(candidate.tree.num_unique_tokens for candidate in candidates if candidate.tree is not None)
-
-
-# In the state that checkpoints save:
-_PROMPTS_DRAWN = "treepo_prompts_drawn"  # pass over the dataset and examples drawn
-_PASS_RATES = "treepo_pass_rates"
-
-
-class DynamicSampling:
-    """
-    Chooses the prompts of each batch of a training, with `dynamic_sampling_rounds`, `prompt_selection` or both.
-
-    Its place in the dataset and the prompts' pass rates are part of checkpoints.
-
-    Args:
-        trainer ([`TreePOTrainer`]):
-            Scores completions, and has the dataset and the state of the training.
-        sample (`Callable[[TreeBatch, list[list[int]], list[Conversation], int], list[SegmentTree]]`):
-            Samples the trees of this process's prompts for a batch, given what they may call and the round.
-        turns ([`TrainerTurns`]):
-            Tools and environments.
-    """
-
-    def __init__(
-        self,
-        trainer: GRPOTrainer,
-        sample: Callable[[TreeBatch, list[list[int]], list[Conversation], int], list[SegmentTree]],
-        turns: TrainerTurns,
-    ) -> None:
-        self.args = cast(TreePOConfig, trainer.args)
-        self._trainer, self._sample, self._turns = trainer, sample, turns
-        self._num_generations = cast(int, trainer.num_generations)
-        self._stream: PromptStream | SelectedPrompts | None = None
-        self._state: TrainerState | None = None  # of the training that the stream belongs to
-
-    # Choosing
-
-    def fill(self, batch: TreeBatch, num_prompts: int) -> Rows:
-        """
-        Give the batch `num_prompts` prompts of this process, with their trees and rewards; see [`fill_batch`].
-
-        Returns the rows, as the data loader would give them.
-        """
-        trainer = self._trainer
-        stream = self._current_stream()
-        trainer._pending_extra_logs.clear()  # of a batch that failed
-        weights = trainer.reward_weights.to(trainer.accelerator.device)
-        chosen = fill_batch(
-            stream,
-            num_prompts,
-            self.args.dynamic_sampling_rounds,
-            partial(self._score, batch),
-            lambda rewards: without_signal(rewards, weights, trainer.multi_objective_aggregation),
-            trainer.accelerator.process_index,
-            trainer.accelerator.num_processes,
-        )
-        metrics = chosen.metrics() if self.args.dynamic_sampling_rounds > 0 else {}
-        if isinstance(stream, SelectedPrompts):
-            metrics |= stream.learn(chosen.drawn, chosen.drawn_rewards)
-            saved_values(trainer.state)[_PASS_RATES] = stream.rates.saved
-        saved_values(trainer.state)[_PROMPTS_DRAWN] = stream.position
-        batch.give(chosen.trees, chosen.rewards)
-        self._turns.show(conversations_of(chosen.candidates))
-        for column, values in chosen.extra_columns(self._num_generations).items():
-            trainer._pending_extra_logs[column] += values
-        for name, value in metrics.items():
-            trainer._metrics["train"][name].append(value)
-        return self._rows(chosen.candidates)
-
-    def _score(self, batch: TreeBatch, candidates: list[Candidate], round_number: int) -> torch.Tensor:
-        """Rewards of all processes' candidates; see [`fill_batch`]. Logs nothing, as most may yet be replaced."""
-        trainer = self._trainer
-        missing = [candidate for candidate in candidates if candidate.tree is None]
-        prompt_ids: list[list[int]] = []
-        check_rows(trainer, [candidate.example for candidate in missing])
-        if missing:
-            opened = self._turns.open(self._rows(missing)[:: self._num_generations])
-            for candidate, prompt, conversation in zip(missing, *opened, strict=True):
-                candidate.prompt, candidate.conversation = prompt, conversation
-            prompt_ids, _, _ = trainer._tokenize_prompts([candidate.prompt for candidate in missing])
-        # Also without any: processes that share an engine sample together.
-        trees = self._sample(batch, prompt_ids, conversations_of(missing), round_number)
-        for candidate, tree in zip(missing, trees, strict=True):
-            candidate.tree = tree
-        batch.give([candidate.tree for candidate in candidates if candidate.tree is not None])
-        self._turns.show(conversations_of(candidates))
-        rows = self._rows(candidates)
-        prompts = [copy.deepcopy(each.prompt) for each in candidates for _ in range(self._num_generations)]
-        num_tokens_seen = trainer.state.num_input_tokens_seen
-        with metrics_aside(trainer):
-            _, completion_ids, _, completions, *_ = trainer._generate(prompts)
-        rewards = trainer._calculate_rewards(rows, prompts, completions, completion_ids)
-        trainer.state.num_input_tokens_seen = num_tokens_seen
-        for i, candidate in enumerate(candidates):
-            if candidate in missing:  # the others fill up the number of candidates; their rewards are there
-                own = slice(i * self._num_generations, (i + 1) * self._num_generations)
-                candidate.extra = {column: values[own] for column, values in trainer._pending_extra_logs.items()}
-        trainer._pending_extra_logs.clear()
-        return rewards.view(trainer.accelerator.num_processes, len(candidates), self._num_generations, -1)
-
-    def _rows(self, candidates: list[Candidate]) -> Rows:
-        """A row for each completion, of its own: reward functions may change what they are given."""
-        trainer = self._trainer
-        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
-        examples = [candidate.example for candidate in candidates for _ in range(self._num_generations)]
-        return cast(Rows, send_to_device(collate(copy.deepcopy(examples)), trainer.accelerator.device))
-
-    # The place in the dataset
-
-    def placeholders(self) -> torch.utils.data.Dataset:
-        """What the data loader reads in place of the dataset: it only counts steps."""
-        dataset = self._dataset
-        return EndlessPlaceholders() if isinstance(dataset, IterableDataset) else Placeholders(len(dataset))
-
-    @property
-    def _dataset(self) -> Dataset | IterableDataset:
-        return cast("Dataset | IterableDataset", self._trainer.train_dataset)
-
-    def _current_stream(self) -> PromptStream | SelectedPrompts:
-        """The stream of this training, at the position of the checkpoint that it resumes."""
-        trainer, state = self._trainer, self._trainer.state
-        if self._stream is None or self._state is not state:
-            position = None
-            if not self.args.ignore_data_skip:
-                position = cast("tuple[int, int] | None", saved_values(state).get(_PROMPTS_DRAWN))
-                if position is None and state.global_step > 0:
-                    logger.warning(
-                        "The checkpoint comes from a training without `dynamic_sampling_rounds` or "
-                        "`prompt_selection`: it does not say which prompts that has drawn, so they are drawn from "
-                        "the start of the dataset."
-                    )
-            number, row = position or (0, 0)  # JSON makes lists of tuples
-            shuffle = bool(trainer.shuffle_dataset)
-            self._stream = PromptStream(self._dataset, shuffle, self.args.seed, (number, row))
-            saved_rates = cast("Saved | None", saved_values(state).pop(_PASS_RATES, None))
-            if self.args.prompt_selection == "pass_rate":
-                self._stream = SelectedPrompts(self._stream, PassRates(saved_rates), self.args.seed)
-            self._state = state
-        return self._stream
-
-
-def conversations_of(candidates: list[Candidate]) -> list[Conversation]:
-    """What the trees of candidates may call, as far as they were prepared."""
-    return [candidate.conversation for candidate in candidates if candidate.conversation is not None]
-
-
-def forget_stream(state: TrainerState) -> None:
-    """Drop what checkpoints hold of prompts: a training that does not choose them draws them otherwise."""
-    for name in (_PROMPTS_DRAWN, _PASS_RATES):
-        saved_values(state).pop(name, None)
 
 
 def _is_equal(rewards: torch.Tensor) -> torch.Tensor:

@@ -16,11 +16,11 @@ from typing import cast
 
 import torch
 from accelerate.logging import get_logger
-from trl.trainer.grpo_trainer import GRPOTrainer, RewardFunc
+from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import is_async_callable
 
-from .treepo_config import TreePOConfig
-from .update.rewards import LARGEST_REWARD, without_unusable
+from treepo_trl.trl.host import Host
+from treepo_trl.update.rewards import LARGEST_REWARD, without_unusable
 
 
 logger = get_logger(__name__)
@@ -35,13 +35,13 @@ class RewardWatch:
     Watches the reward functions of a trainer.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`]):
+        host ([`Host`]):
             Has the functions, their names and the state of the training.
     """
 
-    def __init__(self, trainer: GRPOTrainer) -> None:
-        self._trainer = trainer
-        self._timeout = cast(TreePOConfig, trainer.args).reward_timeout
+    def __init__(self, host: Host) -> None:
+        self._trainer = host.trainer
+        self._timeout = host.args.reward_timeout
         self._told: set[str] = set()  # functions whose unusable rewards were warned about
 
     @property
@@ -101,24 +101,27 @@ class RewardWatch:
 
     # What functions gave
 
-    def usable(self, calculate_rewards: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """`calculate_rewards` in whose result a reward that would ruin the weights is `nan`, with a warning."""
+    def usable(self, given: torch.Tensor, prompts: list[object]) -> torch.Tensor:
+        """
+        Rewards in which one that would ruin the weights is `nan`, with a warning.
 
-        def calculate(inputs: object, prompts: list[object], *args: object, **kwargs: object) -> torch.Tensor:
-            given = calculate_rewards(inputs, prompts, *args, **kwargs)
-            rewards = without_unusable(given)
-            first = self._trainer.accelerator.process_index * len(prompts)
-            self._warn_unusable(given[first:][: len(prompts)], rewards[first:][: len(prompts)], prompts)
-            if rewards.isnan().all():
-                names = ", ".join(self._trainer.reward_func_names)
-                self._warn_once(
-                    "",
-                    f"No reward function ({names}) has scored any completion of the batch in {self._step}: all values "
-                    "are None or NaN, and nothing is learned from it.",
-                )
-            return rewards
-
-        return calculate
+        Args:
+            given (`torch.Tensor` of shape `(rows of all processes, num_reward_funcs)`):
+                What the functions gave.
+            prompts (`list`):
+                Of this process's rows.
+        """
+        rewards = without_unusable(given)
+        first = self._trainer.accelerator.process_index * len(prompts)
+        self._warn_unusable(given[first:][: len(prompts)], rewards[first:][: len(prompts)], prompts)
+        if rewards.isnan().all():
+            names = ", ".join(self._trainer.reward_func_names)
+            self._warn_once(
+                "",
+                f"No reward function ({names}) has scored any completion of the batch in {self._step}: all values "
+                "are None or NaN, and nothing is learned from it.",
+            )
+        return rewards
 
     def _warn_unusable(self, given: torch.Tensor, usable: torch.Tensor, prompts: list[object]) -> None:
         is_unusable = usable.isnan() & ~given.isnan()

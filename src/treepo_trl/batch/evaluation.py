@@ -6,10 +6,10 @@ from typing import cast
 
 import torch
 from accelerate.utils import gather_object
-from trl.trainer.grpo_trainer import GRPOTrainer
 
-from .answers import Judgement, math_answer, math_verify_is_available
-from .estimators import Draw, Subtree, default_ks, majority_at_k, pass_at_k
+from treepo_trl.evaluation.answers import Judgement, math_answer, math_verify_is_available
+from treepo_trl.evaluation.estimators import Draw, Subtree, default_ks, majority_at_k, pass_at_k
+from treepo_trl.trl.host import Host
 
 
 _ANSWER_COLUMNS = "solution", "answer"
@@ -23,33 +23,32 @@ class EvaluationMetrics:
     of completions, which math-verify reads: only with a column `solution` or `answer` that it can read too.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`]):
+        host ([`Host`]):
             Scores and logs.
     """
 
-    def __init__(self, trainer: GRPOTrainer) -> None:
-        self._trainer = trainer
+    def __init__(self, host: Host) -> None:
+        self._host = host
 
     def logging(self, calculate_rewards: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """`calculate_rewards` whose result is also logged as pass@k and maj@k."""
 
         def calculate(inputs: list[dict[str, object]], prompts: object, completions: list[object], *more: object):
             rewards = calculate_rewards(inputs, prompts, completions, *more)
-            trainer = self._trainer
+            names = self._host.trainer.reward_func_names
             metrics = group_metrics(
-                dict(zip(trainer.reward_func_names, cast("list[list[float]]", rewards.T.tolist()), strict=True)),
+                dict(zip(names, cast("list[list[float]]", rewards.T.tolist()), strict=True)),
                 self._gathered_answers(inputs, completions),
-                cast(int, trainer.num_generations_eval),
+                self._host.num_generations_eval,
             )
-            for name, value in metrics.items():
-                trainer._metrics["eval"][name].append(value)
+            self._host.log(metrics, "eval")
             return rewards
 
         return calculate
 
     def _gathered_answers(self, inputs: list[dict[str, object]], completions: list[object]) -> list[str | None] | None:
         """Answers of all processes' completions, in the order of the rewards; `None` if they cannot be told."""
-        if cast(int, self._trainer.num_generations_eval) < 2:
+        if self._host.num_generations_eval < 2:
             return None  # no vote
         own = answers_of(inputs, completions)
         gathered = cast("list[tuple[bool, str | None]]", gather_object(own))

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.support.trainers import labelled
 from treepo_trl import SegmentTree
-from treepo_trl.batches.dynamic_sampling import Candidate, fill_batch, without_signal
-from treepo_trl.batches.prompt_stream import PromptStream
+from treepo_trl.batch.fill import Candidate, fill_batch, without_signal
+from treepo_trl.batch.prompt_stream import PromptStream
 
 
 nan = math.nan

@@ -12,7 +12,7 @@ from transformers import TrainerState
 from tests.support.models import make_model
 from tests.support.trainers import build, labelled, make_config, reward_by_kind
 from treepo_trl import SegmentTree, TreePOTrainer
-from treepo_trl.batches.width_schedule import WidthSchedule
+from treepo_trl.batch.width_schedule import WidthSchedule
 from treepo_trl.checkpoints import saved_values
 from treepo_trl.sampling.resolved_variance import DepthStatistics
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl.trainer.utils import RepeatSampler
 
-from treepo_trl.batches.prompt_stream import PromptStream
+from treepo_trl.batch.prompt_stream import PromptStream
 
 
 def rows(count: int) -> Dataset:
