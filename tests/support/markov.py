@@ -2,7 +2,7 @@
 Policy gradients on a Markov chain: exact by summing over all completions, and as trees estimate them.
 
 The policy's parameters are the logits of `MarkovEngine.TRANSITIONS`; the reward is 1 for a completion whose EOS
-follows a 3. Used by `test_estimators.py` and `benchmarks/estimators.py`.
+follows a 3. Used by `test_estimators.py` and `benchmarks/chains.py`.
 """
 
 import torch
