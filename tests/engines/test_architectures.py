@@ -13,18 +13,16 @@ from treepo_trl.engines import SamplingOptions
 from treepo_trl.engines.transformers import TransformersEngine, why_no_slots
 
 
-def tiny(architecture: str, **changes: Any) -> PreTrainedModel:
+def tiny(architecture: str, attention: str = "eager", **changes: Any) -> PreTrainedModel:
+    """Eager attention is the one that knows softcapping."""
     torch.manual_seed(0)
     config = tiny_config(architecture, **{"initializer_range": 0.3, **changes})
-    # Eager attention is the one that knows softcapping.
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
+# Beside the families of test_families.py.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    **{name: {} for name in ("llama", "phi3", "gpt2", "gpt_neox")},
-    "mistral": {"sliding_window": None},
-    "qwen3": {"head_dim": 16},
-    "gemma": {"head_dim": 16},
+    "gpt_neox": {},
     "llama, multi-query": {"num_key_value_heads": 1},
     "llama, multi-head": {"num_key_value_heads": 4},
 }
@@ -83,14 +81,8 @@ def test_windows_are_those_of_a_full_forward(window: int) -> None:
 def test_a_soft_cap_is_sampled_with_where_it_is_trained_with(attention: str) -> None:
     """SDPA of transformers leaves it out, so the engine does."""
     skip_if_refused(attention)
-    config = tiny("gemma2", attn_logit_softcapping=0.1).config
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-    completions, logprobs = complete(TransformersEngine(model, [EOS], SamplingOptions()), PROMPTS, 3, 12)
-    for prompt, completion, values in zip(PROMPTS, completions, logprobs, strict=True):
-        torch.testing.assert_close(
-            torch.tensor(values), full_logprobs(model, prompt, completion), atol=1e-4, rtol=1e-4
-        )
+    model = tiny("gemma2", attention, attn_logit_softcapping=0.1)
+    check_against_full_forward(model)
 
 
 def test_unused_sliding_window_is_no_obstacle() -> None:

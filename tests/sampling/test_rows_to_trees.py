@@ -1,7 +1,7 @@
 """Trees from rows: equal prefixes are shared, every row stays what it was."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from treepo_trl import SegmentTree
@@ -11,6 +11,7 @@ rows = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=7), min_size=1,
 
 
 @given(rows, st.booleans())
+@example([[2, 3], [2, 3], [2, 3, 1]], False)  # equal rows are leaves of their own, and a row may begin another one
 def test_every_row_is_a_leaf(completions: list[list[int]], has_masks: bool) -> None:
     # A token's place and value say whether it was sampled: equal prefixes have equal masks.
     masks = [[int((i + token) % 3 > 0) for i, token in enumerate(row)] for row in completions] if has_masks else None
@@ -32,17 +33,6 @@ def test_no_token_is_stored_twice_that_rows_share() -> None:
     tree = SegmentTree.from_rows([1], [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 4], [3]])
     assert [list(node.token_ids) for node in tree.nodes] == [[5, 6], [3], [7], [9], [8], [4]]
     assert tree.num_unique_tokens == 7
-
-
-def test_equal_rows_are_leaves_of_their_own() -> None:
-    tree = SegmentTree.from_rows([1], [[5, 6], [5, 6]])
-    assert len(set(tree.leaves)) == 2
-    assert tree.num_unique_tokens == 3
-
-
-def test_a_row_that_begins_another_one() -> None:
-    tree = SegmentTree.from_rows([1], [[5, 6], [5, 6, 7]])
-    assert [tree.completion_ids(leaf) for leaf in tree.leaves] == [[5, 6], [5, 6, 7]]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn.functional import pad
 
@@ -229,7 +229,11 @@ def slow_reference(
 options = st.fixed_dictionaries({"estimator": st.sampled_from(list(ESTIMATORS)), "subgroup_rejection": st.booleans()})
 
 
+UNSCORABLE = (torch.tensor([2.0, nan, 2.0, 5.0]).double(), torch.tensor([[0, 2], [0, 3], [0, 4], [1, -1]]))
+
+
 @given(leaf_sets(), options, st.booleans(), st.integers(0, 99))
+@example(UNSCORABLE, {"estimator": "treepo", "subgroup_rejection": True}, False, 0)  # no other reward of its group
 def test_agrees_with_a_slow_loop(leaves: LeafSet, options: dict, weighted: bool, seed: int) -> None:
     rewards, ancestors = leaves
     before = rewards.clone()
@@ -304,33 +308,6 @@ def test_trees_in_a_batch_do_not_see_each_other(trees: list[LeafSet], options: d
         own = None if weights is None else weights[i]
         single = tree_advantages(rewards[i], ancestors[i], **options, leaf_weights=own)
         torch.testing.assert_close(batch[i], single)
-
-
-def test_leaf_weights_weight_the_group_means_and_sizes() -> None:
-    # Weights 1/2 for leaf 2, 1/4 each for leaves 0 and 1 (a root with two children, one of which has two).
-    # Query mean: (1/4 * 1 + 1/4 * 0 + 1/2 * 0) / 1 = 1/4 (unweighted 1/3); node 0: 1/2, weight 1/2.
-    rewards, ancestors = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([[0, 2], [0, 3], [1, -1]])
-    weights = torch.tensor([0.25, 0.25, 0.5])
-    grpo = advantages_of(rewards, ancestors, "grpo", leaf_weights=weights)
-    torch.testing.assert_close(grpo, torch.tensor([3 / 4, -1 / 4, -1 / 4]))
-    # treepo: (3/4 + 1/2)/2 = 5/8, (-1/4 - 1/2)/2 = -3/8, -1/4
-    treepo = advantages_of(rewards, ancestors, "treepo", leaf_weights=weights)
-    torch.testing.assert_close(treepo, torch.tensor([5 / 8, -3 / 8, -1 / 4]))
-    # size weighted with weights 1 and 1/2: (3/4 + 1/4)/1.5 = 2/3, (-1/4 - 1/4)/1.5 = -1/3, -1/4
-    sized = advantages_of(rewards, ancestors, "treepo_size_weighted", leaf_weights=weights)
-    torch.testing.assert_close(sized, torch.tensor([2 / 3, -1 / 3, -1 / 4]))
-    # treerl: node 0 (2/2 - 1/4 - 1/4)/sqrt(2), two leaves whatever they weigh; 2 - 1/4 - 1/2, -1/4 - 1/2; -1/4 - 1/4
-    treerl = tree_advantages(rewards, ancestors, "treerl", leaf_weights=weights)
-    torch.testing.assert_close(treerl, torch.tensor([[0.5 / 2**0.5, 5 / 4], [0.5 / 2**0.5, -3 / 4], [-1 / 2, 0]]))
-
-
-@pytest.mark.parametrize("reward", [2.0, -2.0])
-def test_an_unscorable_leaf_is_no_other_reward_of_its_group(reward: float) -> None:
-    # The subgroup of node 0 has equal rewards and is rejected: the query group alone counts, of mean (2 r + 5) / 3.
-    rewards, ancestors = torch.tensor([reward, nan, reward, 5.0]), torch.tensor([[0, 2], [0, 3], [0, 4], [1, -1]])
-    values = advantages_of(rewards, ancestors, "treepo", subgroup_rejection=True)
-    mean = (2 * reward + 5) / 3
-    torch.testing.assert_close(values, torch.tensor([reward - mean, 0.0, reward - mean, 5 - mean]))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
