@@ -225,11 +225,6 @@ def test_shuffled_rows_stay_with_their_tree_and_their_advantages(tmp_path: Path,
     assert rows_of(seen) == rows_of([trainer.generations[0]["output"]])
 
 
-def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'flex'` needs a CUDA device, this is 'cpu'.*Set `tree_packing='sdpa'`"):
-        build(TreePOTrainer, make_model(), make_config(tmp_path, tree_packing="flex"))
-
-
 def test_auto_packing_falls_back_to_plain_rows_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,6 @@ import torch
 from tests.support.models import make_reward_model, make_tokenizer
 from tests.support.trainers import (
     SpyTrainer,
-    change,
     expected_advantages,
     length_reward,
     make_config,
@@ -76,14 +75,6 @@ def test_missing_rewards_are_left_out(tmp_path: Path, tiny_model_dir: str) -> No
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
     record = json.loads((tmp_path / "trees/trees_000000.jsonl").read_text().splitlines()[0])
     assert record["rewards"][0] is None
-
-
-def test_no_reward_at_all_moves_nothing(tmp_path: Path, tiny_model_dir: str) -> None:
-    def nothing(completions: list[str], **kwargs: Any) -> list[None]:
-        return [None] * len(completions)
-
-    trainer = trained(SpyTrainer, tiny_model_dir, make_config(tmp_path), reward_funcs=nothing)
-    assert change(trainer) == 0
 
 
 def test_dataset_columns_reach_the_reward(tmp_path: Path, tiny_model_dir: str) -> None:

@@ -1,4 +1,8 @@
-"""What TRL promises about tools, environments and rollouts, and what must hold here as it does there."""
+"""
+What TRL promises about environments and rollouts, and what must hold here as it does there.
+
+Of tools it is tests/turns/test_stock_loop.py.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +15,8 @@ from tests.support.environments import Counter, Forking, fresh
 from tests.support.tools import (
     TOOL_SETTINGS,
     ScriptedAgent,
-    add,
-    boom,
     call,
     questions,
-    slow_mul,
     talk_reward,
     tool_config,
     tool_trainer,
@@ -65,70 +66,6 @@ def keeping(seen: list[Any]) -> Callable[..., list[float]]:
         return talk_reward(completions)
 
     return reward
-
-
-@pytest.mark.parametrize(
-    ("tool", "turn", "answer", "failures"),
-    [
-        (add, call("add", a=1, b=2), "3", 0.0),
-        (slow_mul, call("slow_mul", a=3, b=4), "12", 0.0),
-        (boom, call("boom"), "{'error': 'out of order'}", 1.0),
-        (add, call("nope", a=1), "{'error': 'Tool nope not found.'}", 1.0),
-    ],
-    ids=["sync", "async", "raises", "unknown"],
-)
-def test_a_call_and_its_answer_reach_the_reward(
-    make: Maker, tool: Any, turn: str, answer: str, failures: float
-) -> None:
-    seen: list[Any] = []
-    trainer = make([turn], tools=[tool], reward_funcs=keeping(seen))
-    trainer.train()
-    for completion in seen[0]["completions"]:
-        assert [message["role"] for message in completion] == ["assistant", "tool", "assistant"]
-        assert completion[0]["tool_calls"][0]["type"] == "function"
-        assert completion[1] == {
-            "role": "tool",
-            "name": completion[0]["tool_calls"][0]["function"]["name"],
-            "content": answer,
-        }
-        assert completion[2] == {"role": "assistant", "content": "Done."}
-    assert logs_of(trainer, "tools/call_frequency") == [1.0]
-    assert logs_of(trainer, "tools/failure_frequency") == [failures]
-
-
-def test_a_turn_without_a_call_ends_the_conversation(make: Maker) -> None:
-    seen: list[Any] = []
-    trainer = make(["It is 7."], tools=[add], reward_funcs=keeping(seen))
-    trainer.train()
-    assert all(completion == [{"role": "assistant", "content": "It is 7."}] for completion in seen[0]["completions"])
-    assert logs_of(trainer, "tools/call_frequency") == [0.0]
-
-
-@pytest.mark.parametrize("most", [1, 2])
-def test_calls_beyond_the_limit_do_not_run(make: Maker, most: int) -> None:
-    seen: list[Any] = []
-    again = call("add", a=1, b=1)
-    trainer = make([again], [again], tools=[add], reward_funcs=keeping(seen), max_tool_calling_iterations=most)
-    trainer.train()
-    for completion in seen[0]["completions"]:
-        assert [message["role"] for message in completion] == ["assistant", "tool"] * most + ["assistant"]
-        assert completion[-1]["tool_calls"]
-    assert logs_of(trainer, "tools/call_frequency") == [float(most)]
-
-
-def test_an_answer_that_does_not_fit_is_dropped(make: Maker) -> None:
-    seen: list[Any] = []
-
-    def report() -> str:
-        """Tells a lot."""
-        return "x" * 400
-
-    trainer = make([call("report")], tools=[report], reward_funcs=keeping(seen), max_completion_length=200)
-    trainer.train()
-    for completion in seen[0]["completions"]:
-        assert [message["role"] for message in completion] == ["assistant"]
-        assert completion[0]["tool_calls"]
-    assert logs_of(trainer, "tools/call_frequency") == [1.0]
 
 
 def test_environments_reach_the_reward_in_order(make: Maker) -> None:

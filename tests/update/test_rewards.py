@@ -80,3 +80,5 @@ def test_rewards_that_are_infinite_or_too_large_are_unscorable() -> None:
     rewards = torch.tensor([[math.inf, -math.inf, 2 * LARGEST_REWARD], [-2 * LARGEST_REWARD, -LARGEST_REWARD, 0.5]])
     expected = torch.tensor([[nan] * 3, [nan, -LARGEST_REWARD, 0.5]])
     torch.testing.assert_close(without_unusable(rewards), expected, equal_nan=True)
+    # Of 1e8 rewards of the largest usable size, float32 still holds the sum of squares.
+    assert torch.isfinite(1e8 * torch.tensor(LARGEST_REWARD).square())
