@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FalconConfig
 from trl import ModelConfig
 

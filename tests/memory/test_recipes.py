@@ -27,10 +27,6 @@ def parse(name: str) -> tuple:
     return make_parser().parse_args_and_config(arguments, fail_with_unknown_args=True)
 
 
-def test_there_are_recipes() -> None:
-    assert len(RECIPES) == 6
-
-
 HALF = {"num_generations": 16, "per_device_train_batch_size": 16, "vllm_gpu_memory_utilization": 0.5}
 LONG = {**HALF, "max_completion_length": 2048, "vllm_max_model_length": 2560}
 
@@ -73,19 +69,13 @@ def test_the_models_of_the_plans_have_their_sizes(config: Any, billions: float) 
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("paper")])
-def test_the_first_lines_of_a_recipe_say_what_the_documentation_says(name: str) -> None:
-    text = (ROOT / "examples/cli_configs" / name).read_text()
-    said = re.findall(r"`treepo-trl plan` counts ([\d.]+) GiB,\n# and ([\d.]+) GiB with", text)
-    assert len(said) == 1
-    assert said == documented(f"`{name.removesuffix('.yaml')}`")
-
-
-@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("paper")])
-def test_the_page_of_the_examples_says_what_the_documentation_says(name: str) -> None:
-    recipe = name.removesuffix(".yaml")
-    planned = re.findall(rf"\| `{re.escape(recipe)}` \|[^|]*\|[^|]*\| ([\d.]+) GiB \|", EXAMPLES)
-    assert planned == [alone for alone, _ in documented(f"`{recipe}`")]
+def test_a_recipe_and_the_page_of_the_examples_say_what_the_documentation_says(name: str) -> None:
+    text, recipe = (ROOT / "examples/cli_configs" / name).read_text(), name.removesuffix(".yaml")
+    (plans,) = documented(f"`{recipe}`")
+    assert re.findall(r"`treepo-trl plan` counts ([\d.]+) GiB,\n# and ([\d.]+) GiB with", text) == [plans]
+    assert re.findall(rf"\| `{re.escape(recipe)}` \|[^|]*\|[^|]*\| ([\d.]+) GiB \|", EXAMPLES) == [plans[0]]
     assert f"treepo-trl train --config examples/cli_configs/{name}" in EXAMPLES
+    assert len(RECIPES) == 6
 
 
 @pytest.mark.parametrize("name", RECIPES)

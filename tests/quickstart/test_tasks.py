@@ -1,8 +1,8 @@
-"""Additions, their held-out set and their reward."""
+"""Additions, their held-out set, their reward and their metric."""
 
 import pytest
 
-from treepo_trl.quickstart import addition_tasks, answer_reward, last_number
+from treepo_trl.quickstart import AnswerAccuracy, addition_tasks, answer_reward, last_number
 
 
 def test_held_out_tasks_differ_from_each_other_and_from_training() -> None:
@@ -38,3 +38,10 @@ def test_last_number(text: str, expected: str) -> None:
 def test_reward_is_one_for_the_right_last_number() -> None:
     completions = [[{"role": "assistant", "content": text}] for text in ("7, 12", "12, 7", "")]
     assert answer_reward(completions, answer=["12", "12", "12"]) == [1.0, 0.0, 0.0]
+
+
+def test_accuracy_counts_parsed_answers() -> None:
+    result = AnswerAccuracy(last_number).compute(
+        predictions=["is 3", "4", "none", "5 6"], references=["3", "4", "5", "5"]
+    )
+    assert result == {"accuracy": 0.5}  # the first two of four

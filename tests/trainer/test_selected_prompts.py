@@ -67,14 +67,6 @@ def test_with_dynamic_sampling_replacements_are_selected_too(tmp_path: Path, tin
     assert logs_of(trainer, "dynamic_sampling/frac_without_signal") == [0] * 12
 
 
-def test_a_streamed_dataset_is_selected_from(tmp_path: Path, tiny_model_dir: str) -> None:
-    data = labelled("zvzzzzvzzz").to_iterable_dataset()
-    trainer = train(tmp_path, tiny_model_dir, data, max_steps=12, shuffle_dataset=False, **SELECTED)
-    drawn = [prompt for prompts in trainer.sampled for prompt in prompts]
-    assert drawn[:10] == [f"w{i}" for i in range(10)]
-    assert logs_of(trainer, "prompt_selection/frac_passed_over")[-1] > 0
-
-
 def test_evaluation_has_all_its_prompts(tmp_path: Path, tiny_model_dir: str) -> None:
     data = labelled("zzvz")
     config = make_config(
