@@ -63,24 +63,6 @@ def test_a_training_from_an_adapter_samples_from_it(tiny_model_dir: str, tmp_pat
 
 
 @pytest.mark.usefixtures("float32_engine")
-def test_forgetting_the_sync_is_seen(tiny_model_dir: str, tmp_path: Path) -> None:
-    trainer = lora_trainer(tiny_model_dir, tmp_path)
-    generation = trainer.vllm_generation
-    original, calls = generation.sync_weights, []
-
-    def only_the_first() -> None:
-        if not calls:
-            original()
-        calls.append(None)
-
-    generation.sync_weights = only_the_first
-    trainer.train()
-    first, second = logged(trainer, "sampling/sampling_logp_difference/max")
-    assert first < 0.02
-    assert second > 0.05
-
-
-@pytest.mark.usefixtures("float32_engine")
 def test_evaluation_samples_from_the_adapter(tiny_model_dir: str, tmp_path: Path) -> None:
     dataset = Dataset.from_dict({"prompt": ["w1 w2", "w3 w4"]})
     trainer = lora_trainer(tiny_model_dir, tmp_path, per_device_eval_batch_size=8)

@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import json
 import random
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -271,14 +270,3 @@ def tool_trainer(cls: type, config: Any, agent: QueueEngine | None = None, **cha
     model = arguments.pop("model", None) or make_chat_model()
     trainer = build(cls, model, config, **arguments)
     return trainer if agent is None else with_agent(trainer, agent)
-
-
-def sleeping(seconds: Callable[[], float]) -> Callable[..., Any]:
-    """`add`, after a while."""
-
-    def add_slowly(a: int, b: int) -> int:
-        time.sleep(seconds())
-        return a + b
-
-    add_slowly.__name__, add_slowly.__doc__ = "add", add.__doc__
-    return add_slowly

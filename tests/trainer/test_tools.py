@@ -1,7 +1,6 @@
 """Trainings with tools: the real engine of the policy, the logs, evaluation, dynamic sampling and checkpoints."""
 
 import itertools
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ from trl.chat_template_utils import parse_response
 
 from tests.support.tools import (
     LATER,
-    TOOLS,
-    WIDTH,
     ScriptedAgent,
     add,
     call,
@@ -20,7 +17,6 @@ from tests.support.tools import (
     make_letter_model,
     make_letter_tokenizer,
     questions,
-    sleeping,
     talk_reward,
     tool_config,
     tool_trainer,
@@ -123,25 +119,6 @@ def test_packed_rows_with_answers_give_the_loss_of_plain_rows(tmp_path: Path) ->
     assert logs_of(packed, "tree/packing_ratio")[0] > 1.5
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
-def test_what_an_answer_has_for_an_advantage_does_not_matter(tmp_path: Path, loss_type: str) -> None:
-    class Changed(SpyTrainer):
-        noise = 0.0
-
-        def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
-            wrong = self.noise * torch.ones_like(inputs["advantages"]) * (1 - inputs["tool_mask"])
-            return super()._compute_loss(model, {**inputs, "advantages": inputs["advantages"] + wrong})
-
-    finals = []
-    for noise in (0.0, 100.0):
-        settings = {"loss_type": loss_type, "advantage_estimator": "treerl", "max_steps": 1}
-        trainer = tool_trainer(Changed, tool_config(tmp_path / str(noise), **settings), ScriptedAgent(2))
-        trainer.noise = noise
-        trainer.train()
-        finals.append(parameters_of(trainer))
-    assert_same_parameters(*finals, 0.0)
-
-
 def test_rewards_may_change_the_conversations(tmp_path: Path) -> None:
     """Rows share nodes, and no messages."""
     seen = []
@@ -230,30 +207,3 @@ def test_a_training_is_resumed_inside_of_a_batch(tmp_path: Path) -> None:
     assert len(resumed.generations) == 1
     assert logs_of(resumed, "loss")[:2] == pytest.approx(logs_of(whole, "loss")[:2], abs=1e-5)
     assert set(found) == set(expected)
-
-
-# Errors
-
-
-@pytest.mark.parametrize("error", [RuntimeError("lost"), KeyboardInterrupt()])
-def test_after_an_error_of_the_engine_no_thread_is_left(tmp_path: Path, error: BaseException) -> None:
-    class Failing(ScriptedAgent):
-        fails = True
-
-        def collect(self, wake: Any = None) -> Any:
-            results = super().collect(wake)
-            if self.fails and any(len(node) > 1200 for node in self._asked):
-                raise error
-            return results
-
-    agent = Failing(1)
-    trainer = tool_trainer(
-        SpyTrainer, tool_config(tmp_path, max_steps=1), agent, tools=[sleeping(lambda: 0.01), *TOOLS[1:]]
-    )
-    with pytest.raises(type(error)):
-        trainer.train()
-    assert not [thread for thread in threading.enumerate() if thread.name == "tool"]
-    agent.fails = False
-    trainer.train()
-    assert trainer.state.global_step == 1
-    assert len(trainer._batch.trees[0].leaves) == WIDTH

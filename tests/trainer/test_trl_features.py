@@ -105,15 +105,6 @@ def test_all_completions_truncated_moves_nothing(tmp_path: Path, tiny_model_dir:
     assert change(trainer) == 0
 
 
-def test_optimizers_are_used(tmp_path: Path, tiny_model_dir: str) -> None:
-    model = make_model()
-    only = [model.model.norm.weight]
-    optimizer = torch.optim.SGD(only, lr=0.5)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    trainer = trained(SpyTrainer, model, make_config(tmp_path), optimizers=(optimizer, scheduler))
-    assert changed_parameters(trainer) == ["model.norm.weight"]
-
-
 @pytest.mark.parametrize("args", ["default", "bf16"])
 def test_default_precision(tmp_path: Path, tiny_model_dir: str, args: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL's defaults (bfloat16 autocast, gradient checkpointing, packing by rule) run."""
