@@ -6,14 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.trainers import (
-    SpyTrainer,
-    expected_advantages,
-    make_config,
-    parity_reward,
-    tables_of,
-    trained,
-)
+from tests.support.trainers import SpyTrainer, expected_advantages, make_config, parity_reward, tables_of, trained
 from treepo_trl import SegmentTree
 from treepo_trl.batches import TreeBatch
 

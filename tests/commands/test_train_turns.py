@@ -104,10 +104,7 @@ def test_the_examples_run(script: str, chat_model_dir: str, folder: Path, monkey
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"tools": ["my_game.echo"]},
-            "`--tools my_game.echo` is no import path. Give .*`my_package.file:name`",
-        ),
+        ({"tools": ["my_game.echo"]}, "`--tools my_game.echo` is no import path. Give .*`my_package.file:name`"),
         ({"tools": ["my_game:nothing"]}, "`--tools my_game:nothing` could not be loaded: .*no attribute 'nothing'"),
         ({"environment": "no_game:Game"}, "`--environment no_game:Game` could not be loaded: No module named"),
         ({"environment": "my_game:calls"}, "`--environment my_game:calls` is a int; give a function or class"),

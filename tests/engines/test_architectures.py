@@ -1,11 +1,14 @@
 """Which models the transformers engine can drive: it agrees with a full forward, or it refuses."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests.support.families import FAMILIES, Family
+from tests.support.family_checks import adapter_gradients, quantized, sample_segments, with_adapter
 from tests.support.models import make_model
 from tests.support.rows import skip_if_refused, tiny_config
 from tests.support.segments import EOS, GREEDY, PROMPTS, complete, full_logprobs, generated
@@ -20,7 +23,7 @@ def tiny(architecture: str, attention: str = "eager", **changes: Any) -> PreTrai
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
-# Beside the families of test_families.py.
+# Beside the families of `docs/models.md`, which are below.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "llama, multi-query": {"num_key_value_heads": 1},
@@ -88,3 +91,25 @@ def test_a_soft_cap_is_sampled_with_where_it_is_trained_with(attention: str) -> 
 def test_unused_sliding_window_is_no_obstacle() -> None:
     model = make_model(use_sliding_window=False, sliding_window=8)
     assert complete(TransformersEngine(model, [EOS], GREEDY), PROMPTS, 5, 12)[0] == generated(model, PROMPTS, 12)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.filterwarnings("ignore")
+def test_the_log_probabilities_of_a_family_are_those_of_a_plain_forward(family: Family) -> None:
+    model = family.model()
+    engine, difference = sample_segments(model)
+    assert difference < 1e-4
+    assert engine.num_prefilled_tokens < 0.2 * engine.num_prompt_tokens  # states are kept, whatever they are
+    assert isinstance(engine, TransformersEngine) == (why_no_slots(model) is None)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_on_four_bits_train_and_are_sampled_from(family: Family, tmp_path: Path) -> None:
+    policy = with_adapter(family, quantized(family, tmp_path))
+    gradients = adapter_gradients(policy)
+    assert gradients
+    assert all("lora_" in name for name in gradients)
+    assert all(gradient is not None and bool(gradient.isfinite().all()) for gradient in gradients.values())
+    assert any(gradient is not None and bool((gradient != 0).any()) for gradient in gradients.values())
+    assert sample_segments(policy)[1] < 1e-3

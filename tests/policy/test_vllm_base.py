@@ -49,9 +49,7 @@ def test_qlora_policy_and_engine_agree_after_each_of_five_updates(
 
 
 @pytest.mark.parametrize(
-    "four_bits",
-    [NF4, {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}],
-    ids=["nf4, double quantization", "fp4"],
+    "four_bits", [NF4, {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}], ids=["nf4, double quantization", "fp4"]
 )
 def test_an_engine_on_the_policys_own_4_bits(tiny_model_dir: str, tmp_path: Path, four_bits: dict[str, Any]) -> None:
     trainer = qlora_trainer(

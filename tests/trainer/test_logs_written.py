@@ -9,14 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.trainers import (
-    SpyTrainer,
-    expected_advantages,
-    logs_of,
-    make_config,
-    parity_reward,
-    trained,
-)
+from tests.support.trainers import SpyTrainer, expected_advantages, logs_of, make_config, parity_reward, trained
 from treepo_trl import SegmentTree, tree_log
 from treepo_trl.metrics import tree_metrics, tree_totals
 from treepo_trl.sampling.sampler import SamplingStats

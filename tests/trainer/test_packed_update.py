@@ -7,11 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import (
-    BitsAndBytesConfig,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import BitsAndBytesConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.support.models import make_model
 from tests.support.trainers import (

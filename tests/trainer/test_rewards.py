@@ -9,14 +9,7 @@ import pytest
 import torch
 
 from tests.support.models import make_reward_model, make_tokenizer
-from tests.support.trainers import (
-    SpyTrainer,
-    expected_advantages,
-    length_reward,
-    make_config,
-    parity_reward,
-    trained,
-)
+from tests.support.trainers import SpyTrainer, expected_advantages, length_reward, make_config, parity_reward, trained
 
 
 def test_several_rewards_are_weighted(tmp_path: Path, tiny_model_dir: str) -> None:

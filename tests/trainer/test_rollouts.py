@@ -144,10 +144,7 @@ def _change(**changes: Any) -> Callable[..., dict[str, Any]]:
             _change(prompt_ids=lambda columns: [*columns["prompt_ids"][:0:-1], [5]]),
             "has returned different `prompt_ids` for rows 4 to 7",
         ),
-        (
-            _change(completion_ids=lambda columns: [[], *columns["completion_ids"][1:]]),
-            "4 values for 0 tokens",
-        ),
+        (_change(completion_ids=lambda columns: [[], *columns["completion_ids"][1:]]), "4 values for 0 tokens"),
         (lambda prompts, trainer: {"prompt_ids": [], "logprobs": []}, "must return keys"),  # TRL's error
         (
             lambda prompts, trainer: {"trees": [SegmentTree.from_rows([5], [[6], [7]])]},

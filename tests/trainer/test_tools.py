@@ -21,14 +21,7 @@ from tests.support.tools import (
     tool_config,
     tool_trainer,
 )
-from tests.support.trainers import (
-    RecordingTrainer,
-    SpyTrainer,
-    assert_same_parameters,
-    change,
-    logs_of,
-    parameters_of,
-)
+from tests.support.trainers import RecordingTrainer, SpyTrainer, assert_same_parameters, change, logs_of, parameters_of
 from treepo_trl import SegmentTree
 
 

@@ -225,10 +225,7 @@ def config_with(attention: str = "sdpa", **changes: Any) -> PreTrainedConfig:
     ("changes", "reason"),
     [
         ({"layer_types": ["full_attention", "linear_attention"]}, "layers of type linear_attention"),
-        (
-            {"layer_types": ["hybrid", "sliding_attention", "conv"]},
-            "layers of type conv, hybrid",
-        ),
+        ({"layer_types": ["hybrid", "sliding_attention", "conv"]}, "layers of type conv, hybrid"),
         ({"use_bidirectional_attention": True}, "attention that looks ahead"),
         ({"attn_temperature_tuning": True}, "the scale of its attention grows with packed positions"),
         ({"alibi": True}, "ALiBi"),

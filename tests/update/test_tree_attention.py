@@ -55,9 +55,7 @@ def dense_mask(parents: list[int], reach: Reach = FULL_REACH) -> torch.Tensor:
 
 
 REACHES = st.one_of(
-    st.just(FULL_REACH),
-    st.builds(Reach, window=st.integers(1, 30)),
-    st.builds(Reach, chunk=st.integers(1, 30)),
+    st.just(FULL_REACH), st.builds(Reach, window=st.integers(1, 30)), st.builds(Reach, chunk=st.integers(1, 30))
 )
 
 
@@ -157,10 +155,7 @@ def test_depths_are_the_lengths_of_paths(parents: list[int]) -> None:
 @pytest.mark.parametrize("reach", [FULL_REACH, Reach(window=3)])
 @pytest.mark.parametrize(("softcap", "with_sinks"), [(0.5, False), (None, True)])
 def test_soft_caps_and_sinks_are_those_of_the_formula(
-    softcap: float | None,
-    with_sinks: bool,
-    reach: Reach,
-    scaling: float | None,
+    softcap: float | None, with_sinks: bool, reach: Reach, scaling: float | None
 ) -> None:
     """Products, bounded; a sink's score beside those of the keys, its weight thrown away."""
     parents = [i - 1 for i in range(12)] + [5, *range(12, 17)] + [-1, 18, 18]
