@@ -1,8 +1,6 @@
 """The recipes and the README say what is true of them."""
 
-import ast
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.architectures import QWEN3_4B, QWEN25_1_5B, QWEN25_7B
 from tests.support.paths import ROOT
-from treepo_trl import TreePOConfig
 from treepo_trl.commands.arguments import make_parser
 from treepo_trl.memory import GIB, plan_memory
 
@@ -111,12 +108,3 @@ def test_a_small_step_moves_the_papers_weights() -> None:
     _, training_args, model_args, _ = parse("paper-qwen2.5-7b.yaml")
     weight = torch.tensor(0.02, dtype=getattr(torch, model_args.dtype))
     assert weight - training_args.learning_rate != weight
-
-
-def test_readme_example_parses_and_its_config_is_valid(tmp_path: Path) -> None:
-    source, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    (config,) = [call for call in calls if getattr(call.func, "id", "") == "TreePOConfig"]
-    keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in config.keywords}
-    assert len(source.strip().splitlines()) <= 13
-    TreePOConfig(**{**keywords, "output_dir": str(tmp_path)}, use_cpu=True, bf16=False)
