@@ -1,5 +1,5 @@
 """
-How easy the code is to take over: sizes, imports, types, tests and prose of this checkout, beside those of older ones.
+How easy the code is to take over: sizes, imports, types and tests of this checkout, beside those of older ones.
 
     python -m benchmarks.house                     # this checkout
     python -m benchmarks.house --tree ../before    # before and after: a column for each tree, this checkout last
@@ -8,10 +8,8 @@ Everything is read from files, nothing is imported. Prints a Markdown table.
 
 - Lines are all lines of a file. A function's lines go from its `def` to its end.
 - A module is in an import cycle if its imports lead back to it, also those in functions and for types alone.
-- An import goes upward by the `FLOORS` of the tree's own `tests/test_layering.py`.
-- Sentences of prose have more than two words. Fenced code, tables, headings and addresses of links are left out.
-- A setting is described by an entry in a class docstring, by its field's `help`, and by a row of a table in the docs.
-  Pages that `make docs` writes do not count, since nobody keeps them up by hand.
+
+Imports that go upward fail `tests/test_layering.py`, and `docs/measure_words.py` measures the pages.
 """
 
 import ast
@@ -28,9 +26,6 @@ from benchmarks.common import ROOT, make_parser, table_head, table_row
 
 PACKAGE = "treepo_trl"
 TRAINER = "TreePOTrainer"
-CONFIGS = ("TreeSamplingConfig", "TreePOConfig")
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n|^\s*[-*]", re.MULTILINE)
-WORD = re.compile(r"\w[\w'-]*")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -131,43 +126,6 @@ def modules_in_cycles(graph: dict[str, set[str]]) -> list[str]:
     return [module for module in graph if module in reached(module)]
 
 
-def floors_of(layering_test: Path) -> list[tuple[str, ...]] | None:
-    """`FLOORS` of the tree's layering test, from the ground up, if it has them."""
-    if not layering_test.exists():
-        return None
-    for node in ast.parse(layering_test.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if "FLOORS" in map(ast.unparse, targets):
-                return list(ast.literal_eval(node.value))
-    return None
-
-
-def imports_upward(graph: dict[str, set[str]], floors: list[tuple[str, ...]] | None) -> str:
-    """How many imports lead to another room on the same floor or on one above."""
-    if floors is None:
-        return "no floors"
-    floor_of = {room: floor for floor, rooms in enumerate(floors) for room in rooms}
-    pairs = [
-        (module, other)
-        for module, others in graph.items()
-        for other in others
-        if module and other and room_of(module) != room_of(other)
-    ]
-    unknown = {room_of(name) for name in graph if name} - set(floor_of)
-    upward = [
-        (module, other)
-        for module, other in pairs
-        if not {room_of(module), room_of(other)} & unknown and floor_of[room_of(other)] >= floor_of[room_of(module)]
-    ]
-    return f"{len(upward)}" + (f" ({', '.join(sorted(unknown))} have no floor)" if unknown else "")
-
-
-def room_of(module: str) -> str:
-    """The folder or the module beside the trainer."""
-    return module.split(".")[0]
-
-
 # Rooms, functions, types, the trainer
 
 
@@ -204,75 +162,6 @@ def any_per_thousand_lines(sources: Sources) -> float:
     return 1000 * count / sum(sources.lines.values())
 
 
-# Tests
-
-
-def tests_importing_tests(tests: Sources) -> int:
-    """Test files that import from another test file."""
-
-    def does(path: Path) -> bool:
-        for statement in import_statements(tests.trees[path]):
-            dotted = [alias.name for alias in statement.names]
-            if isinstance(statement, ast.ImportFrom):
-                dotted += (statement.module or "").split(".")
-            if any(part.startswith("test_") for name in dotted for part in name.split(".")):
-                return True
-        return False
-
-    return sum(does(path) for path in tests.paths if path.name.startswith("test_"))
-
-
-# Prose
-
-
-def sentence_lengths(markdown: str) -> list[int]:
-    """Words of each sentence that has more than two, without fenced code, tables, headings and addresses."""
-    text = re.sub(r"```.*?```", "", markdown, flags=re.DOTALL)
-    text = re.sub(r"<[^>]*>", "", text)
-    text = re.sub(r"\]\([^)]*\)", "]", text)
-    text = re.sub(r"^[|#].*$", "", text, flags=re.MULTILINE)
-    counts = [len(WORD.findall(sentence)) for sentence in SENTENCE_END.split(text)]
-    return [count for count in counts if count > 2]
-
-
-def prose(pages: Iterable[Path]) -> str:
-    """Mean and longest number of words in a sentence of these pages."""
-    lengths = [length for page in pages for length in sentence_lengths(page.read_text(encoding="utf-8"))]
-    return f"{statistics.mean(lengths):.1f}, {max(lengths)}" if lengths else "-"
-
-
-# Settings
-
-
-def settings(package: Sources) -> dict[str, int]:
-    """Places in the code that describe each setting: its field's `help`, and an entry in a class docstring."""
-    definitions = package.classes(CONFIGS)
-    fields = [
-        statement
-        for definition in definitions
-        for statement in definition.body
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.value, ast.Call)
-    ]
-    places = {ast.unparse(field.target): int('"help"' in ast.unparse(field).replace("'", '"')) for field in fields}
-    for definition in definitions:
-        for name in re.findall(r"^\s+(\w+) \(.*\):$", ast.get_docstring(definition) or "", flags=re.MULTILINE):
-            places[name] += name in places
-    return places
-
-
-def described_settings(package: Sources, pages: Iterable[Path]) -> list[int]:
-    """How many places describe each setting, tables of pages that are kept up by hand included."""
-    places = settings(package)
-    for page in pages:
-        text = page.read_text(encoding="utf-8")
-        if "`make docs`" in text[:1000]:
-            continue
-        for name in re.findall(r"^\|\s*`(\w+)`[^|]*\|", text, flags=re.MULTILINE):
-            if name in places:
-                places[name] += 1
-    return list(places.values())
-
-
 def measure(tree: Path) -> dict[str, str]:
     """Every row of the table for one tree."""
     package, tests = Sources(tree / "src" / PACKAGE), Sources(tree / "tests")
@@ -280,8 +169,6 @@ def measure(tree: Path) -> dict[str, str]:
     length, function = max(package.functions)
     graph = import_graph(package)
     source_lines, test_lines = sum(package.lines.values()), sum(tests.lines.values())
-    pages = sorted((tree / "docs").rglob("*.md"))
-    places = described_settings(package, pages)
     return {
         "files, lines of the package": f"{len(package.paths)}, {source_lines}",
         **room_sizes(package),
@@ -293,16 +180,9 @@ def measure(tree: Path) -> dict[str, str]:
         ),
         "`Any` per 1,000 lines": f"{any_per_thousand_lines(package):.1f}",
         "modules in import cycles": f"{len(modules_in_cycles(graph))}",
-        "imports upward": imports_upward(graph, floors_of(tree / "tests/test_layering.py")),
         "attributes set on the trainer's `self`": f"{attributes_on_self(package, TRAINER)}",
         "test lines per source line": f"{test_lines / source_lines:.2f} ({test_lines})",
         "longest test file": tests.longest(),
-        "test files that import a test file": f"{tests_importing_tests(tests)}",
-        "words per sentence of the README, mean, longest": prose([tree / "README.md"]),
-        "words per sentence of the docs, mean, longest": prose(pages),
-        "places that describe a setting, mean, most": (
-            f"{statistics.mean(places):.2f}, {max(places)} ({len(places)} settings)"
-        ),
     }
 
 

@@ -228,7 +228,7 @@ class Bench(NamedTuple):
 
 
 @contextmanager
-def speculation(method: str | None, is_mended: bool = True) -> Iterator[None]:
+def speculation(method: str | None) -> Iterator[None]:
     """Let engines that are built guess tokens; on a processor with a kernel that writes their temperatures."""
     if method is None:
         yield
@@ -237,7 +237,7 @@ def speculation(method: str | None, is_mended: bool = True) -> Iterator[None]:
 
     guesses = NGRAM if method == "ngram" else SUFFIX
     kernel = nullcontext()
-    if is_mended and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         kernel = patch("vllm.utils.cpu_triton_utils._expand_kernel_impl", expand)
     with patch("vllm.LLM", partial(vllm.LLM, speculative_config=guesses)), kernel:
         yield

@@ -71,7 +71,7 @@ def test_parsers_take_the_examples_of_help(command: str) -> None:
         "treepo-trl view outputs/run --no_such_option 1",
         "treepo-trl train --config gone.yaml",
         "treepo-trl doctor --no_such_option 1",
-        "python -m benchmarks.sampler --no_such_option",
+        "python -m benchmarks.rollout --no_such_option",
         "python -m benchmarks.gone",
         "python examples/scripts/gone.py",
         "make gone",

@@ -6,14 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.trainers import (
-    SpyTrainer,
-    expected_advantages,
-    make_config,
-    parity_reward,
-    tables_of,
-    trained,
-)
+from tests.support.trainers import SpyTrainer, expected_advantages, make_config, parity_reward, trained
 from treepo_trl import SegmentTree
 from treepo_trl.update.row_advantages import row_advantages
 
@@ -81,25 +74,3 @@ def test_rewards_in_single_precision_are_compared_in_double(estimator: str) -> N
     values = advantages([0.0, *[1.0] * 7])
     assert values.dtype == torch.float32
     assert values[0, 0].item() == pytest.approx(-1, abs=1e-5)
-
-
-def test_logged_advantages_are_the_trees(tmp_path: Path, tiny_model_dir: str) -> None:
-    """The table of each step shows the generation that is under way; entries are neither lost nor doubled."""
-    config = make_config(
-        tmp_path,
-        log_completions=True,
-        per_device_train_batch_size=4,
-        steps_per_generation=2,
-        max_steps=4,
-        advantage_estimator="treepo",
-    )
-    trainer = trained(SpyTrainer, tiny_model_dir, config)
-    assert len(trainer.generations) == 2
-    tables = tables_of(tmp_path)
-    assert len(tables) == 4
-    for step, table in enumerate(tables):
-        generation = trainer.generations[step // 2]
-        assert len(table) == 8
-        expected = expected_advantages(generation, "group", "treepo", weighting="uniform")[:, 0].tolist()
-        assert table["advantage"].tolist() == pytest.approx(expected, abs=1e-4)
-        assert table["parity_reward"].tolist() == pytest.approx(generation["rewards"][:, 0].tolist(), abs=1e-6)

@@ -116,19 +116,6 @@ def test_rounds_by_hand() -> None:
     assert batch.metrics()["dynamic_sampling/reward"] == pytest.approx(4 / 18)  # nine prompts were scored, twice each
 
 
-def test_rounds_end_and_the_batch_stays_full() -> None:
-    (batch,), (sampled,) = run_fill(1, 4, rounds=1, good={1})
-    assert [number for number, _ in sampled] == [0, 1]
-    assert prompts_in(batch) == ["w4", "w1", "w5", "w6"]
-    assert (batch.num_rounds, batch.num_replaced, batch.frac_without_signal) == (1, 3, 0.75)
-
-
-def test_nothing_to_replace_is_one_sampling() -> None:
-    (batch,), (sampled,) = run_fill(1, 3, rounds=5, good={0, 1, 2})
-    assert sampled == [(0, ["w0", "w1", "w2"])]
-    assert (batch.num_rounds, batch.num_replaced) == (0, 0)
-
-
 def test_a_batch_that_finds_no_signal_says_what_goes_on_and_when_it_ends(caplog: pytest.LogCaptureFixture) -> None:
     """Of four prompts w1 is good; the other three are replaced in each round."""
     PartialState()  # accelerate's logger wants it

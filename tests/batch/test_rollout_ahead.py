@@ -46,23 +46,29 @@ class GatedEngine(FakeEngine):
         return super().collect(wake)
 
 
-def trainer_with(
-    folder: Path, model: str, monkeypatch: pytest.MonkeyPatch, engine: FakeEngine | None = None, **changes: Any
-) -> Any:
-    """A trainer whose `versions` are the global steps at which its engine got the policy."""
-    versions: list[int] = []
-    reward = changes.pop("reward", parity_reward)
-    data, evaluated = changes.pop("data", plain_prompts()), changes.pop("eval_dataset", None)
-    ahead, cls = changes.pop("rollout_ahead", 1), changes.pop("cls", RecordingTrainer)
-    use_fake_policy(
-        monkeypatch,
-        partial(FakePolicy, synchronize=lambda trainer: versions.append(trainer.state.global_step), engine=engine),
-    )
-    config = make_config(folder, **{"max_steps": 4, **changes})
-    config.rollout_ahead = ahead  # behind the check for servers: this engine shares nothing with the update
-    trainer = build(cls, model, config, reward_funcs=reward, train_dataset=data, eval_dataset=evaluated)
-    trainer.versions = versions
-    return trainer
+Maker = Callable[..., Any]
+
+
+@pytest.fixture
+def make(tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch) -> Maker:
+    """Makes a trainer whose `versions` are the global steps at which its engine got the policy."""
+
+    def maker(engine: FakeEngine | None = None, folder: str = "", **changes: Any) -> Any:
+        versions: list[int] = []
+        reward = changes.pop("reward", parity_reward)
+        data, evaluated = changes.pop("data", plain_prompts()), changes.pop("eval_dataset", None)
+        ahead, cls = changes.pop("rollout_ahead", 1), changes.pop("cls", RecordingTrainer)
+        use_fake_policy(
+            monkeypatch,
+            partial(FakePolicy, synchronize=lambda trainer: versions.append(trainer.state.global_step), engine=engine),
+        )
+        config = make_config(tmp_path / folder, **{"max_steps": 4, **changes})
+        config.rollout_ahead = ahead  # behind the check for servers: this engine shares nothing with the update
+        trainer = build(cls, tiny_model_dir, config, reward_funcs=reward, train_dataset=data, eval_dataset=evaluated)
+        trainer.versions = versions
+        return trainer
+
+    return maker
 
 
 def steps_of(trainer: Any) -> list[str]:
@@ -70,9 +76,7 @@ def steps_of(trainer: Any) -> list[str]:
     return [told["seed"].split("/")[1] for told in trainer.told]
 
 
-def test_a_batch_comes_from_the_policy_before_the_update_of_the_last_one(
-    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_comes_from_the_policy_before_the_update_of_the_last_one(make: Maker) -> None:
     """Five batches, three an epoch: only the next one of an epoch is ahead, and none beyond the end."""
     scored: list[int] = []
 
@@ -80,7 +84,7 @@ def test_a_batch_comes_from_the_policy_before_the_update_of_the_last_one(
         scored.append(trainer_state.global_step)
         return parity_reward(completion_ids)
 
-    trainer = trainer_with(tmp_path, tiny_model_dir, monkeypatch, data=plain_prompts(6), max_steps=5, reward=reward)
+    trainer = make(data=plain_prompts(6), max_steps=5, reward=reward)
     trainer.train()
     assert steps_of(trainer) == ["0", "1", "2", "3", "4"]
     assert trainer.versions == [0, 0, 1, 3, 3]  # an epoch begins with the fourth batch
@@ -88,9 +92,7 @@ def test_a_batch_comes_from_the_policy_before_the_update_of_the_last_one(
     assert change(trainer) > 1e-2
 
 
-def test_sampling_goes_on_while_the_batch_before_is_scored_and_updated(
-    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sampling_goes_on_while_the_batch_before_is_scored_and_updated(make: Maker) -> None:
     updating, main = [threading.Event() for _ in range(4)], threading.main_thread()
     late: list[bool] = []
 
@@ -99,7 +101,7 @@ def test_sampling_goes_on_while_the_batch_before_is_scored_and_updated(
             before = int(steps_of(trainer)[-1]) - 1
             late.append(updating[before].wait(60))
 
-    trainer = trainer_with(tmp_path, tiny_model_dir, monkeypatch, GatedEngine(wait_for_the_update))
+    trainer = make(GatedEngine(wait_for_the_update))
     watch_loss(trainer, lambda *_: updating[trainer.state.global_step].set())
     trainer.train()
     assert len(late) >= 3
@@ -107,14 +109,12 @@ def test_sampling_goes_on_while_the_batch_before_is_scored_and_updated(
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_iterations": 2, "gradient_accumulation_steps": 2}], ids=["", "twice"])
-def test_only_the_time_of_sampling_changes(
-    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
-) -> None:
+def test_only_the_time_of_sampling_changes(make: Maker, changes: dict[str, Any]) -> None:
     """An engine that does not know the policy: the same trees, rewards and updates. Learned widths come later."""
     runs = []
     for ahead in (0, 1):
         settings = {"rollout_ahead": ahead, "branch_schedule": "early", **changes}
-        runs.append(trainer_with(tmp_path / str(ahead), tiny_model_dir, monkeypatch, **settings))
+        runs.append(make(folder=str(ahead), **settings))
         runs[-1].train()
     assert_same_run(*runs, parameter_tolerance=0.0)
     assert runs[0].sampled == runs[1].sampled
@@ -129,30 +129,26 @@ class TwiceTrainer(RecordingTrainer):
         return super()._generate_single_turn(*args, **options)
 
 
-def test_a_batch_that_is_sampled_once_more_is_not_the_one_ahead(
-    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_that_is_sampled_once_more_is_not_the_one_ahead(make: Maker) -> None:
     """The next batch stays where it is: the same run as without."""
     runs = []
     for ahead in (0, 1):
         settings = {"rollout_ahead": ahead, "branch_schedule": "early", "cls": TwiceTrainer}
-        runs.append(trainer_with(tmp_path / str(ahead), tiny_model_dir, monkeypatch, **settings))
+        runs.append(make(folder=str(ahead), **settings))
         runs[-1].train()
     assert_same_run(*runs, parameter_tolerance=0.0)
     assert steps_of(runs[0]) == ["0", "0", "1", "1", "2", "2", "3", "3"]
     assert steps_of(runs[1]) == ["0", "1", "0", "2", "1", "3", "2", "3"]
 
 
-def test_an_epoch_that_is_left_takes_its_next_batch_with_it(
-    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_epoch_that_is_left_takes_its_next_batch_with_it(make: Maker) -> None:
     """Three batches an epoch. The third of the first is sampled ahead and never used: others come in its place."""
 
     class Leave(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_epoch_stop = state.global_step == 2
 
-    trainer = trainer_with(tmp_path, tiny_model_dir, monkeypatch, data=plain_prompts(6), max_steps=5)
+    trainer = make(data=plain_prompts(6), max_steps=5)
     trainer.add_callback(Leave())
     trainer.train()
     assert steps_of(trainer) == ["0", "1", "2", "2", "3", "4"]
@@ -163,11 +159,11 @@ def test_an_epoch_that_is_left_takes_its_next_batch_with_it(
 
 @pytest.mark.parametrize("changes", [{}, {"num_iterations": 2}], ids=["after a batch", "inside of one"])
 def test_a_training_that_is_resumed_is_the_same_number_for_number(
-    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+    make: Maker, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     """The trees that were sampled ahead are in the checkpoint; the policy that they are from is not."""
     changes = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, **changes}
-    whole = trainer_with(tmp_path / "whole", tiny_model_dir, monkeypatch, **changes)
+    whole = make(folder="whole", **changes)
     whole.train()
     seed = count(1)  # another engine draws otherwise
 
@@ -176,10 +172,10 @@ def test_a_training_that_is_resumed_is_the_same_number_for_number(
             super().__init__(memoryless(0.1), seed=next(seed))
 
     checkpoint = str(tmp_path / "whole/checkpoint-3")
-    resumed = trainer_with(tmp_path / "resumed", tiny_model_dir, monkeypatch, **changes)
+    resumed = make(folder="resumed", **changes)
     resumed.train(resume_from_checkpoint=checkpoint)
     assert_same_run(whole, resumed, parameter_tolerance=0.0)
-    other = trainer_with(tmp_path / "other", tiny_model_dir, monkeypatch, Other(), **changes | {"max_steps": 4})
+    other = make(Other(), folder="other", **changes | {"max_steps": 4})
     other.train(resume_from_checkpoint=checkpoint)
     assert logs_of(other, "loss")[3] == logs_of(whole, "loss")[3]
 
@@ -207,10 +203,8 @@ def fail_in_a_thread() -> None:
         raise OSError("the server has gone")
 
 
-def test_an_error_of_the_thread_ends_the_step_that_needs_its_trees(
-    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = trainer_with(tmp_path, tiny_model_dir, monkeypatch, GatedEngine(fail_in_a_thread))
+def test_an_error_of_the_thread_ends_the_step_that_needs_its_trees(make: Maker) -> None:
+    trainer = make(GatedEngine(fail_in_a_thread))
     with pytest.raises(OSError, match="the server has gone") as error:
         trainer.train()
     assert trainer.state.global_step == 1  # the first update was made
@@ -221,12 +215,12 @@ def test_an_error_of_the_thread_ends_the_step_that_needs_its_trees(
 
 
 def test_an_error_of_the_thread_costs_no_checkpoint(
-    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make: Maker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nor does it end an evaluation: the update before is finished, and a training goes on from it."""
     settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     settings |= {"per_device_eval_batch_size": 8, "eval_dataset": plain_prompts(2)}
-    trainer = trainer_with(tmp_path, tiny_model_dir, monkeypatch, GatedEngine(fail_in_a_thread), **settings)
+    trainer = make(GatedEngine(fail_in_a_thread), **settings)
     with pytest.raises(OSError, match="the server has gone") as error:
         trainer.train()
     assert "_sampled_ahead" in [frame.name for frame in traceback.extract_tb(error.tb)]
@@ -264,48 +258,38 @@ def test_two_processes_agree_on_what_is_lost(tmp_path: Path, tiny_model_dir: str
     ids=str,
 )
 def test_a_damaged_next_batch_is_sampled_anew(
-    tmp_path: Path,
-    tiny_model_dir: str,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    content: Any,
+    make: Maker, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: Any
 ) -> None:
     settings = {"save_strategy": "steps", "save_steps": 2}
-    trainer_with(tmp_path, tiny_model_dir, monkeypatch, **settings, max_steps=3).train()
+    make(**settings, max_steps=3).train()
     file = tmp_path / "checkpoint-2/next_batch_0.json"
     assert file.exists()
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    resumed = trainer_with(tmp_path / "resumed", tiny_model_dir, monkeypatch, **settings)
+    resumed = make(folder="resumed", **settings)
     resumed.train(resume_from_checkpoint=str(file.parent))
     assert steps_of(resumed) == ["2", "3"]
     assert "It is sampled anew" in caplog.text
     assert str(file.parent) in caplog.text
 
 
-def test_a_next_batch_is_not_of_an_earlier_write(
-    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_next_batch_is_not_of_an_earlier_write(make: Maker, tmp_path: Path) -> None:
     """One that was killed; the checkpoint that is written then has no next batch."""
     stale = tmp_path / "checkpoint-1/next_batch_0.json"
     stale.parent.mkdir()
     stale.write_text("{}")
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
-    trainer_with(tmp_path, tiny_model_dir, monkeypatch, **settings).train()
+    make(**settings).train()
     assert newest_checkpoint(str(tmp_path)) == str(stale.parent)
     assert not stale.exists()
 
 
-def test_an_evaluation_waits_for_the_thread(
-    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_evaluation_waits_for_the_thread(make: Maker) -> None:
     def be_slow() -> None:
         if threading.current_thread() is not threading.main_thread():
             time.sleep(0.3)
 
     settings = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8, "max_steps": 3}
-    trainer = trainer_with(
-        tmp_path, tiny_model_dir, monkeypatch, GatedEngine(be_slow), eval_dataset=plain_prompts(2), **settings
-    )
+    trainer = make(GatedEngine(be_slow), eval_dataset=plain_prompts(2), **settings)
     done: list[bool | None] = []
     evaluation = trainer.policy_engine.evaluation
 
@@ -319,11 +303,9 @@ def test_an_evaluation_waits_for_the_thread(
     assert done == [True, True, None]
 
 
-def test_the_ratio_corrects_the_age_of_the_trees(
-    tmp_path: Path, tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_ratio_corrects_the_age_of_the_trees(make: Maker) -> None:
     """The engine's numbers are of the time of sampling, and the policy's of the time of use."""
-    trainer = trainer_with(tmp_path, tiny_model_dir, monkeypatch, vllm_importance_sampling_mode="token_truncate")
+    trainer = make(vllm_importance_sampling_mode="token_truncate")
     trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
     ratios: list[float] = []
 

@@ -65,11 +65,6 @@ def test_what_tab_offers(folder: Path, words: list[str], offered: set[str]) -> N
     assert completed(folder, *words) == offered
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "completion"])
-def test_config_of_each_command(folder: Path, command: str) -> None:
-    assert "--config" in completed(folder, command, "--conf")
-
-
 def test_zsh_gets_a_script_of_its_own() -> None:
     script = completion_script("zsh")
     assert script.startswith("#compdef treepo-trl")

@@ -103,13 +103,3 @@ def test_an_adapter_is_no_model(tiny_model_dir: str, tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "adapter")  # as the trainer saves it
     with pytest.raises(ValueError, match=r"is an adapter.*--adapter_name_or_path"):
         load_tokenizer(EngineArguments(str(tmp_path / "adapter")))
-
-
-def test_the_seed_decides_what_an_engine_draws(tiny_model_dir: str) -> None:
-    def draw(seed: int) -> list[int]:
-        arguments = EngineArguments(tiny_model_dir, engine="transformers")
-        engine = build_engine(arguments, [0], SamplingOptions(), seed=seed)
-        results = engine.complete([SegmentRequest(i, [6, 7], 8) for i in range(4)])
-        return [token for result in sorted(results, key=lambda r: r.request_id) for token in result.token_ids]
-
-    assert draw(1) == draw(1) != draw(2)

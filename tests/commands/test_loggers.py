@@ -13,41 +13,19 @@ import pytest
 import yaml
 
 from tests.support.paths import ROOT
+from tests.support.train_runs import settings
 
 
-REWARDS = """
-def even(completion_ids, **kwargs):
-    return [sum(t % 2 == 0 for t in ids) / len(ids) for ids in completion_ids]
-"""
-SETTINGS = {
-    "dataset_name": "data.jsonl",
-    "reward_funcs": ["my_rewards.even"],
-    "output_dir": "out",
-    "report_to": ["trackio", "tensorboard", "wandb"],
-    "project": "trees",
-    "run_name": "first",
-    "log_completions": True,
-    "use_cpu": True,
-    "bf16": False,
-    "max_steps": 2,
-    "per_device_train_batch_size": 8,
-    "num_generations": 4,
-    "max_completion_length": 8,
-    "segment_length": 4,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "gradient_checkpointing": False,
-    "dtype": "float32",
-}
+LOGGERS = {"report_to": ["trackio", "tensorboard", "wandb"], "project": "trees", "run_name": "first"}
 
 
-def test_metrics_and_completions_reach_the_loggers(tmp_path: Path, tiny_model_dir: str) -> None:
+def test_metrics_and_completions_reach_the_loggers(training_folder: Path, tiny_model_dir: str) -> None:
+    tmp_path = training_folder
     pytest.importorskip("trackio")
     pytest.importorskip("wandb")
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(8)))
-    (tmp_path / "my_rewards.py").write_text(REWARDS)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model_name_or_path": tiny_model_dir, **SETTINGS}))
+    changes = {**LOGGERS, "per_device_train_batch_size": 8, "log_completions": True}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings(tiny_model_dir, **changes)))
     command = [sys.executable, "-m", "treepo_trl.cli", "train", "--config", "config.yaml"]
     environment = {
         **os.environ,

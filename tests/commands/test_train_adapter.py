@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl import ModelConfig
 
 from tests.support.models import make_model, make_tokenizer
-from tests.support.sample_runs import as_flags, fail_to_build
+from tests.support.sample_runs import fail_to_build
+from tests.support.train_runs import arguments as train_arguments
 from treepo_trl.commands import plan, train
 from treepo_trl.commands.arguments import TreePOScriptArguments
 from treepo_trl.commands.train import main
@@ -20,37 +21,20 @@ from treepo_trl.commands.train_adapter import starting_adapter
 from treepo_trl.policy.starting_adapter import check_fits, read_adapter_config
 
 
-REWARD = """
-def even(completion_ids, **kwargs):
-    return [sum(t % 2 == 0 for t in ids) / len(ids) for ids in completion_ids]
-"""
-FLAGS: dict[str, Any] = {
-    **{"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1, "learning_rate": 0.1, "optim": "sgd"},
-    **{"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8, "segment_length": 4},
-    **{"logging_steps": 1, "save_strategy": "no", "gradient_checkpointing": False, "dtype": "float32"},
-    **{"dataset_name": "data.jsonl", "reward_funcs": ["my_rewards.even"], "output_dir": "out", "beta": 0.1},
-}
-
-
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: str) -> Path:
-    """A user's working folder: data, a reward, and the adapter `sft` of rank 4 with a tokenizer of its own."""
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(8)))
-    (tmp_path / "my_rewards.py").write_text(REWARD)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.syspath_prepend(str(tmp_path))
+def folder(training_folder: Path, tiny_model_dir: str) -> Path:
+    """The adapter `sft` of rank 4 with a tokenizer of its own, beside data and rewards."""
     torch.manual_seed(1)
     config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config).save_pretrained("sft")
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ 'of the sft' }}"
     tokenizer.save_pretrained("sft")
-    return tmp_path
+    return training_folder
 
 
 def arguments(**changes: Any) -> list[str]:
-    return as_flags({"adapter_name_or_path": "sft", **FLAGS, **changes})
+    return train_arguments(None, **{"adapter_name_or_path": "sft", "max_steps": 1, "beta": 0.1, **changes})
 
 
 def test_a_training_goes_on_from_the_adapter(folder: Path, tiny_model_dir: str) -> None:
@@ -185,8 +169,7 @@ def test_the_plan_counts_the_adapters_rank_and_its_reference(
     seen = []
     plan_memory = plan.plan_memory
     monkeypatch.setattr(plan, "plan_memory", lambda *given: seen.append(plan_memory(*given)) or seen[-1])
-    flags = {name: value for name, value in FLAGS.items() if name not in ("use_cpu", "bf16")}
-    plan.main(as_flags({"adapter_name_or_path": "sft", **flags, "card_gib": 24}))
+    plan.main(arguments(use_cpu=None, bf16=None, card_gib=24))
     numel = 2 * 4 * ((64 + 64) + (64 + 32))
     assert seen[0].policy["adapter"] == seen[0].policy["reference adapter"] == 4 * numel
     assert "reference adapter" in capsys.readouterr().out

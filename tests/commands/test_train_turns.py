@@ -2,7 +2,6 @@
 
 import runpy
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from datasets import Dataset
 from tests.support.paths import ROOT
 from tests.support.sample_runs import as_flags
 from tests.support.tools import make_letter_model, make_letter_tokenizer, questions
+from tests.support.train_runs import FLAGS as TRAIN_FLAGS
 from treepo_trl.commands.train import main
 from treepo_trl.tree_log import read_trees
 
@@ -60,38 +60,17 @@ def length(completions, **kwargs):
 
 calls = 3
 '''
-FLAGS: dict[str, Any] = {
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": "none",
-    "max_steps": 1,
-    "per_device_train_batch_size": 4,
-    "num_generations": 4,
-    "max_completion_length": 360,
-    "segment_length": 20,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "gradient_checkpointing": False,
-    "dtype": "float32",
-    "disable_tqdm": True,
-    "log_trees": True,
-    "output_dir": "out",
-}
+FLAGS = {**TRAIN_FLAGS, "max_steps": 1, "max_completion_length": 360, "segment_length": 20, "log_trees": True}
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(training_folder: Path) -> Path:
     """A user's working folder: a model that can call, a dataset, and a module."""
-    make_letter_model().save_pretrained(tmp_path / "model")
-    make_letter_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "my_game.py").write_text(MODULE)
-    Dataset.from_list(list(questions())).to_json(tmp_path / "data.jsonl")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "my_game", raising=False)
-    yield tmp_path
-    sys.modules.pop("my_game", None)
+    make_letter_model().save_pretrained("model")
+    make_letter_tokenizer().save_pretrained("model")
+    Path("my_game.py").write_text(MODULE)
+    Dataset.from_list(list(questions())).to_json("data.jsonl")
+    return training_folder
 
 
 @pytest.mark.parametrize(
@@ -125,10 +104,7 @@ def test_the_examples_run(script: str, chat_model_dir: str, folder: Path, monkey
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"tools": ["my_game.echo"]},
-            "`--tools my_game.echo` is no import path. Give .*`my_package.file:name`",
-        ),
+        ({"tools": ["my_game.echo"]}, "`--tools my_game.echo` is no import path. Give .*`my_package.file:name`"),
         ({"tools": ["my_game:nothing"]}, "`--tools my_game:nothing` could not be loaded: .*no attribute 'nothing'"),
         ({"environment": "no_game:Game"}, "`--environment no_game:Game` could not be loaded: No module named"),
         ({"environment": "my_game:calls"}, "`--environment my_game:calls` is a int; give a function or class"),

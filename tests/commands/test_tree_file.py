@@ -109,24 +109,6 @@ def test_resume_starts_a_file_and_leaves_a_full_one_as_it_is(
     assert Path("trees.jsonl").read_bytes() == content
 
 
-def test_a_file_of_the_version_before_is_resumed(tiny_model_dir: str) -> None:
-    """Its leaves are in the order of their ends, not depth-first, and so are the texts beside them."""
-    nodes = [(None, [5], None), (None, [9], None), (1, [10, 0], "stop"), (0, [11, 0], "stop")]
-    keys = ("parent", "token_ids", "finish_reason")
-    tree = {
-        "prompt_ids": PROMPT_IDS[0],
-        "nodes": [{**dict(zip(keys, node, strict=True)), "logprobs": [-1.0] * len(node[1])} for node in nodes],
-        "leaves": [2, 3],
-    }
-    record = {"index": 0, "prompt": "w1 w2 w3", "completions": ["w4 w5", "w0 w6"], "weights": [0.5, 0.5], "tree": tree}
-    Path("trees.jsonl").write_text(json.dumps(record) + "\n")
-    main([*arguments(tiny_model_dir), "--resume"])
-    assert json.loads(Path("trees.jsonl").read_text().splitlines()[0]) == record
-    assert [tree.prompt_ids for tree in read_trees()] == PROMPT_IDS
-    old = read_trees()[0]
-    assert [old.completion_ids(leaf) for leaf in old.leaves] == [[9, 10, 0], [5, 11, 0]]
-
-
 def test_a_resumed_run_does_not_draw_the_same_again(tiny_model_dir: str) -> None:
     """The same prompt twice, in two runs with the same seed."""
     Path("data.jsonl").write_text('{"prompt": "w1 w2"}\n')

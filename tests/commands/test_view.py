@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,48 +75,40 @@ def test_the_tokenizer_is_the_runs_own(run: Path) -> None:
     assert decode([5, 6, 0]) == "w0 w1 <eos>"
 
 
-def broken(run: Path) -> None:
-    with (run / "trees" / "trees_000012.jsonl").open("a") as file:
-        file.write('{"step": 12, "pro')
-
-
-def emptied(run: Path) -> None:
+def each_log(run: Path, change: Callable[[Path], object]) -> None:
     for file in (run / "trees").iterdir():
-        file.write_text("")
+        change(file)
 
 
-def without_log(run: Path) -> None:
-    for file in (run / "trees").iterdir():
-        file.unlink()
-
-
-def with_page(run: Path) -> None:
-    Path("trees.html").write_text("mine")
-
-
-def unchanged(run: Path) -> None:
-    pass
+CUT = '{"step": 12, "pro'
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "broken": lambda run: each_log(run, lambda file: file.write_text(file.read_text() + CUT)),
+    "emptied": lambda run: each_log(run, lambda file: file.write_text("")),
+    "without a log": lambda run: each_log(run, Path.unlink),
+    "with a page": lambda run: Path("trees.html").write_text("mine"),
+    "unchanged": lambda run: None,
+}
 
 
 @pytest.mark.parametrize(
     ("change", "argv", "message"),
     [
-        (broken, ["run"], r"run/trees/trees_000012\.jsonl, line 3: it is no JSON from character"),
-        (emptied, ["run"], r"`run` holds no trees: its 2 files are empty\."),
-        (without_log, ["run"], r"`run` has no tree log.*`log_trees: true`\."),
-        (with_page, ["run"], r"`--out trees\.html` exists already\. Remove it, or name another file\."),
-        (unchanged, [], r"Name what to view"),
-        (unchanged, ["gone"], r"`gone` does not exist"),
-        (unchanged, ["run", "./run"], r"run/trees/trees_000000\.jsonl is given twice"),
-        (unchanged, ["run", "--tokenizer", "./gone"], r"\./gone"),
-        (unchanged, ["run", "--serve", "--out", "a.html"], r"`--serve` writes no file"),
-        (unchanged, ["run", "--port", "8000"], r"`--port` is for `--serve`"),
-        (unchanged, ["run", "--serve", "--port", "70000"], r"`port` is 70000; it must be from 0 to 65535"),
-        (unchanged, ["run", "--ouput", "a.html"], r"--ouput"),
+        ("broken", ["run"], r"run/trees/trees_000000\.jsonl, line 2: it is no JSON from character"),
+        ("emptied", ["run"], r"`run` holds no trees: its 2 files are empty\."),
+        ("without a log", ["run"], r"`run` has no tree log.*`log_trees: true`\."),
+        ("with a page", ["run"], r"`--out trees\.html` exists already\. Remove it, or name another file\."),
+        ("unchanged", [], r"Name what to view"),
+        ("unchanged", ["gone"], r"`gone` does not exist"),
+        ("unchanged", ["run", "./run"], r"run/trees/trees_000000\.jsonl is given twice"),
+        ("unchanged", ["run", "--tokenizer", "./gone"], r"\./gone"),
+        ("unchanged", ["run", "--serve", "--out", "a.html"], r"`--serve` writes no file"),
+        ("unchanged", ["run", "--port", "8000"], r"`--port` is for `--serve`"),
+        ("unchanged", ["run", "--serve", "--port", "70000"], r"`port` is 70000; it must be from 0 to 65535"),
+        ("unchanged", ["run", "--ouput", "a.html"], r"--ouput"),
     ],
 )
-def test_errors_are_one_line_and_leave_no_page(run: Path, change: Any, argv: list[str], message: str) -> None:
-    change(run)
+def test_errors_are_one_line_and_leave_no_page(run: Path, change: str, argv: list[str], message: str) -> None:
+    CHANGES[change](run)
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as error:
         main(argv)

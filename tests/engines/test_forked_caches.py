@@ -18,13 +18,16 @@ from treepo_trl.engines.own_model import compare_with_plain_forward
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(params=["Qwen3.5", "Falcon-H1", "LFM2", "Mamba-2", "DeepSeek-V3"])
+STATEFUL = ["Qwen3.5", "Falcon-H1", "LFM2", "Mamba-2", "DeepSeek-V3"]
+
+
+@pytest.fixture(params=[*STATEFUL, "Llama"])  # the last one on the engine with slots
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return FAMILY[request.param].model()
 
 
 def test_a_shared_prefix_is_computed_once(model: PreTrainedModel) -> None:
-    engine = ForkedCacheEngine(model, [99])
+    engine = engine_for_model(model, [99])
     drain(engine, [SegmentRequest(i, PROMPTS[1], 2) for i in range(4)])
     assert (engine.num_prompt_tokens, engine.num_prefilled_tokens) == (24, 6)  # all but the last of 7 tokens
     drain(engine, [SegmentRequest(i, [*PROMPTS[1], 50], 2) for i in range(4)])
@@ -32,7 +35,7 @@ def test_a_shared_prefix_is_computed_once(model: PreTrainedModel) -> None:
 
 
 def test_a_path_ends_in_the_state_that_its_children_start_from(model: PreTrainedModel) -> None:
-    engine = ForkedCacheEngine(model, [99])
+    engine = engine_for_model(model, [99])
     first = drain(engine, [SegmentRequest(i, PROMPTS[3], 5) for i in range(6)])
     assert len({tuple(result.token_ids) for result in first.values()}) > 1
     computed = engine.num_prefilled_tokens
@@ -45,14 +48,14 @@ def test_a_path_ends_in_the_state_that_its_children_start_from(model: PreTrained
 
 def test_requests_of_all_lengths_are_those_of_generate(model: PreTrainedModel) -> None:
     """They end at different times and at an EOS token; other rows make no difference."""
-    engine = ForkedCacheEngine(model, [EOS], GREEDY)
+    engine = engine_for_model(model, [EOS], GREEDY)
     results = drain(engine, [SegmentRequest(i, prompt, 3 + 2 * i) for i, prompt in enumerate(PROMPTS)])
     for i, prompt in enumerate(PROMPTS):
         assert results[i].token_ids == generated(model, [prompt], 3 + 2 * i)[0]
 
 
 def test_new_weights_drop_old_states(model: PreTrainedModel) -> None:
-    engine = ForkedCacheEngine(model, [99], GREEDY)
+    engine = engine_for_model(model, [99], GREEDY)
     drain(engine, [SegmentRequest(0, PROMPTS[1], 3)])
     with torch.no_grad():
         for parameter in model.parameters():

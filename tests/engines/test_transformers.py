@@ -57,13 +57,6 @@ def test_the_first_eos_ends_a_segment(model: PreTrainedModel, places: list[int])
         assert (result.token_ids, result.finish_reason) == (tokens[:length], "stop")
 
 
-def test_length_ends_a_segment(model: PreTrainedModel) -> None:
-    engine = TransformersEngine(model, [99], GREEDY)
-    results = drain(engine, [SegmentRequest(i, PROMPTS[0], i) for i in range(1, 6)])
-    assert [len(results[i].token_ids) for i in range(1, 6)] == [1, 2, 3, 4, 5]
-    assert {result.finish_reason for result in results.values()} == {"length"}
-
-
 # Control
 
 
@@ -127,13 +120,6 @@ def test_peft_model(model: PreTrainedModel) -> None:
     assert base != adapted
 
 
-def test_training_state_has_no_gradients(model: PreTrainedModel) -> None:
-    engine = TransformersEngine(model, [EOS])
-    drain(engine, [SegmentRequest(0, PROMPTS[1], 3)])
-    assert torch.is_grad_enabled()
-    assert all(p.grad is None for p in model.parameters())
-
-
 @pytest.mark.parametrize("cls", ["bfloat16", "float16"])
 def test_half_precision_runs(cls: str) -> None:
     model = make_model().to(getattr(torch, cls)).eval()
@@ -147,10 +133,6 @@ def test_half_precision_runs(cls: str) -> None:
 # Counts, limits and refusals
 
 
-def test_context_length_is_the_models() -> None:
-    assert TransformersEngine(make_model(max_position_embeddings=77), [EOS]).context_length == 77
-
-
 def test_tokens_of_requests_are_counted_and_those_computed_once(model: PreTrainedModel) -> None:
     engine = TransformersEngine(model, [], GREEDY)
     drain(engine, [SegmentRequest(i, [5] * 10, 3) for i in range(4)])
@@ -158,7 +140,8 @@ def test_tokens_of_requests_are_counted_and_those_computed_once(model: PreTraine
     assert (engine.num_prompt_tokens, engine.num_prefilled_tokens, engine.num_cached_tokens) == (36, 9, 27)
 
 
-def test_slots_follow_from_the_token_budget(model: PreTrainedModel) -> None:
+def test_limits_follow_from_the_model_and_the_token_budget(model: PreTrainedModel) -> None:
+    assert TransformersEngine(make_model(max_position_embeddings=77), [EOS]).context_length == 77
     engine = TransformersEngine(model, [EOS], max_batch_tokens=100)
     assert [engine.num_slots(length) for length in (1, 10, 33, 100, 500)] == [100, 10, 3, 1, 1]
     assert engine.num_slots(0) is None  # nothing is known about the requests yet

@@ -256,20 +256,6 @@ def test_without_branching_completions_are_those_of_plain_sampling(tiny_llm: Any
         assert error < (0.2, 0.05)[which]  # tokens and nats: the comparison says something
 
 
-def test_trees_of_a_tiny_random_model(tiny_llm: Any, tiny_model_dir: str, tmp_path: Path) -> None:
-    engine = VLLMEngine(tiny_llm, [0])
-    sampler = TreeSampler(engine, config(tmp_path, stop_repetition=False, fallback_policy="root"), [0])
-    rng = random.Random(0)
-    prompts = [[rng.randrange(5, 65) for _ in range(length)] for length in (1, 5, 30)]
-    trees = sampler.sample(prompts, seed=1)
-    check_trees(trees, prompts, 8, 24, 0)
-    reference = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    for tree in trees:
-        for leaf in tree.leaves:
-            expected = full_logprobs(reference, tree.prompt_ids, tree.completion_ids(leaf))
-            torch.testing.assert_close(torch.tensor(tree.logprobs(leaf)), expected, atol=2e-3, rtol=0)
-
-
 def test_vllm_for_processors_leaves_the_temperatures_of_guessed_tokens_unwritten() -> None:
     """If this fails vLLM has mended it: then `check_engine_options` need not refuse, nor `benchmarks.rollout` mend."""
     from vllm.platforms import current_platform

@@ -66,7 +66,7 @@ def test_trees_are_those_of_an_engine_in_this_process(config: TreeSamplingConfig
 
 
 def test_weighted_means_over_trees_of_several_servers_are_those_of_the_chain() -> None:
-    """A chain whose completions are known exactly, as in `tests/sampling/test_leaf_weights.py`."""
+    """A chain whose completions are known exactly, as in `tests/evaluation/test_estimators.py`."""
     config = make_config(8, max_completion_length=12, segment_length=2, fallback_policy="none")
     with fake_servers(1, markov(1)) as one, fake_servers(1, markov(1, seed=1)) as other:
         trees = trees_of(engine_of([*one, *other]), config, [[9]] * 150)

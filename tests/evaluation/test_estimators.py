@@ -1,27 +1,30 @@
-"""pass@k, maj@k and mean@k: hand arithmetic, and the exact values of a policy whose every tree can be enumerated."""
+"""pass@k, maj@k, mean@k and their intervals: hand arithmetic, and exact values over all trees of a policy."""
 
 import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from tests.support.fakes import EOS, FakeEngine, QueueEngine, memoryless
-from treepo_trl.engines import SegmentRequest, SegmentResult
+from tests.support.fakes import EOS, FakeEngine, memoryless
+from tests.support.markov import every_tree
+from tests.support.sampling import make_config
 from treepo_trl.evaluation import (
     Draw,
+    Estimate,
     Judgement,
     Subtree,
     default_ks,
+    estimates,
     majority_at_k,
     mean_score,
     pass_at_k,
     subtrees_of,
 )
 from treepo_trl.evaluation import estimators as estimators_module
-from treepo_trl.sampling import SegmentTree, TreeSampler, TreeSamplingConfig
+from treepo_trl.sampling import TreeSampler
 from treepo_trl.sampling.first_widths import num_first_branches
 
 
@@ -114,44 +117,10 @@ def test_drawn_choices_are_close_to_all_of_them(monkeypatch: pytest.MonkeyPatch)
 
 # Trees of a policy that can be enumerated
 
-POLICY = {
-    (): {EOS: 0.2, 1: 0.5, 2: 0.3},
-    (1,): {EOS: 0.1, 1: 0.6, 2: 0.3},
-    (2,): {EOS: 0.5, 1: 0.2, 2: 0.3},
-}
+POLICY = ((0.2, 0.5, 0.3), (0.1, 0.6, 0.3), (0.5, 0.2, 0.3))
+"""From the prompt, from 1 and from 2: to EOS, 1 and 2."""
 ANSWERS = {(EOS,): None, (1, EOS): "a", (1, 1): "r", (1, 2): "b", (2, EOS): "r", (2, 1): "a", (2, 2): "r"}
-COMPLETIONS = {path: POLICY[()][path[0]] * (POLICY[path[:1]][path[1]] if len(path) > 1 else 1.0) for path in ANSWERS}
-
-
-class EnumeratingEngine(QueueEngine):
-    """Samples of `POLICY`, token by token: the choices of a run are given, and their probability is kept."""
-
-    def __init__(self, choices: Sequence[int]) -> None:
-        super().__init__()
-        self.choices, self.made, self.probability = list(choices), list[tuple[int, int]](), 1.0
-
-    def answer(self, request: SegmentRequest) -> SegmentResult:
-        options = list(POLICY[tuple(request.token_ids[1:])].items())
-        choice = self.choices[len(self.made)] if len(self.made) < len(self.choices) else 0
-        self.made.append((choice, len(options)))
-        token, probability = options[choice]
-        self.probability *= probability
-        return SegmentResult(
-            request.request_id, [token], [math.log(probability)], "stop" if token == EOS else "length"
-        )
-
-
-def all_trees(config: TreeSamplingConfig, seed: int) -> Iterator[tuple[float, SegmentTree]]:
-    """Every tree that the sampler can grow from `POLICY`, with its probability, for one seed of branching."""
-    choices: list[int] | None = []
-    while choices is not None:
-        engine = EnumeratingEngine(choices)
-        (tree,) = TreeSampler(engine, config, [EOS]).sample([[9]], seed)
-        yield engine.probability, tree
-        made = engine.made
-        while made and made[-1][0] == made[-1][1] - 1:
-            made.pop()
-        choices = [choice for choice, _ in made[:-1]] + [made[-1][0] + 1] if made else None
+COMPLETIONS = {path: POLICY[0][path[0]] * (POLICY[path[0]][path[1]] if len(path) > 1 else 1.0) for path in ANSWERS}
 
 
 def exact_pass_at_k(k: int) -> float:
@@ -172,6 +141,8 @@ def exact_majority_at_k(k: int) -> float:
         (2, 3, {"fallback_policy": "root"}),
         (3, 4, {"fallback_policy": "none", "branching_policy": "low_prob"}),
         (3, 3, {"fallback_policy": "none"}),
+        *((2, 4, {"fallback_policy": "random", "branching_policy": policy}) for policy in ("high_prob", "entropy")),
+        (2, 4, {"fallback_policy": "low_prob", "branch_schedule": "spread"}),
     ],
 )
 def test_trees_are_unbiased_up_to_the_children_of_the_prompt(first: int, width: int, changes: dict[str, str]) -> None:
@@ -180,18 +151,13 @@ def test_trees_are_unbiased_up_to_the_children_of_the_prompt(first: int, width: 
     decides how many children the others get, so the leaves of a tree are not independent: counted as if they were,
     they are wrong, which shows that this test can fail.
     """
-    config = TreeSamplingConfig(
-        num_generations=width,
-        max_completion_length=2,
-        segment_length=1,
-        initial_branching_factor=[first],
-        stop_repetition=False,
-        **changes,  # pyright: ignore
-    )
+    shape = {"max_completion_length": 2, "segment_length": 1, "initial_branching_factor": [first]}
+    config = make_config(width, **shape, **changes)
     assert num_first_branches(config) == first
     total, naive = 0.0, 0.0
     sums: Counter[str] = Counter()
-    for probability, tree in all_trees(config, seed=1):
+    trees, chances = every_tree(config, 1, POLICY)
+    for tree, probability in zip(trees, chances.tolist(), strict=True):
         judgements = [judgement(ANSWERS[tuple(tree.completion_ids(leaf))]) for leaf in tree.leaves]
         subtrees = subtrees_of(tree, judgements)
         assert len(subtrees) == first
@@ -223,10 +189,29 @@ def test_trees_are_unbiased_up_to_the_children_of_the_prompt(first: int, width: 
     ],
 )
 def test_every_tree_has_as_many_subtrees_as_is_promised(changes: dict[str, object]) -> None:
-    options = {"num_generations": 8, "max_completion_length": 40, "segment_length": 4, "stop_repetition": False}
-    config = TreeSamplingConfig(**{**options, **changes})  # pyright: ignore
+    config = make_config(8, **{"max_completion_length": 40, "segment_length": 4, **changes})
     trees = TreeSampler(FakeEngine(memoryless(0.1)), config, [EOS]).sample([[9]] * 40, seed=0)
     for tree in trees:
         subtrees = subtrees_of(tree, [judgement("r")] * len(tree.leaves))
         assert len(subtrees) >= num_first_branches(config)
         assert [sum(draw.weight for draw in subtree) for subtree in subtrees] == pytest.approx([1.0] * len(subtrees))
+
+
+def test_one_prompt_and_equal_prompts_have_no_width() -> None:
+    assert estimates({"a": [0.25]})["a"] == Estimate(0.25, 0.25, 0.25)
+    assert estimates({"a": [0.5] * 9})["a"] == Estimate(0.5, 0.5, 0.5)
+
+
+def test_interval_of_many_prompts_is_that_of_the_normal_distribution() -> None:
+    """400 prompts, half of them right: a standard error of 0.5 / 20, so 0.5 -+ 1.96 * 0.025."""
+    estimate = estimates({"a": [0.0, 1.0] * 200})["a"]
+    assert estimate.value == 0.5
+    assert (estimate.low, estimate.high) == pytest.approx((0.451, 0.549), abs=0.004)
+
+
+def test_all_metrics_are_drawn_on_the_same_prompts() -> None:
+    """A difference of equal prompts is sure, however unsure both sides are."""
+    values = [0.0, 1.0, 1.0, 0.0, 1.0]
+    found = estimates({"a": values, "b": [1 - value for value in values]})
+    assert found["a"].low == pytest.approx(1 - found["b"].high)
+    assert estimates({"a": values}) == {"a": found["a"]}

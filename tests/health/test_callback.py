@@ -29,10 +29,6 @@ def none_reward(completions: list[Any], **_: Any) -> list[None]:
     return [None] * len(completions)
 
 
-def tokens_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    return [len(ids) / 10 for ids in completion_ids]
-
-
 def even_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 
@@ -68,14 +64,6 @@ SHORT: dict[str, Any] = {
     "segment_length": 2,
     "learning_rate": 0.1,
 }
-
-
-def test_a_reward_for_length(tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture) -> None:
-    changes = {**SHORT, "learning_rate": 0.3, "per_device_train_batch_size": 64}
-    run(tmp_path, tiny_model_dir, tokens_reward, steps=14, **changes)
-    told = [line for line in warnings_of(caplog) if "completions grow without getting better" in line]
-    assert told
-    assert "the longer ones of a prompt get more reward" in told[0]
 
 
 def test_a_training_that_is_well_and_the_same_without_the_callback(

@@ -1,4 +1,4 @@
-"""Each illness by hand: a healthy training in which some metrics are changed, and the step at which it is told."""
+"""Each illness by hand: a healthy training in which some metrics are changed, and what rewards say about prompts."""
 
 import math
 import random
@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.tree_logs import small_tree
 from treepo_trl.health import RULES, Examination, Finding
+from treepo_trl.health.reward_signal import signal_metrics, signal_sums
 
 
 HEALTHY: dict[str, float] = {
@@ -48,44 +50,35 @@ def findings_of(changes: dict[str, Values], without: Sequence[str] = ()) -> list
     return found
 
 
-ALL_EQUAL: dict[str, Values] = {"tree/equal_rewards_frac": [1.0] * 20, "reward_std": [0.0] * 20}
+SHORT = {"equal": "tree/equal_rewards_frac", "std": "reward_std"}
+
+
+def logs(**values: float | Values) -> dict[str, Values]:
+    """Metrics of rewards, the same in 20 logs where they are numbers."""
+    found = {name: [each] * 20 if isinstance(each, int | float) else each for name, each in values.items()}
+    return {SHORT.get(name, name): each for name, each in found.items()}
+
 
 CASES: list[tuple[str, dict[str, Values], int, str]] = [
     # (4 * 0.85 + 1.0) / 5 = 0.88 in the window that ends at step 11, (3 * 0.85 + 2 * 1.0) / 5 = 0.91 in the next.
     (
         "too-hard",
-        {"tree/equal_rewards_frac": [0.85] * 10 + [1.0] * 10, "reward": [0.0] * 20, "reward_std": [0.0] * 20},
+        logs(equal=[0.85] * 10 + [1.0] * 10, reward=0.0, std=0.0),
         12,
         "in 91% of the prompts all completions had the same reward, over 5 logs, at a mean reward of 0.",
     ),
-    ("too-hard", {**ALL_EQUAL, "reward": [-1.0] * 20}, 5, "at a mean reward of -1."),
+    ("too-hard", logs(equal=1.0, std=0.0, reward=-1.0), 5, "at a mean reward of -1."),
     # Of rewards 0 and 1, one in 50: their deviation is (0.02 * 0.98) ** 0.5 = 0.14.
-    (
-        "too-hard",
-        {"tree/equal_rewards_frac": [0.95] * 20, "reward": [0.02] * 20, "reward_std": [0.14] * 20},
-        5,
-        "0.02.",
-    ),
-    ("too-easy", {**ALL_EQUAL, "reward": [1.0] * 20}, 5, "at a mean reward of 1."),
+    ("too-hard", logs(equal=0.95, reward=0.02, std=0.14), 5, "0.02."),
+    ("too-easy", logs(equal=1.0, std=0.0, reward=1.0), 5, "at a mean reward of 1."),
     # Penalties: of rewards 0 and -1, one in 50, and all but one.
-    (
-        "too-easy",
-        {"tree/equal_rewards_frac": [0.95] * 20, "reward": [-0.02] * 20, "reward_std": [0.14] * 20},
-        5,
-        "-0.02.",
-    ),
-    (
-        "too-hard",
-        {"tree/equal_rewards_frac": [0.95] * 20, "reward": [-0.98] * 20, "reward_std": [0.14] * 20},
-        5,
-        "-0.98.",
-    ),
+    ("too-easy", logs(equal=0.95, reward=-0.02, std=0.14), 5, "-0.02."),
+    ("too-hard", logs(equal=0.95, reward=-0.98, std=0.14), 5, "-0.98."),
     # 40 prompts are 20 logs of 2, and 40 of 1 that does not say so.
-    ("too-hard", {**ALL_EQUAL, "reward": [0.0] * 20, "tree/prompts": [2.0] * 20}, 20, "over 20 logs"),
+    ("too-hard", {**logs(equal=1.0, std=0.0, reward=0.0), "tree/prompts": [2.0] * 20}, 20, "over 20 logs"),
     (
         "too-hard",
-        {name: [value] * 40 for name, value in [("tree/equal_rewards_frac", 1.0), ("tree/prompts", None)]}
-        | {"reward": [0.0] * 40, "reward_std": [0.0] * 40},
+        {**logs(equal=[1.0] * 40, reward=[0.0] * 40, std=[0.0] * 40), "tree/prompts": [None] * 40},
         40,
         "over 40 logs",
     ),
@@ -93,11 +86,7 @@ CASES: list[tuple[str, dict[str, Values], int, str]] = [
     # Learned first: at step 23, 18 of the last 20 logs are equal.
     (
         "too-easy",
-        {
-            "tree/equal_rewards_frac": [0.0] * 5 + [1.0] * 20,
-            "reward": [0.2] * 5 + [1.0] * 20,
-            "reward_std": [0.4] * 5 + [0.0] * 20,
-        },
+        logs(equal=[0.0] * 5 + [1.0] * 20, reward=[0.2] * 5 + [1.0] * 20, std=[0.4] * 5 + [0.0] * 20),
         23,
         "in 90% of the prompts all completions had the same reward, over 20 logs",
     ),
@@ -157,35 +146,28 @@ def test_every_rule_has_an_illness() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "without"),
+    "changes",
     [
-        ({}, ()),
-        ({"tree/equal_rewards_frac": [0.89] * 20, "reward": [0.0] * 20}, ()),
+        {},
+        {"tree/equal_rewards_frac": [0.89] * 20, "reward": [0.0] * 20},
         # Learned, and not for long.
-        (
-            {
-                "tree/equal_rewards_frac": [0.0] * 5 + [1.0] * 17,
-                "reward": [0.2] * 5 + [1.0] * 17,
-                "reward_std": [0.4] * 5 + [0.0] * 17,
-            },
-            (),
-        ),
-        ({"reward": [0.5, None] * 10}, ()),
-        ({"rewards/second/mean": [0.5, None, None, None, None] * 4}, ()),  # functions of rare tasks
-        ({"tree/finish_length_frac": [0.29] * 20}, ()),
-        ({"completions/clipped_ratio": [1.0] * 20}, ()),  # a stop pattern is no end token, and no cut either
-        ({"tree/mean_length": [100.0] * 10 + [300.0] * 10, "reward": [0.2] * 10 + [0.9] * 10}, ()),
-        ({"tree/mean_length": [10.0, 100.0, 20.0, 90.0, 30.0, 100.0, 200.0] * 3}, ()),  # noise
-        ({"tree/leaf_unique_ratio": [1.11] * 20}, ()),
-        ({"sampling/sampling_logp_difference/mean": [0.7] * 20}, ()),  # the engine's own metric is there
+        logs(equal=[0.0] * 5 + [1.0] * 17, reward=[0.2] * 5 + [1.0] * 17, std=[0.4] * 5 + [0.0] * 17),
+        {"reward": [0.5, None] * 10},
+        {"rewards/second/mean": [0.5, None, None, None, None] * 4},  # functions of rare tasks
+        {"tree/finish_length_frac": [0.29] * 20},
+        {"completions/clipped_ratio": [1.0] * 20},  # a stop pattern is no end token, and no cut either
+        {"tree/mean_length": [100.0] * 10 + [300.0] * 10, "reward": [0.2] * 10 + [0.9] * 10},
+        {"tree/mean_length": [10.0, 100.0, 20.0, 90.0, 30.0, 100.0, 200.0] * 3},  # noise
+        {"tree/leaf_unique_ratio": [1.11] * 20},
+        {"sampling/sampling_logp_difference/mean": [0.7] * 20},  # the engine's own metric is there
         # The scale of fp16 is halved until it fits, 16 times from 65536 to 1, and later tried again.
-        ({"grad_norm": [math.inf] * 16 + [0.2] * 20 + [math.inf] + [0.2] * 5}, ()),
-        ({"learning_rate": [1e-5] * 16 + [0.0] * 4}, ()),
-        ({"grad_norm": [0.0] * 4 + [0.2]}, ()),
+        {"grad_norm": [math.inf] * 16 + [0.2] * 20 + [math.inf] + [0.2] * 5},
+        {"learning_rate": [1e-5] * 16 + [0.0] * 4},
+        {"grad_norm": [0.0] * 4 + [0.2]},
     ],
 )
-def test_what_is_no_illness(changes: dict[str, Values], without: Sequence[str]) -> None:
-    assert [str(finding) for finding in findings_of(changes, without)] == []
+def test_what_is_no_illness(changes: dict[str, Values]) -> None:
+    assert [str(finding) for finding in findings_of(changes)] == []
 
 
 def test_other_names_of_the_same_metrics() -> None:
@@ -274,3 +256,30 @@ def test_no_log_is_an_error(logs: list[dict[str, Any]]) -> None:
     for log in logs:
         for finding in examination.add(log):
             assert "\n" not in str(finding)
+
+
+def test_sums_and_metrics_by_hand() -> None:
+    # The leaves of the tree have 4, 3 and 4 tokens. Rewards 1, 0 and nothing: deviations of 0.5 and -0.5 in both.
+    rewards = [[1.0, 0.0, math.nan], [0.5, 0.5005, 0.5], [None, None, 3.0]]
+    sums = signal_sums([small_tree()] * 3, rewards)
+    # The second prompt is equal up to a thousandth, and a single reward of the third is equal to itself.
+    second = 2 * (0.0005 / 3) ** 2 + (0.0005 * 2 / 3) ** 2
+    assert sums == pytest.approx([3, 2, 0.5 + (-2 / 3) * 0.0005, 0.5 + second, 0.5 + 2 / 3])
+    assert signal_metrics([3, 2, 0.5, 0.5, 2.0]) == {
+        "tree/prompts": 3,
+        "tree/equal_rewards_frac": 2 / 3,
+        "tree/length_reward_correlation": 0.5,
+    }
+
+
+def test_sums_of_processes_add_up() -> None:
+    trees, rewards = [small_tree(), small_tree()], [[1.0, 0.0, 0.5], [0.0, 2.0, 1.0]]
+    parts = [signal_sums(trees[i : i + 1], rewards[i : i + 1]) for i in range(2)]
+    assert signal_sums(trees, rewards) == pytest.approx([sum(pair) for pair in zip(*parts, strict=True)])
+
+
+def test_no_correlation_without_differences() -> None:
+    assert signal_metrics(signal_sums([small_tree()], [[1.0, 1.0, 1.0]])) == {
+        "tree/prompts": 1,
+        "tree/equal_rewards_frac": 1.0,
+    }

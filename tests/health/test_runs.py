@@ -2,8 +2,8 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -94,45 +94,35 @@ def test_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert [path.name for path in Path().iterdir() if path.is_file()] == []
 
 
-def without_trees(run: Path) -> None:
-    for file in (run / "trees").iterdir():
-        file.unlink()
-
-
-def cut_state(run: Path) -> None:
-    (run / "trainer_state.json").write_text('{"global_step": 4, "log_hist')
-
-
-def state_without_logs(run: Path) -> None:
-    (run / "trainer_state.json").write_text('{"global_step": 4, "log_history": [1]}')
-
-
-def cut_trees(run: Path) -> None:
-    with (run / "trees/trees_000002.jsonl").open("a") as file:
-        file.write('{"step": 2, "pro')
-
-
-def unchanged(run: Path) -> None:
-    pass
+CUT = '{"global_step": 4, "log_hist'
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "without trees": lambda run: [file.unlink() for file in (run / "trees").iterdir()],
+    "cut state": lambda run: (run / "trainer_state.json").write_text(CUT),
+    "state without logs": lambda run: (run / "trainer_state.json").write_text(
+        '{"global_step": 4, "log_history": [1]}'
+    ),
+    "cut trees": lambda run: (run / "trees/trees_000002.jsonl").write_text('{"step": 2, "pro'),
+    "unchanged": lambda run: None,
+}
 
 
 @pytest.mark.parametrize(
     ("change", "argv", "message"),
     [
-        (without_trees, ["run"], r"`run` has no logs: neither a `trainer_state\.json`.*`log_trees: true` writes\."),
-        (cut_state, ["run"], r"run/trainer_state\.json: it is no JSON from character"),
-        (state_without_logs, ["run"], r"run/trainer_state\.json: `log_history\[0\]` is 1; it must be an object"),
-        (cut_trees, ["run"], r"run/trees/trees_000002\.jsonl, line 2: it is no JSON from character"),
-        (unchanged, ["gone"], r"`gone` is no folder"),
-        (unchanged, ["run", "--serve"], r"`--health` prints words and makes no page"),
-        (unchanged, ["run", "--out", "page.html"], r"`--health` prints words and makes no page"),
+        ("without trees", ["run"], r"`run` has no logs: neither a `trainer_state\.json`.*`log_trees: true` writes\."),
+        ("cut state", ["run"], r"run/trainer_state\.json: it is no JSON from character"),
+        ("state without logs", ["run"], r"run/trainer_state\.json: `log_history\[0\]` is 1; it must be an object"),
+        ("cut trees", ["run"], r"run/trees/trees_000002\.jsonl, line 1: it is no JSON from character"),
+        ("unchanged", ["gone"], r"`gone` is no folder"),
+        ("unchanged", ["run", "--serve"], r"`--health` prints words and makes no page"),
+        ("unchanged", ["run", "--out", "page.html"], r"`--health` prints words and makes no page"),
     ],
 )
 def test_errors_are_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, argv: list[str], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, argv: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    change(write_trees(Path("run"), 3))
+    CHANGES[change](write_trees(Path("run"), 3))
     with pytest.raises(SystemExit) as error:
         main([*argv, "--health"])
     assert re.fullmatch(rf"treepo-trl: error: .*{message}.*", str(error.value.code)), error.value.code

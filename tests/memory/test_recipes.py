@@ -1,8 +1,6 @@
 """The recipes and the README say what is true of them."""
 
-import ast
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.architectures import QWEN3_4B, QWEN25_1_5B, QWEN25_7B
 from tests.support.paths import ROOT
-from treepo_trl import TreePOConfig
 from treepo_trl.commands.arguments import make_parser
 from treepo_trl.memory import GIB, plan_memory
 
@@ -25,10 +22,6 @@ RECIPES = sorted(path.name for path in (ROOT / "examples/cli_configs").glob("*.y
 def parse(name: str) -> tuple:
     arguments = ["--config", str(ROOT / "examples/cli_configs" / name), "--use_cpu", "true", "--bf16", "false"]
     return make_parser().parse_args_and_config(arguments, fail_with_unknown_args=True)
-
-
-def test_there_are_recipes() -> None:
-    assert len(RECIPES) == 6
 
 
 HALF = {"num_generations": 16, "per_device_train_batch_size": 16, "vllm_gpu_memory_utilization": 0.5}
@@ -73,19 +66,13 @@ def test_the_models_of_the_plans_have_their_sizes(config: Any, billions: float) 
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("paper")])
-def test_the_first_lines_of_a_recipe_say_what_the_documentation_says(name: str) -> None:
-    text = (ROOT / "examples/cli_configs" / name).read_text()
-    said = re.findall(r"`treepo-trl plan` counts ([\d.]+) GiB,\n# and ([\d.]+) GiB with", text)
-    assert len(said) == 1
-    assert said == documented(f"`{name.removesuffix('.yaml')}`")
-
-
-@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("paper")])
-def test_the_page_of_the_examples_says_what_the_documentation_says(name: str) -> None:
-    recipe = name.removesuffix(".yaml")
-    planned = re.findall(rf"\| `{re.escape(recipe)}` \|[^|]*\|[^|]*\| ([\d.]+) GiB \|", EXAMPLES)
-    assert planned == [alone for alone, _ in documented(f"`{recipe}`")]
+def test_a_recipe_and_the_page_of_the_examples_say_what_the_documentation_says(name: str) -> None:
+    text, recipe = (ROOT / "examples/cli_configs" / name).read_text(), name.removesuffix(".yaml")
+    (plans,) = documented(f"`{recipe}`")
+    assert re.findall(r"`treepo-trl plan` counts ([\d.]+) GiB,\n# and ([\d.]+) GiB with", text) == [plans]
+    assert re.findall(rf"\| `{re.escape(recipe)}` \|[^|]*\|[^|]*\| ([\d.]+) GiB \|", EXAMPLES) == [plans[0]]
     assert f"treepo-trl train --config examples/cli_configs/{name}" in EXAMPLES
+    assert len(RECIPES) == 6
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -121,12 +108,3 @@ def test_a_small_step_moves_the_papers_weights() -> None:
     _, training_args, model_args, _ = parse("paper-qwen2.5-7b.yaml")
     weight = torch.tensor(0.02, dtype=getattr(torch, model_args.dtype))
     assert weight - training_args.learning_rate != weight
-
-
-def test_readme_example_parses_and_its_config_is_valid(tmp_path: Path) -> None:
-    source, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    (config,) = [call for call in calls if getattr(call.func, "id", "") == "TreePOConfig"]
-    keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in config.keywords}
-    assert len(source.strip().splitlines()) <= 13
-    TreePOConfig(**{**keywords, "output_dir": str(tmp_path)}, use_cpu=True, bf16=False)

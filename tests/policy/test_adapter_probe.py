@@ -80,43 +80,21 @@ def test_an_engine_that_computes_the_policy() -> None:
         ("lora_", "adapter", ()),
     ],
 )
-def test_what_the_engine_ignores_is_named(left_out: str, cause: str, ignored: tuple[str, ...]) -> None:
-    found = probe(Engine(make_policy(), copied=lambda name: left_out not in name))
-    assert found.before < 1e-4  # a fresh adapter hides it
-    assert (found.cause, found.ignored) == (cause, ignored)
-    assert all(name in str(found) for name in ignored)
-
-
-@pytest.mark.parametrize(
-    ("left_out", "cause", "ignored"),
-    [
-        ("o_proj", "modules", ("*.o_proj",)),
-        ("layers.1.mlp.down_proj", "modules", ("model.layers.1.mlp.down_proj",)),
-        ("lora_", "adapter", ()),
-    ],
-)
-def test_what_the_engine_ignores_of_a_trained_adapter_is_named(
-    left_out: str, cause: str, ignored: tuple[str, ...]
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_what_the_engine_ignores_is_named(
+    left_out: str, cause: str, ignored: tuple[str, ...], is_trained: bool
 ) -> None:
-    policy = make_trained_policy()
+    policy = make_trained_policy() if is_trained else make_policy()
     engine = Engine(make_policy(), copied=lambda name: left_out not in name)  # it has loaded nothing yet
     engine.policy = policy
     trained = {name: each.detach().clone() for name, each in policy.named_parameters()}
     found = probe(engine)
-    assert found.before > ROUNDING
+    assert found.before > ROUNDING if is_trained else found.before < 1e-4  # a fresh adapter hides it
     assert (found.cause, found.ignored) == (cause, ignored)
+    assert all(name in str(found) for name in ignored)
     assert all(torch.equal(trained[name], each) for name, each in policy.named_parameters())
     theirs = dict(engine.model.named_parameters())
     assert all(torch.equal(trained[name], theirs[name]) for name in trained if left_out not in name)
-
-
-def test_a_trained_adapter_on_another_base() -> None:
-    engine = Engine(make_trained_policy())
-    with torch.no_grad():
-        engine.model.get_base_model().model.layers[0].mlp.gate_proj.base_layer.weight.mul_(1.5)
-    found = probe(engine)
-    assert found.before > ROUNDING
-    assert found.cause == "base"
 
 
 def test_an_engine_that_serves_a_trained_adapter_otherwise_than_a_zero_one() -> None:
@@ -166,12 +144,12 @@ def test_an_engine_that_keeps_the_adapter_of_another_training(is_trained: bool, 
     assert "keeps an old one" in str(found)
 
 
-def test_an_engine_on_another_base() -> None:
-    engine = Engine(make_policy())
+@pytest.mark.parametrize("make", [make_policy, make_trained_policy])
+def test_an_engine_on_another_base(make: Callable[[], Any]) -> None:
+    engine = Engine(make())
     with torch.no_grad():
         engine.model.get_base_model().model.layers[0].mlp.gate_proj.base_layer.weight.mul_(1.5)
-    found = probe(engine)
-    assert found.cause == "base"
+    assert probe(engine).cause == "base"
 
 
 def test_an_ignored_kind_stands_out_of_an_engines_rounding() -> None:

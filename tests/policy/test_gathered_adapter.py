@@ -1,8 +1,8 @@
 """
-The adapter that reaches an engine where two processes share the policy's weights (FSDP2).
+The adapter that reaches an engine where processes share the policy's weights.
 
-Accelerate starts FSDP and DeepSpeed only on accelerators, so torch's own `fully_shard` wraps the model here, and
-ZeRO-3 is imitated: weights that are empty but where they are gathered.
+DeepSpeed starts only on accelerators, so ZeRO-3 is imitated: weights that are empty but where they are gathered.
+tests/trainer/test_distributed.py has FSDP2.
 """
 
 import sys
@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from tests.support.models import make_model
-from tests.support.processes import run_in_two_processes
 from treepo_trl.policy.gathered_adapter import (
     check_own_forward,
     check_whole_adapter,
@@ -27,78 +26,6 @@ from treepo_trl.policy.gathered_adapter import (
     num_bytes,
     write_adapter,
 )
-
-
-SCRIPT = """
-import json
-import sys
-from types import SimpleNamespace
-
-import torch
-from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
-from torch.distributed.fsdp import fully_shard
-from trl.distributed import DistributedBackend
-from trl.generation.vllm_generation import VLLMGeneration
-
-from tests.support.models import make_model
-from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
-
-folder = sys.argv[1]
-accelerator = Accelerator(cpu=True)
-rank = accelerator.process_index
-targets = ["embed_tokens", "q_proj", "down_proj"]
-
-
-def synchronized(model, adapter, where):
-    loaded = []
-    VLLMGeneration.__init__ = lambda self: None
-    generation = AdapterVLLMGeneration()
-    generation.model, generation.accelerator, generation._dist = model, accelerator, DistributedBackend(accelerator)
-    generation.enable_sleep_mode = False
-    generation._adapter_folder = SimpleNamespace(path=f"{folder}/{where}-{adapter}-{rank}")
-    engine = SimpleNamespace(add_lora=lambda request: loaded.append(request.lora_path))
-    generation.llm = SimpleNamespace(llm_engine=engine, reset_prefix_cache=lambda: True)
-    generation.sync_weights()
-    return load_file(f"{loaded[0]}/adapter_model.safetensors")
-
-
-results = {}
-for adapter in ("default", "other"):
-    model = get_peft_model(make_model(), LoraConfig(r=3, target_modules=targets), adapter_name=adapter)
-    torch.manual_seed(1)
-    for name, weight in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(weight)
-    whole = synchronized(model, adapter, "whole")
-    for layer in model.get_base_model().model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    shards = {type(weight).__name__ for name, weight in model.named_parameters() if "lora_" in name}
-    gathered = synchronized(model, adapter, "gathered")
-    results[adapter] = {
-        "types": sorted(shards),
-        "same_names": whole.keys() == gathered.keys(),
-        "count": len(gathered),
-        "difference": max((whole[name] - gathered[name]).abs().max().item() for name in whole),
-        "size": min(weight.abs().max().item() for weight in gathered.values()),
-    }
-with open(f"{folder}/rank{rank}.json", "w") as file:
-    json.dump(results, file)
-torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.needs_vllm
-def test_an_engine_gets_the_whole_adapter_of_a_policy_in_parts(tmp_path: Path) -> None:
-    for rank in run_in_two_processes(SCRIPT, tmp_path, str(tmp_path)):
-        for found in rank.values():
-            assert found["types"] == ["DTensor"]
-            assert found["same_names"]
-            assert found["count"] == 2 * (1 + 2 * 2)  # two factors: of the embedding, and of two layers in two blocks
-            assert found["difference"] == 0.0
-            assert found["size"] > 0.1
 
 
 TARGETS = ["embed_tokens", "q_proj"]

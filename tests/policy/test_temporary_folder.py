@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,24 +113,6 @@ def test_a_folder_goes_with_its_object_or_its_process(tmp_path: Path) -> None:
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 1
     assert [child.name for child in tmp_path.iterdir() if child.name.startswith("treepo")] == []
-
-
-def test_starts_at_one_time_leave_each_other_alone(tmp_path: Path) -> None:
-    """Each process makes folders, sees them stay, and lets them go, while the others sweep."""
-    script = (
-        "import os, sys, time; from pathlib import Path; from treepo_trl.policy import temporary_folder as t\n"
-        "t.SHARED_MEMORY = Path(sys.argv[1])\n"
-        "while time.time() < float(sys.argv[2]): pass\n"
-        "for i in range(150):\n"
-        "    folders = [t.TemporaryFolder('adapter', sys.argv[1]) for _ in range(2)]\n"
-        "    for folder in folders:\n"
-        "        Path(folder.path, 'file').write_text('weights')\n"
-        "        if i % 2: folder.remove()\n"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / SHARED), str(time.time() + 1)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(6)]
-    assert [process.communicate(timeout=300)[1] for process in processes] == [""] * 6
-    assert list((tmp_path / SHARED).iterdir()) == []
 
 
 def test_a_folder_that_is_swept_before_it_is_locked_is_made_anew(

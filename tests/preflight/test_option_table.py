@@ -36,6 +36,9 @@ def test_numbers_and_choices_are_checked_as_the_parser_checks_them(capsys: pytes
         assert said[0] == said[1]
 
 
+TRIED: list[list[str]] = [["none"], ["null"], ["1"], ["0.5"], ["a"], ["1", "2"], ["true"], []]
+
+
 @pytest.mark.parametrize("command", ["train", "plan", "sample", "eval", "doctor"])
 def test_what_the_parser_takes_is_taken(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """`none` unsets a number, a switch takes a value or none, a list many."""
@@ -43,17 +46,7 @@ def test_what_the_parser_takes_is_taken(command: str, capsys: pytest.CaptureFixt
     kept = as_parser(json.loads(json.dumps(as_data(parser))))
     num_taken = 0
     for action in parser._actions:
-        for values in (
-            ["none"],
-            ["null"],
-            ["1"],
-            ["0.5"],
-            ["a"],
-            ["1", "2"],
-            ["true"],
-            [],
-            *([[c] for c in action.choices or ()]),
-        ):
+        for values in (*TRIED, *([choice] for choice in action.choices or ())):
             words = [*action.option_strings[:1], *map(str, values)]
             if action.dest == "help" or not action.option_strings:
                 continue

@@ -1,5 +1,6 @@
-"""Versions that the package was not made for: a line at the import, and the import goes on."""
+"""What the import says of versions, and lines of other packages that are left out."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.broken_environments import pretend_version
+from treepo_trl.preflight import quiet_terminal
+from treepo_trl.preflight.quiet import _NOISE
 from treepo_trl.preflight.versions import warn_of_versions
 
 
@@ -58,3 +61,20 @@ def test_hub_kernels_are_for_whoever_asks() -> None:
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
         assert done.stdout == f"{expected}\n"
+
+
+@pytest.mark.parametrize("name", _NOISE)
+def test_the_line_is_left_out_and_others_are_not(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger(name)
+    filters = list(logger.filters)
+    logger.addHandler(caplog.handler)  # those of transformers go to no other logger
+    logger.propagate = False
+    quiet_terminal()
+    try:
+        logger.warning(f"%s: {_NOISE[name]} (%s)", "before", "after")
+        logger.warning("another line")
+    finally:
+        logger.filters[:] = filters
+        logger.removeHandler(caplog.handler)
+        logger.propagate = True
+    assert caplog.messages == ["another line"]

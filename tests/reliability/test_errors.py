@@ -1,5 +1,6 @@
 """An error in the middle of a training is the user's to read, and the same process can train on."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.support import trainers
 from tests.support.faults import LAST_SAVED, STEPS, around, assert_same_training, keep_log, make_trainer
+from tests.support.paths import ROOT
 from treepo_trl.checkpoints import newest_checkpoint
 
 
@@ -100,3 +102,14 @@ def test_a_training_that_starts_anew_in_a_used_folder_says_so(
     weights = load_file(tmp_path / f"checkpoint-{LAST_SAVED}/model.safetensors")
     torch.testing.assert_close(weights["model.norm.weight"], second.model.model.norm.weight.data)
     assert newest_checkpoint(str(tmp_path)) == str(tmp_path / f"checkpoint-{STEPS}")
+
+
+def test_each_row_names_tests_that_exist() -> None:
+    page = (ROOT / "docs/reliability.md").read_text()
+    rows = page.split("| fault |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(rows) > 10
+    for row in rows:
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert tests, row
+        for file, name in tests:
+            assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE), f"{file}::{name}"

@@ -116,28 +116,23 @@ def test_spread_width_is_monotone_and_reaches_the_width_with_the_last_segment(
 # Split
 
 
-@given(
-    st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=40),
-    st.integers(0, 60),
-    st.integers(0, 99),
-    st.floats(1e-3, 1e3),
-)
-def test_a_split_hands_out_everything_and_everyone_gets_one(
+SCORES = st.lists(st.floats(-5, 0) | st.floats(-1e4, 1e4), min_size=1, max_size=20)
+
+
+@given(SCORES, st.integers(0, 60), st.integers(0, 99), st.floats(1e-3, 1e3))
+def test_a_split_hands_out_everything_everyone_gets_one_and_a_higher_score_never_fewer(
     scores: list[float], spare: int, seed: int, temperature: float
 ) -> None:
     counts = split_budget(len(scores) + spare, scores, random.Random(seed), temperature)
     assert len(counts) == len(scores)
     assert sum(counts) == len(scores) + spare
     assert min(counts) >= 1
-
-
-@given(st.lists(st.floats(-5, 0), min_size=2, max_size=20), st.integers(0, 40), st.floats(0.1, 10))
-def test_a_higher_score_never_gets_fewer(scores: list[float], spare: int, temperature: float) -> None:
-    counts = split_budget(len(scores) + spare, scores, random.Random(0), temperature)
-    for i, score in enumerate(scores):
-        for j, other in enumerate(scores):
-            if score > other + 1e-9:
-                assert counts[i] >= counts[j]
+    assert all(
+        counts[i] >= counts[j]
+        for i, a in enumerate(scores)
+        for j, b in enumerate(scores)
+        if a > b + 1e-9 * max(abs(b), 1.0)
+    )
 
 
 def test_ties_between_equal_scores_go_round() -> None:
@@ -161,12 +156,6 @@ def test_temperature_flattens_the_split(rng: random.Random) -> None:
     assert split_budget(11, scores, rng, 1000.0) == [5, 6]
 
 
-@pytest.mark.parametrize("scores", [[0.1] * 6, [0.1, 0.4, -2.0, 0.1, 0.1, 0.3]])
-def test_seeded_splits_repeat(scores: list[float]) -> None:
-    first, second = ([split_budget(n, scores, random.Random(n)) for n in range(6, 40)] for _ in range(2))
-    assert first == second
-
-
 # Scores
 
 
@@ -177,12 +166,9 @@ def segments(logprobs: list[list[float]], entropies: list[float | None] | None =
     ]
 
 
-def test_uniform_looks_at_no_segment() -> None:
-    assert branching_scores("uniform", segments([[-1.0], [], [-3.0]])) is None
-
-
 def test_scores_are_mean_log_probabilities_of_the_last_segment() -> None:
     nodes = segments([[-1.0, -3.0], [-0.5]])  # means -2 and -0.5
+    assert branching_scores("uniform", nodes) is None
     assert branching_scores("high_prob", nodes) == pytest.approx([-2.0, -0.5])
     assert branching_scores("low_prob", nodes) == pytest.approx([2.0, 0.5])
 

@@ -42,16 +42,12 @@ def test_a_loop_inside_a_unit_that_repeats_is_found() -> None:
     assert is_repetitive(words(200) + ("-" * 400 + words(100, seed=5) + "-" * 400) * 5)
 
 
-def test_only_the_end_of_the_text_counts() -> None:
-    assert not is_repetitive(words(260, seed=1) * 7 + words(200, seed=6))
-
-
 def test_a_loop_in_front_of_ordinary_text_does_not_hide_one_at_the_end() -> None:
     assert is_repetitive("ab" * 900 + words(100, seed=6) + "cd" * 900)
 
 
-@pytest.mark.parametrize("text", ["", "a" * 1023, words(4000)])
-def test_short_and_ordinary_texts_are_no_loops(text: str) -> None:
+@pytest.mark.parametrize("text", ["", "a" * 1023, words(4000), words(260, seed=1) * 7 + words(200, seed=6)])
+def test_short_and_ordinary_texts_and_loops_before_their_end_are_none(text: str) -> None:
     assert not is_repetitive(text)
 
 
@@ -59,10 +55,7 @@ def test_short_and_ordinary_texts_are_no_loops(text: str) -> None:
 def test_a_loop_of_emoji_is_found_when_a_segment_ends_inside_one(incomplete: int) -> None:
     # Bytes of an incomplete character decode to one U+FFFD together or to one each.
     assert is_repetitive("Well done " + "🎉👍" * 600 + "\ufffd" * incomplete)
-
-
-def test_a_loop_of_replacement_characters_is_found() -> None:
-    assert is_repetitive("\ufffd" * 1027)
+    assert is_repetitive("\ufffd" * (1027 + incomplete))
 
 
 # Exactly the definition
@@ -72,13 +65,6 @@ def reference(text: str, min_characters: int, min_repeats: int) -> bool:
     """The definition, tried for every period."""
     tails = ((max(min_characters, min_repeats * p), p) for p in range(1, len(text) // min_repeats + 1))
     return any(tail <= len(text) and text[-tail:-p] == text[len(text) - tail + p :] for tail, p in tails)
-
-
-@given(st.integers(1, 1500), st.integers(0, 300), st.integers(0, 99), st.integers(0, 500))
-def test_every_long_enough_tail_loop_is_found(period: int, prefix: int, seed: int, extra: int) -> None:
-    unit = words(period, seed)
-    length = max(1024, 4 * period) + extra
-    assert is_repetitive(words(prefix, seed + 1) + (unit * (length // period + 1))[:length])
 
 
 pieces = st.lists(st.tuples(st.text(alphabet="ab", min_size=1, max_size=70), st.integers(1, 30)), max_size=4)
@@ -221,14 +207,8 @@ def fires_on_the_way(text: str) -> bool:
     return is_repetitive(text) or any(is_repetitive(text[:end]) for end in range(16, len(text), 16))
 
 
-def test_there_are_enough_labelled_strings() -> None:
-    assert sum(not row.is_loop for row in LABELLED) >= 60
-    assert sum(row.is_loop for row in LABELLED) >= 50
-    assert {row.is_loop for row in LABELLED if row.kind == "model"} == {False, True}
-    assert len({row.name for row in LABELLED}) == len(LABELLED)
-
-
 def test_mistakes_are_the_known_ones() -> None:
+    assert len({row.name for row in LABELLED}) == len(LABELLED) == 190 + 106
     # 3 of 190 strings without a loop, 1.6 %: each is tried at all its beginnings. 16 of 106 loops, 15.1 %.
     wrong = [row for row in LABELLED if row.is_loop != (is_repetitive if row.is_loop else fires_on_the_way)(row.text)]
     assert [row.name for row in wrong if row.mistake is None] == []

@@ -6,11 +6,7 @@ from collections import Counter
 import pytest
 
 from tests.support.fakes import EOS, FakeEngine, RecordingEngine, endless, memoryless
-from tests.support.sampling import (
-    make_config,
-    prompts_of,
-    trees_of,
-)
+from tests.support.sampling import make_config, prompts_of, trees_of
 from treepo_trl.engines import SegmentRequest
 from treepo_trl.sampling.sampler import TreeSampler
 from treepo_trl.sampling.tree import SegmentTree

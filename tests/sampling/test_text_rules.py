@@ -45,31 +45,27 @@ def test_a_pattern_across_a_segment_boundary_ends_the_path_where_it_ended() -> N
     assert tree.num_unique_tokens == 10  # the two tokens behind the first match are not kept
 
 
-def test_the_prompt_does_not_match() -> None:
-    engine = ScriptedEngine([[8, 1, EOS], [1, EOS]])
-    tree = tree_of(engine, 2, prompt=(7, 8, 7), **PATTERN)
-    assert reasons(tree) == ["stop", "stop"]
-
-
-def test_a_pattern_that_eos_follows_directly_is_an_ordinary_stop() -> None:
-    # The second path goes on behind the match before its EOS: the rest is cut.
-    engine = ScriptedEngine([[7, 8, EOS], [7, 8, 1, EOS]])
-    tree = tree_of(engine, 2, segment_length=4, **PATTERN)
-    assert completions(tree) == [[7, 8, EOS], [7, 8]]
-    assert reasons(tree) == ["stop", "pattern"]
-
-
-def test_text_behind_eos_cannot_match() -> None:
-    engine = ScriptedEngine([[1, EOS, 7, 8], [7, EOS, 8]])
-    tree = tree_of(engine, 2, segment_length=4, **PATTERN)
-    assert completions(tree) == [[1, EOS], [7, EOS]]
-
-
-def test_a_pattern_exactly_at_the_cap_is_a_pattern() -> None:
-    engine = ScriptedEngine([[1, 7], [1, 7], [8, 8], [2, 3]])
-    tree = tree_of(engine, 2, segment_length=2, max_completion_length=4, **PATTERN)
-    assert completions(tree) == [[1, 7, 8], [1, 7, 2, 3]]
-    assert reasons(tree) == ["pattern", "length"]
+@pytest.mark.parametrize(
+    ("answers", "changes", "expected"),
+    [
+        # A match that begins in the prompt is none.
+        ([[8, 1, EOS], [1, EOS]], {"prompt": (7, 8, 7)}, [([8, 1, EOS], "stop"), ([1, EOS], "stop")]),
+        # EOS directly behind a match is an ordinary stop; what goes on behind it is cut.
+        ([[7, 8, EOS], [7, 8, 1, EOS]], {"segment_length": 4}, [([7, 8, EOS], "stop"), ([7, 8], "pattern")]),
+        # Text behind EOS cannot match.
+        ([[1, EOS, 7, 8], [7, EOS, 8]], {"segment_length": 4}, [([1, EOS], "stop"), ([7, EOS], "stop")]),
+        # A pattern exactly at the cap is a pattern.
+        (
+            [[1, 7], [1, 7], [8, 8], [2, 3]],
+            {"segment_length": 2, "max_completion_length": 4},
+            [([1, 7, 8], "pattern"), ([1, 7, 2, 3], "length")],
+        ),
+    ],
+    ids=["prompt", "eos behind it", "behind eos", "at the cap"],
+)
+def test_what_a_pattern_ends(answers: list[list[int]], changes: dict[str, Any], expected: list[Any]) -> None:
+    tree = tree_of(ScriptedEngine(answers), 2, **changes, **PATTERN)
+    assert list(zip(completions(tree), reasons(tree), strict=True)) == expected
 
 
 @pytest.mark.parametrize("fallback", ["random", "low_prob", "root"])

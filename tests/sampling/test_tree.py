@@ -1,11 +1,11 @@
-"""Laws and hand arithmetic of `SegmentTree`."""
+"""Laws and hand arithmetic of `SegmentTree`, also of one that is made of rows."""
 
 import json
 import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from treepo_trl.sampling.tree import SegmentTree
@@ -49,24 +49,28 @@ def trees(draw: st.DrawFn) -> SegmentTree:
     return tree
 
 
-def test_ids_count_up_and_path_runs_from_the_root_side() -> None:
+def test_paths_tokens_and_depths_by_hand() -> None:
     tree = hand_tree()
     assert [tree.path(node) for node in (6, 5, 0, None)] == [[0, 3, 6], [1, 5], [0], []]
-
-
-def test_completion_is_the_concatenation_of_the_path_without_the_prompt() -> None:
-    tree = hand_tree()
+    # A completion is the concatenation of the path without the prompt.
     assert tree.completion_ids(6) == [1, 2, 4, 5, 6, 2]
     assert tree.logprobs(6) == [-0.1, -0.2, -0.5, -0.6, -0.7, -1.0]
-    assert tree.completion_ids(5) == [1, 0]
-    assert tree.completion_ids(None) == []
+    assert (tree.completion_ids(5), tree.completion_ids(None)) == ([1, 0], [])
     assert tree.sequence_ids(6) == [7, 8, 1, 2, 4, 5, 6, 2]
     assert tree.sequence_ids(None) == tree.prompt_ids == [7, 8]
+    assert [node.depth for node in tree.nodes] == [0, 0, 1, 1, 1, 1, 2]
+    # Tokens up to and including the node: 2, 1, 2 + 1, 2 + 3, 2 + 1, 1 + 1, 2 + 3 + 1.
+    assert [node.end for node in tree.nodes] == [2, 1, 3, 5, 3, 2, 6]
+    # Unique tokens count each node once, leaf tokens each leaf in full.
+    assert tree.num_unique_tokens == 2 + 1 + 1 + 3 + 1 + 1 + 1
+    assert tree.num_leaf_tokens == 3 + 3 + 2 + 6
 
 
 def test_leaves_are_the_finished_nodes_in_order_of_completion_until_they_are_sorted() -> None:
     tree = hand_tree()
     assert tree.leaves == [2, 4, 5, 6]
+    # The root has 2 children, node 0 has 3, nodes 1 and 3 have one each: 1/2 * 1/3 for 2, 4 and 6, and 1/2 for 5.
+    assert tree.leaf_weights() == pytest.approx([1 / 6, 1 / 6, 1 / 2, 1 / 6])
     assert tree.mean_length() == pytest.approx(3 / 6 + 3 / 6 + 2 / 2 + 6 / 6)
     tree.sort_leaves()
     assert tree.leaves == [2, 6, 4, 5]  # children in order of creation
@@ -74,25 +78,6 @@ def test_leaves_are_the_finished_nodes_in_order_of_completion_until_they_are_sor
     assert tree.mean_length() == hand_tree().mean_length()
     tree.sort_leaves()
     assert tree.leaves == [2, 6, 4, 5]
-
-
-def test_depth_and_end_count_ancestors_and_tokens() -> None:
-    tree = hand_tree()
-    assert [node.depth for node in tree.nodes] == [0, 0, 1, 1, 1, 1, 2]
-    # tokens up to and including the node: 2, 1, 2+1, 2+3, 2+1, 1+1, 2+3+1
-    assert [node.end for node in tree.nodes] == [2, 1, 3, 5, 3, 2, 6]
-
-
-def test_leaf_weights_by_hand() -> None:
-    # The root has 2 children, node 0 has 3, nodes 1 and 3 have one each.
-    # leaf 2: 1/2 * 1/3; leaf 4 the same; leaf 5: 1/2 * 1; leaf 6: 1/2 * 1/3 * 1.
-    assert hand_tree().leaf_weights() == pytest.approx([1 / 6, 1 / 6, 1 / 2, 1 / 6])
-
-
-def test_unique_tokens_count_each_node_once_and_leaf_tokens_each_leaf_in_full() -> None:
-    tree = hand_tree()
-    assert tree.num_unique_tokens == 2 + 1 + 1 + 3 + 1 + 1 + 1
-    assert tree.num_leaf_tokens == 3 + 3 + 2 + 6
 
 
 def test_depth_first_order_survives_deep_trees() -> None:
@@ -267,3 +252,49 @@ def test_an_inner_node_without_children_can_become_a_leaf_and_no_other() -> None
             tree.finish(node, "length")
     with pytest.raises(ValueError, match="finished path"):
         tree.add(late, [5])
+
+
+# Made of rows: equal prefixes are shared, every row stays what it was
+
+
+ROWS = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=7), min_size=1, max_size=6)
+
+
+@given(ROWS, st.booleans())
+@example([[2, 3], [2, 3], [2, 3, 1]], False)  # equal rows are leaves of their own, and a row may begin another one
+def test_every_row_is_a_leaf(completions: list[list[int]], has_masks: bool) -> None:
+    # A token's place and value say whether it was sampled: equal prefixes have equal masks.
+    masks = [[int((i + token) % 3 > 0) for i, token in enumerate(row)] for row in completions] if has_masks else None
+    logprobs = [[-float(token) for token in row] for row in completions]
+    tree = SegmentTree.from_rows([9], completions, logprobs, masks)
+    assert [tree.completion_ids(leaf) for leaf in tree.leaves] == completions
+    for i, leaf in enumerate(tree.leaves):
+        mask = [1] * len(completions[i]) if masks is None else masks[i]
+        assert tree.sampled_mask(leaf) == mask
+        assert tree.logprobs(leaf) == [value * flag for value, flag in zip(logprobs[i], mask, strict=True)]
+    for siblings in (tree.root_children, *(node.children for node in tree.nodes)):
+        inner = [tree.nodes[node] for node in siblings if tree.nodes[node].children]
+        starts = [(node.token_ids[0], node.is_sampled) for node in inner]
+        assert len(set(starts)) == len(starts)
+    assert len(tree.leaves) == sum(node.finish_reason is not None for node in tree.nodes)
+
+
+def test_no_token_is_stored_twice_that_rows_share() -> None:
+    tree = SegmentTree.from_rows([1], [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 4], [3]])
+    assert [list(node.token_ids) for node in tree.nodes] == [[5, 6], [3], [7], [9], [8], [4]]
+    assert tree.num_unique_tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("completions", "values", "message"),
+    [
+        ([[5], []], {}, "at least one token"),
+        ([[5, 6]], {"logprobs": [[-1.0]]}, "Got 1 log-probabilities for 2 tokens"),
+        ([[5, 6]], {"masks": [[1]]}, "Got a mask of 1 values for 2 tokens"),
+    ],
+)
+def test_rows_that_do_not_fit(
+    completions: list[list[int]], values: dict[str, list[list[float]]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        SegmentTree.from_rows([1], completions, **values)  # pyright: ignore[reportArgumentType]

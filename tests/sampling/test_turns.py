@@ -42,6 +42,8 @@ class Turns:
     """Answers the first turns of each path, after a while."""
 
     most: int = 2
+    length: int | None = None
+    """Of each answer; `None` for one that depends on the turn."""
     delay: Callable[[], float] = lambda: 0.0
     branches: bool = True
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8))
@@ -56,7 +58,8 @@ class Turns:
         self.ends.append(end)
         if end.num_turns >= self.most:
             return None
-        return Pending(self.pool.submit(time.sleep, self.delay()), end, 1 + sum(end.token_ids) % 5)
+        length = self.length or 1 + sum(end.token_ids) % 5
+        return Pending(self.pool.submit(time.sleep, self.delay()), end, length)
 
     def stored(self, index: int, node: int, answer: Answer) -> None:
         self.seen.append((index, node, answer))
@@ -66,7 +69,7 @@ class Turns:
 
 
 def sample(turns: Any, seed: int = 0, stop: float = 0.15, order: random.Random | None = None, **changes: Any) -> Any:
-    config = make_config(8, **{"max_completion_length": 60, "segment_length": 6, "stop_repetition": False, **changes})
+    config = make_config(8, **{"max_completion_length": 60, "segment_length": 6, **changes})
     engine = FakeEngine(memoryless(stop), seed, arrival=order)
     return TreeSampler(engine, config, [EOS]).sample(prompts_of(4), seed=seed, turns=turns)
 
@@ -156,18 +159,11 @@ def test_what_a_path_still_needs_is_counted_in_sampled_tokens() -> None:
     32 - 4 pays for two paths. With the answer there would be 4 left, and 28 / 4 = 7 paths be opened.
     """
 
-    class Told(Turns):
-        def begin(self, end: TurnEnd) -> Pending | None:
-            pending = super().begin(end)
-            if pending is not None:
-                pending.length = 8
-            return pending
-
     shape = {"max_tree_tokens": 32, "expected_completion_length": 16, "fallback_policy": "none"}
     shape |= {"initial_branching_factor": 1, "branching_factor": 8}
-    config = make_config(8, max_completion_length=32, segment_length=4, stop_repetition=False, **shape)
+    config = make_config(8, max_completion_length=32, segment_length=4, **shape)
     engine = ScriptedEngine([[5, 6, 7, EOS]] + [[8, EOS]] * 8)
-    (tree,) = TreeSampler(engine, config, [EOS]).sample([[1]], 0, turns=Told(most=1))
+    (tree,) = TreeSampler(engine, config, [EOS]).sample([[1]], 0, turns=Turns(most=1, length=8))
     assert len(tree.leaves) == 2
 
 
@@ -186,25 +182,16 @@ def test_no_fallback_starts_at_a_call(seed: int, policy: Any, candidates: Any) -
 def test_text_rules_see_the_turn_alone() -> None:
     """The pattern is in the answer, and across the end of the first turn: neither ends the path."""
 
-    class Told(Turns):
-        def begin(self, end: TurnEnd) -> Pending | None:
-            pending = super().begin(end)
-            if pending is not None:
-                pending.length = 3
-            return pending
-
-    config = make_config(
-        1, max_completion_length=40, segment_length=4, stop_pattern="<99>|<7><8>", stop_repetition=False
-    )
+    config = make_config(1, max_completion_length=40, segment_length=4, stop_pattern="<99>|<7><8>")
     engine = ScriptedEngine([[7, EOS], [8, 5, 6, 5], [7, 8, 9, 9]])
-    (tree,) = TreeSampler(engine, config, [EOS], decode_words).sample([[1]], seed=0, turns=Told(most=1))
+    (tree,) = TreeSampler(engine, config, [EOS], decode_words).sample([[1]], seed=0, turns=Turns(most=1, length=3))
     assert tree.completion_ids(tree.leaves[0]) == [7, EOS, ANSWER, ANSWER, ANSWER, 8, 5, 6, 5, 7, 8]
     assert tree.nodes[tree.leaves[0]].finish_reason == "pattern"
 
 
 def test_a_pattern_before_the_end_of_a_turn_calls_nothing() -> None:
     turns = Turns()
-    config = make_config(1, max_completion_length=40, segment_length=4, stop_pattern="<7>", stop_repetition=False)
+    config = make_config(1, max_completion_length=40, segment_length=4, stop_pattern="<7>")
     (tree,) = TreeSampler(ScriptedEngine([[5, 7, 8, EOS]]), config, [EOS], decode_words).sample([[1]], 0, turns=turns)
     assert tree.nodes[tree.leaves[0]].finish_reason == "pattern"
     assert turns.ends == []
@@ -212,7 +199,7 @@ def test_a_pattern_before_the_end_of_a_turn_calls_nothing() -> None:
 
 def test_a_turn_that_the_cap_cuts_calls_nothing() -> None:
     turns = Turns()
-    config = make_config(1, max_completion_length=4, segment_length=4, stop_repetition=False)
+    config = make_config(1, max_completion_length=4, segment_length=4)
     (tree,) = TreeSampler(ScriptedEngine([[5, 7, 8, 9]]), config, [EOS]).sample([[1]], 0, turns=turns)
     assert tree.nodes[tree.leaves[0]].finish_reason == "length"
     assert turns.ends == []
@@ -221,19 +208,12 @@ def test_a_turn_that_the_cap_cuts_calls_nothing() -> None:
 @pytest.mark.parametrize(("length", "reason"), [(2, "length"), (3, "overlong")])
 def test_an_answer_leaves_room_for_a_token(length: int, reason: str) -> None:
     """Of 6 tokens the turn has 3, EOS on the last: 2 tokens of an answer leave one."""
-
-    class Told(Turns):
-        def begin(self, end: TurnEnd) -> Pending | None:
-            assert end.room == 3
-            pending = super().begin(end)
-            assert pending is not None
-            pending.length = length
-            return pending
-
-    config = make_config(1, max_completion_length=6, segment_length=4, stop_repetition=False)
+    turns = Turns(most=1, length=length)
+    config = make_config(1, max_completion_length=6, segment_length=4)
     engine = ScriptedEngine([[5, 6, EOS], [8]])
-    (tree,) = TreeSampler(engine, config, [EOS]).sample([[1]], 0, turns=Told(most=1))
+    (tree,) = TreeSampler(engine, config, [EOS]).sample([[1]], 0, turns=turns)
     assert tree.nodes[tree.leaves[0]].finish_reason == reason
+    assert turns.ends[0].room == 3
 
 
 def test_spread_counts_sampled_tokens() -> None:
@@ -242,17 +222,10 @@ def test_spread_counts_sampled_tokens() -> None:
     8 ** (8 / 16) = 2.8 paths, rounded up 3. With the answers it would end at 16, and 2 * 2 = 4 be opened.
     """
 
-    class Told(Turns):
-        def begin(self, end: TurnEnd) -> Pending | None:
-            pending = super().begin(end)
-            if pending is not None:
-                pending.length = 8
-            return pending
-
     shape = {"branch_schedule": "spread", "expected_completion_length": 16, "fallback_policy": "none"}
-    config = make_config(8, max_completion_length=40, segment_length=4, stop_repetition=False, **shape)
+    config = make_config(8, max_completion_length=40, segment_length=4, **shape)
     engine = ScriptedEngine([[5, 6, 7, EOS]] * 2 + [[8, EOS]] * 4)
-    (tree,) = TreeSampler(engine, config, [EOS]).sample([[1]], 0, turns=Told(most=1))
+    (tree,) = TreeSampler(engine, config, [EOS]).sample([[1]], 0, turns=Turns(most=1, length=8))
     assert len(tree.leaves) == 3
     assert (tree.num_unique_tokens, tree.num_answer_tokens, tree.num_leaf_tokens) == (4 + 4 + 3 * 2, 16, 3 * 6)
     assert tree.mean_length() == 6.0
@@ -283,7 +256,7 @@ def test_a_slow_tool_on_one_tree_does_not_delay_the_others() -> None:
             assert 0 not in done
             turns.open.set()
 
-    config = make_config(4, max_completion_length=40, segment_length=6, stop_repetition=False)
+    config = make_config(4, max_completion_length=40, segment_length=6)
     sampler = TreeSampler(FakeEngine(memoryless(0.3)), config, [EOS])
     sampler.sample(prompts_of(4), 0, turns=turns, on_tree=on_tree)
     assert sorted(done) == [0, 1, 2, 3]
@@ -315,7 +288,7 @@ def test_an_answer_wakes_the_engine() -> None:
                 return []
             return super().collect()
 
-    config = make_config(2, max_completion_length=40, segment_length=6, stop_repetition=False)
+    config = make_config(2, max_completion_length=40, segment_length=6)
     sampler = TreeSampler(Engine(lambda path, rng: EOS), config, [EOS])
     trees = sampler.sample(prompts_of(2), 0, turns=Turns(most=1, delay=lambda: 0.02))
     assert woken
@@ -333,7 +306,7 @@ def test_an_error_of_an_answer_ends_the_rest(error: BaseException) -> None:
             return pending
 
     turns = Failing()
-    config = make_config(4, max_completion_length=40, segment_length=6, stop_repetition=False)
+    config = make_config(4, max_completion_length=40, segment_length=6)
     engine = FakeEngine(memoryless(0.3))
     with pytest.raises(type(error)) as caught:
         TreeSampler(engine, config, [EOS]).sample(prompts_of(3), 0, turns=turns)

@@ -10,11 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.fakes import EOS, MarkovEngine
-from treepo_trl.sampling import TreeSampler, TreeSamplingConfig
+from tests.support.sampling import make_config
+from treepo_trl.sampling import TreeSampler
 from treepo_trl.sampling.widths import heaviest_first, predicted_noise, square_root_widths
 
 
 WEIGHTS = st.lists(st.sampled_from([0.05, 0.1, 0.2, 0.25, 0.4, 1.0]), min_size=1, max_size=4)
+
+SQRT = {"branch_schedule": "sqrt", "fallback_policy": "none", "segment_length": 2}
 
 
 def noise_of(weights: list[float], counts: tuple[int, ...] | list[int]) -> float:
@@ -72,14 +75,7 @@ def test_no_other_widths_have_less_noise_for_the_price(depths: list[tuple[float,
 
 def test_paths_that_have_ended_take_their_share_of_the_width_with_them() -> None:
     """One width everywhere never branches again: as many leaves as that, of a tree that may have more."""
-    config = TreeSamplingConfig(
-        num_generations=16,
-        max_completion_length=24,
-        segment_length=2,
-        branch_schedule="sqrt",
-        fallback_policy="none",
-        stop_repetition=False,
-    )
+    config = make_config(16, **SQRT, max_completion_length=24)
     trees = TreeSampler(MarkovEngine(1, 0), config, [EOS]).sample([[9]] * 50, 0, widths=[4.0] * 12)
     assert {len(tree.leaves) for tree in trees} == {4}
 
@@ -87,14 +83,7 @@ def test_paths_that_have_ended_take_their_share_of_the_width_with_them() -> None
 @given(st.floats(0, 12), st.integers(2, 9), st.integers())
 def test_a_prompt_has_two_children_at_least(width: float, num_generations: int, seed: int) -> None:
     """However narrow its tree may begin: the advantage of a first segment is what sets it apart from its siblings."""
-    config = TreeSamplingConfig(
-        num_generations=num_generations,
-        max_completion_length=4,
-        segment_length=2,
-        branch_schedule="sqrt",
-        fallback_policy="none",
-        stop_repetition=False,
-    )
+    config = make_config(num_generations, **SQRT, max_completion_length=4)
     (tree,) = TreeSampler(MarkovEngine(1, 0), config, [EOS]).sample([[9]], seed, widths=[width, 9.0])
     number = min(max(width, 2), num_generations)
     assert math.floor(number) <= len(tree.root_children) <= math.ceil(number)
@@ -130,9 +119,7 @@ def test_the_schedule_opens_as_many_paths_as_its_widths() -> None:
     """Of a chain in which nothing ends, levels have the rounded widths, and the leaves are all there."""
     engine = MarkovEngine(1, 0)
     engine.TRANSITIONS = ((0, 0.5, 0.3, 0.2),) * 4  # pyright: ignore[reportAttributeAccessIssue]
-    config = TreeSamplingConfig(
-        num_generations=12, max_completion_length=18, segment_length=2, branch_schedule="sqrt", stop_repetition=False
-    )
+    config = make_config(12, **{**SQRT, "fallback_policy": "random"}, max_completion_length=18)
     widths = square_root_widths([1.0] * 9, [1.0] * 9, 12)
     counts: list[list[int]] = []
     for tree in TreeSampler(engine, config, [EOS]).sample([[9]] * 200, 0):

@@ -94,7 +94,7 @@ def check_treepo_trl(argv: list[str]) -> None:
         importlib.import_module(f"treepo_trl.commands.{COMMANDS[argv[0]][1]}").main(argv[1:])
 
 
-HAND_ON = {"benchmarks.quickstart", "benchmarks.ahead_on_server"}
+HAND_ON = {"benchmarks.quickstart"}
 """Scripts whose further options are those of `treepo-trl quickstart`."""
 
 

@@ -194,7 +194,7 @@ def resume_and_write(model: str, folder: str) -> None:
 
 def train_sharded_and_write(model: str, folder: str) -> None:
     """
-    Train an adapter on equal trees, with whole weights and with FSDP2.
+    Train an adapter on equal trees, with whole weights, and with FSDP2 and gradient checkpointing.
 
     Writes both logs, and how far the adapters that the engine got are from each other, the trained ones last.
     """
@@ -211,7 +211,10 @@ def train_sharded_and_write(model: str, folder: str) -> None:
             use_fake_policy(monkeypatch, partial(FakePolicy, synchronize=synchronize))
             if name == "sharded":
                 start_fsdp2(monkeypatch)
-            trainer = make_trainer(model, Path(folder, name), lora=True, tree_packing="sdpa", ddp_backend="gloo")
+            changes: dict[str, Any] = {"tree_packing": "sdpa", "ddp_backend": "gloo"}
+            if name == "sharded":  # which changes no number either
+                changes |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+            trainer = make_trainer(model, Path(folder, name), lora=True, **changes)
             trainer.train()
             synchronize(trainer)
             runs.append(adapters)

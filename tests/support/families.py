@@ -93,7 +93,6 @@ class Family:
     attention: str = "sdpa"
     adapted: Any = "all-linear"
     """`target_modules` of LoRA."""
-    packs: bool = True
     served_in: str = "float32"
     """What vLLM computes in on a CPU: some of its kernels know no float32."""
     served_as: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -208,7 +207,6 @@ FAMILIES = [
         "qwen3_next",
         "gated delta nets, experts",
         {**_DELTA, "shared_expert_intermediate_size": 32},
-        packs=False,
         served_in="bfloat16",
     ),
     Family(
@@ -216,7 +214,6 @@ FAMILIES = [
         "qwen3_5_text",
         "gated delta nets",
         _DELTA,
-        packs=False,
         served_in="bfloat16",
         about_vllm="how far transformers in bfloat16 is from float32 was measured on other paths than vLLM's, "
         "those of the transformers engine",
@@ -231,7 +228,6 @@ FAMILIES = [
             "block_dim": 64,
             "block_auto_adjust_ff_dim": False,
         },
-        packs=False,
         served_in="bfloat16",
     ),
     Family(
@@ -240,7 +236,6 @@ FAMILIES = [
         "Mamba-2 beside attention",
         _MAMBA,
         adapted=[*_ATTENTION, "in_proj", "gate_proj", "up_proj", "down_proj"],
-        packs=False,
         served_in="bfloat16",
     ),
     Family(
@@ -250,7 +245,6 @@ FAMILIES = [
         {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 8},
         attention="eager",
         adapted=["in_proj"],
-        packs=False,
         served_in="bfloat16",
     ),
     Family(
@@ -258,7 +252,6 @@ FAMILIES = [
         "bamba",
         "Mamba-2, attention",
         {**_MAMBA, "mamba_n_heads": 8, "attn_layer_indices": [1]},
-        packs=False,
         served_in="bfloat16",
     ),
     Family(
@@ -274,7 +267,6 @@ FAMILIES = [
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
         },
-        packs=False,
     ),
 ]
 FAMILY = {family.name: family for family in FAMILIES}

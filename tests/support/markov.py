@@ -2,8 +2,10 @@
 Policy gradients on a Markov chain: exact by summing over all completions, and as trees estimate them.
 
 The policy's parameters are the logits of `MarkovEngine.TRANSITIONS`; the reward is 1 for a completion whose EOS
-follows a 3. Used by `test_estimators.py` and `benchmarks/estimators.py`.
+follows a 3. Used by tests of estimators and by `benchmarks/chains.py`.
 """
+
+from collections.abc import Iterator
 
 import torch
 
@@ -91,3 +93,51 @@ def gradient_of(
             state = token
     # d log p(token | state) / d logits[state] = one_hot(token) - p(state)
     return counts - counts.sum(1, keepdim=True) * probabilities
+
+
+# Without chance: every tree, with its probability
+
+
+class EveryDraw:
+    """In place of a generator: run after run another outcome of its draws, until there is none."""
+
+    def __init__(self) -> None:
+        self._outcomes: list[tuple[int, int]] = []
+        """Draw by draw: which value comes in this run, and how many there are to choose from."""
+
+    def runs(self) -> Iterator[None]:
+        """Each is one run of the experiment; `chance` is then its probability."""
+        is_last = False
+        while not is_last:
+            self.chance, self._num_drawn = 1.0, 0
+            yield
+            while self._outcomes and self._outcomes[-1][0] == self._outcomes[-1][1] - 1:
+                self._outcomes.pop()
+            is_last = not self._outcomes
+            if not is_last:
+                value, count = self._outcomes[-1]
+                self._outcomes[-1] = value + 1, count
+
+    def choices(self, values: range, weights: tuple[float, ...]) -> list[int]:
+        """As `random.Random.choices`."""
+        if self._num_drawn == len(self._outcomes):
+            self._outcomes.append((0, len(values)))
+        which, _ = self._outcomes[self._num_drawn]
+        self._num_drawn += 1
+        self.chance *= weights[which]
+        return [values[which]]
+
+
+def every_tree(
+    config: TreeSamplingConfig, seed: int, transitions: tuple[tuple[float, ...], ...] | None = None, **options: object
+) -> tuple[list[SegmentTree], torch.Tensor]:
+    """All trees that a sampler with this seed grows from a chain, and their chances."""
+    engine, draws = MarkovEngine(1), EveryDraw()
+    engine.TRANSITIONS = transitions or engine.TRANSITIONS  # pyright: ignore[reportAttributeAccessIssue]
+    engine.rng = draws  # pyright: ignore[reportAttributeAccessIssue]
+    trees: list[SegmentTree] = []
+    chances: list[float] = []
+    for _ in draws.runs():
+        trees += TreeSampler(engine, config, [EOS]).sample([[9]], seed, **options)
+        chances.append(draws.chance)
+    return trees, torch.tensor(chances, dtype=torch.float64)

@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import json
 import random
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,40 +23,41 @@ WIDTH = 6
 TEXT_OF_ANSWER = "<tool_response>\n"
 
 
+def with_template(tokenizer: Tokenizer, *words: str, **options: str) -> PreTrainedTokenizerFast:
+    """The tokenizer with Qwen3's special tokens, some other whole words, and its chat template."""
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
+    ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **ends, **options)
+    fast.clean_up_tokenization_spaces = False
+    fast.chat_template = qwen3_chat_template
+    return fast
+
+
+def with_ends_of(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]) -> Qwen3ForCausalLM:
+    """A tiny model that ends and pads as a tokenizer does."""
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = make_model(**{**ends, **settings})
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
 def make_chat_tokenizer() -> PreTrainedTokenizerFast:
     """A token per byte, with Qwen3's chat template, which TRL knows how to parse."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
     words = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
-    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
-    )
-    fast.clean_up_tokenization_spaces = False
-    fast.chat_template = qwen3_chat_template
-    return fast
+    return with_template(tokenizer, *words)
 
 
 def make_chat_model(**changes: object) -> Qwen3ForCausalLM:
     """The tiny model with this tokenizer's vocabulary."""
-    tokenizer = make_chat_tokenizer()
-    settings = {
-        "vocab_size": 272,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "head_dim": 16,
-        "max_position_embeddings": 4096,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    model = make_model(**{**settings, **changes})
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model
+    size = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16}
+    return with_ends_of(make_chat_tokenizer(), {**size, "max_position_embeddings": 4096, **changes})
 
 
 CHARACTERS = "\nasitnuer12"
@@ -73,17 +73,7 @@ def make_letter_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<unk>",
-        padding_side="left",
-    )
-    fast.clean_up_tokenization_spaces = False
-    fast.chat_template = qwen3_chat_template
+    fast = with_template(tokenizer, unk_token="<unk>")
     fast.response_template = {
         "defaults": {"role": "assistant"},
         "start_anchor": "<|im_start|>assistant\n",
@@ -104,12 +94,8 @@ def make_letter_tokenizer() -> PreTrainedTokenizerFast:
 def make_letter_model(**changes: object) -> Qwen3ForCausalLM:
     """A tiny model with this tokenizer's vocabulary, whose turns are short."""
     tokenizer = make_letter_tokenizer()
-    settings = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "initializer_range": 0.15}
-    settings |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = make_model(**{**settings, **changes})
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "initializer_range": 0.15}
+    return with_ends_of(tokenizer, {**size, **changes})
 
 
 def echo(text: str) -> str:
@@ -284,14 +270,3 @@ def tool_trainer(cls: type, config: Any, agent: QueueEngine | None = None, **cha
     model = arguments.pop("model", None) or make_chat_model()
     trainer = build(cls, model, config, **arguments)
     return trainer if agent is None else with_agent(trainer, agent)
-
-
-def sleeping(seconds: Callable[[], float]) -> Callable[..., Any]:
-    """`add`, after a while."""
-
-    def add_slowly(a: int, b: int) -> int:
-        time.sleep(seconds())
-        return a + b
-
-    add_slowly.__name__, add_slowly.__doc__ = "add", add.__doc__
-    return add_slowly

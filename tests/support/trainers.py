@@ -233,6 +233,15 @@ def assert_same_run(
     assert_same_parameters(parameters_of(a), parameters_of(b), parameter_tolerance)
 
 
+def assert_same_logs(a: Any, b: Any, *only: str) -> None:
+    """All metrics but times are the same; names that begin with one of `only` are those of one of the two."""
+    for mine, theirs in zip(a.state.log_history, b.state.log_history, strict=True):
+        assert {key for key in set(mine) ^ set(theirs) if not key.startswith((*only, "profiling/"))} == set()
+        for key in set(mine) & set(theirs):
+            if not any(part in key for part in ("seconds", "time", "per_second", "profiling/")):
+                assert mine[key] == pytest.approx(theirs[key], abs=1e-4, rel=1e-4, nan_ok=True), key
+
+
 # Advantages
 
 

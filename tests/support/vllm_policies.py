@@ -94,9 +94,10 @@ def lora_trainer(
     quantization_config: BitsAndBytesConfig | None = None,
     peft_changes: dict[str, Any] | None = None,
     reward: Any = different_words,
+    arguments: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> TreePOTrainer:
-    """A trainer of a new adapter on `model`, or of the one that it has."""
+    """A trainer of a new adapter on `model`, or of the one that it has, with further `arguments`."""
     settings = {
         "use_cpu": not torch.cuda.is_available(),
         "use_vllm": True,
@@ -110,12 +111,12 @@ def lora_trainer(
     }
     adapter: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
     adapter |= peft_changes or {}
+    data = Dataset.from_dict({"prompt": [f"w{i} w{i + 1} w{i + 2}" for i in range(32)]})
     return TreePOTrainer(
         model=model,
-        processing_class=make_tokenizer(),
         reward_funcs=reward,
         args=config(tmp_path, **{**settings, **kwargs}),
-        train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1} w{i + 2}" for i in range(32)]}),
+        **{"processing_class": make_tokenizer(), "train_dataset": data, **(arguments or {})},
         quantization_config=quantization_config,
         peft_config=None if isinstance(model, PeftModel) else LoraConfig(task_type="CAUSAL_LM", **adapter),
     )

@@ -1,7 +1,6 @@
 """Trainings with dynamic sampling: what is sampled, scored, trained on and logged."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from peft import LoraConfig
 from tests.support.models import make_reward_model, make_tokenizer
 from tests.support.trainers import (
     RecordingTrainer,
+    assert_same_logs,
     assert_same_run,
     build,
     change,
@@ -110,11 +110,7 @@ def test_with_nothing_to_replace_it_is_the_run_without(
     without, dynamic = runs
     assert dynamic.sampled == without.sampled
     assert_same_run(without, dynamic)
-    for a, b in zip(without.state.log_history, dynamic.state.log_history, strict=True):
-        assert {key for key in b if not key.startswith("dynamic_sampling/")} == set(a)
-        for key in a:
-            if not any(part in key for part in ("seconds", "time", "per_second", "profiling/")):
-                assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4, nan_ok=True), key
+    assert_same_logs(without, dynamic, "dynamic_sampling/")
     for a, b in zip(tables_of(tmp_path / "0"), tables_of(tmp_path / "3"), strict=True):
         pd.testing.assert_frame_equal(a, b, atol=1e-4)
     trees = [sorted((tmp_path / str(rounds) / "trees").iterdir()) for rounds in (0, 3)]
@@ -187,35 +183,6 @@ def test_async_and_model_rewards_with_chat_prompts_and_lora(tmp_path: Path, tiny
         )
         sampled.append([len(prompts) for prompts in trainer.sampled])
     assert sampled == [[2], [2, 2]]
-
-
-def test_aggregation_decides_what_is_a_signal(tmp_path: Path, tiny_model_dir: str) -> None:
-    """+1 and -2 of two functions: equal sums with weights 1 and 1/2, and no signal by sum alone."""
-
-    def up(completion_ids: list, **_: Any) -> list[float]:
-        return [float(i % 2) for i in range(len(completion_ids))]
-
-    def down(completion_ids: list, **_: Any) -> list[float]:
-        return [-2.0 * (i % 2) for i in range(len(completion_ids))]
-
-    changes = {"max_steps": 1, "dynamic_sampling_rounds": 1, "reward_weights": [1.0, 0.5]}
-    for aggregation, num_samplings in (("sum_then_normalize", 2), ("normalize_then_sum", 1)):
-        changes["multi_objective_aggregation"] = aggregation
-        trainer = train(tmp_path, tiny_model_dir, "vvvv", [up, down], **changes)
-        assert len(trainer.sampled) == num_samplings
-
-
-def test_an_infinite_reward_is_no_signal(tmp_path: Path, tiny_model_dir: str) -> None:
-    def infinite(kind: list[str], **_: Any) -> list[float]:
-        return [-math.inf if k == "i" and i % 2 else 0.0 for i, k in enumerate(kind)]
-
-    changes = {"max_steps": 1, "dynamic_sampling_rounds": 1, "log_completions": True}
-    trainer = train(tmp_path, tiny_model_dir, "iiiiiii", infinite, **changes)
-    assert len(trainer.sampled) == 2
-    assert logs_of(trainer, "dynamic_sampling/frac_without_signal") == [1.0]
-    (table,) = tables_of(tmp_path)
-    assert table["infinite"].isna().tolist() == [False, True] * 4  # not scored
-    assert change(trainer) == 0
 
 
 def test_unused_columns_are_removed_as_trl_does(tmp_path: Path, tiny_model_dir: str) -> None:

@@ -55,12 +55,3 @@ def test_evaluation_does_not_disturb_training(tmp_path: Path, tiny_model_dir: st
     evaluated.train()
     assert_same_parameters(parameters_of(alone), parameters_of(evaluated))
     assert len(logs_of(evaluated, "eval_reward")) == 4
-
-
-def test_evaluate_before_training(tmp_path: Path, tiny_model_dir: str) -> None:
-    config = make_config(tmp_path, per_device_eval_batch_size=4)
-    trainer = build(SpyTrainer, tiny_model_dir, config, eval_dataset=plain_prompts(2))
-    metrics = trainer.evaluate()
-    assert trainer.all_trees == []
-    assert "eval_loss" in metrics
-    assert len(trainer.evaluations) == 2

@@ -43,17 +43,6 @@ def assert_has_learned(trainer: Trainer, model: str) -> None:
     assert any(not torch.equal(before[key], after[key].to(before[key].dtype)) for key in before)
 
 
-def test_only_the_names_differ() -> None:
-    old, new = side("-").splitlines(), side("+").splitlines()
-    assert len(old) == len(new)
-    changed = [(a, b) for a, b in zip(old, new, strict=True) if a != b]
-    assert changed == [
-        ("from trl import GRPOConfig, GRPOTrainer", "from treepo_trl import TreePOConfig, TreePOTrainer"),
-        ("config = GRPOConfig(", "config = TreePOConfig("),
-        ("trainer = GRPOTrainer(", "trainer = TreePOTrainer("),
-    ]
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_both_sides_train_and_trees_go_on_from_a_checkpoint_of_grpotrainer(
     tmp_path: Path, tiny_model_dir: str

@@ -9,14 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.trainers import (
-    SpyTrainer,
-    expected_advantages,
-    logs_of,
-    make_config,
-    parity_reward,
-    trained,
-)
+from tests.support.trainers import SpyTrainer, expected_advantages, logs_of, make_config, parity_reward, trained
 from treepo_trl import SegmentTree, tree_log
 from treepo_trl.metrics import tree_metrics, tree_totals
 from treepo_trl.sampling.sampler import SamplingStats
@@ -124,17 +117,6 @@ def test_a_lost_log_is_a_warning_once_until_a_log_is_written_again(
     assert counts == [2, 0, 2]
     write_step(3, fails=True)
     assert len(caplog.records) == 2
-
-
-def test_a_training_goes_on_without_its_logs(
-    tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "trees").write_text("a file where the folder should be")
-    trainer = trained(SpyTrainer, tiny_model_dir, make_config(tmp_path, log_trees=True))
-    assert trainer.state.global_step == 2
-    lost = [message for message in caplog.messages if "are lost" in message]
-    assert len(lost) == 1
-    assert "The trees of step 0 are lost: File exists." in lost[0]
 
 
 # Reading

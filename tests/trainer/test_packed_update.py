@@ -7,14 +7,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import (
-    BitsAndBytesConfig,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import BitsAndBytesConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from tests.support.models import make_model, make_tokenizer
+from tests.support.models import make_model
 from tests.support.trainers import (
     ReplayTrainer,
     SpyTrainer,
@@ -172,29 +167,6 @@ def test_packing_a_mixture_of_experts(tmp_path: Path, changes: dict[str, Any]) -
             )
 
 
-def test_the_reference_model_may_have_another_attention(tmp_path: Path) -> None:
-    """TRL loads the reference of a policy that is given as a model with `model_init_kwargs`."""
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    runs = []
-    for packing in ("off", "sdpa"):
-        policy = Qwen3ForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="sdpa", dtype="float32")
-        config = make_config(
-            tmp_path / packing,
-            tree_packing=packing,
-            beta=0.1,
-            num_iterations=2,
-            model_init_kwargs={"attn_implementation": "eager", "dtype": "float32"},
-        )
-        runs.append(build(SpyTrainer if packing == "off" else ReplayTrainer, policy, config))
-        assert runs[-1].ref_model.config._attn_implementation == "eager"
-        if packing == "sdpa":
-            runs[1].recorded = runs[0].all_trees
-        runs[-1].train()
-    assert_same_run(*runs, ("loss", "grad_norm", "kl"))
-    assert logs_of(runs[1], "kl")[0] == pytest.approx(0, abs=1e-6)
-
-
 def test_shuffled_rows_stay_with_their_tree_and_their_advantages(tmp_path: Path, tiny_model_dir: str) -> None:
     """Micro-batches of one tree each: every row of a micro-batch has the same prompt, and all prompts come up."""
     config = make_config(
@@ -223,22 +195,3 @@ def test_shuffled_rows_stay_with_their_tree_and_their_advantages(tmp_path: Path,
         )
 
     assert rows_of(seen) == rows_of([trainer.generations[0]["output"]])
-
-
-def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'flex'` needs a CUDA device, this is 'cpu'.*Set `tree_packing='sdpa'`"):
-        build(TreePOTrainer, make_model(), make_config(tmp_path, tree_packing="flex"))
-
-
-def test_auto_packing_falls_back_to_plain_rows_with_one_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("treepo_trl.update.packable.why_no_trees", lambda model: "it does not hand keywords on")
-    trainer = trained(TreePOTrainer, make_model(), make_config(tmp_path, tree_packing="auto"))
-    assert trainer.state.global_step == 2
-    assert not logs_of(trainer, "tree/packing_ratio")
-    warnings = [r.message.removeprefix("[RANK 0] ") for r in caplog.records if "not packed" in r.message]
-    assert warnings == [
-        "Shared prefixes are not packed for Qwen3ForCausalLM: it does not hand keywords on. Training forwards plain "
-        "rows, as GRPOTrainer does."
-    ]

@@ -9,16 +9,7 @@ import pytest
 import torch
 
 from tests.support.models import make_reward_model, make_tokenizer
-from tests.support.trainers import (
-    SpyTrainer,
-    change,
-    expected_advantages,
-    length_reward,
-    make_config,
-    parity_reward,
-    plain_prompts,
-    trained,
-)
+from tests.support.trainers import SpyTrainer, expected_advantages, length_reward, make_config, parity_reward, trained
 
 
 def test_several_rewards_are_weighted(tmp_path: Path, tiny_model_dir: str) -> None:
@@ -76,33 +67,3 @@ def test_missing_rewards_are_left_out(tmp_path: Path, tiny_model_dir: str) -> No
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
     record = json.loads((tmp_path / "trees/trees_000000.jsonl").read_text().splitlines()[0])
     assert record["rewards"][0] is None
-
-
-def test_no_reward_at_all_moves_nothing(tmp_path: Path, tiny_model_dir: str) -> None:
-    def nothing(completions: list[str], **kwargs: Any) -> list[None]:
-        return [None] * len(completions)
-
-    trainer = trained(SpyTrainer, tiny_model_dir, make_config(tmp_path), reward_funcs=nothing)
-    assert change(trainer) == 0
-
-
-def test_dataset_columns_reach_the_reward(tmp_path: Path, tiny_model_dir: str) -> None:
-    calls = []
-
-    def check(
-        prompts: list[str], completions: list[str], completion_ids: list[list[int]], answer: list[str], **kwargs: Any
-    ) -> list[float]:
-        calls.append((prompts, completions, completion_ids, answer, kwargs["trainer_state"].global_step))
-        return parity_reward(completion_ids)
-
-    dataset = plain_prompts()
-    dataset = dataset.add_column("answer", [f"answer to {p}" for p in dataset["prompt"]])
-    trainer = trained(SpyTrainer, tiny_model_dir, make_config(tmp_path), reward_funcs=check, train_dataset=dataset)
-    tokenizer = make_tokenizer()
-    assert [call[-1] for call in calls] == [0, 1]
-    for (prompts, completions, completion_ids, answers, _), trees in zip(calls, trainer.all_trees, strict=True):
-        assert answers == [f"answer to {p}" for p in prompts]
-        for i, (tree, leaf) in enumerate((t, leaf) for t in trees for leaf in t.leaves):
-            assert tokenizer(prompts[i])["input_ids"] == tree.prompt_ids
-            assert completion_ids[i] == tree.completion_ids(leaf)
-            assert completions[i] == tokenizer.decode(completion_ids[i], skip_special_tokens=True)

@@ -98,22 +98,6 @@ def test_trees_give_advantages_per_segment(tmp_path: Path) -> None:
     assert min(logs_of(trainer, "tree/leaf_unique_ratio")) > 1
 
 
-def test_rows_of_a_search_of_ones_own(tmp_path: Path) -> None:
-    """`SegmentTree.from_rows` finds what they share."""
-
-    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
-        trees = []
-        for ids in trainer.processing_class(prompts[::NUM_GENERATIONS])["input_ids"]:
-            rows = [[10, 11, 12, i] for i in range(2)] + [[10, 20, i] for i in range(2)]
-            trees.append(SegmentTree.from_rows(ids, rows))
-        return {"trees": trees}
-
-    config = make_config(tmp_path, max_steps=1)
-    trainer = trained(TreePOTrainer, make_model(), config, rollout_func=rollout)
-    assert trainer._batch.completion_ids()[4:] == [[10, 11, 12, 0], [10, 11, 12, 1], [10, 20, 0], [10, 20, 1]]
-    assert logs_of(trainer, "tree/unique_tokens") == [2 * (1 + 2 + 2 + 1 + 2)]
-
-
 def test_evaluation_takes_rows_and_trees(tmp_path: Path) -> None:
     def rollout(prompts: list[str], trainer: TreePOTrainer) -> dict[str, Any]:
         ids = trainer.processing_class(prompts)["input_ids"]
@@ -160,10 +144,7 @@ def _change(**changes: Any) -> Callable[..., dict[str, Any]]:
             _change(prompt_ids=lambda columns: [*columns["prompt_ids"][:0:-1], [5]]),
             "has returned different `prompt_ids` for rows 4 to 7",
         ),
-        (
-            _change(completion_ids=lambda columns: [[], *columns["completion_ids"][1:]]),
-            "4 values for 0 tokens",
-        ),
+        (_change(completion_ids=lambda columns: [[], *columns["completion_ids"][1:]]), "4 values for 0 tokens"),
         (lambda prompts, trainer: {"prompt_ids": [], "logprobs": []}, "must return keys"),  # TRL's error
         (
             lambda prompts, trainer: {"trees": [SegmentTree.from_rows([5], [[6], [7]])]},

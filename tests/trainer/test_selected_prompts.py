@@ -67,26 +67,6 @@ def test_with_dynamic_sampling_replacements_are_selected_too(tmp_path: Path, tin
     assert logs_of(trainer, "dynamic_sampling/frac_without_signal") == [0] * 12
 
 
-def test_a_streamed_dataset_is_selected_from(tmp_path: Path, tiny_model_dir: str) -> None:
-    data = labelled("zvzzzzvzzz").to_iterable_dataset()
-    trainer = train(tmp_path, tiny_model_dir, data, max_steps=12, shuffle_dataset=False, **SELECTED)
-    drawn = [prompt for prompts in trainer.sampled for prompt in prompts]
-    assert drawn[:10] == [f"w{i}" for i in range(10)]
-    assert logs_of(trainer, "prompt_selection/frac_passed_over")[-1] > 0
-
-
-def test_evaluation_has_all_its_prompts(tmp_path: Path, tiny_model_dir: str) -> None:
-    data = labelled("zzvz")
-    config = make_config(
-        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1, num_generations_eval=4, **SELECTED
-    )
-    trainer = trained(
-        TreePOTrainer, tiny_model_dir, config, train_dataset=data, eval_dataset=data, reward_funcs=reward_by_kind
-    )
-    assert logs_of(trainer, "eval_reward") == [0.125] * 4
-    assert not any(key.startswith("eval_prompt_selection") for log in trainer.state.log_history for key in log)
-
-
 def test_pass_rates_end_with_the_setting(tmp_path: Path, tiny_model_dir: str) -> None:
     """A training that goes on without it keeps none in its checkpoints, with dynamic sampling and without."""
 

@@ -19,7 +19,6 @@ from tests.support.trainers import (
     make_config,
     parameters_of,
     plain_prompts,
-    watch_loss,
 )
 
 
@@ -56,60 +55,6 @@ def test_the_reference_is_the_policy_at_the_start(tmp_path: Path, tiny_model_dir
     with trainer.model.disable_adapter():
         base = full_logprobs(trainer.model, [10, 11], [12, 13, 14])
     assert (full_logprobs(trainer.model, [10, 11], [12, 13, 14]) - base).abs().max() > 0.1
-
-
-def test_the_gradient_of_the_kl_term_is_that_to_the_starting_adapter(
-    tmp_path: Path, tiny_model_dir: str, adapter: str
-) -> None:
-    """
-    By hand: mean over rows and their tokens of `exp(q - p) - (q - p) - 1` for log-probabilities p and q.
-
-    TRL multiplies it by the importance ratio (`use_bias_correction_kl`), which is 1 here and has a gradient.
-    """
-    config = make_config(tmp_path, **KL, learning_rate=0.0, max_steps=1)
-    trainer = build(RecordingTrainer, policy(tiny_model_dir, adapter), config, **NO_REWARD)
-    reference = policy(tiny_model_dir, adapter, is_trainable=False)
-    torch.manual_seed(2)
-    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-    for parameter in trained.values():
-        parameter.data += 0.02 * torch.randn_like(parameter)
-    gradients: list[dict[str, torch.Tensor]] = []
-
-    def look(model: Any, inputs: dict[str, Any]) -> None:
-        by_hand = policy(tiny_model_dir, adapter)
-        by_hand.load_state_dict(model.state_dict(), strict=False)
-        total = torch.tensor(0.0)
-        for row in range(len(inputs["prompt_ids"])):
-            prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
-            completion = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()]
-            ids = torch.cat([prompt, completion])[None]
-            p, q = (
-                each(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, completion[:, None])[:, 0]
-                for each in (by_hand, reference)
-            )
-            kl = (q.detach() - p).exp() - (q.detach() - p) - 1
-            total = total + (kl * (p - p.detach()).exp()).mean()
-        (BETA * total / len(inputs["prompt_ids"])).backward()
-        gradients.append({name: p.grad for name, p in by_hand.named_parameters() if p.grad is not None})
-
-    watch_loss(trainer, look)
-    taken: dict[str, torch.Tensor] = {}
-    create = trainer.create_optimizer
-
-    def create_optimizer(*args: Any) -> Any:
-        optimizer = create(*args)
-        hook = lambda *_: taken.update({name: p.grad.clone() for name, p in trained.items()})  # noqa: E731
-        optimizer.register_step_pre_hook(hook)
-        return optimizer
-
-    trainer.create_optimizer = create_optimizer
-    trainer.args.max_grad_norm = 0.0  # no clipping
-    trainer.train()
-    (expected,) = gradients
-    assert expected.keys() == taken.keys() == trained.keys()
-    assert max(gradient.abs().max() for gradient in taken.values()) > 1e-3
-    for name, gradient in taken.items():
-        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-3)
 
 
 def test_a_resumed_training_keeps_adapter_and_reference(tmp_path: Path, tiny_model_dir: str, adapter: str) -> None:

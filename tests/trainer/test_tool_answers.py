@@ -12,6 +12,12 @@ from treepo_trl import SegmentTree, TreePOTrainer
 from treepo_trl.tree_log import read_trees
 
 
+def answers_of(trainer: Any) -> set[str]:
+    """What the tools have said in all trees."""
+    nodes = [node for trees in trainer.all_trees for tree in trees for node in tree.nodes]
+    return {message["content"] for node in nodes for message in node.messages if message["role"] == "tool"}
+
+
 @pytest.mark.parametrize(
     ("answer", "shown"),
     [
@@ -34,15 +40,7 @@ def test_long_answers_are_cut_off(tmp_path: Path, answer: str, shown: str) -> No
         tools=[tell],
     )
     trainer.train()
-    texts = {
-        message["content"]
-        for trees in trainer.all_trees
-        for tree in trees
-        for node in tree.nodes
-        for message in node.messages
-        if message["role"] == "tool"
-    }
-    assert texts == {shown}
+    assert answers_of(trainer) == {shown}
 
 
 def test_an_answer_that_cannot_fit_is_not_tokenized(tmp_path: Path) -> None:
@@ -116,12 +114,5 @@ def test_text_that_no_tokenizer_takes(tmp_path: Path) -> None:
         tools=[echo],
     )
     trainer.train()
-    answers = {
-        message["content"]
-        for tree in trainer.all_trees[0]
-        for node in tree.nodes
-        for message in node.messages
-        if message["role"] == "tool"
-    }
-    assert answers == {"??", "{'error': 'Tool \\ud83d not found.'}"}
+    assert answers_of(trainer) == {"??", "{'error': 'Tool \\ud83d not found.'}"}
     assert list(read_trees(tmp_path / "trees/trees_000000.jsonl"))

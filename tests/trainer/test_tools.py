@@ -1,8 +1,6 @@
 """Trainings with tools: the real engine of the policy, the logs, evaluation, dynamic sampling and checkpoints."""
 
 import itertools
-import random
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,6 @@ from trl.chat_template_utils import parse_response
 
 from tests.support.tools import (
     LATER,
-    TOOLS,
-    WIDTH,
     ScriptedAgent,
     add,
     call,
@@ -21,22 +17,12 @@ from tests.support.tools import (
     make_letter_model,
     make_letter_tokenizer,
     questions,
-    sleeping,
-    slow_mul,
     talk_reward,
     tool_config,
     tool_trainer,
 )
-from tests.support.trainers import (
-    RecordingTrainer,
-    SpyTrainer,
-    assert_same_parameters,
-    change,
-    logs_of,
-    parameters_of,
-)
+from tests.support.trainers import RecordingTrainer, SpyTrainer, assert_same_parameters, change, logs_of, parameters_of
 from treepo_trl import SegmentTree
-from treepo_trl.tree_log import read_trees
 
 
 LETTERS: dict[str, Any] = {
@@ -126,54 +112,6 @@ def test_packed_rows_with_answers_give_the_loss_of_plain_rows(tmp_path: Path) ->
     assert logs_of(packed, "tree/packing_ratio")[0] > 1.5
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
-def test_what_an_answer_has_for_an_advantage_does_not_matter(tmp_path: Path, loss_type: str) -> None:
-    class Changed(SpyTrainer):
-        noise = 0.0
-
-        def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
-            wrong = self.noise * torch.ones_like(inputs["advantages"]) * (1 - inputs["tool_mask"])
-            return super()._compute_loss(model, {**inputs, "advantages": inputs["advantages"] + wrong})
-
-    finals = []
-    for noise in (0.0, 100.0):
-        settings = {"loss_type": loss_type, "advantage_estimator": "treerl", "max_steps": 1}
-        trainer = tool_trainer(Changed, tool_config(tmp_path / str(noise), **settings), ScriptedAgent(2))
-        trainer.noise = noise
-        trainer.train()
-        finals.append(parameters_of(trainer))
-    assert_same_parameters(*finals, 0.0)
-
-
-def test_a_mixed_turn_has_its_answers_in_order(tmp_path: Path) -> None:
-    """Stock TRL puts asynchronous answers last, where a template without call ids gives them to the wrong call."""
-    first = [f"I do both. {call('slow_mul', a=2, b=5)}\n{call('add', a=7, b=8)}"]
-    trainer = tool_trainer(
-        RecordingTrainer, tool_config(tmp_path, max_steps=1), ScriptedAgent(0, first, ["Done."]), tools=[add, slow_mul]
-    )
-    trainer.train()
-    nodes = [node for trees in trainer.all_trees for tree in trees for node in tree.nodes]
-    answers = [node.messages for node in nodes if not node.is_sampled]
-    assert answers
-    for messages in answers:
-        assert [(each["name"], each["content"]) for each in messages] == [("slow_mul", "10"), ("add", "15")]
-
-
-def test_trees_and_advantages_do_not_depend_on_the_time_that_tools_take(tmp_path: Path) -> None:
-    rng, runs = random.Random(0), []
-    for name, seconds in (("now", lambda: 0.0), ("later", lambda: rng.random() / 100)):
-        tools = [sleeping(seconds), *TOOLS[1:]]
-        trainer = tool_trainer(SpyTrainer, tool_config(tmp_path / name), ScriptedAgent(5), tools=tools)
-        trainer.train()
-        runs.append(trainer)
-    now, later = runs
-    for ours, theirs in zip(now.all_trees, later.all_trees, strict=True):
-        assert [tree.to_dict() for tree in ours] == [tree.to_dict() for tree in theirs]
-    for ours, theirs in zip(now.generations, later.generations, strict=True):
-        assert torch.equal(ours["output"]["advantages"], theirs["output"]["advantages"])
-    assert_same_parameters(parameters_of(now), parameters_of(later), 0.0)
-
-
 def test_rewards_may_change_the_conversations(tmp_path: Path) -> None:
     """Rows share nodes, and no messages."""
     seen = []
@@ -198,21 +136,6 @@ def test_evaluation_calls_tools_too(tmp_path: Path) -> None:
     assert trainer.all_trees == []
     trainer.train()
     assert len(trainer.all_trees) == 1
-
-
-def test_the_tree_log_has_conversations(tmp_path: Path) -> None:
-    trainer = tool_trainer(RecordingTrainer, tool_config(tmp_path, log_trees=True), ScriptedAgent(1))
-    trainer.train()
-    for step, trees in enumerate(trainer.all_trees):
-        lines = list(read_trees(tmp_path / f"trees/trees_{step:06d}.jsonl"))
-        for line, tree in zip(lines, trees, strict=True):
-            again = SegmentTree.from_dict(line["tree"])
-            for mine, theirs in zip(again.nodes, tree.nodes, strict=True):
-                assert (mine.is_sampled, mine.messages) == (theirs.is_sampled, theirs.messages)
-                assert (mine.num_calls, mine.num_failures) == (theirs.num_calls, theirs.num_failures)
-            assert [again.sampled_mask(leaf) for leaf in again.leaves] == [
-                tree.sampled_mask(leaf) for leaf in tree.leaves
-            ]
 
 
 def test_completions_are_logged_with_their_mean_advantage(tmp_path: Path) -> None:
@@ -277,30 +200,3 @@ def test_a_training_is_resumed_inside_of_a_batch(tmp_path: Path) -> None:
     assert len(resumed.generations) == 1
     assert logs_of(resumed, "loss")[:2] == pytest.approx(logs_of(whole, "loss")[:2], abs=1e-5)
     assert set(found) == set(expected)
-
-
-# Errors
-
-
-@pytest.mark.parametrize("error", [RuntimeError("lost"), KeyboardInterrupt()])
-def test_after_an_error_of_the_engine_no_thread_is_left(tmp_path: Path, error: BaseException) -> None:
-    class Failing(ScriptedAgent):
-        fails = True
-
-        def collect(self, wake: Any = None) -> Any:
-            results = super().collect(wake)
-            if self.fails and any(len(node) > 1200 for node in self._asked):
-                raise error
-            return results
-
-    agent = Failing(1)
-    trainer = tool_trainer(
-        SpyTrainer, tool_config(tmp_path, max_steps=1), agent, tools=[sleeping(lambda: 0.01), *TOOLS[1:]]
-    )
-    with pytest.raises(type(error)):
-        trainer.train()
-    assert not [thread for thread in threading.enumerate() if thread.name == "tool"]
-    agent.fails = False
-    trainer.train()
-    assert trainer.state.global_step == 1
-    assert len(trainer._batch.trees[0].leaves) == WIDTH

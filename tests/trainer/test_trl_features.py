@@ -12,7 +12,6 @@ from tests.support.models import make_model
 from tests.support.trainers import (
     SpyTrainer,
     build,
-    change,
     expected_advantages,
     logs_of,
     make_config,
@@ -28,17 +27,6 @@ from treepo_trl import TreePOConfig, TreePOTrainer
 def changed_parameters(trainer: Any) -> list[str]:
     after = parameters_of(trainer)
     return [name for name, value in trainer.initial_parameters.items() if not torch.equal(value, after[name])]
-
-
-def test_old_logprobs_for_several_iterations(tmp_path: Path, tiny_model_dir: str) -> None:
-    trainer = trained(SpyTrainer, tiny_model_dir, make_config(tmp_path, num_iterations=2, max_steps=4))
-    assert len(trainer.generations) == 2
-    for generation in trainer.generations:
-        old, mask = generation["output"]["old_per_token_logps"], generation["output"]["completion_mask"]
-        for i, (tree, leaf) in enumerate((t, leaf) for t in generation["trees"] for leaf in t.leaves):
-            logprobs = tree.logprobs(leaf)  # temperature 1, nothing cut off: the policy's own
-            assert old[i, : len(logprobs)].tolist() == pytest.approx(logprobs, abs=1e-4)
-            assert mask[i].sum() == len(logprobs)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -94,24 +82,6 @@ def test_truncated_completions_are_masked_and_logged(tmp_path: Path, tiny_model_
         assert [a for line in lines for a in json.loads(line)["advantages"]] == pytest.approx(expected, abs=1e-4)
     assert num_masked
     assert num_kept
-
-
-def test_all_completions_truncated_moves_nothing(tmp_path: Path, tiny_model_dir: str) -> None:
-    config = make_config(
-        tmp_path, mask_truncated_completions=True, max_completion_length=2, segment_length=1, max_steps=1
-    )
-    trainer = trained(SpyTrainer, tiny_model_dir, config)
-    assert trainer.generations[0]["output"]["completion_mask"].sum() == 0, "choose a seed without EOS"
-    assert change(trainer) == 0
-
-
-def test_optimizers_are_used(tmp_path: Path, tiny_model_dir: str) -> None:
-    model = make_model()
-    only = [model.model.norm.weight]
-    optimizer = torch.optim.SGD(only, lr=0.5)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    trainer = trained(SpyTrainer, model, make_config(tmp_path), optimizers=(optimizer, scheduler))
-    assert changed_parameters(trainer) == ["model.norm.weight"]
 
 
 @pytest.mark.parametrize("args", ["default", "bf16"])

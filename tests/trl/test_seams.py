@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import trl
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
@@ -107,22 +106,6 @@ def test_override_takes_what_trl_passes(name: str) -> None:
         assert written(override) == SIGNATURES[name]
 
 
-def test_results_of_what_is_called() -> None:
-    """By position: the third of what `_generate` returns is the tool mask, the fourth are the completions."""
-    source = inspect.getsource(GRPOTrainer._generate)
-    assert "return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields" in source
-
-
-def test_results_of_the_tool_loop() -> None:
-    """Seven, in this order, as `TreePOTrainer` gives them; asked for only where there are tools."""
-    source = inspect.getsource(GRPOTrainer._tool_call_loop)
-    assert (
-        "return tool_mask, completions, completion_ids, logprobs, tool_call_count, tool_failure_count, tool_images"
-        in source
-    )
-    assert "if self.tools:\n            (\n                tool_mask," in inspect.getsource(GRPOTrainer._generate)
-
-
 def test_init_takes_what_trl_takes() -> None:
     assert written(TreePOTrainer.__init__) == INIT_PARAMETERS
 
@@ -157,63 +140,9 @@ def test_names_are_replaced_in_one_file() -> None:
     assert using == {"trl_seams.py"}
 
 
-def test_environments_come_from_the_pool() -> None:
-    """By length and index alone, before anything is sampled; rewards read them from the trainer afterwards."""
-    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
-    for line in (
-        "pool = self._environment_pool[name]",
-        "if index == len(pool):",
-        "self.environments.append(pool[index])",
-        "observation = environment.reset(**reset_kwargs)",
-    ):
-        assert source.index(line) < source.index("self._generate(prompts)"), line
-    assert 'reward_kwargs["environments"] = self.environments' in inspect.getsource(GRPOTrainer._calculate_rewards)
-    assert "self._batch_environments" in inspect.getsource(GRPOTrainer._tokenize_prompts)
-
-
-def test_replaced_attributes_are_read_from_the_trainer() -> None:
-    assert "self.train_dataset" in inspect.getsource(GRPOTrainer.get_train_dataloader)
-    assert "self._metrics[mode]" in inspect.getsource(GRPOTrainer._generate)
-
-
 def test_replaced_llm_is_looked_up_in_the_module() -> None:
     assert "LLM" in called_names(VLLMGeneration._init_vllm)
     assert "LLM" in inspect.getsource(vllm_generation)
-
-
-def test_replaced_shuffle_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name is resolved when the method runs, not bound earlier."""
-    seen = []
-    monkeypatch.setattr(grpo_trainer, "shuffle_sequence_dict", lambda batch: seen.append(batch) or batch)
-
-    class Fake:
-        model = torch.nn.Linear(1, 1)
-        num_iterations = 1
-        _step = 0
-        _buffered_inputs = None
-        args = type("Args", (), {"steps_per_generation": 1})()
-
-        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-            return {"completion_ids": torch.zeros(2, 1)}
-
-    inspect.unwrap(GRPOTrainer._prepare_inputs)(Fake(), {})
-    assert len(seen) == 1
-
-
-def test_callers_use_the_overrides() -> None:
-    """The overridden methods are on the path from a training step to the loss."""
-    assert "_generate_single_turn" in called_names(GRPOTrainer._generate)
-    scoring = called_names(GRPOTrainer._generate_and_score_completions)
-    assert {"_generate", "_calculate_rewards", "_get_per_token_logps_and_entropies"} <= scoring
-    assert "_get_per_token_logps_and_entropies" in called_names(GRPOTrainer._compute_loss)
-    assert "_generate_and_score_completions" in called_names(GRPOTrainer._prepare_inputs)
-
-
-def test_loss_takes_advantages_per_token() -> None:
-    """TRL keeps two-dimensional advantages as they are."""
-    source = inspect.getsource(GRPOTrainer._compute_loss)
-    assert 'advantages = inputs["advantages"]' in source
-    assert "if advantages.dim() == 1:" in source
 
 
 def test_attributes_that_the_trainer_reads() -> None:
@@ -267,8 +196,7 @@ def test_choices_are_those_that_the_source_of_trl_compares_with() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("loss_type", "gpro"), ("loss_type", None), ("scale_rewards", "False"), ("vllm_mode", "sever")],
+    ("name", "value"), [("loss_type", "gpro"), ("loss_type", None), ("scale_rewards", "False"), ("vllm_mode", "sever")]
 )
 def test_other_choices_are_refused_before_a_model_is_loaded(name: str, value: str | None, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"`{name}` is {value!r}; it must be one of '"):

@@ -1,4 +1,4 @@
-"""Tree advantages: the paper's figure 3 by hand, and the laws that hold on every tree."""
+"""Tree advantages: the paper's figure 3 by hand, the laws that hold on every tree, and paths of trees as tensors."""
 
 import math
 import random
@@ -8,11 +8,12 @@ from typing import get_args
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn.functional import pad
 
-from treepo_trl.update.advantages import ESTIMATORS, AdvantageEstimator, tree_advantages
+from treepo_trl.sampling.tree import SegmentTree
+from treepo_trl.update.advantages import ESTIMATORS, AdvantageEstimator, expand_to_tokens, leaf_paths, tree_advantages
 
 
 LeafSet = tuple[torch.Tensor, torch.Tensor]
@@ -26,7 +27,7 @@ nan = math.nan
 #   c ─ c1 ─ c11 = -1, c12 = -1
 #     ─ c2 ─ c21 = +1, c22 = +1, c23 = -1
 #     ─ c3 = -1
-LEAVES = ["a", "b", "c11", "c12", "c21", "c22", "c23", "c3"]
+# Leaves: a, b, c11, c12, c21, c22, c23, c3.
 REWARDS = torch.tensor([-1.0, 1, -1, -1, 1, 1, -1, -1])
 ANCESTORS = torch.tensor(
     [[0, -1, -1], [1, -1, -1], [2, 3, 5], [2, 3, 6], [2, 4, 7], [2, 4, 8], [2, 4, 9], [2, 10, -1]]
@@ -229,7 +230,11 @@ def slow_reference(
 options = st.fixed_dictionaries({"estimator": st.sampled_from(list(ESTIMATORS)), "subgroup_rejection": st.booleans()})
 
 
+UNSCORABLE = (torch.tensor([2.0, nan, 2.0, 5.0]).double(), torch.tensor([[0, 2], [0, 3], [0, 4], [1, -1]]))
+
+
 @given(leaf_sets(), options, st.booleans(), st.integers(0, 99))
+@example(UNSCORABLE, {"estimator": "treepo", "subgroup_rejection": True}, False, 0)  # no other reward of its group
 def test_agrees_with_a_slow_loop(leaves: LeafSet, options: dict, weighted: bool, seed: int) -> None:
     rewards, ancestors = leaves
     before = rewards.clone()
@@ -306,33 +311,6 @@ def test_trees_in_a_batch_do_not_see_each_other(trees: list[LeafSet], options: d
         torch.testing.assert_close(batch[i], single)
 
 
-def test_leaf_weights_weight_the_group_means_and_sizes() -> None:
-    # Weights 1/2 for leaf 2, 1/4 each for leaves 0 and 1 (a root with two children, one of which has two).
-    # Query mean: (1/4 * 1 + 1/4 * 0 + 1/2 * 0) / 1 = 1/4 (unweighted 1/3); node 0: 1/2, weight 1/2.
-    rewards, ancestors = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([[0, 2], [0, 3], [1, -1]])
-    weights = torch.tensor([0.25, 0.25, 0.5])
-    grpo = advantages_of(rewards, ancestors, "grpo", leaf_weights=weights)
-    torch.testing.assert_close(grpo, torch.tensor([3 / 4, -1 / 4, -1 / 4]))
-    # treepo: (3/4 + 1/2)/2 = 5/8, (-1/4 - 1/2)/2 = -3/8, -1/4
-    treepo = advantages_of(rewards, ancestors, "treepo", leaf_weights=weights)
-    torch.testing.assert_close(treepo, torch.tensor([5 / 8, -3 / 8, -1 / 4]))
-    # size weighted with weights 1 and 1/2: (3/4 + 1/4)/1.5 = 2/3, (-1/4 - 1/4)/1.5 = -1/3, -1/4
-    sized = advantages_of(rewards, ancestors, "treepo_size_weighted", leaf_weights=weights)
-    torch.testing.assert_close(sized, torch.tensor([2 / 3, -1 / 3, -1 / 4]))
-    # treerl: node 0 (2/2 - 1/4 - 1/4)/sqrt(2), two leaves whatever they weigh; 2 - 1/4 - 1/2, -1/4 - 1/2; -1/4 - 1/4
-    treerl = tree_advantages(rewards, ancestors, "treerl", leaf_weights=weights)
-    torch.testing.assert_close(treerl, torch.tensor([[0.5 / 2**0.5, 5 / 4], [0.5 / 2**0.5, -3 / 4], [-1 / 2, 0]]))
-
-
-@pytest.mark.parametrize("reward", [2.0, -2.0])
-def test_an_unscorable_leaf_is_no_other_reward_of_its_group(reward: float) -> None:
-    # The subgroup of node 0 has equal rewards and is rejected: the query group alone counts, of mean (2 r + 5) / 3.
-    rewards, ancestors = torch.tensor([reward, nan, reward, 5.0]), torch.tensor([[0, 2], [0, 3], [0, 4], [1, -1]])
-    values = advantages_of(rewards, ancestors, "treepo", subgroup_rejection=True)
-    mean = (2 * reward + 5) / 3
-    torch.testing.assert_close(values, torch.tensor([reward - mean, 0.0, reward - mean, 5 - mean]))
-
-
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_tree_without_weight_has_no_advantages(estimator: str) -> None:
     advantages = tree_advantages(REWARDS, ANCESTORS, estimator, leaf_weights=torch.zeros(len(REWARDS)))
@@ -364,3 +342,41 @@ def test_the_choices_of_the_setting_are_the_estimators() -> None:
 def test_unknown_estimator_is_refused_with_the_choices() -> None:
     with pytest.raises(ValueError, match=r"`estimator` is 'gae'\. Choose one of treepo, treepo_size_weighted, .*grpo"):
         tree_advantages(torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64), "gae")
+
+
+# Paths of trees, and values of segments over their tokens
+
+
+def hand_tree() -> SegmentTree:
+    """0: [1, 2] with children 2: [3] (leaf) and 3: [4, 5, 6] with 5: [8] (leaf); 1: [7] (leaf)."""
+    tree = SegmentTree([9])
+    tree.add(None, [1, 2], [-1.0, -1.0])
+    tree.add(None, [7], [-1.0], "stop")
+    tree.add(0, [3], [-1.0], "stop")
+    tree.add(0, [4, 5, 6], [-1.0, -1.0, -1.0])
+    tree.add(3, [8], [-1.0], "stop")
+    tree.sort_leaves()
+    return tree
+
+
+def test_leaf_paths_are_in_the_order_of_the_leaves_and_padded_to_the_deepest() -> None:
+    # Leaves of the second tree are the nodes 1, 2 and 4 in order of completion; depth first 2, 4, 1.
+    flat = SegmentTree([9])
+    for token in (1, 2, 3):
+        flat.add(None, [token] * token, [-1.0] * token, "stop")
+    ids, lengths = leaf_paths([flat, hand_tree()])
+    assert ids.dtype == lengths.dtype == torch.int64
+    assert ids.tolist() == [[[0, -1, -1], [1, -1, -1], [2, -1, -1]], [[0, 2, -1], [0, 3, 4], [1, -1, -1]]]
+    assert lengths.tolist() == [[[1, 0, 0], [2, 0, 0], [3, 0, 0]], [[2, 1, 0], [2, 3, 1], [1, 0, 0]]]
+
+
+def test_expand_repeats_each_value_over_its_segments_tokens() -> None:
+    # Values past a leaf are ignored.
+    values = torch.tensor([[[1, 2, 7], [3, 4, 5], [6, 7, 7]]] * 2, dtype=torch.float64)
+    expanded = expand_to_tokens(values, leaf_paths([hand_tree(), hand_tree()])[1], num_tokens=8)
+    assert expanded.dtype == torch.float64
+    assert expanded.tolist() == 2 * [
+        [1, 1, 2, 0, 0, 0, 0, 0],  # 2 + 1 tokens
+        [3, 3, 4, 4, 4, 5, 0, 0],  # 2 + 3 + 1
+        [6, 0, 0, 0, 0, 0, 0, 0],
+    ]

@@ -1,7 +1,5 @@
 """Advantages of trees with answers: an answer is no decision, and belongs to the segment that called for it."""
 
-import math
-
 import pytest
 import torch
 
@@ -31,6 +29,15 @@ def tree_with_answers(with_answers: bool = True) -> SegmentTree:
 REWARDS = torch.tensor([[1.0, 0.0, 0.5]])
 
 
+def sampled_values(tree: SegmentTree, advantages: torch.Tensor, lengths: torch.Tensor) -> list[list[float]]:
+    """The value of each sampled token of each leaf."""
+    tokens = expand_to_tokens(advantages, lengths, 12).tolist()
+    return [
+        [value for value, flag in zip(row, tree.sampled_mask(leaf), strict=False) if flag]
+        for row, leaf in zip(tokens, tree.leaves, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_segments_have_the_advantages_that_they_have_without_answers(estimator: str) -> None:
     values = []
@@ -39,12 +46,7 @@ def test_segments_have_the_advantages_that_they_have_without_answers(estimator: 
         ids, lengths = leaf_paths([tree])
         scores = leaf_scores([tree])
         advantages = tree_advantages(REWARDS, ids, estimator, leaf_scores=scores)
-        tokens = expand_to_tokens(advantages, lengths, 8)
-        rows = [
-            [value for value, flag in zip(row, tree.sampled_mask(leaf), strict=False) if flag]
-            for row, leaf in zip(tokens.tolist(), tree.leaves, strict=True)
-        ]
-        values.append(rows)
+        values.append((sampled_values(tree, advantages, lengths), scores.tolist()))
     assert values[0] == values[1]
 
 
@@ -62,11 +64,7 @@ def test_weights_are_those_without_answers(estimator: str) -> None:
         tree.sort_leaves()
         ids, lengths = leaf_paths([tree])
         rewards = torch.tensor([[1.0, 0.0, 0.25, 0.5]])
-        tokens = expand_to_tokens(weighted_advantages([tree], ids, rewards, estimator), lengths, 12)
-        rows = [
-            [value for value, flag in zip(row, tree.sampled_mask(leaf), strict=False) if flag]
-            for row, leaf in zip(tokens.tolist(), tree.leaves, strict=True)
-        ]
+        rows = sampled_values(tree, weighted_advantages([tree], ids, rewards, estimator), lengths)
         depths = DepthStatistics.of_depth(4)
         depths.add(tree, rewards[0].tolist())
         values.append((rows, tree.leaf_weights(), tree.mean_length(), depths))
@@ -89,13 +87,6 @@ def test_value_difference_by_hand() -> None:
     torch.testing.assert_close(tokens, torch.tensor(expected))
 
 
-def test_treepo_counts_no_group_twice() -> None:
-    """Eq. 5 for the first leaf: (1 - 0.5 of all, 1 - 0.5 of the two behind the first segment) / 2 = 0.5."""
-    (ids, _) = leaf_paths([tree_with_answers()])
-    advantages = tree_advantages(torch.tensor([[1.0, 0.0, 0.8]]), ids, "treepo")
-    assert advantages[0, 0, 0].item() == pytest.approx(((1 - 0.6) + (1 - 0.5)) / 2)
-
-
 def test_different_answers_to_one_call_are_a_group() -> None:
     """A search of one's own may ask twice; then the answers decide something."""
     rows = [[3, 90, 6], [3, 91, 7]]
@@ -104,10 +95,3 @@ def test_different_answers_to_one_call_are_a_group() -> None:
     assert lengths.sum(-1).tolist() == [[3, 3]]
     advantages = expand_to_tokens(tree_advantages(torch.tensor([[1.0, 0.0]]), ids, "value_difference"), lengths, 3)
     assert advantages.tolist() == [[0.0, 0.5, 0.0], [0.0, -0.5, 0.0]]
-
-
-def test_scores_count_sampled_tokens() -> None:
-    scores = leaf_scores([tree_with_answers()])
-    expected = 3 - sum(math.exp(logprob) for logprob in (-0.1, -0.2, -0.4))
-    assert scores[0, 0].item() == pytest.approx(expected)
-    torch.testing.assert_close(scores, leaf_scores([tree_with_answers(False)]))

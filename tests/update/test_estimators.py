@@ -1,23 +1,24 @@
 """Which tree estimators have the policy gradient as their mean, on a Markov chain whose gradient is known."""
 
 import statistics
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.fakes import EOS, MarkovEngine
+from tests.support.fakes import MarkovEngine
 from tests.support.markov import (
     PROBABILITIES,
     estimated_gradients,
+    every_tree,
     exact_gradient,
     gradient_of,
     reward_of,
     sample_trees,
 )
-from treepo_trl import SegmentTree, TreeSampler, TreeSamplingConfig
+from tests.support.sampling import make_config
+from treepo_trl import SegmentTree
 from treepo_trl.update.advantages import leaf_paths
 from treepo_trl.update.row_advantages import weighted_advantages
 
@@ -131,56 +132,6 @@ def test_treerl_has_another_gradient_too() -> None:
 # Without chance: every tree, with its probability
 
 
-class EveryDraw:
-    """In place of a generator: run after run another outcome of its draws, until there is none."""
-
-    def __init__(self) -> None:
-        self._outcomes: list[tuple[int, int]] = []
-        """Draw by draw: which value comes in this run, and how many there are to choose from."""
-
-    def runs(self) -> Iterator[None]:
-        """Each is one run of the experiment; `chance` is then its probability."""
-        is_last = False
-        while not is_last:
-            self.chance, self._num_drawn = 1.0, 0
-            yield
-            while self._outcomes and self._outcomes[-1][0] == self._outcomes[-1][1] - 1:
-                self._outcomes.pop()
-            is_last = not self._outcomes
-            if not is_last:
-                value, count = self._outcomes[-1]
-                self._outcomes[-1] = value + 1, count
-
-    def choices(self, values: range, weights: tuple[float, ...]) -> list[int]:
-        """As `random.Random.choices`."""
-        if self._num_drawn == len(self._outcomes):
-            self._outcomes.append((0, len(values)))
-        which, _ = self._outcomes[self._num_drawn]
-        self._num_drawn += 1
-        self.chance *= weights[which]
-        return [values[which]]
-
-
-def every_tree(seed: int, widths: list[float], fallback: str) -> tuple[list[SegmentTree], torch.Tensor]:
-    """All trees of W = 4 and at most two tokens a leaf that a sampler with this seed grows, and their chances."""
-    config = TreeSamplingConfig(
-        num_generations=4,
-        max_completion_length=2,
-        segment_length=1,
-        branch_schedule="sqrt",
-        fallback_policy=fallback,
-        stop_repetition=False,
-    )
-    engine, draws = MarkovEngine(1), EveryDraw()
-    engine.rng = draws  # pyright: ignore[reportAttributeAccessIssue]
-    trees: list[SegmentTree] = []
-    chances: list[float] = []
-    for _ in draws.runs():
-        trees += TreeSampler(engine, config, [EOS]).sample([[9]], seed, widths=widths)
-        chances.append(draws.chance)
-    return trees, torch.tensor(chances, dtype=torch.float64)
-
-
 @pytest.mark.parametrize("estimator", ["leave_one_out", "optimal_baseline"])
 @pytest.mark.parametrize("fallback", ["none", "root"])
 @pytest.mark.parametrize("first_width", [1.0, 2.5])
@@ -190,7 +141,9 @@ def test_the_mean_over_every_tree_is_the_gradient(first_width: float, fallback: 
 
     A leaf of a fallback to the prompt brings 1 / W of the gradient on top.
     """
-    trees, chances = every_tree(0, [first_width, 4.0], fallback)
+    shape = {"max_completion_length": 2, "segment_length": 1, "branch_schedule": "sqrt", "fallback_policy": fallback}
+    config = make_config(4, **shape)
+    trees, chances = every_tree(config, 0, widths=[first_width, 4.0])
     assert chances.sum().item() == pytest.approx(1)
     num_late = sum(
         chance * sum(node.wave > 0 for node in tree.nodes if node.depth == 0)

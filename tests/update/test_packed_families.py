@@ -1,23 +1,22 @@
 """Families of `docs/models.md` that pack: log-probabilities and gradients are those of the plain rows."""
 
 import dataclasses
+import json
 
 import pytest
 
 from tests.support.families import FAMILIES, FAMILY, Family
-from tests.support.family_checks import batches, compare_packed, padding_error, why_not_packed
+from tests.support.family_checks import batches, compare_packed
+from tests.support.paths import ROOT
 from tests.support.rows import trees
 from treepo_trl.update import tree_attention
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 WINDOWED = {"sliding_attention": FAMILY["Gemma 3"], "chunked_attention": FAMILY["Llama 4"]}
-PACKED = [family for family in FAMILIES if family.packs]
-
-
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_family_packs_or_says_why_not(family: Family) -> None:
-    assert (why_not_packed(family.model()) is None) == family.packs
+FACTS = json.loads((ROOT / "docs/models.json").read_text(encoding="utf-8"))["families"]
+PACKED = [family for family in FAMILIES if FACTS[family.name]["facts"]["not_packed"] is None]
+"""Those that tests/test_models_page.py finds to pack; the others say why not there."""
 
 
 @pytest.mark.parametrize("rows", list(batches()))
@@ -41,11 +40,3 @@ def test_windows_and_chunks_of_any_size(kind: str, window: int, attention: str) 
     found = compare_packed(resized.model(), trees(2))
     assert found.logps < 1e-4
     assert found.gradients < 1e-5
-
-
-@pytest.mark.parametrize(
-    "family", [family for family in FAMILIES if family.name != "GPT-2"], ids=lambda family: family.name
-)
-def test_plain_rows_do_not_depend_on_their_padding(family: Family) -> None:
-    """Recurrent layers too: what is trained on plain rows is what was sampled."""
-    assert padding_error(family.model()) < 1e-4

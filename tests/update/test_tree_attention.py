@@ -55,9 +55,7 @@ def dense_mask(parents: list[int], reach: Reach = FULL_REACH) -> torch.Tensor:
 
 
 REACHES = st.one_of(
-    st.just(FULL_REACH),
-    st.builds(Reach, window=st.integers(1, 30)),
-    st.builds(Reach, chunk=st.integers(1, 30)),
+    st.just(FULL_REACH), st.builds(Reach, window=st.integers(1, 30)), st.builds(Reach, chunk=st.integers(1, 30))
 )
 
 
@@ -100,6 +98,12 @@ def attend(
     **layer: Any,
 ) -> torch.Tensor:
     return tree(nn.Module(), *inputs, LayerAttention(Scores(dropout, scaling, softcap), **layer))
+
+
+@pytest.fixture(params=[0, 10**9])
+def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of blocks are gathered again for the backward pass, or kept."""
+    monkeypatch.setattr(tree_attention, "_MAX_KEPT_COPIES", request.param)
 
 
 def gradients_of(output: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -146,20 +150,14 @@ def test_depths_are_the_lengths_of_paths(parents: list[int]) -> None:
     assert depths.tolist() == [len(path_to(parents, i)) - 1 for i in range(len(parents))]
 
 
-@pytest.mark.parametrize("max_kept", [0, 10**9])
+@pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize("scaling", [None, 1.5])
 @pytest.mark.parametrize("reach", [FULL_REACH, Reach(window=3)])
 @pytest.mark.parametrize(("softcap", "with_sinks"), [(0.5, False), (None, True)])
 def test_soft_caps_and_sinks_are_those_of_the_formula(
-    softcap: float | None,
-    with_sinks: bool,
-    reach: Reach,
-    scaling: float | None,
-    max_kept: int,
-    monkeypatch: pytest.MonkeyPatch,
+    softcap: float | None, with_sinks: bool, reach: Reach, scaling: float | None
 ) -> None:
     """Products, bounded; a sink's score beside those of the keys, its weight thrown away."""
-    monkeypatch.setattr(tree_attention, "_MAX_KEPT_COPIES", max_kept)
     parents = [i - 1 for i in range(12)] + [5, *range(12, 17)] + [-1, 18, 18]
     query, key, value = inputs = states(len(parents))
     sinks = torch.tensor([2.0, -1.0, 0.5, 4.0], requires_grad=True)  # a weight of most and of nearly nothing
@@ -179,12 +177,9 @@ def test_soft_caps_and_sinks_are_those_of_the_formula(
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("max_kept", [0, 10**9])
+@pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_gradients_are_as_close_as_the_dense_ones(
-    dtype: torch.dtype, max_kept: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tree_attention, "_MAX_KEPT_COPIES", max_kept)
+def test_half_precision_gradients_are_as_close_as_the_dense_ones(dtype: torch.dtype) -> None:
     parents = [i - 1 for i in range(64)] + [31, *range(64, 95)] + [15, *range(96, 127)]  # a trunk with two branches
     exact, half = states(len(parents)), [tensor.detach().to(dtype).requires_grad_() for tensor in states(len(parents))]
     truth = gradients_of(dense(parents, exact), exact)
@@ -195,9 +190,8 @@ def test_half_precision_gradients_are_as_close_as_the_dense_ones(
         assert (ours - true).norm() < 1.5 * (theirs - true).norm()
 
 
-@pytest.mark.parametrize("max_kept", [0, 10**9])
-def test_autocast_attends_in_its_own_dtype(max_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tree_attention, "_MAX_KEPT_COPIES", max_kept)
+@pytest.mark.usefixtures("kept")
+def test_autocast_attends_in_its_own_dtype() -> None:
     inputs = states(len(FOREST))
     tree = TreeAttention(last_of(FOREST), "sdpa", 2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -216,10 +210,9 @@ def test_dropout_drops_weights_and_keeps_the_mean() -> None:
     torch.testing.assert_close(draws.mean(0), dense(FOREST, inputs), atol=0.15, rtol=0)
 
 
-@pytest.mark.parametrize("max_kept", [0, 10**9])
-def test_dropout_is_the_same_in_both_passes(max_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("kept")
+def test_dropout_is_the_same_in_both_passes() -> None:
     """Also of a path that is too long to be kept: a block that is attended again would drop other weights."""
-    monkeypatch.setattr(tree_attention, "_MAX_KEPT_COPIES", max_kept)
     inputs = states(len(FOREST))
     torch.manual_seed(0)
     output = attend(TreeAttention(last_of(FOREST), "sdpa", 2), inputs, dropout=0.5)

@@ -1,7 +1,5 @@
 """Which rewards the update of a segment reads: laws on random trees, and a tree with fallbacks by hand."""
 
-import itertools
-import math
 import random
 
 import pytest
@@ -66,63 +64,6 @@ def test_nothing_is_learned_from_a_group_of_equal_rewards(rng: random.Random, es
     """The entropy of a policy that gets nothing right stays what it is."""
     tree = grown_tree(rng, 2)
     assert values_of(tree, [reward] * len(tree.leaves), estimator).abs().max() < 1e-9
-
-
-# The mean over all trees of a policy that ends at once or draws a second token
-
-
-END, ON, RIGHT, WRONG = range(4)
-
-
-def of_all_trees(ends: float, right: float, reward_of_end: float, falls_back: bool) -> tuple[torch.Tensor, float]:
-    """Mean of the estimate of trees with three leaves that start with two paths; mean number of fallback leaves."""
-    p = {END: ends, ON: 1 - ends, RIGHT: right, WRONG: 1 - right}
-    rewards = {END: reward_of_end, RIGHT: 1.0, WRONG: 0.0}
-    mean, num_late, total = torch.zeros(4, dtype=torch.float64), 0.0, 0.0
-
-    def count(first: tuple[int, ...], seconds: list[tuple[int, int]], late: tuple[int, ...], chance: float) -> None:
-        nonlocal mean, num_late, total
-        chance *= math.prod(p[token] for token in (*first, *(token for _, token in seconds), *late))
-        tree = SegmentTree([9])
-        nodes = [tree.add(None, [t], [math.log(p[t])], "stop" if t == END else None) for t in first]
-        for path, token in seconds:
-            tree.add(nodes[path], [token], [math.log(p[token])], "stop")
-        parent = None
-        for i, token in enumerate(late):
-            reason = "stop" if i == len(late) - 1 else None
-            parent = tree.add(parent, [token], [math.log(p[token])], reason, wave=1)
-        values = values_of(tree, [rewards[tree.completion_ids(leaf)[-1]] for leaf in tree.leaves], "leave_one_out")
-        for row, leaf in zip(values.tolist(), tree.leaves, strict=True):
-            for value, node in zip(row, tree.path(leaf), strict=False):
-                (token,) = tree.nodes[node].token_ids
-                score = torch.tensor([-p[t] * ((t < RIGHT) == (token < RIGHT)) for t in range(4)], dtype=torch.float64)
-                score[token] += 1
-                mean = mean + chance * value * score
-        num_late, total = num_late + chance * bool(late), total + chance
-
-    for first in itertools.product((END, ON), repeat=2):
-        live = [path for path, token in enumerate(first) if token == ON]
-        splits = {0: [()], 1: [(2,)], 2: [(2, 1), (1, 2)]}[len(live)]  # the third leaf goes to either path
-        for split in splits:
-            paths = [path for path, number in zip(live, split, strict=True) for _ in range(number)]
-            for tokens in itertools.product((RIGHT, WRONG), repeat=len(paths)):
-                fallbacks = [(END,), (ON, RIGHT), (ON, WRONG)] if falls_back and not live else [()]
-                for late in fallbacks:
-                    count(first, list(zip(paths, tokens, strict=True)), late, 1 / len(splits))
-    assert total == pytest.approx(1)
-    return mean, num_late
-
-
-@pytest.mark.parametrize("falls_back", [False, True])
-@pytest.mark.parametrize(("ends", "right", "reward"), [(0.3, 0.9, 0.5), (0.1, 0.9, 0.85), (0.5, 0.95, 0.9)])
-def test_the_mean_over_all_trees_is_the_gradient(ends: float, right: float, reward: float, falls_back: bool) -> None:
-    """Each leaf of a fallback to the prompt brings 1 / W of the gradient on top; nothing else changes."""
-    mean, num_late = of_all_trees(ends, right, reward, falls_back)
-    value = ends * reward + (1 - ends) * right
-    first, second = (1 - ends) * (right - value), (1 - ends) * right * (1 - right)
-    exact = torch.tensor([ends * (reward - value), first, second, -second], dtype=torch.float64)
-    torch.testing.assert_close(mean, exact * (1 + num_late / 3))
-    assert (num_late > 0) == falls_back
 
 
 def test_earlier_paths_are_judged_without_a_fallback() -> None:

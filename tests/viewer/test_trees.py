@@ -94,15 +94,6 @@ def test_prompts_are_counted_in_their_step_and_equal_ones_have_one_key(tmp_path:
     assert [each["key"] for each in index["trees"]] == [0, 1, 1, 2, 1, 2]
 
 
-def test_later_logs_may_say_that_a_segment_was_not_sampled() -> None:
-    from treepo_trl.viewer.trees import tree_view
-
-    line = logged_line(small_tree(), "Question", [0.0, 0.0, 0.0])
-    line["tree"]["nodes"][3]["is_sampled"] = False
-    views = tree_view(line, None)["nodes"]  # pyright: ignore[reportArgumentType]
-    assert [view.get("is_sampled") for view in views] == [None, None, None, False, None]
-
-
 def test_calls_and_answers_of_turns() -> None:
     from treepo_trl.viewer.trees import tree_view
 
@@ -118,6 +109,7 @@ def test_calls_and_answers_of_turns() -> None:
     first, second, third, *_ = tree_view(line, None)["nodes"]  # pyright: ignore[reportArgumentType]
     assert first.get("calls") == ['add({"a": 1, "b": "é"})', "bare({})", "odd"]
     assert first.get("failures") == 2
+    assert (first.get("is_sampled"), second.get("is_sampled")) == (None, False)
     assert second.get("answers") == ["tool add: 3", 'user: [{"type": "text"}]', ": "]
     assert not {"calls", "answers", "failures"} & third.keys()
 
