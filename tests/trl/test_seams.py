@@ -22,11 +22,15 @@ from trl.trainer import grpo_config, grpo_trainer
 import treepo_trl
 from tests.support.paths import ROOT
 from tests.support.trainers import make_config
-from treepo_trl import TreePOConfig, TreePOTrainer, trl_seams
+from treepo_trl import TreePOConfig, TreePOTrainer
 from treepo_trl.fields.grpo import CHOICES
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
 from treepo_trl.policy.servers.generation import ServerGeneration
+from treepo_trl.trl import seams
+from treepo_trl.trl.generation import OwnGeneration
 
+
+PACKAGE = Path(treepo_trl.__file__).parent
 
 # Parameters as in a definition, without annotations.
 SIGNATURES = {
@@ -135,9 +139,8 @@ def test_replaced_names_are_looked_up_in_the_module(name: str, user: Callable[..
 
 
 def test_names_are_replaced_in_one_file() -> None:
-    package = Path(treepo_trl.__file__).parent
-    using = {path.name for path in package.rglob("*.py") if re.search(r"\b(replaced|setattr)\(", path.read_text())}
-    assert using == {"trl_seams.py"}
+    using = {path.name for path in PACKAGE.rglob("*.py") if re.search(r"\b(replaced|setattr)\(", path.read_text())}
+    assert using == {"seams.py"}
 
 
 def test_replaced_llm_is_looked_up_in_the_module() -> None:
@@ -145,16 +148,43 @@ def test_replaced_llm_is_looked_up_in_the_module() -> None:
     assert "LLM" in inspect.getsource(vllm_generation)
 
 
-def test_attributes_that_the_trainer_reads() -> None:
-    source = inspect.getsource(GRPOTrainer.__init__)
-    names = (
-        "_last_loaded_step vllm_generation generation_kwargs _dist _logs _metrics _pending_extra_logs _step "
-        "_tokenizer eos_token_ids reward_weights scale_rewards multi_objective_aggregation num_generations use_vllm "
-        "tools _standalone_tools _env_tools _environment_pool environment_factories environments _multi_environment "
-        "max_tool_calling_iterations num_generations_eval"
-    )
-    for name in names.split():
-        assert f"self.{name} = " in source or f"self.{name}:" in source, name
+HOLDERS = {
+    PACKAGE / "treepo_trainer.py": "self",
+    PACKAGE / "trl/host.py": "trainer",
+    PACKAGE / "trl/seams.py": "trainer",
+}
+
+
+def private_names(path: Path, holder: str) -> set[str]:
+    """Names with one underscore that a file asks of `holder` or `self.holder`."""
+    attributes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
+    return {
+        node.attr
+        for node in attributes
+        if re.match(r"_[a-z]", node.attr) and re.fullmatch(rf"(.+\.)?{holder}", ast.unparse(node.value))
+    }
+
+
+def test_private_names_are_those_of_trl() -> None:
+    """Every one that is read or set exists in TRL or transformers, or is made by this trainer itself."""
+    source = inspect.getsource(GRPOTrainer) + "".join(inspect.getsource(base) for base in GRPOTrainer.__mro__[1:3])
+    used = set.union(*(private_names(PACKAGE / file, holder) for file, holder in HOLDERS.items()))
+    own = set(re.findall(r"self\.(_\w+)(?:, self\._\w+)* =", inspect.getsource(TreePOTrainer.__init__)))
+    own |= {"_evaluation_metrics"} | {name for name in vars(TreePOTrainer) if not hasattr(GRPOTrainer, name)}
+    missing = {n for n in used - own if not hasattr(GRPOTrainer, n) and not re.search(rf"self\.{n}(:| =)", source)}
+    assert len(used - own) > 20
+    assert missing == set()
+
+
+def test_no_other_file_has_private_names_of_a_trainer() -> None:
+    others = {*PACKAGE.rglob("*.py")} - {PACKAGE / file for file in HOLDERS}
+    found = {
+        (path.name, name)
+        for path in others
+        for held in ("trainer", "host.trainer")
+        for name in private_names(path, held)
+    }
+    assert found == set()
 
 
 @pytest.mark.parametrize("name", VLLM_SIGNATURES)
@@ -163,10 +193,12 @@ def test_vllm_generation_signatures(name: str) -> None:
 
 
 def test_adapter_generation_overrides_no_more() -> None:
-    assert overridden_methods(AdapterVLLMGeneration, VLLMGeneration) == {"__init__", "_init_vllm", "sync_weights"}
+    assert overridden_methods(OwnGeneration, VLLMGeneration) == {"_init_vllm"}
+    assert overridden_methods(AdapterVLLMGeneration, OwnGeneration) == {"__init__", "start", "sync_weights"}
     for name in ("_init_vllm", "sync_weights"):
         assert written(getattr(AdapterVLLMGeneration, name)) == VLLM_SIGNATURES[name]
     source = inspect.getsource(VLLMGeneration)
+    assert hasattr(VLLMGeneration, "_iter_named_params")
     for name in ("_llm_weights_sleeping", "enable_sleep_mode", "llm", "_dist", "model"):
         assert f"self.{name} = " in source, name
 
@@ -221,9 +253,9 @@ def rows_below(sentence: str, text: str = CODE_MAP) -> list[list[str]]:
 
 
 def overrides_in_policy() -> set[tuple[str, str]]:
-    """Class and method of everything in `policy/` that stands in for a class of TRL or vLLM, or for such a class."""
+    """Class and method of everything around the engine that stands in for a class of TRL or vLLM."""
     classes, foreign = {}, set()
-    for path in (Path(treepo_trl.__file__).parent / "policy").rglob("*.py"):
+    for path in (path for room in ("trl", "policy") for path in (PACKAGE / room).rglob("*.py")):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("trl", "vllm"):
@@ -242,15 +274,18 @@ def test_overrides_of_the_trainer_are_listed() -> None:
     assert {name for name, _, _ in rows} == set(SIGNATURES)
 
 
-def test_replaced_names_are_listed() -> None:
-    defined = {
-        name for name, value in vars(trl_seams).items() if getattr(value, "__module__", "") == trl_seams.__name__
-    }
-    assert {name for name, _, _ in rows_below("`trl_seams.py` replaces names")} == defined - {"replaced"}
+def test_each_replaced_name_has_a_reason_and_an_end() -> None:
+    replacements = [value for value in vars(seams).values() if getattr(value, "__module__", "") == seams.__name__]
+    replacements.remove(seams.replaced)
+    assert len(replacements) > 5
+    for replacement in replacements:
+        text = inspect.getdoc(replacement)
+        assert "\nWhy: " in text, replacement
+        assert re.search("\n(Ends with|No upstream request is open)", text), replacement
 
 
 def test_overrides_around_the_engine_are_listed() -> None:
-    classes = {AdapterVLLMGeneration: VLLMGeneration, ServerGeneration: VLLMGeneration}
+    classes = {OwnGeneration: VLLMGeneration, AdapterVLLMGeneration: OwnGeneration, ServerGeneration: VLLMGeneration}
     own = {name for cls, base in classes.items() for name in vars(cls) if not hasattr(base, name)}
     overrides = {(name, method) for name, method in overrides_in_policy() if method not in {"__init__", *own}}
     assert ("KeepWeightsWorker", "_maybe_get_memory_pool_context") in overrides
@@ -260,10 +295,6 @@ def test_overrides_around_the_engine_are_listed() -> None:
 def test_each_seam_has_an_end() -> None:
     rows = [
         *rows_below("is the only file that overrides private methods"),
-        *rows_below("`trl_seams.py` replaces names"),
         *rows_below("`policy/` overrides methods"),
     ]
     assert all(cell for row in rows for cell in row)
-    code = set(re.findall(r"#(\d+)", inspect.getsource(trl_seams)))
-    listed = {number for row in rows for number in re.findall(r"trl#(\d+)", row[-1])}
-    assert listed == code
