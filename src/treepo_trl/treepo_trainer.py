@@ -33,7 +33,6 @@ from .batches import (
     shuffle_trees,
 )
 from .checkpoints import checkpoint_to_resume, only_training_in
-from .checks import NoStepIsAnError, check_arguments, check_datasets, check_rows, check_tokenizer, check_tools
 from .evaluation.in_training import EvaluationMetrics
 from .health.callback import HealthCallback
 from .health.reward_signal import signal_metrics, signal_sums
@@ -46,6 +45,8 @@ from .policy.starting_adapter import adapter_resumed_too, match_reference
 from .reward_watch import RewardWatch, check_interruptible
 from .sampling import SegmentTree, TreeSampler, text_decoder
 from .sampling.turns import TurnHandler
+from .settings.arguments import check_arguments, check_tools
+from .settings.data import NoStepIsAnError, check_datasets, check_rows, check_tokenizer
 from .tree_log import write_trees
 from .treepo_config import TreePOConfig
 from .turns import TreeRollout

@@ -24,9 +24,9 @@ import treepo_trl
 from tests.support.paths import ROOT
 from tests.support.trainers import make_config
 from treepo_trl import TreePOConfig, TreePOTrainer, trl_seams
-from treepo_trl.fields.grpo import CHOICES
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
 from treepo_trl.policy.servers.generation import ServerGeneration
+from treepo_trl.settings.grpo import CHOICES
 
 
 # Parameters as in a definition, without annotations.

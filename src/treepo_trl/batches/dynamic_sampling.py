@@ -19,8 +19,8 @@ from transformers import TrainerState
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from treepo_trl.checkpoints import saved_values
-from treepo_trl.checks import check_rows
 from treepo_trl.sampling import SegmentTree
+from treepo_trl.settings.data import check_rows
 from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.trl_seams import metrics_aside
 from treepo_trl.turns.conversations import Conversation

@@ -15,8 +15,8 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from treepo_trl.checks import check_rows
 from treepo_trl.sampling import SegmentTree
+from treepo_trl.settings.data import check_rows
 from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.turns.conversations import Conversation
 

@@ -123,3 +123,11 @@ def check_dictionary(name: str, value: object) -> None:
             json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(f"`{name}` is {value!r}, which is no JSON object: {error}.") from error
+
+
+def check_parsed(name: str, value: object, example: str) -> None:
+    """Raise for what the field's own parser has made no dictionary of."""
+    if not isinstance(value, dict | None):
+        raise TypeError(
+            f"`{name}` is {value!r}; give a dictionary, on the command line a JSON object such as '{example}'."
+        )
