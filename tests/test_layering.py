@@ -13,6 +13,7 @@ import treepo_trl
 PACKAGE = Path(treepo_trl.__file__).parent
 
 # From the ground up: a room imports from its own floor's folder and from floors below, never from beside or above.
+# Two files of `settings` are named by themselves: they read the finished config, so they stand above it.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("preflight",),
     ("model_support", "trl_seams", "settings", "file_lock", "model_card"),

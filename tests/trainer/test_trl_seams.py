@@ -271,7 +271,7 @@ def test_choices_are_those_that_the_source_of_trl_compares_with() -> None:
     [("loss_type", "gpro"), ("loss_type", None), ("scale_rewards", "False"), ("vllm_mode", "sever")],
 )
 def test_other_choices_are_refused_before_a_model_is_loaded(name: str, value: str | None, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"`{name}` is {value!r}; it must be one of '"):
+    with pytest.raises(ValueError, match=rf"`{name}` is {value!r}\. Choose one of '"):
         make_config(tmp_path, **{name: value})
 
 
