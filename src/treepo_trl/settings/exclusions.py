@@ -215,43 +215,41 @@ OF_TRAINING = (
 )
 """Conflicts among the settings of a training."""
 
-_TURNS = ("tools", "environment_factory")
 
-OF_TRAINER = (
-    *(
+def _of_turns(name: str) -> tuple[Exclusion, ...]:
+    """Conflicts of the settings with `tools` or `environment_factory`."""
+    return (
         Exclusion(
-            {name: bool, "use_vllm": True},
+            {"use_vllm": True, name: bool},
             f"`{name}` with `vllm_tensor_parallel_size={{0.vllm_tensor_parallel_size}}` is not supported: all "
             "processes of an engine must ask for the same segments at the same time, and tools take as long as they "
             "take. Set it to 1, with an engine per process.",
             needs={"vllm_tensor_parallel_size": 1},
-        )
-        for name in _TURNS
-    ),
-    *(
+        ),
         Exclusion(
             {**_SERVERS, name: bool},
             f"`{name}` with `vllm_mode='server'` and {{0.world_size}} processes is not supported: one of them "
             "samples for all, and has its own tools alone. Update in one process, or set `vllm_mode='colocate'`.",
             needs={"world_size": 1},
-        )
-        for name in _TURNS
-    ),
+        ),
+        Exclusion(
+            {"rollout_func": is_given, name: bool},
+            f"`rollout_func` samples by itself, so `{name}` would not be used. Leave one of them out; a rollout can "
+            "call tools on its own.",
+        ),
+    )
+
+
+OF_TRAINER = (
+    *_of_turns("tools"),
+    *_of_turns("environment_factory"),
     *(
         Exclusion(
             {"rollout_ahead": 1, name: bool},
             f"`rollout_ahead=1` samples a batch while another one is scored, but `{name}` has state or threads of its "
             "own, which one batch at a time may use. Leave one of them out.",
         )
-        for name in (*_TURNS, "rollout_func")
-    ),
-    *(
-        Exclusion(
-            {"rollout_func": is_given, name: bool},
-            f"`rollout_func` samples by itself, so `{name}` would not be used. Leave one of them out; a rollout can "
-            "call tools on its own.",
-        )
-        for name in _TURNS
+        for name in ("tools", "environment_factory", "rollout_func")
     ),
     Exclusion(
         {"rollout_func": is_given, "chooses_prompts": bool},
