@@ -24,6 +24,7 @@ from tests.support.fakes import MarkovEngine
 from tests.support.markov import gradient_of
 from treepo_trl import SegmentTree, TreeSampler, TreeSamplingConfig
 from treepo_trl.sampling.resolved_variance import DepthStatistics
+from treepo_trl.sampling.widths import square_root_widths
 from treepo_trl.update.advantages import leaf_paths, leaf_scores, tree_advantages
 
 
@@ -104,7 +105,7 @@ class Chain:
             statistics_ = statistics_.then(now)
             length = round(statistics.mean(tree.mean_length() for tree in trees))
             if schedule != "spread":
-                widths = statistics_.widths(WIDTH)
+                widths = square_root_widths(*statistics_.shape(), WIDTH)
         return sampler.sample(prompts, seed, widths=widths, expected_length=length)
 
     def estimate(self, tree: SegmentTree, estimator: str) -> torch.Tensor:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 from trl.trainer.grpo_config import GRPOConfig
 
 from .engines import SamplingOptions
-from .fields import Ranges, check_fields, check_vllm_fields, keep_credentials
-from .fields.grpo import check_dictionary, check_grpo_fields
 from .sampling.branching import BranchSchedule
 from .sampling.config import TreeSamplingConfig
+from .settings import OF_TRAINING, Ranges, check_exclusions, check_fields, keep_credentials, server_urls
+from .settings.grpo import check_dictionary, check_grpo_fields, check_parsed
 from .turns import EnvironmentForking
 from .update.advantages import EXACT_ESTIMATORS, AdvantageEstimator
 from .update.packing import TreePacking
@@ -20,8 +20,6 @@ LoraSync = Literal["adapter", "merge"]
 BaseWeights = Literal["auto", "quantized", "dequantized"]
 EngineCheck = Literal["warn", "error", "off"]
 PromptSelection = Literal["pass_rate", "off"]
-
-_WITH_SUBGROUPS = ("treepo", "treepo_size_weighted", "treepo_segment")
 
 _RANGES: Ranges = {
     "reward_timeout": (lambda value: value > 0, "above 0; leave it out for no limit"),
@@ -261,16 +259,15 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
     )
 
     def __setattr__(self, name: str, value: object) -> None:
-        is_address = name == "vllm_server_base_url" and isinstance(value, str)
-        super().__setattr__(name, keep_credentials(cast(str, value)) if is_address else value)
+        # Loggers and checkpoints publish settings, so these hold no password, however it was set.
+        if name == "vllm_server_base_url" and isinstance(value, str):
+            value = keep_credentials(value)
+        super().__setattr__(name, value)
 
     def __post_init__(self) -> None:
-        if self.tree_packing is False:  # what a bare `off` is in YAML
-            self.tree_packing = "off"
-        if self.engine_check is False:
-            self.engine_check = "off"
-        if self.prompt_selection is False:
-            self.prompt_selection = "off"
+        for name in ("tree_packing", "engine_check", "prompt_selection"):
+            if getattr(self, name) is False:  # what a bare `off` is in YAML
+                vars(self)[name] = "off"
         check_dictionary("vllm_engine_kwargs", self.vllm_engine_kwargs)
         check_grpo_fields(
             self, but={*(each.name for each in fields(TreeSamplingConfig)), "vllm_gpu_memory_utilization"}
@@ -278,14 +275,13 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         check_fields(self, TreePOConfig, _RANGES)
         TreeSamplingConfig.__post_init__(self)
         GRPOConfig.__post_init__(self)
-        self._check_drawing()
-        self._check_objective()
-        self._check_whole_trees()
+        self._check_parsed()
+        self._check_temperature()
+        self.sampling_options()
+        check_exclusions(self, OF_TRAINING)
         self._check_batches()
-        self._check_micro_batches()
-        self._check_supported()
-        self._check_tools()
-        check_vllm_fields(self)
+        if self.use_vllm and self.vllm_mode == "server":
+            server_urls(self.vllm_server_base_url, self.vllm_server_host, self.vllm_server_port)
 
     @property
     def weights_leaves(self) -> bool:
@@ -326,46 +322,24 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         except (TypeError, ValueError) as error:
             raise type(error)(f"`generation_kwargs`: {error}") from error
 
-    def _check_drawing(self) -> None:
-        if not isinstance(self.generation_kwargs, dict | None):
-            raise ValueError(
-                f"`generation_kwargs` is {self.generation_kwargs!r}; give a dictionary, on the command line a JSON "
-                """object such as '{"top_p": 0.9}'."""
-            )
+    def _check_parsed(self) -> None:
+        """Values of which a field's annotation says no more than that text is among them."""
+        check_parsed("generation_kwargs", self.generation_kwargs, '{"top_p": 0.9}')
+        check_parsed("vllm_engine_kwargs", self.vllm_engine_kwargs, '{"attention_backend": "TRITON_ATTN"}')
+        share = self.vllm_gpu_memory_utilization
+        if isinstance(share, str) and share != "auto":
+            raise TypeError(f"`vllm_gpu_memory_utilization` is {share!r}; it must be a number, or 'auto'.")
+
+    def _check_temperature(self) -> None:
         temperature = self.generation_options().get("temperature", self.temperature)
         if temperature != self.temperature:
             raise ValueError(
                 f"`generation_kwargs` has temperature {temperature} and `temperature` is {self.temperature}: "
                 "completions would be sampled with the one and updated with the other. Set `temperature` alone."
             )
-        self.sampling_options()
-
-    def _check_objective(self) -> None:
-        if self.subgroup_rejection and self.advantage_estimator not in _WITH_SUBGROUPS:
-            raise ValueError(
-                "`subgroup_rejection=True` leaves subgroups out, but `advantage_estimator="
-                f"{self.advantage_estimator!r}` has none. Choose {', '.join(map('`{}`'.format, _WITH_SUBGROUPS))}, or "
-                "set `subgroup_rejection=False`."
-            )
-        if self.stop_pattern is not None and self.mask_truncated_completions:
-            raise ValueError(
-                "`stop_pattern` and `mask_truncated_completions=True` exclude each other: a path that the pattern "
-                "ended has no EOS token, so its completion would be masked as truncated. Unset one of them."
-            )
-
-    def _check_whole_trees(self) -> None:
-        offline = ""
-        if self.fallback_policy == "none":
-            offline = "fallback_policy='none'"
-        elif self.max_tree_tokens is not None:
-            offline = f"max_tree_tokens={self.max_tree_tokens}"
-        if offline:
-            raise ValueError(
-                f"`{offline}` can leave a tree with fewer than `num_generations` completions, which training cannot "
-                "use: it is for offline sampling with `TreeSamplingConfig`. Leave it out."
-            )
 
     def _check_batches(self) -> None:
+        """Batches are of whole trees, and those that are sampled ahead end with an optimizer step."""
         local_batch_size = self.per_device_train_batch_size * self.steps_per_generation
         if local_batch_size % self.num_generations != 0:
             raise ValueError(
@@ -374,25 +348,10 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
                 f"`num_generations` ({self.num_generations}) does not divide that: a tree would be split over "
                 "processes. Change one of the three so that each process holds whole trees."
             )
-
-    def _check_micro_batches(self) -> None:
-        budget = self.max_tokens_per_micro_batch
-        if budget is not None and self.tree_packing == "off":
+        if self.rollout_ahead and self.micro_steps_per_batch % self.gradient_accumulation_steps:
             raise ValueError(
-                f"`max_tokens_per_micro_batch={budget}` counts tokens of packed rows, but `tree_packing` is 'off'. "
-                "Set `tree_packing='auto'`, or lower `per_device_train_batch_size` instead."
-            )
-
-    def _check_supported(self) -> None:
-        if self.use_transformers_continuous_batching:
-            raise ValueError(
-                "`use_transformers_continuous_batching=True` is not supported, nor is `use_transformers_paged`, its "
-                "old name: trees are sampled by an engine of their own. Leave it out, or set `use_vllm=True`."
-            )
-
-    def _check_tools(self) -> None:
-        if self.tool_workers == 0 and self.tool_timeout is not None:
-            raise ValueError(
-                f"`tool_timeout={self.tool_timeout}` needs threads: a call in the main thread cannot be left. Set "
-                "`tool_workers` to 1 or more, or leave `tool_timeout` out."
+                f"`rollout_ahead={self.rollout_ahead}`, but a batch (`steps_per_generation` "
+                f"{self.steps_per_generation} x `num_iterations` {self.num_iterations}) must end with an optimizer "
+                f"step of {self.gradient_accumulation_steps} micro-batches. Make it a multiple of "
+                "`gradient_accumulation_steps`, or leave `rollout_ahead` out."
             )

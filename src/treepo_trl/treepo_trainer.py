@@ -32,7 +32,6 @@ from .batch import (
     tree_source,
 )
 from .checkpoints import checkpoint_to_resume, only_training_in
-from .checks import NoStepIsAnError, check_arguments, check_datasets, check_rows, check_tokenizer, check_tools
 from .health.callback import HealthCallback
 from .health.reward_signal import signal_metrics, signal_sums
 from .metrics import sum_over_processes
@@ -43,6 +42,8 @@ from .policy.half_precision import keep_master_weights
 from .policy.starting_adapter import adapter_resumed_too, match_reference
 from .sampling import SegmentTree, TreeSampler, text_decoder
 from .sampling.turns import TurnHandler
+from .settings.arguments import check_arguments, check_tools
+from .settings.data import NoStepIsAnError, check_datasets, check_rows, check_tokenizer
 from .tree_log import tree_records, write_trees
 from .treepo_config import TreePOConfig
 from .trl import seams

@@ -29,7 +29,6 @@ from tests.support.trainers import (
     plain_prompts,
     watch_loss,
 )
-from treepo_trl import TreePOConfig
 from treepo_trl.batch.ahead import LookAhead
 from treepo_trl.checkpoints import newest_checkpoint
 
@@ -337,41 +336,3 @@ def test_what_is_to_come_is_seen_and_given_once() -> None:
     assert epoch.peek(0) == rows[1]
     assert epoch.peek(3) is None
     assert list(epoch) == rows[1:]
-
-
-SERVER = {"use_vllm": True, "vllm_mode": "server", "rollout_ahead": 1}
-
-
-@pytest.mark.parametrize(
-    ("changes", "part"),
-    [
-        ({"use_vllm": False}, r"an engine in this process .* Set `use_vllm=True` and `vllm_mode='server'`"),
-        ({"vllm_mode": "colocate"}, r"shares its memory and its main thread with the update"),
-        ({"vllm_importance_sampling_correction": False}, r"one update old.*uncorrected\. Set it, or leave it out"),
-        ({"dynamic_sampling_rounds": 2}, r"`dynamic_sampling_rounds=2` chooses prompts by their rewards"),
-        (
-            {"gradient_accumulation_steps": 2, "steps_per_generation": 1},
-            r"must end with an optimizer step of 2 micro-batches\. Make it a multiple",
-        ),
-        ({"rollout_ahead": 2}, r"`rollout_ahead` is 2.*0 or 1"),
-    ],
-    ids=str,
-)
-def test_where_it_cannot_be_right(tmp_path: Path, changes: dict[str, Any], part: str) -> None:
-    with pytest.raises(ValueError, match=part):
-        make_config(tmp_path, **{**SERVER, **changes})
-
-
-@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
-def test_turns_are_of_one_batch(name: str) -> None:
-    from treepo_trl.checks.turns import check_turns
-
-    class Settings:
-        use_vllm, vllm_mode, world_size, rollout_ahead = True, "server", 1, 1
-        vllm_tensor_parallel_size, dynamic_sampling_rounds = 1, 0
-
-    given: dict[str, Any] = {"tools": None, "rollout_func": None, "environment_factory": None, name: [print]}
-    args: Any = Settings()
-    with pytest.raises(ValueError, match=rf"`rollout_ahead=1` samples .* but `{name}` has"):
-        check_turns(args, **given)
-    assert isinstance(TreePOConfig.__dataclass_fields__["rollout_ahead"].default, int)

@@ -58,6 +58,7 @@ def test_adapters_take_turns_on_all_servers(tiny_model_dir: str, tmp_path: Path)
             "`vllm_quantization='bitsandbytes'` is about an engine in this process",
         ),
         ({"dtype": "float32"}, "`dtype='float32'` is about an engine in this process"),
+        ({"engine": "transformers"}, "`engine='transformers'` runs no vLLM, but `vllm_mode` is 'server'"),
     ],
 )
 def test_settings_that_do_not_go_with_servers(changes: dict[str, Any], message: str) -> None:

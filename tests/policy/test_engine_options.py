@@ -96,13 +96,6 @@ def test_settings_that_are_named_exist() -> None:
     assert len(named) > 5
 
 
-def test_options_without_an_engine_or_without_a_plan(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`use_vllm` is false"):
-        check_engine_options(make(tmp_path, use_vllm=False, vllm_engine_kwargs={"dtype": "float32"}))
-    with pytest.raises(ValueError, match=r"is 'auto', which `treepo-trl train` plans"):
-        check_engine_options(make(tmp_path, vllm_gpu_memory_utilization="auto"))
-
-
 @pytest.mark.parametrize(
     "guesses",
     [

@@ -1,5 +1,6 @@
 """Budgets, splits and stems: the paper's numbers by hand, laws by hypothesis."""
 
+import math
 import random
 from collections import Counter
 from typing import get_args
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from treepo_trl.sampling.branching import (
     BRANCHING_SCORES,
-    SCHEDULED_WIDTH,
+    SCHEDULES,
     BranchingPolicy,
     BranchSchedule,
     FallbackCandidates,
@@ -31,7 +32,7 @@ from treepo_trl.sampling.tree import FinishReason, SegmentNode, SegmentTree
 
 def test_each_choice_of_a_setting_is_one_that_the_code_knows(rng: random.Random) -> None:
     assert tuple(BRANCHING_SCORES) == get_args(BranchingPolicy)
-    assert tuple(SCHEDULED_WIDTH) == get_args(BranchSchedule)
+    assert tuple(SCHEDULES) == get_args(BranchSchedule)
     # Every fallback and every kind of candidates is drawn below; one that the code does not know is an error.
     with pytest.raises(AssertionError, match="middle"):
         fallback_stems(chain(["stop"]), 1, 1, "middle", rng)
@@ -92,7 +93,15 @@ def test_level_budget_never_exceeds_the_width_and_never_kills_a_path(
     assert live <= budget <= width - finished
 
 
-# Spread
+# Schedules
+
+
+def test_what_each_schedule_opens_by_hand() -> None:
+    """Segments of 10 tokens of W = 16 paths that all have 40; `sqrt` opens them with the square root of the depth."""
+    levels = {name: [each.most_open(end, 40, 16) for end in (10, 20, 30, 40)] for name, each in SCHEDULES.items()}
+    assert levels == {"early": [16] * 4, "spread": [2, 4, 8, 16], "sqrt": [16] * 4}
+    widths = {name: each.widths([10.0] * 4, [1.0] * 4, 16) for name, each in SCHEDULES.items() if each.widths}
+    assert widths == {"sqrt": pytest.approx([8, 8 * math.sqrt(2), 8 * math.sqrt(3), 16], rel=1e-12)}
 
 
 def test_spread_width_by_hand() -> None:

@@ -95,7 +95,7 @@ def test_with_evidence_the_variance_is_the_measured_one_and_without_as_the_token
     for _ in range(3000):
         seen.add(*random_tree(rng, deviations))
     assert seen.resolved_by_paths() == pytest.approx([0.01, 0.01, 1, 1], abs=0.05)
-    assert seen.widths(16) == pytest.approx(square_root_widths([1.0] * 4, [1.0] * 4, 16))
+    assert square_root_widths(*seen.shape(), 16) == pytest.approx(square_root_widths([1.0] * 4, [1.0] * 4, 16))
     seen.groups = [0.0] * 4
     assert seen.resolved_by_paths() == pytest.approx([sum(seen.resolved()) / 4] * 4)
 

@@ -18,4 +18,4 @@ def float16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
             self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=1024.0)
 
     monkeypatch.setattr(Accelerator, "__init__", build)
-    monkeypatch.setattr("treepo_trl.checks.arguments.check_number_type", lambda args: None)
+    monkeypatch.setattr("treepo_trl.settings.arguments.check_number_type", lambda args: None)

@@ -89,14 +89,7 @@ def test_what_it_does_not_go_with(tmp_path: Path, tiny_model_dir: str) -> None:
 
     with pytest.raises(ValueError, match=r"`prompt_selection='pass_rate'` draws .* `Curriculum` overrides"):
         build(Curriculum, tiny_model_dir, make_config(tmp_path, **SELECTED))
-    with pytest.raises(ValueError, match=r"`prompt_selection='pass_rate'` chooses .* before they reach a `rollout"):
-        build(TreePOTrainer, tiny_model_dir, make_config(tmp_path, **SELECTED), rollout_func=lambda *_: {})
     environments = {"environment_factory": Counter, "reward_funcs": reward_by_kind}
     for data in (None, Dataset.from_dict({"seed": list(range(8))})):
         with pytest.raises(ValueError, match=r"`prompt_selection='pass_rate'` knows a prompt by its row"):
             build(TreePOTrainer, tiny_model_dir, make_config(tmp_path, **SELECTED), train_dataset=data, **environments)
-    with pytest.raises(ValueError, match=r"`rollout_ahead=1`, but `prompt_selection='pass_rate'` chooses prompts"):
-        make_config(tmp_path, rollout_ahead=1, use_vllm=True, vllm_mode="server", **SELECTED)
-    with pytest.raises(ValueError, match=r"`prompt_selection` is 'variance'\. Choose one of 'pass_rate', 'off'\."):
-        make_config(tmp_path, prompt_selection="variance")
-    assert make_config(tmp_path, prompt_selection=False).prompt_selection == "off"  # a bare `off` in YAML

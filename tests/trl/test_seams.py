@@ -23,9 +23,9 @@ import treepo_trl
 from tests.support.paths import ROOT
 from tests.support.trainers import make_config
 from treepo_trl import TreePOConfig, TreePOTrainer
-from treepo_trl.fields.grpo import CHOICES
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
 from treepo_trl.policy.servers.generation import ServerGeneration
+from treepo_trl.settings.grpo import CHOICES
 from treepo_trl.trl import seams
 from treepo_trl.trl.generation import OwnGeneration
 
@@ -231,7 +231,7 @@ def test_choices_are_those_that_the_source_of_trl_compares_with() -> None:
     ("name", "value"), [("loss_type", "gpro"), ("loss_type", None), ("scale_rewards", "False"), ("vllm_mode", "sever")]
 )
 def test_other_choices_are_refused_before_a_model_is_loaded(name: str, value: str | None, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"`{name}` is {value!r}; it must be one of '"):
+    with pytest.raises(ValueError, match=rf"`{name}` is {value!r}\. Choose one of '"):
         make_config(tmp_path, **{name: value})
 
 

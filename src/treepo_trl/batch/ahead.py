@@ -17,9 +17,9 @@ from typing import TypeVar, cast
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
-from treepo_trl.checks import check_rows
 from treepo_trl.metrics import tree_totals
 from treepo_trl.sampling import SamplingStats, SegmentTree
+from treepo_trl.settings.data import check_rows
 from treepo_trl.trl.host import Rows
 
 from .source import TreeSource

@@ -10,8 +10,8 @@ from datasets import IterableDataset
 from transformers import TrainerState
 
 from treepo_trl.checkpoints import saved_values
-from treepo_trl.checks import check_rows
 from treepo_trl.sampling import SegmentTree
+from treepo_trl.settings.data import check_rows
 from treepo_trl.trl.host import Rows
 from treepo_trl.turns.conversations import Conversation
 

@@ -32,11 +32,6 @@ class WidthSchedule:
     def __init__(self, args: TreePOConfig) -> None:
         self.args = args
 
-    @property
-    def is_learned(self) -> bool:
-        """Whether the schedule's widths come from earlier batches."""
-        return self.args.branch_schedule == "sqrt"
-
     def expected_length(self, state: TrainerState) -> int | None:
         """Tokens that a completion of the next batch can be expected to have; `None` in the first one."""
         return cast("int | None", saved_values(state).get(_EXPECTED_LENGTH))
@@ -44,9 +39,7 @@ class WidthSchedule:
     def widths(self, state: TrainerState) -> list[float] | None:
         """Widths by depth for the next trees; `None` in the first batch, and with schedules of their own."""
         seen = self._seen(state)
-        if not self.is_learned or seen is None:
-            return None
-        return seen.widths(self.args.num_generations)
+        return None if seen is None else self._widths_after(seen)
 
     def learn(
         self,
@@ -88,13 +81,17 @@ class WidthSchedule:
     def _metrics(self, seen: DepthStatistics) -> dict[str, float]:
         resolved = seen.resolved()
         metrics = {f"tree/resolved_variance/{i}": value for i, value in enumerate(resolved) if value is not None}
-        if self.is_learned:
-            widths = seen.widths(self.args.num_generations)
+        widths = self._widths_after(seen)
+        if widths is not None:
             metrics |= {f"tree/width/{i}": width for i, width in enumerate(widths)}
             noise = predicted_noise(widths, seen.resolved_by_paths(), *seen.shape())
             if not math.isnan(noise):
                 metrics["tree/predicted_noise"] = noise
         return metrics
+
+    def _widths_after(self, seen: DepthStatistics) -> list[float] | None:
+        own_widths = self.args.own_widths
+        return None if own_widths is None else own_widths(*seen.shape(), self.args.num_generations)
 
     def _seen(self, state: TrainerState) -> DepthStatistics | None:
         flat = cast("list[float] | None", saved_values(state).get(_DEPTHS))

@@ -12,9 +12,9 @@ from trl import TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
 from treepo_trl.engines import SamplingOptions
-from treepo_trl.fields import Ranges, check_fields, check_text
 from treepo_trl.preflight.config_file import check_options, config_of, split_words
 from treepo_trl.preflight.option_table import DefaultsFormatter, OneLineParser
+from treepo_trl.settings import Ranges, check_fields, check_text
 
 from .examples import EXAMPLES
 

@@ -17,7 +17,6 @@ from treepo_trl.doctor.findings import CannotRunError, Check, in_words
 from treepo_trl.doctor.needs import Needs, NumberType, everything, of_recipe
 from treepo_trl.doctor.servers import check_servers
 from treepo_trl.doctor.settings import check_settings
-from treepo_trl.fields import server_urls
 from treepo_trl.memory import GIB, NotPlannedError
 from treepo_trl.policy.servers.checks import ServerNeeds
 from treepo_trl.policy.servers.weights import AdapterVersions
@@ -25,6 +24,7 @@ from treepo_trl.policy.starting_adapter import new_adapter_config
 from treepo_trl.preflight import check_config, require_model
 from treepo_trl.quickstart import small_model
 from treepo_trl.quickstart.model import default_folder
+from treepo_trl.settings import server_urls
 from treepo_trl.treepo_config import TreePOConfig
 
 from .arguments import CONFIG_HELP, PlanArguments, help_of, make_parser

@@ -66,8 +66,6 @@ def uses_vllm(arguments: EngineArguments) -> bool:
     """
     from trl.import_utils import is_vllm_available
 
-    if arguments.vllm_mode == "server" and arguments.engine == "transformers":
-        raise ValueError("`engine='transformers'` runs no vLLM, but `vllm_mode` is 'server'. Leave one of them out.")
     if arguments.engine == "vllm" and not is_vllm_available():
         raise ImportError(
             "`engine='vllm'`, but vLLM is not installed. Run `pip install treepo-trl[vllm]`, or choose "

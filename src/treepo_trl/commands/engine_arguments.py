@@ -1,11 +1,11 @@
 """Options of the commands that sample without a trainer: the model, and the engine around it."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 from trl import GRPOConfig, ModelConfig
 
-from treepo_trl.fields import Ranges, check_fields
+from treepo_trl.settings import Exclusion, Ranges, check_exclusions, check_fields, of_this_process
 
 from .arguments import help_of
 
@@ -14,10 +14,6 @@ EngineName = Literal["auto", "vllm", "transformers"]
 VLLMMode = Literal["colocate", "server"]
 WeightType = Literal["auto", "bfloat16", "float16", "float32"]
 
-_OF_THIS_PROCESS = (
-    *("dtype", "attn_implementation", "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_enforce_eager"),
-    *("vllm_tensor_parallel_size", "vllm_max_num_seqs", "vllm_quantization"),
-)
 _RANGES: Ranges = {
     "vllm_server_timeout": (lambda value: value > 0, "above 0"),
     "vllm_gpu_memory_utilization": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
@@ -70,19 +66,26 @@ class EngineArguments:
 
     def __post_init__(self) -> None:
         check_fields(self, EngineArguments, _RANGES)
-        self._check_servers()
+        check_exclusions(self, EXCLUSIONS)
 
-    def _check_servers(self) -> None:
-        if (self.vllm_mode == "server") != (self.vllm_server_base_url is not None):
-            raise ValueError(
-                "`vllm_mode='server'` and `vllm_server_base_url` go together: give both, such as `--vllm_mode server "
-                "--vllm_server_base_url http://localhost:8000`, or neither."
-            )
-        if self.vllm_mode == "colocate":
-            return
-        for each in fields(self):
-            if each.name in _OF_THIS_PROCESS and getattr(self, each.name) != each.default:
-                raise ValueError(
-                    f"`{each.name}={getattr(self, each.name)!r}` is about an engine in this process, but `vllm_mode` "
-                    "is 'server'. Leave it out, and give the servers flags of their own."
-                )
+
+_SERVERS = {"vllm_mode": "server"}
+_GO_TOGETHER = (
+    "`vllm_mode='server'` and `vllm_server_base_url` go together: give both, such as `--vllm_mode server "
+    "--vllm_server_base_url http://localhost:8000`, or neither."
+)
+_OF_THIS_PROCESS = (
+    *("dtype", "attn_implementation", "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_enforce_eager"),
+    *("vllm_tensor_parallel_size", "vllm_max_num_seqs", "vllm_quantization"),
+)
+EXCLUSIONS = (
+    Exclusion({**_SERVERS, "vllm_server_base_url": None}, _GO_TOGETHER),
+    Exclusion({"vllm_mode": "colocate"}, _GO_TOGETHER, needs={"vllm_server_base_url": None}),
+    *of_this_process(
+        _SERVERS, {name: EngineArguments.__dataclass_fields__[name].default for name in _OF_THIS_PROCESS}
+    ),
+    Exclusion(
+        {**_SERVERS, "engine": "transformers"},
+        "`engine='transformers'` runs no vLLM, but `vllm_mode` is 'server'. Leave one of them out.",
+    ),
+)

@@ -6,9 +6,9 @@ from typing import Literal
 
 from treepo_trl.export import AdapterSource, Export, export_model, find_adapter
 from treepo_trl.export.folder import check_is_new
-from treepo_trl.fields import check_fields, check_text
 from treepo_trl.policy.four_bit_base import BaseQuantization
 from treepo_trl.preflight import require_model
+from treepo_trl.settings import check_fields, check_text
 
 from .arguments import OptionsParser, help_of, options_parser
 from .engine_arguments import EngineArguments, WeightType

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, cast
 from treepo_trl.engines import SamplingOptions
 from treepo_trl.engines.server_connection import ServerConnection, ServerLostError, ServerRefusedError
 from treepo_trl.engines.vllm_server import VLLMServerEngine
-from treepo_trl.fields import server_urls
 from treepo_trl.preflight import require_model
+from treepo_trl.settings import server_urls
 
 from .engine_arguments import EngineArguments
 

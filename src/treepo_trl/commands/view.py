@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from treepo_trl.fields import Ranges, check_fields, check_text
 from treepo_trl.health import Examination, RunLogs, logs_of_run
+from treepo_trl.settings import Ranges, check_fields, check_text
 from treepo_trl.viewer import Decode, Index, Page, Source, find_sources, make_server, packed_trees
 
 from .arguments import OptionsParser, options_parser

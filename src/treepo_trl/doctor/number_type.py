@@ -2,7 +2,7 @@
 
 import torch
 
-from treepo_trl.checks import check_arguments
+from treepo_trl.settings.arguments import check_arguments
 from treepo_trl.treepo_config import TreePOConfig
 
 from .findings import BrokenError, last_line, line_of

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from trl import ModelConfig
 
-from treepo_trl.checks import check_arguments
 from treepo_trl.policy.for_training import policy_engine_for
 from treepo_trl.policy.starting_adapter import new_adapter_config
+from treepo_trl.settings.arguments import check_arguments
 from treepo_trl.treepo_config import TreePOConfig
 
 from .environment import installed_as

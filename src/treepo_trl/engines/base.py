@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from treepo_trl.fields import Ranges, check_fields
+from treepo_trl.settings import Ranges, check_fields
 
 
 _RANGES: Ranges = {

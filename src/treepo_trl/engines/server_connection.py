@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from treepo_trl.fields import place_and_headers
+from treepo_trl.settings import place_and_headers
 
 from .server_facts import ServedModel, ServerFacts, facts_from
 

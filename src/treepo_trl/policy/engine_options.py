@@ -87,15 +87,8 @@ def check_engine_options(args: TreePOConfig) -> None:
         ValueError: naming the setting to use instead.
     """
     given = cast("dict[str, object]", args.vllm_engine_kwargs or {})
-    if args.vllm_gpu_memory_utilization == "auto":
-        raise ValueError(
-            "`vllm_gpu_memory_utilization` is 'auto', which `treepo-trl train` plans on one GPU. Elsewhere give a "
-            "number above 0 and up to 1. `treepo-trl plan` says what fits."
-        )
     if not given:
         return
-    if not args.use_vllm:
-        raise ValueError("`vllm_engine_kwargs` is for vLLM, but `use_vllm` is false. Set it, or leave them out.")
     for name in given:
         if name in OWNED:
             raise ValueError(f"`vllm_engine_kwargs` has {name}, which is not free: {OWNED[name]}.")

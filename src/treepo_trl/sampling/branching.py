@@ -8,9 +8,11 @@ Whatever draws takes an explicit `random.Random`. Standard library only.
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, assert_never
 
 from .tree import SegmentNode, SegmentTree
+from .widths import square_root_widths
 
 
 BranchingPolicy = Literal["uniform", "low_prob", "high_prob", "entropy"]
@@ -63,16 +65,30 @@ def spread_width(end: int, expected_length: int, num_generations: int) -> int:
     return math.ceil(num_generations ** min(end / expected_length, 1.0) - 1e-9)
 
 
-def _any_width(_end: int, _expected_length: int, num_generations: int) -> int:
+Widths = Callable[[Sequence[float], Sequence[float], int], list[float]]
+"""Paths per unit of leaf weight at each depth, from the same arguments as `square_root_widths`."""
+
+
+def any_number(_end: int, _expected_length: int, num_generations: int) -> int:
+    """Paths in a level that only `branching_factor` limits."""
     return num_generations
 
 
-SCHEDULED_WIDTH: dict[BranchSchedule, Callable[[int, int, int], int]] = {
-    "early": _any_width,
-    "spread": spread_width,
-    "sqrt": _any_width,  # its widths come with the prompts
+@dataclass(frozen=True)
+class Schedule:
+    """What one of the `BranchSchedule` says about the widths of a tree."""
+
+    most_open: Callable[[int, int, int], int] = any_number
+    """Most paths that are open in a level, from the same arguments as `spread_width`."""
+    widths: Widths | None = None
+    """Widths by depth in place of `branching_factor`, in training from what the batches before have shown."""
+
+
+SCHEDULES: dict[BranchSchedule, Schedule] = {
+    "early": Schedule(),
+    "spread": Schedule(most_open=spread_width),
+    "sqrt": Schedule(widths=square_root_widths),
 }
-"""Most paths that a schedule opens in a level, from the same arguments as `spread_width`."""
 
 
 def split_budget(total: int, scores: Sequence[float], rng: random.Random, temperature: float = 1.0) -> list[int]:

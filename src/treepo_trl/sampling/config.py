@@ -5,9 +5,9 @@ import warnings
 from dataclasses import dataclass, field
 from typing import cast
 
-from treepo_trl.fields import Ranges, check_fields, check_int
+from treepo_trl.settings import OF_TREES, Ranges, check_exclusions, check_fields, check_int, check_ranges
 
-from .branching import BranchingPolicy, BranchSchedule, FallbackCandidates, FallbackPolicy
+from .branching import SCHEDULES, BranchingPolicy, BranchSchedule, FallbackCandidates, FallbackPolicy, Widths
 from .stopping import MIN_REPEATED_CHARACTERS, MIN_REPEATS
 
 
@@ -191,6 +191,11 @@ class TreeSamplingConfig:
         return -(-self.max_completion_length // self.segment_length)
 
     @property
+    def own_widths(self) -> Widths | None:
+        """Widths that the schedule sets itself; `None` where they follow from `branching_factor`."""
+        return None if self.branching_factor == 1 else SCHEDULES[self.branch_schedule].widths
+
+    @property
     def first_width(self) -> list[int]:
         """Lowest and highest number of children of the prompt, where the schedule has no widths of its own."""
         if self.initial_branching_factor is not None:
@@ -200,27 +205,36 @@ class TreeSamplingConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, TreeSamplingConfig, _RANGES)
-        self._check_tree_shape()
-        self._check_initial_branching()
-        self._check_own_widths()
-        self._check_fallback()
-        self._check_lengths()
-        self._check_stop_pattern()
-
-    def _check_tree_shape(self) -> None:
         if self.segment_length is None:
             self.segment_length = -(-self.max_completion_length // 14)
-        if not 1 <= self.segment_length <= self.max_completion_length:
-            raise ValueError(
-                f"`segment_length` is {self.segment_length}; it must be between 1 and `max_completion_length` "
-                f"({self.max_completion_length}). Leave it out for the default of a fourteenth of that."
-            )
-        if not 1 <= self.branching_factor <= max(self.num_generations, 2):  # the default serves a width of 1 too
-            raise ValueError(
-                f"`branching_factor` is {self.branching_factor}; it must be between 1 (no branching) and "
-                f"`num_generations` ({self.num_generations}), the number of completions of a tree. Lower the one or "
-                "raise the other."
-            )
+        check_ranges(self, self._ranges_by_tree())
+        self._check_initial_branching()
+        check_exclusions(self, OF_TREES)
+        self._check_stop_pattern()
+
+    def _ranges_by_tree(self) -> Ranges:
+        """Ranges that end at the length or the width of the tree."""
+        longest, width = self.max_completion_length, self.num_generations
+        return {
+            "segment_length": (
+                lambda value: 1 <= value <= longest,
+                f"between 1 and `max_completion_length` ({longest}). Leave it out for the default of a fourteenth of "
+                "that",
+            ),
+            "branching_factor": (
+                lambda value: 1 <= value <= max(width, 2),  # the default serves a width of 1 too
+                f"between 1 (no branching) and `num_generations` ({width}), the number of completions of a tree. "
+                "Lower the one or raise the other",
+            ),
+            "expected_completion_length": (
+                lambda value: 1 <= value <= longest,
+                f"between 1 and `max_completion_length` ({longest}). Leave it out if you do not know it",
+            ),
+            "max_tree_tokens": (
+                lambda value: value >= longest,
+                f"at least one path of `max_completion_length` ({longest}) tokens. Raise the one or lower the other",
+            ),
+        }
 
     def _check_initial_branching(self) -> None:
         if self.initial_branching_factor is None:
@@ -240,39 +254,6 @@ class TreeSamplingConfig:
                 "completions of a tree. Lower the one or raise the other."
             )
         self.initial_branching_factor = [low, high]
-
-    def _check_own_widths(self) -> None:
-        if self.branch_schedule != "sqrt" or self.branching_factor == 1:
-            return
-        for name, is_unused in (
-            ("branching_factor", self.branching_factor > 2),  # 2 is the default
-            ("initial_branching_factor", self.initial_branching_factor is not None),
-        ):
-            if is_unused:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)}, but `branch_schedule='sqrt'` sets the widths of a tree "
-                    f"itself. Leave `{name}` out, or set `branch_schedule='early'`, as in the paper."
-                )
-
-    def _check_fallback(self) -> None:
-        if self.fallback_policy == "root" and self.fallback_candidates != "finished":  # the default
-            raise ValueError(
-                f"`fallback_candidates` is {self.fallback_candidates!r}, but `fallback_policy='root'` cuts no path. "
-                "Leave it out, or set `fallback_policy='random'`, as in the paper."
-            )
-
-    def _check_lengths(self) -> None:
-        expected, budget = self.expected_completion_length, self.max_tree_tokens
-        if expected is not None and not 1 <= expected <= self.max_completion_length:
-            raise ValueError(
-                f"`expected_completion_length` is {expected}; it must be between 1 and `max_completion_length` "
-                f"({self.max_completion_length}). Leave it out if you do not know it."
-            )
-        if budget is not None and budget < self.max_completion_length:
-            raise ValueError(
-                f"`max_tree_tokens` is {budget}, less than one path of `max_completion_length` "
-                f"({self.max_completion_length}) tokens. Raise the one or lower the other."
-            )
 
     def _check_stop_pattern(self) -> None:
         pattern = self.stop_pattern

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from treepo_trl.engines.base import SegmentResult
 
 from .branching import (
-    SCHEDULED_WIDTH,
+    SCHEDULES,
     annealed,
     branching_scores,
     draw_initial_branching,
@@ -225,9 +225,9 @@ class GrowingTree:
                 len(live), num_finished, num_finished_now, config.num_generations, config.branching_factor
             )
             expected = self.max_length if self.expected_length is None else min(self.expected_length, self.max_length)
-            scheduled_width = SCHEDULED_WIDTH[config.branch_schedule]
+            most_open = SCHEDULES[config.branch_schedule].most_open
             end = min(nodes[node].sampled_end for node in live) + self._segment_length
-            size = min(budget, scheduled_width(end, expected, config.num_generations) - num_finished)
+            size = min(budget, most_open(end, expected, config.num_generations) - num_finished)
         if config.max_tree_tokens is not None:
             size = min(size, self._tokens_left() // max(self._expected_rest(node) for node in live))
         return max(size, len(live))

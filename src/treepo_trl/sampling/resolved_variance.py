@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .tree import SegmentTree
-from .widths import square_root_widths
 
 
 _DECAY = 0.97
@@ -163,7 +162,3 @@ class DepthStatistics:
             evidence = 0.0 if v is None else groups / (groups + _PRIOR_GROUPS)
             mixed.append(max(evidence * a * (v or 0.0), 0.0) + (1 - evidence) * per_token * c)
         return mixed
-
-    def widths(self, num_generations: int) -> list[float]:
-        """Widths for the next trees: see [`square_root_widths`]."""
-        return square_root_widths(*self.shape(), num_generations)

@@ -217,12 +217,9 @@ class TreeSampler:
         return [grown.tree for grown in run.trees]
 
     def _widths(self, widths: Sequence[float] | None, expected_length: int | None) -> Sequence[float] | None:
-        config = self.config
-        if config.branch_schedule != "sqrt" or config.branching_factor == 1:
-            return None
-        if widths is not None:
-            return widths
-        return first_widths(config, expected_length)
+        if widths is None or self.config.own_widths is None:
+            return first_widths(self.config, expected_length)
+        return widths
 
     def check(self, prompts: list[list[int]]) -> None:
         """Raise the `ValueError` that `sample` would raise for these prompts, without sampling."""

@@ -7,9 +7,9 @@ from treepo_trl.commands.arguments import TRL_REWARDS, SampleArguments, help_of,
 from treepo_trl.commands.engine_arguments import EngineArguments
 from treepo_trl.engines import SamplingOptions
 from treepo_trl.evaluation import default_ks
-from treepo_trl.fields import Ranges, check_fields, check_int, check_text
 from treepo_trl.sampling import TreeSamplingConfig
 from treepo_trl.sampling.first_widths import num_first_branches
+from treepo_trl.settings import Ranges, check_fields, check_int, check_text
 
 
 _RANGES: Ranges = {"max_prompts": (lambda value: value >= 1, "at least 1")}

@@ -18,7 +18,6 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
 from treepo_trl.engines.server_facts import ServerFacts
-from treepo_trl.fields import server_urls
 from treepo_trl.policy.four_bit_base import is_4bit
 from treepo_trl.policy.gathered_adapter import (
     bytes_of,
@@ -28,6 +27,7 @@ from treepo_trl.policy.gathered_adapter import (
     write_adapter,
 )
 from treepo_trl.policy.temporary_folder import shared_folder
+from treepo_trl.settings import server_urls
 from treepo_trl.treepo_config import TreePOConfig
 
 from .checks import ServerNeeds

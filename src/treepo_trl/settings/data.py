@@ -11,8 +11,6 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from treepo_trl.preflight import no_prompt_column
 from treepo_trl.treepo_config import TreePOConfig
 
-from .turns import check_text_prompt
-
 
 def check_datasets(
     args: TreePOConfig,
@@ -189,7 +187,11 @@ def check_rows(trainer: GRPOTrainer, rows: Iterable[Mapping[str, object]]) -> No
             raise no_prompt_column(row)
         prompt = row["prompt"]
         if isinstance(prompt, str):
-            check_text_prompt(trainer, prompt)
+            if trainer.tools or trainer.environment_factories is not None:
+                raise ValueError(
+                    f"The prompt {textwrap.shorten(prompt, 200)!r} is text, but tools and environments need a "
+                    "conversation. Give a list of messages such as [{'role': 'user', 'content': 'What is 3 + 4?'}]."
+                )
             continue
         if not _is_conversation(prompt):
             raise ValueError(

@@ -1,7 +1,7 @@
 """What a field of settings may hold: types, choices and ranges, for all dataclasses of settings."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from inspect import get_annotations
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -49,7 +49,7 @@ def check_kind(name: str, value: object, kind: object) -> None:
     if isinstance(value, str) and str in options:  # which texts, its config says
         return
     if get_origin(options[0]) is Literal:
-        check_choice(name, value, options[0])
+        check_choice(name, value, get_args(options[0]))
     for option, check in ((bool, check_bool), (float, check_number), (int, check_int), (str, check_text)):
         if options[0] is option:
             check(name, value)
@@ -60,10 +60,10 @@ def members(kind: object) -> tuple[object, ...]:
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
-def check_choice(name: str, value: object, choices: object) -> None:
-    """Raise a `ValueError` unless `value` is one of the options of a `Literal`."""
-    if value not in get_args(choices):
-        raise ValueError(f"`{name}` is {value!r}. Choose one of {', '.join(map(repr, get_args(choices)))}.")
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """Raise a `ValueError` unless `value` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}. Choose one of {', '.join(map(repr, choices))}.")
 
 
 def check_int(name: str, value: object) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.config import make
 from treepo_trl.engines.server_connection import ServerConnection
-from treepo_trl.fields import server_urls
+from treepo_trl.settings import server_urls
 
 
 def test_no_setting_holds_a_password(tmp_path: Path) -> None:

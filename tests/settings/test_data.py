@@ -1,30 +1,17 @@
-"""What the trainer refuses, and that it says so at construction."""
+"""Data and tokenizers that the trainer refuses, at construction where it can be told then."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from peft import (
-    AdaptionPromptConfig,
-    IA3Config,
-    LoHaConfig,
-    LoraConfig,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    get_peft_model,
-)
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from trl import GRPOConfig
 
 from tests.support.models import make_model, make_tokenizer
-from tests.support.trainers import SETTINGS, build, change, chat_prompts, make_config, plain_prompts
+from tests.support.trainers import build, chat_prompts, make_config, plain_prompts
 from treepo_trl import TreePOConfig, TreePOTrainer
-from treepo_trl.checks import check_arguments
 
 
 PROMPTS = plain_prompts(8)
@@ -32,11 +19,6 @@ PROMPTS = plain_prompts(8)
 
 def make_trainer(config: TreePOConfig, **arguments: Any) -> TreePOTrainer:
     return build(TreePOTrainer, make_model(), config, **arguments)
-
-
-def test_plain_grpo_config(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"`args` is a `GRPOConfig`\. Pass a `TreePOConfig`"):
-        build(TreePOTrainer, make_model(), GRPOConfig(output_dir=str(tmp_path), **SETTINGS))
 
 
 IMAGES = "image prompts are not supported yet.*Remove the column"
@@ -50,79 +32,9 @@ IMAGES = "image prompts are not supported yet.*Remove the column"
         ({"train_dataset": None}, "`train_dataset` is required"),  # TRL's error
     ],
 )
-def test_arguments_that_are_not_supported(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+def test_data_that_is_not_supported(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_trainer(make_config(tmp_path), **arguments)
-
-
-@pytest.mark.parametrize(
-    ("use_vllm", "kwargs", "message"),
-    [
-        (False, {"do_sample": False}, "has do_sample, which .* and `do_sample=True`"),
-        (False, {"num_beams": 4}, "has num_beams, which .*Remove the others, or set `use_vllm"),
-        (False, {"top_k": 3, "seed": 1, "eta_cutoff": 0.1}, "`generation_kwargs` has eta_cutoff, seed, which"),
-        *(
-            (True, {name: 1, "best_of": 3}, f"`generation_kwargs` has {name}, which the tree sampler sets itself")
-            for name in (
-                *("n", "max_tokens", "logprobs", "stop", "detokenize", "ignore_eos", "structured_outputs"),
-                # One seed for every request would make all siblings equal; penalties would forget the path.
-                *("seed", "presence_penalty", "bad_words", "truncate_prompt_tokens"),
-            )
-        ),
-    ],
-)
-def test_generation_kwargs_that_segments_cannot_have(
-    tmp_path: Path, use_vllm: bool, kwargs: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("treepo_trl.checks.arguments.is_vllm_available", lambda: True)
-    with pytest.raises(ValueError, match=message):
-        make_trainer(make_config(tmp_path, use_vllm=use_vllm, generation_kwargs=kwargs))
-
-
-@pytest.mark.parametrize("kwargs", [{"do_sample": True}, {"num_beams": 3}], ids=repr)
-def test_generation_kwargs_that_vllm_refuses(
-    tmp_path: Path, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("vllm")
-    monkeypatch.setattr("treepo_trl.checks.arguments.is_vllm_available", lambda: True)
-    with pytest.raises(
-        ValueError, match=rf"(?s)`generation_kwargs` is .*{next(iter(kwargs))}.* `SamplingParams` refuses: .*Remove"
-    ):
-        make_trainer(make_config(tmp_path, use_vllm=True, generation_kwargs=kwargs))
-
-
-def test_vllm_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treepo_trl.checks.arguments.is_vllm_available", lambda: True)
-    with pytest.raises(ValueError, match=r"`vllm_structured_outputs_regex` is not supported.*Leave it out"):
-        make_trainer(make_config(tmp_path, use_vllm=True, vllm_structured_outputs_regex="a+"))
-
-
-def test_no_tools_are_no_tools(tmp_path: Path) -> None:
-    check_arguments(make_config(tmp_path), [], None, None)
-
-
-def test_known_generation_kwargs_are_used(tmp_path: Path) -> None:
-    config = make_config(tmp_path, generation_kwargs={"top_k": 3, "min_p": 0.1, "do_sample": True})
-    engine: Any = make_trainer(config).sampler.engine
-    assert (engine.options.top_k, engine.options.min_p) == (3, 0.1)
-
-
-def test_vllm_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treepo_trl.checks.arguments.is_vllm_available", lambda: False)
-    with pytest.raises(
-        ImportError, match=r"`use_vllm=True`, but vLLM is not installed.*pip install treepo-trl\[vllm\]"
-    ):
-        make_trainer(make_config(tmp_path, use_vllm=True))
-
-
-def test_a_logger_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the model is loaded, which transformers does first."""
-    monkeypatch.setattr("treepo_trl.checks.arguments.get_available_reporting_integrations", lambda: ["trackio"])
-    with pytest.raises(ValueError, match=r"`report_to` has wandb, which is not installed"):
-        make_trainer(make_config(tmp_path, report_to=["trackio", "wandb", "flyte", "azure_ml"]))
-
-
-# Datasets
 
 
 @pytest.mark.parametrize(
@@ -322,70 +234,3 @@ def test_empty_prompt(tmp_path: Path) -> None:
     trainer = make_trainer(make_config(tmp_path, max_steps=2), train_dataset=empty)
     with pytest.raises(ValueError, match=r"[Pp]rompt"):
         trainer.train()
-
-
-# Adapters
-
-
-VIRTUAL_TOKENS = (PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig)
-
-
-@pytest.mark.parametrize("use_vllm", [False, True])
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("kind", VIRTUAL_TOKENS)
-def test_virtual_tokens_are_refused_by_both_engines(
-    tmp_path: Path, kind: Any, wrapped: bool, use_vllm: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("treepo_trl.checks.arguments.is_vllm_available", lambda: True)
-    adapter = kind(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    model, given = (get_peft_model(make_model(), adapter), None) if wrapped else (make_model(), adapter)
-    with pytest.raises(ValueError, match=r"_TUNING, which puts virtual tokens .* LoRA .* or use `GRPOTrainer`"):
-        build(TreePOTrainer, model, make_config(tmp_path, use_vllm=use_vllm), peft_config=given)
-
-
-@pytest.mark.parametrize("kind", VIRTUAL_TOKENS)
-def test_with_virtual_tokens_a_row_depends_on_its_padding(kind: Any) -> None:
-    """The reason: on the base it does not."""
-
-    def logprobs(model: Any, padding: int) -> torch.Tensor:
-        rows = torch.tensor([[1] * padding + [10, 11, 12]])
-        mask = (torch.arange(rows.size(1)) >= padding).long()[None]
-        with torch.no_grad():
-            return model(input_ids=rows, attention_mask=mask).logits[:, -1].log_softmax(-1)  # as TRL forwards rows
-
-    base = make_model().eval()
-    torch.testing.assert_close(logprobs(base, 4), logprobs(base, 0))
-    model = get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
-    assert (logprobs(model, 4) - logprobs(model, 0)).abs().max() > 0.5
-
-
-@pytest.mark.parametrize(
-    "adapter",
-    [
-        IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
-        LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"]),
-    ],
-    ids=["IA3", "LoHa"],
-)
-def test_other_adapters_are_trained_with_transformers(tmp_path: Path, adapter: Any) -> None:
-    trainer = make_trainer(make_config(tmp_path, max_steps=1), peft_config=adapter)
-    trainer.train()
-    assert change(trainer) > 0
-
-
-def test_an_adapter_that_cannot_be_merged_does_not_reach_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treepo_trl.checks.arguments.is_vllm_available", lambda: True)
-    adapter = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1)
-    with pytest.raises(ValueError, match=r"ADAPTION_PROMPT: vLLM serves LoRA .*Leave `use_vllm` out, or change the"):
-        make_trainer(make_config(tmp_path, use_vllm=True, vllm_lora_sync="merge"), peft_config=adapter)
-
-
-def test_adapter_is_checked_by_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treepo_trl.checks.arguments.is_vllm_available", lambda: True)
-    config = make_config(tmp_path, use_vllm=True)
-    with pytest.raises(ValueError, match=r"`use_dora=True`.*vllm_lora_sync='merge'"):
-        make_trainer(config, peft_config=LoraConfig(use_dora=True, target_modules=["q_proj"]))
-
-
-def test_adapter_is_not_checked_without_vllm(tmp_path: Path) -> None:
-    make_trainer(make_config(tmp_path), peft_config=LoraConfig(use_dora=True, target_modules=["q_proj"]))

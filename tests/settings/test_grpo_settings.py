@@ -62,7 +62,7 @@ def test_refusals_are_those_of_the_page() -> None:
 
 @pytest.mark.parametrize("name", [*REFUSED, *REFUSED_IN_PART])
 def test_what_is_called_refused_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treepo_trl.checks.arguments.is_vllm_available", lambda: True)
+    monkeypatch.setattr("treepo_trl.settings.arguments.is_vllm_available", lambda: True)
     with pytest.raises(ValueError, match=name):
         TreePOTrainer(
             "no/model",

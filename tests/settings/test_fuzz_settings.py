@@ -1,7 +1,7 @@
 """
 Random settings at the edges of all fields, in Python and on the command line: each holds, or is refused by its name.
 
-`TREEPO_FUZZ_CASES=334000 pytest tests/test_fuzz_settings.py` draws 334,000 settings and 10,000 command lines.
+`TREEPO_FUZZ_CASES=334000 pytest tests/settings/test_fuzz_settings.py` draws 334,000 settings and 10,000 command lines.
 """
 
 import json

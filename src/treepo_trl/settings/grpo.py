@@ -10,7 +10,7 @@ from typing import get_type_hints
 
 from trl.trainer.grpo_config import GRPOConfig
 
-from .values import Ranges, check_bool, check_int, check_number, check_ranges, members
+from .values import Ranges, check_bool, check_choice, check_int, check_number, check_ranges, members
 
 
 _COUNTS = (
@@ -73,9 +73,11 @@ def check_grpo_fields(settings: GRPOConfig, but: Collection[str]) -> None:
     """
     for name, options in _kinds().items():
         value = getattr(settings, name)
-        if name in CHOICES and name not in but:
-            _check_choice(name, value)
-        if value is None or name in but:
+        if name in but:
+            continue
+        if name in CHOICES and not (name == "scale_rewards" and value in (True, False)):  # of older versions of TRL
+            check_choice(name, value, CHOICES[name])
+        if value is None:
             continue
         if list[float] in options:
             for i, each in enumerate(_as_list(name, value)):
@@ -91,13 +93,6 @@ def check_grpo_fields(settings: GRPOConfig, but: Collection[str]) -> None:
         if name in _COUNTS:
             check_int(name, value)
     check_ranges(settings, _RANGES)
-
-
-def _check_choice(name: str, value: object) -> None:
-    if name == "scale_rewards" and value in (True, False):  # of older versions of TRL
-        return
-    if value not in CHOICES[name]:
-        raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, CHOICES[name]))}.")
 
 
 @cache
@@ -123,3 +118,11 @@ def check_dictionary(name: str, value: object) -> None:
             json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(f"`{name}` is {value!r}, which is no JSON object: {error}.") from error
+
+
+def check_parsed(name: str, value: object, example: str) -> None:
+    """Raise for what the field's own parser has made no dictionary of."""
+    if not isinstance(value, dict | None):
+        raise TypeError(
+            f"`{name}` is {value!r}; give a dictionary, on the command line a JSON object such as '{example}'."
+        )

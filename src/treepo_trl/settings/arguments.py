@@ -1,17 +1,20 @@
-"""Arguments of a trainer that it cannot serve: what was set, and what to do."""
+"""Arguments of a trainer that it cannot serve, and tools that it cannot describe: what was set, and what to do."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import fields
 
 import torch
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.utils import get_json_schema
 from trl.import_utils import is_vllm_available
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from treepo_trl.engines import SamplingOptions
 from treepo_trl.treepo_config import TreePOConfig
 
-from .turns import check_turns
+from .exclusions import OF_TRAINER, check_exclusions
 
 
 _SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingOptions))
@@ -56,12 +59,12 @@ def check_arguments(
         raise TypeError(
             f"`args` is a `{type(args).__name__}`. Pass a `TreePOConfig`, which takes all fields of `GRPOConfig`."
         )
-    check_turns(args, tools, rollout_func, environment_factory)
+    check_exclusions(args, OF_TRAINER, tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
     check_number_type(args)
     _check_loggers(args)
     options = args.generation_options()
     if args.use_vllm:
-        _check_vllm(args, options)
+        _check_vllm(options)
         return
     if options.get("do_sample") is True:  # asks for what happens anyway
         del options["do_sample"]
@@ -104,8 +107,8 @@ def _check_loggers(args: TreePOConfig) -> None:
         raise ValueError(f"`report_to` has {names}, which is not installed. Install it, or take it out.")
 
 
-def _check_vllm(args: TreePOConfig, options: dict[str, object]) -> None:
-    """Raise for `generation_kwargs`, and other settings, that segments of vLLM cannot have."""
+def _check_vllm(options: dict[str, object]) -> None:
+    """Raise for `generation_kwargs` that segments of vLLM cannot have."""
     if not is_vllm_available():
         raise ImportError(
             "`use_vllm=True`, but vLLM is not installed. Run `pip install treepo-trl[vllm]`, or leave `use_vllm` out "
@@ -128,8 +131,32 @@ def _check_vllm(args: TreePOConfig, options: dict[str, object]) -> None:
                 f"`generation_kwargs` is {options}, which vLLM's `SamplingParams` refuses: {error}. Remove what it "
                 "does not know, and change what is out of range."
             ) from error
-    if args.vllm_structured_outputs_regex is not None:
-        raise ValueError(
-            "`vllm_structured_outputs_regex` is not supported: it would have to match each segment by itself. Leave "
-            "it out."
-        )
+
+
+_HOOKS = ("fork", "close")  # of environments, as their authors may call them
+
+
+def check_tools(trainer: GRPOTrainer) -> None:
+    """
+    Raise for tools that no prompt could name, before anything is sampled.
+
+    Raises:
+        ValueError: naming the tool.
+    """
+    for tool in trainer.tools:
+        owner = getattr(tool, "__self__", None)
+        name = getattr(tool, "__name__", repr(tool))
+        if name in _HOOKS and owner is not None and not inspect.signature(tool).parameters:
+            raise ValueError(
+                f"{type(owner).__name__} has the public method `{name}`, which becomes a tool of the model, "
+                f"like every public method but `reset` and `get_reward`. Call it `_{name}`."
+            )
+        try:
+            get_json_schema(tool)
+        except Exception as error:  # of several kinds, all about the function
+            whose = f" of {type(owner).__name__}" if owner is not None else ""
+            raise ValueError(
+                f"The tool '{name}'{whose} cannot be described to the model: {error} A tool needs type hints, and a "
+                "docstring with a line for each argument under `Args:`. A method that is no tool begins with an "
+                "underscore."
+            ) from error
