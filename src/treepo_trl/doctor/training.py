@@ -27,6 +27,7 @@ from treepo_trl.policy.starting_adapter import new_adapter_config
 from treepo_trl.sampling import SegmentTree
 from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.treepo_trainer import TreePOTrainer
+from treepo_trl.trl.host import Host
 
 from .engine_errors import engine_error
 from .findings import BrokenError, CannotRunError, Check
@@ -259,7 +260,7 @@ def _grown(trainer: TreePOTrainer) -> SegmentTree:
 
 
 def _token_ids(trainer: TreePOTrainer, text: str) -> list[int]:
-    return cast(list[int], trainer._tokenizer(text)["input_ids"])
+    return cast(list[int], Host(trainer).tokenizer(text)["input_ids"])
 
 
 def _leaf_tokens(tree: SegmentTree) -> int:
@@ -272,7 +273,7 @@ def _compared(trainer: TreePOTrainer, tree: SegmentTree) -> str:
     every = torch.cat(differences)
     leaf = max(range(len(differences)), key=lambda i: float(differences[i].max()))
     place = int(differences[leaf].argmax())
-    token = trainer._tokenizer.decode([tree.completion_ids(tree.leaves[leaf])[place]])
+    token = Host(trainer).tokenizer.decode([tree.completion_ids(tree.leaves[leaf])[place]])
     bound = _bound(trainer)
     seen = f"engine and policy differ by {every.mean():.4f} nats per token, at most {every.max():.4f} (at {token!r})"
     if not every.mean() <= bound:

@@ -10,6 +10,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from treepo_trl.preflight import no_prompt_column
 from treepo_trl.treepo_config import TreePOConfig
+from treepo_trl.trl.host import Host, tokenizes_as_trl
 
 
 def check_datasets(
@@ -149,7 +150,7 @@ def check_tokenizer(trainer: GRPOTrainer) -> None:
     Raises:
         ValueError: naming the token, or the prompt.
     """
-    tokenizer = trainer._tokenizer
+    tokenizer = Host(trainer).tokenizer
     if tokenizer.eos_token_id is None:  # TRL takes it for padding too where there is no pad token
         raise ValueError(
             "The tokenizer has no EOS token, so no completion could end. Set `processing_class.eos_token` to the "
@@ -178,7 +179,7 @@ def check_rows(trainer: GRPOTrainer, rows: Iterable[Mapping[str, object]]) -> No
     Raises:
         ValueError: naming the prompt.
     """
-    if type(trainer)._tokenize_prompts is not GRPOTrainer._tokenize_prompts:
+    if not tokenizes_as_trl(trainer):
         return
     for row in rows:
         if "prompt" not in row:

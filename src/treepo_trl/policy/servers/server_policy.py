@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, cast
 import torch
 from transformers import PreTrainedModel
 from trl.extras.profiling import profiling_context
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
 from treepo_trl.engines.server_connection import ServerConnection, ServerLostError
@@ -17,6 +16,7 @@ from treepo_trl.policy.engine import PolicyEngine, Sampled
 from treepo_trl.policy.engine_check import EngineWatch, computing_dtype, dropout_of, logprob_difference
 from treepo_trl.policy.shared_base import SHARDED
 from treepo_trl.treepo_config import TreePOConfig
+from treepo_trl.trl.host import Host
 from treepo_trl.trl.seams import vllm_generation_class
 
 from .generation import ServerGeneration, complete, gathered_rows
@@ -68,8 +68,9 @@ class ServerPolicy(PolicyEngine):
     def construction(self) -> AbstractContextManager[None]:
         return vllm_generation_class(partial(ServerGeneration, settings=self.args, loads_adapter=self._loads_adapter))
 
-    def connect(self, trainer: GRPOTrainer) -> None:
-        self._trainer = trainer
+    def connect(self, host: Host) -> None:
+        trainer = self._trainer = host.trainer
+        self._host = host
         self.samples_here = trainer.accelerator.is_main_process
         self._generation = cast(ServerGeneration, trainer.vllm_generation)
         self._generation.state = trainer.state
@@ -110,10 +111,10 @@ class ServerPolicy(PolicyEngine):
     def ready(self, seed: str, prompts: list[list[int]], in_batch: bool = False) -> Iterator[None]:
         trainer = self._trainer
         self._generation.state = trainer.state  # a training makes its own
-        if trainer.state.global_step != trainer._last_loaded_step:
+        if not self._host.is_loaded:
             with profiling_context(trainer, "sync_weights"):
                 self._generation.sync_weights()
-            trainer._last_loaded_step = trainer.state.global_step
+            self._host.is_loaded = True
         if in_batch and not self._is_probed and self._watch.is_on:
             with profiling_context(trainer, "probe_servers"):
                 self._is_probed = self._compare_policy()
