@@ -10,6 +10,7 @@ import torch
 
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
 from treepo_trl.policy.engine import VLLMPolicy, awake, gather_prompts, same_draws
+from treepo_trl.trl.host import Host
 
 
 class Generation:
@@ -119,12 +120,13 @@ def vllm_policy(generation: Any) -> Any:
     policy: Any = VLLMPolicy(SimpleNamespace(vllm_tensor_parallel_size=1), loads_adapter=True)  # pyright: ignore
     policy._watch = SimpleNamespace(is_on=False)
     policy._generation, policy.engine = generation, SimpleNamespace(lora_request=None)
-    policy._trainer = SimpleNamespace(
+    trainer: Any = SimpleNamespace(
         state=SimpleNamespace(global_step=0),
         args=SimpleNamespace(report_to=[]),
         accelerator=SimpleNamespace(is_main_process=True, distributed_type="NO"),
         _last_loaded_step=-1,
     )
+    policy._host = Host(trainer)
     return policy
 
 
@@ -132,7 +134,7 @@ def test_the_engine_gets_the_weights_of_each_step_once() -> None:
     generation: Any = Generation(enable_sleep_mode=False)
     policy = vllm_policy(generation)
     for step, num_synchronized in ((0, 1), (0, 1), (1, 2), (1, 2), (5, 3)):
-        policy._trainer.state.global_step = step
+        policy._host.trainer.state.global_step = step
         with policy.ready("7/0", [[1]]):
             assert generation.calls == ["sync"] * num_synchronized
 
@@ -141,9 +143,9 @@ def test_the_engine_samples_with_the_adapter_that_was_loaded_last(monkeypatch: p
     monkeypatch.setattr(AdapterVLLMGeneration, "__init__", Generation.__init__)
     generation: Any = AdapterVLLMGeneration(enable_sleep_mode=False)
     policy = vllm_policy(generation)
-    generation.sync_weights = lambda: setattr(generation.llm, "lora_request", policy._trainer.state.global_step)
+    generation.sync_weights = lambda: setattr(generation.llm, "lora_request", policy._host.trainer.state.global_step)
     for step in (0, 1):
-        policy._trainer.state.global_step = step
+        policy._host.trainer.state.global_step = step
         with policy.ready("7/0", [[1]]):
             assert policy.engine.lora_request == step
 
@@ -161,7 +163,7 @@ def test_each_training_is_probed_once_whoever_has_loaded_the_adapter_before() ->
             return list(generation.calls)
 
     assert calls(in_batch=False) == ["sync"]
-    policy._trainer._last_loaded_step = 0  # as evaluation leaves it
+    policy._host.trainer._last_loaded_step = 0  # as evaluation leaves it
     assert calls(in_batch=True) == [("probe", [[1]])]
     assert calls(in_batch=True) == []
     policy.training_starts()

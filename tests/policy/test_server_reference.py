@@ -17,6 +17,7 @@ from treepo_trl.engines.server_connection import ServerConnection
 from treepo_trl.policy.servers.generation import ServerGeneration
 from treepo_trl.policy.servers.policy_servers import PolicyServers
 from treepo_trl.policy.servers.server_policy import ServerPolicy
+from treepo_trl.trl.host import Host
 
 
 pytestmark = pytest.mark.usefixtures("lost_servers_are_asked_often")
@@ -63,7 +64,7 @@ def server_policy(stack: ExitStack, servers: PolicyServers, fake: PolicyFake, fo
     generation.accelerator = accelerator
     generation._write = lambda step: servers.versions.write(step, write_version)
     policy: Any = ServerPolicy(trainer.args, loads_adapter=False)
-    policy.connect(trainer)
+    policy.connect(Host(trainer))
     stack.callback(policy.engine.close)
     return policy
 
