@@ -111,6 +111,13 @@ def test_same_seed_same_run(tmp_path: Path, tiny_model_dir: str) -> None:
     assert runs[0] != runs[2]
 
 
+def test_steps_of_a_run_branch_differently(tmp_path: Path, tiny_model_dir: str) -> None:
+    """The sampler's seed is a new one for each generation, also within one optimizer step."""
+    config = make_config(tmp_path, gradient_accumulation_steps=2, steps_per_generation=1)
+    trainer = trained(RecordingTrainer, tiny_model_dir, config)
+    assert [told["seed"] for told in trainer.told] == ["7/0/0/0", "7/0/1/0", "7/1/0/0", "7/1/1/0"]
+
+
 def test_the_sampler_knows_the_progress_and_the_last_batchs_mean_length(tmp_path: Path, tiny_model_dir: str) -> None:
     trainer = trained(RecordingTrainer, tiny_model_dir, make_config(tmp_path, max_steps=4))
     assert [told["progress"] for told in trainer.told] == [0.0, 0.25, 0.5, 0.75]
