@@ -267,7 +267,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
     def __post_init__(self) -> None:
         for name in ("tree_packing", "engine_check", "prompt_selection"):
             if getattr(self, name) is False:  # what a bare `off` is in YAML
-                vars(self)[name] = "off"
+                super().__setattr__(name, "off")
         check_dictionary("vllm_engine_kwargs", self.vllm_engine_kwargs)
         check_grpo_fields(
             self, but={*(each.name for each in fields(TreeSamplingConfig)), "vllm_gpu_memory_utilization"}

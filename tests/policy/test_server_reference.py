@@ -70,10 +70,10 @@ def server_policy(stack: ExitStack, servers: PolicyServers, fake: PolicyFake, fo
 
 
 def go_to(policy: Any, step: int, in_batch: bool = True) -> None:
-    policy._trainer.state.global_step = step
+    policy._host.trainer.state.global_step = step
     with policy.ready("7/0", [[1]], in_batch=in_batch):
         pass
-    policy._trainer._last_loaded_step = step
+    policy._host.trainer._last_loaded_step = step
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -1,4 +1,4 @@
-"""The trees of one generation batch as data, and the rows that `GRPOTrainer`, which knows no trees, takes of them."""
+"""The trees of a generation batch, or those to come, and the rows that `GRPOTrainer`, which knows no trees, takes."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -6,15 +6,13 @@ TRL's has a client, which asks one server for texts. `GRPOTrainer` finds the sam
 """
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from accelerate.utils import gather_object, is_peft_model
 from transformers import PreTrainedTokenizerBase, TrainerState
-from trl.generation.vllm_generation import VLLMGeneration
 
 from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
 from treepo_trl.engines.server_facts import ServerFacts
@@ -29,6 +27,7 @@ from treepo_trl.policy.gathered_adapter import (
 from treepo_trl.policy.temporary_folder import shared_folder
 from treepo_trl.settings import server_urls
 from treepo_trl.treepo_config import TreePOConfig
+from treepo_trl.trl.generation import OwnGeneration
 
 from .checks import ServerNeeds
 from .main_process import from_main_process
@@ -49,7 +48,7 @@ class _CheckedServers:
         return {"model_config": {"logprobs_mode": "processed_logprobs"}}
 
 
-class ServerGeneration(VLLMGeneration):
+class ServerGeneration(OwnGeneration):
     """
     [`~trl.generation.vllm_generation.VLLMGeneration`] over servers that are given the policy.
 
@@ -81,7 +80,7 @@ class ServerGeneration(VLLMGeneration):
         self.on_given: Callable[[], None] = lambda: None
         super().__init__(*args, **kwargs)
 
-    def _init_vllm(self) -> None:
+    def start(self) -> None:
         if is_peft_model(self.model) and is_4bit(cast("PeftModel", self.model)):
             raise ValueError(
                 "The policy's base is in 4 bits, and `vllm_mode` is 'server': a server loads it in 16 bits, which is "
@@ -157,7 +156,7 @@ class ServerGeneration(VLLMGeneration):
             if self.servers is not None:
                 self.servers.versions.write(step, partial(write_adapter, model, weights))
             return
-        weights = cast("Iterator[tuple[str, torch.Tensor]]", self._iter_named_params())
+        weights = self.weights()
         try:
             if self.servers is not None:
                 self.servers.versions.write(step, partial(write_weights, weights))

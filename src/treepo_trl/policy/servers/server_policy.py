@@ -6,7 +6,6 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
-from transformers import PreTrainedModel
 from trl.extras.profiling import profiling_context
 
 from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
@@ -69,15 +68,14 @@ class ServerPolicy(PolicyEngine):
         return vllm_generation_class(partial(ServerGeneration, settings=self.args, loads_adapter=self._loads_adapter))
 
     def connect(self, host: Host) -> None:
-        trainer = self._trainer = host.trainer
-        self._host = host
+        self._host, trainer = host, host.trainer
         self.samples_here = trainer.accelerator.is_main_process
         self._generation = cast(ServerGeneration, trainer.vllm_generation)
         self._generation.state = trainer.state
         self._generation.on_given = self._refer_to_policy
         self.engine = self._generation.engine = self._engine(trainer.eos_token_ids)
-        policy, facts = trainer.accelerator.unwrap_model(trainer.model), self._generation.facts
-        dtypes = computing_dtype(cast(PreTrainedModel, policy), trainer.accelerator), getattr(torch, facts.dtype)
+        policy, facts = trainer.accelerator.unwrap_model(host.model), self._generation.facts
+        dtypes = computing_dtype(policy, host.accelerator), getattr(torch, facts.dtype)
         if self._generation.servers is not None:
             self._generation.servers.bound = bound_of_probe(*dtypes)
         self._watch = EngineWatch(
@@ -109,7 +107,7 @@ class ServerPolicy(PolicyEngine):
 
     @contextmanager
     def ready(self, seed: str, prompts: list[list[int]], in_batch: bool = False) -> Iterator[None]:
-        trainer = self._trainer
+        trainer = self._host.trainer
         self._generation.state = trainer.state  # a training makes its own
         if not self._host.is_loaded:
             with profiling_context(trainer, "sync_weights"):
@@ -126,18 +124,18 @@ class ServerPolicy(PolicyEngine):
         self._is_probed = False
 
     def gather(self, prompts: list[list[int]]) -> tuple[list[list[int]], slice]:
-        return gathered_rows(prompts)[self._trainer.accelerator.process_index]
+        return gathered_rows(prompts)[self._host.accelerator.process_index]
 
     def shared(self, sample: Callable[[], Sampled]) -> Sampled:
-        return from_main_process(self._trainer.accelerator, sample)
+        return from_main_process(self._host.accelerator, sample)
 
     def compare(self, output: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        difference = logprob_difference(output, self._trainer.accelerator)
+        difference = logprob_difference(output, self._host.accelerator)
         return self._watch.batch(difference, is_older=self.args.rollout_ahead > 0)
 
     def _policy_logprobs(self, token_ids: list[int]) -> torch.Tensor:
-        model = cast(torch.nn.Module, self._trainer.model_wrapped)
-        return policy_logprobs(model, token_ids, self._trainer.accelerator.device)
+        model = self._host.wrapped_model
+        return policy_logprobs(model, token_ids, self._host.accelerator.device)
 
     def _refer_to_policy(self) -> None:
         """If no server has taken the policy, those that come back are compared with its own numbers."""
@@ -146,7 +144,7 @@ class ServerPolicy(PolicyEngine):
         def wanted() -> list[int] | None:
             return servers.probe_ids() if servers is not None and servers.needs_reference else None
 
-        probe = from_main_process(self._trainer.accelerator, wanted)
+        probe = from_main_process(self._host.accelerator, wanted)
         if probe is not None:
             logprobs = self._policy_logprobs(probe)
             if servers is not None:
@@ -162,7 +160,7 @@ class ServerPolicy(PolicyEngine):
         Raises:
             ValueError: whatever `engine_check` says, unless it is `"off"`.
         """
-        servers, accelerator = self._generation.servers, self._trainer.accelerator
+        servers, accelerator = self._generation.servers, self._host.accelerator
         probe = from_main_process(accelerator, lambda: cast(PolicyServers, servers).probe_ids())
         policy = self._policy_logprobs(probe)
 
@@ -178,15 +176,15 @@ class ServerPolicy(PolicyEngine):
 
     def _probe(self, prompts: list[list[int]]) -> None:
         """Compare policy and servers with an adapter that is not zero, where each process holds all of it."""
-        if not self._loads_adapter or self._trainer.accelerator.distributed_type in SHARDED:
+        if not self._loads_adapter or self._host.accelerator.distributed_type in SHARDED:
             return
-        generation, accelerator = self._generation, self._trainer.accelerator
+        generation, accelerator = self._generation, self._host.accelerator
 
         def sample(rows: list[list[int]]) -> list[SegmentResult]:
             return from_main_process(accelerator, lambda: self._plain_segments(rows))
 
         found = probe_adapter(
-            cast("PeftModel", accelerator.unwrap_model(self._trainer.model)),
+            cast("PeftModel", accelerator.unwrap_model(self._host.model)),
             generation.sync_weights,
             sample,
             probe_prompts(prompts, generation.facts.context_length, generation.facts.block_size),
