@@ -74,6 +74,42 @@ def test_a_sampling_behind_a_batch_has_trees_of_its_own(tmp_path: Path, tiny_mod
     assert all(behind and not {id(tree) for tree in trees} & {id(tree) for tree in behind} for trees, behind in seen)
 
 
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_sampling_before_a_batch_is_not_of_the_batch_before(
+    tmp_path: Path, tiny_model_dir: str, rounds: int
+) -> None:
+    asked: list[tuple[list[int], list[list[int]]]] = []
+
+    class AskingFirst(RecordingTrainer):
+        """Samples for a prompt of its own while a batch's first prompts are tokenized."""
+
+        def _tokenize_prompts(self, prompts: Any) -> Any:
+            tokenized = super()._tokenize_prompts(prompts)
+            if len(asked) == self.state.global_step:
+                asked.append(([5, 6], []))
+                super()._generate_single_turn([[5, 6]] * 4, None, {}, 4)
+                asked[-1][1].extend(tree.prompt_ids for tree in self._batch.trees)
+            return tokenized
+
+    trained(AskingFirst, tiny_model_dir, make_config(tmp_path, dynamic_sampling_rounds=rounds), reward_funcs=length)
+    assert asked == [([5, 6], [[5, 6]])] * 2
+
+
+def test_tokens_that_a_reward_samples_are_counted_once_for_a_chosen_batch(tmp_path: Path, tiny_model_dir: str) -> None:
+    """With dynamic sampling the tokens of the batch that is trained on count, whoever generates on the way."""
+
+    class AskingInRewards(RecordingTrainer):
+        def _calculate_rewards(self, inputs: Any, prompts: Any, *args: Any) -> torch.Tensor:
+            self._generate(list(prompts))
+            return super()._calculate_rewards(inputs, prompts, *args)
+
+    def counted(cls: type) -> float:
+        config = make_config(tmp_path / cls.__name__, dynamic_sampling_rounds=1, log_trees=False)
+        return trained(cls, tiny_model_dir, config, reward_funcs=length).state.num_input_tokens_seen
+
+    assert counted(AskingInRewards) == counted(RecordingTrainer) > 0
+
+
 def test_samplings_are_counted_for_each_step() -> None:
     batch = TreeBatch(step=3)
     assert [batch.next(3).number, batch.next(4).number] == [1, 0]

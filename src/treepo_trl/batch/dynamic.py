@@ -35,7 +35,7 @@ class DynamicSource(TreeSource):
     _stream: PromptStream | SelectedPrompts | None = None
     _state: TrainerState | None = None  # of the training that the stream belongs to
     _batch: TreeBatch | None = None  # what follows is of this one
-    _trees: list[SegmentTree]
+    _trees: list[SegmentTree] | None = None
     _rewards: torch.Tensor | None = None
 
     def rows_for(self, batch: TreeBatch, rows: Rows) -> Rows:
@@ -43,7 +43,7 @@ class DynamicSource(TreeSource):
         host, args = self._host, self._host.args
         stream = self._current_stream()
         host.extra_columns.clear()  # of a batch that failed
-        self._batch, self._rewards = batch, None
+        self._batch, self._trees, self._rewards = batch, None, None
         weights, aggregation = host.reward_weights, host.trainer.multi_objective_aggregation
         chosen = fill_batch(
             stream,
@@ -67,7 +67,7 @@ class DynamicSource(TreeSource):
         return self._rows(chosen.candidates)
 
     def trees_for(self, batch: TreeBatch, prompts: list[list[int]]) -> list[SegmentTree]:
-        if batch is not self._batch:  # a subclass samples on its own
+        if batch is not self._batch or self._trees is None:  # a subclass samples on its own
             return super().trees_for(batch, prompts)
         self._turns.of_rows(len(prompts))
         return self._trees
@@ -93,8 +93,10 @@ class DynamicSource(TreeSource):
         self._trees = [candidate.tree for candidate in candidates if candidate.tree is not None]
         self._turns.show(conversations_of(candidates))
         prompts = [copy.deepcopy(each.prompt) for each in candidates for _ in range(num_generations)]
+        num_tokens_seen = host.state.num_input_tokens_seen
         completion_ids, completions = host.generated(prompts)
         rewards = host.rewards(self._rows(candidates), prompts, completions, completion_ids)
+        host.state.num_input_tokens_seen = num_tokens_seen  # the chosen ones are counted when they are trained on
         for i, candidate in enumerate(candidates):
             if candidate in missing:  # the others fill up the number of candidates; their rewards are there
                 own = slice(i * num_generations, (i + 1) * num_generations)

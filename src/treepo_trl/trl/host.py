@@ -180,11 +180,9 @@ class Host:
         return prompt_ids
 
     def generated(self, prompts: list[object]) -> tuple[list[list[int]], list[object]]:
-        """Token ids of completions, and the completions as reward functions take them; nothing is logged of them."""
-        num_tokens_seen = self.state.num_input_tokens_seen
+        """Token ids of completions, and the completions as reward functions take them; no metric is logged of them."""
         with metrics_aside(self.trainer):
             _, completion_ids, _, completions, *_ = self.trainer._generate(prompts)
-        self.state.num_input_tokens_seen = num_tokens_seen
         return completion_ids, list(completions)
 
     def rewards(
