@@ -9,10 +9,10 @@ import yaml
 from tests.support.fake_vllm import VLLM_VERSION
 from tests.support.models import make_tokenizer
 from tests.support.policy_fake import LORA, PolicyFake
+from treepo_trl.apps.doctor.findings import BrokenError
+from treepo_trl.apps.doctor.servers import check_servers
 from treepo_trl.commands.engine import build_engine, use_adapter
 from treepo_trl.commands.engine_arguments import EngineArguments
-from treepo_trl.doctor.findings import BrokenError
-from treepo_trl.doctor.servers import check_servers
 from treepo_trl.engines import SamplingOptions, SegmentRequest
 from treepo_trl.policy.servers.checks import ServerNeeds
 

@@ -6,9 +6,9 @@ from benchmarks.report.cases import Case, Record, Stage
 def checks(record: Record, smoke: bool) -> None:
     """A row for each check. At toy size only those that load no model: doctor has tests of its own."""
     from benchmarks.common import small_model_folder
-    from treepo_trl.doctor.environment import environment
-    from treepo_trl.doctor.examination import examine
-    from treepo_trl.doctor.needs import everything
+    from treepo_trl.apps.doctor.command import examine
+    from treepo_trl.apps.doctor.environment import environment
+    from treepo_trl.apps.doctor.recipe import everything
 
     if smoke:
         record("environment", f"{len(environment())} rows")

@@ -12,11 +12,11 @@ from transformers import LlavaConfig
 from trl import ModelConfig
 
 from tests.support.paths import ROOT
+from treepo_trl.apps.doctor import examination
+from treepo_trl.apps.doctor.child import kernel_names, training_names
+from treepo_trl.apps.doctor.findings import BrokenError, CannotRunError, Finding
+from treepo_trl.apps.doctor.needs import Needs, everything
 from treepo_trl.commands import doctor
-from treepo_trl.doctor import examination
-from treepo_trl.doctor.child import kernel_names, training_names
-from treepo_trl.doctor.findings import BrokenError, CannotRunError, Finding
-from treepo_trl.doctor.needs import Needs, everything
 from treepo_trl.policy.starting_adapter import new_adapter_config
 
 

@@ -13,13 +13,13 @@ import torch
 from tests.support.broken_environments import hide
 from tests.support.models import make_model, make_tokenizer
 from tests.support.paths import ROOT
-from treepo_trl.doctor import examination, processes
-from treepo_trl.doctor.child import kernel_names
-from treepo_trl.doctor.engine_errors import remedy_for
-from treepo_trl.doctor.findings import BrokenError, CannotRunError
-from treepo_trl.doctor.needs import Needs, everything
-from treepo_trl.doctor.processes import run_group
-from treepo_trl.doctor.training import SmallTraining, compared_memory
+from treepo_trl.apps.doctor import examination, processes
+from treepo_trl.apps.doctor.child import kernel_names
+from treepo_trl.apps.doctor.engine_errors import remedy_for
+from treepo_trl.apps.doctor.findings import BrokenError, CannotRunError
+from treepo_trl.apps.doctor.needs import Needs, everything
+from treepo_trl.apps.doctor.processes import run_group
+from treepo_trl.apps.doctor.training import SmallTraining, compared_memory
 
 
 pytestmark = [

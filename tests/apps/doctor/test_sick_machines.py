@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.doctor.test_recipes import run, written
+from treepo_trl.apps.doctor import environment
 from treepo_trl.commands import doctor
-from treepo_trl.doctor import environment
 
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a card")

@@ -11,12 +11,12 @@ from peft.utils.error import NoMatchingPeftModuleError
 from transformers import LlavaConfig
 
 from tests.doctor.test_recipes import needs_of, written
-from treepo_trl.doctor.engine_errors import engine_error, remedy_for
-from treepo_trl.doctor.findings import BrokenError
-from treepo_trl.doctor.needs import Needs, everything
-from treepo_trl.doctor.packed_update import check_packed
-from treepo_trl.doctor.target_modules import with_modules_of_model
-from treepo_trl.doctor.training import SmallTraining
+from treepo_trl.apps.doctor.engine_errors import engine_error, remedy_for
+from treepo_trl.apps.doctor.findings import BrokenError
+from treepo_trl.apps.doctor.needs import Needs, everything
+from treepo_trl.apps.doctor.packed_update import check_packed
+from treepo_trl.apps.doctor.target_modules import with_modules_of_model
+from treepo_trl.apps.doctor.training import SmallTraining
 
 
 pytestmark = [

@@ -10,9 +10,9 @@ from peft import LoraConfig
 
 from tests.doctor.test_recipes import RECIPES, needs_of, run, written
 from tests.support.broken_environments import hide
+from treepo_trl.apps.doctor.child import kernel_names
+from treepo_trl.apps.doctor.findings import BrokenError, CannotRunError
 from treepo_trl.commands import doctor
-from treepo_trl.doctor.child import kernel_names
-from treepo_trl.doctor.findings import BrokenError, CannotRunError
 
 
 pytestmark = [

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from tests.support.broken_environments import hide
 from tests.support.families import FAMILY
-from treepo_trl.doctor import packed_update
-from treepo_trl.doctor.findings import BrokenError, CannotRunError
-from treepo_trl.doctor.four_bit import check_four_bit
-from treepo_trl.doctor.needs import Needs, NumberType, everything
-from treepo_trl.doctor.number_type import check_number_type, why_not
-from treepo_trl.doctor.packed_update import check_packed
+from treepo_trl.apps.doctor import packed_update
+from treepo_trl.apps.doctor.findings import BrokenError, CannotRunError
+from treepo_trl.apps.doctor.four_bit import check_four_bit
+from treepo_trl.apps.doctor.needs import Needs, NumberType, everything
+from treepo_trl.apps.doctor.number_type import check_number_type, why_not
+from treepo_trl.apps.doctor.packed_update import check_packed
 from treepo_trl.update.tree_attention import TreeAttention
 
 
