@@ -14,7 +14,7 @@ from treepo_trl.treepo_config import TreePOConfig
 
 from .environment import installed_as
 from .findings import CHANGE_SETTING, BrokenError, CannotRunError, in_words, last_line
-from .recipe import Needs, Recipe
+from .recipe import Recipe
 
 
 _SETTING = {"bfloat16": "bf16: true", "float16": "fp16: true, bf16: false", "float32": "bf16: false"}
@@ -46,16 +46,13 @@ def check_memory(recipe: Recipe) -> str:
         plan = plan_training(recipe.training, recipe.model, card, recipe.adapter)
     except OSError as error:  # no such model, or no way to the hub
         raise CannotRunError(f"the config of the recipe's model cannot be read: {last_line(str(error))}") from error
-    except NotPlannedError as error:
+    except (NotPlannedError, RuntimeError, AttributeError, LookupError, TypeError) as error:  # it cannot be built so
         if recipe.training.vllm_gpu_memory_utilization == "auto":
             raise BrokenError(in_words(no_share(error)), CHANGE_SETTING) from error
-        raise CannotRunError(f"the plan does not count this training, which goes on without: {error}") from error
+        cause = str(error) if isinstance(error, NotPlannedError) else in_words(error)
+        raise CannotRunError(f"the plan does not count this training, which goes on without: {cause}") from error
     except ValueError as error:
         raise BrokenError(in_words(error), CHANGE_SETTING) from error
-    except (RuntimeError, AttributeError, LookupError, TypeError) as error:  # of a model that is not built from this
-        raise CannotRunError(
-            f"the plan does not count this training, which goes on without: {in_words(error)}"
-        ) from error
     problems = [problem.partition(": ") for problem in plan.problems()]
     if problems:
         causes, _, remedies = zip(*problems, strict=True)
@@ -74,7 +71,7 @@ def _card(recipe: Recipe) -> tuple[float, float | None]:
     """Bytes of the card that is planned for, and of them the free ones; `None` for a card that is not here."""
     if recipe.card_gib is not None:
         return recipe.card_gib * GIB, None
-    if recipe.on_cpu:
+    if recipe.device.type == "cpu":
         raise CannotRunError("this machine has no card; say how large it is (`--card_gib 24`)")
     try:
         free, card = map(float, torch.cuda.mem_get_info(0))
@@ -83,20 +80,20 @@ def _card(recipe: Recipe) -> tuple[float, float | None]:
     return card, free
 
 
-def check_number_type(needs: Needs) -> str:
+def check_number_type(recipe: Recipe) -> str:
     """Ask transformers and the trainer, which refuse types by what they know of the machine; or say which to set."""
-    device = needs.device.type
-    if needs.number_type is None:
+    device = recipe.device.type
+    if recipe.number_type is None:
         on_cpu = ", with `use_cpu: true` on a processor" if device == "cpu" else ""
-        return f"set `{_SETTING[half_type(needs.device)]}`{on_cpu}"
-    half = {"bf16": needs.number_type == "bfloat16", "fp16": needs.number_type == "float16"}
+        return f"set `{_SETTING[half_type(recipe.device)]}`{on_cpu}"
+    bf16, fp16 = (recipe.number_type == each for each in ("bfloat16", "float16"))
     try:
-        args = TreePOConfig("unused", **half, use_cpu=needs.use_cpu, report_to=[])
+        args = TreePOConfig("unused", bf16=bf16, fp16=fp16, use_cpu=recipe.use_cpu, report_to=[])
         check_arguments(args, None, None, None)
     except ValueError as error:
-        cause = f"{needs.number_type} is refused here: {last_line(str(error))}"
-        raise BrokenError(cause, _instead_of(needs.number_type)) from error
-    return f"{needs.number_type} is taken on {device}"
+        cause = f"{recipe.number_type} is refused here: {last_line(str(error))}"
+        raise BrokenError(cause, _instead_of(recipe.number_type)) from error
+    return f"{recipe.number_type} is taken on {device}"
 
 
 def half_type(device: torch.device) -> str:

@@ -2,39 +2,41 @@
 
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
 from .environment import installed_as
 from .findings import Finding, last_line
-from .recipe import Needs
+from .recipe import Recipe
 
 
 _TIMEOUT = 300  # seconds; it was seen to take 100 on two shared processor cores
 
 
-def step_names(needs: Needs) -> list[str]:
+def step_names(recipe: Recipe) -> list[str]:
     """The checks of the child, in their order; a recipe's step has the recipe's 4-bit layers in it."""
-    return ["engine", "small step", *([] if needs.is_recipe else ["4-bit"])]
+    return ["engine", "small step", *([] if recipe.is_given else ["4-bit"])]
 
 
-def run_step(needs: Needs) -> list[Finding]:
+def run_step(recipe: Recipe) -> list[Finding]:
     """Findings of the child's checks, each of which has one, whatever becomes of the process."""
-    names = step_names(needs)
-    absent = [package for package in needs.for_step if installed_as(package) is None]
+    names = step_names(recipe)
+    needed = {"vllm": recipe.uses_vllm, "peft": recipe.has_adapter}
+    absent = [package for package, is_needed in needed.items() if is_needed and installed_as(package) is None]
     if absent:
         return [Finding(name, "cannot run", f"{' and '.join(absent)} not installed: see versions") for name in names]
     with tempfile.TemporaryDirectory(prefix="treepo-trl-doctor-") as scratch:
-        results, said = Path(scratch) / "results.jsonl", Path(scratch) / "said.txt"
+        given, results, said = (Path(scratch, name) for name in ("recipe.pickle", "results.jsonl", "said.txt"))
+        given.write_bytes(pickle.dumps(recipe))
         results.touch()
-        command = [sys.executable, "-m", "treepo_trl.apps.doctor.step", json.dumps(asdict(needs)), str(results)]
+        command = [sys.executable, "-m", "treepo_trl.apps.doctor.step", str(given), str(results)]
         with said.open("w") as output:
             end = _wait(command, output)
         found = [Finding(**json.loads(line)) for line in results.read_text().splitlines()]

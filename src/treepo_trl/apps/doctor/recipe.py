@@ -1,11 +1,17 @@
-"""The recipe that is asked about, and what of it one small step needs; without a recipe everything."""
+"""The recipe that is asked about, from the options of a training; without one, a training that needs everything."""
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from trl import ModelConfig
 
+from treepo_trl.commands.arguments import OptionsParser
+from treepo_trl.commands.train_adapter import starting_adapter
+from treepo_trl.preflight import check_config, check_options, require_model
+from treepo_trl.preflight.config_file import config_of, split_words
+from treepo_trl.quickstart import small_model
+from treepo_trl.quickstart.model import default_folder
 from treepo_trl.treepo_config import TreePOConfig
 
 
@@ -14,94 +20,44 @@ if TYPE_CHECKING:
 
 
 NumberType = Literal["bfloat16", "float16", "float32"]
-
-_TRAINING_SETTINGS = (
-    "use_vllm",
-    "vllm_gpu_memory_utilization",
-    "vllm_engine_kwargs",
-    "vllm_lora_sync",
-    "vllm_base_weights",
-    "vllm_share_base_weights",
-    "vllm_enable_sleep_mode",
-    "vllm_sleep_keeps_weights",
-    "tree_packing",
-    "gradient_checkpointing",
-    "optim",
-)
-_MODEL_SETTINGS = (
-    "dtype",
-    "attn_implementation",
-    "use_peft",
-    "lora_r",
-    "lora_alpha",
-    "lora_target_modules",
-    "use_dora",
-    "use_rslora",
-    "load_in_4bit",
-    "load_in_8bit",
-    "bnb_4bit_quant_type",
-    "use_bnb_nested_quant",
-)
-_OF_ADAPTERS = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
-"""Options of a new adapter, and what they are called in an adapter's config."""
+EVERYTHING = ["--use_vllm", "true", "--use_peft", "true", "--lora_target_modules", "all-linear", "--dtype", "auto"]
+"""Options of what is checked without a recipe: LoRA and vLLM, in the type of the model."""
 
 
-class Recipe(NamedTuple):
+@dataclass(frozen=True)
+class Recipe:
     """
     A training as its options say it.
 
     Attributes:
+        step_model (`str`):
+            Folder or hub name of the model that the small step is made on.
         training ([`TreePOConfig`]), model ([`~trl.ModelConfig`]):
-            Its settings. The number type has a check of its own, and is none here.
+            Settings. The number type has a check of its own, and is none here.
         adapter ([`~peft.PeftConfig`], *optional*):
-            The adapter that it goes on from.
+            The adapter that the training goes on from.
         tools (`list[str]`, *optional*), environment (`str`, *optional*):
             Import paths, which are not imported here.
-        on_cpu (`bool`):
-            Whether it computes on the processor, here.
+        number_type (`str`, *optional*):
+            What it computes in; `None` without a recipe: then any type will do.
+        use_cpu (`bool`):
+            Whether it is to run on the processor.
         card_gib (`float`, *optional*):
             The card that it is planned for, if that is not here.
     """
 
+    step_model: str
     training: TreePOConfig
     model: ModelConfig
-    adapter: "PeftConfig | None"
-    tools: list[str] | None
-    environment: str | None
-    on_cpu: bool
-    card_gib: float | None
-
-
-@dataclass(frozen=True)
-class Needs:
-    """
-    What the checks need of a recipe, in types of JSON.
-
-    Attributes:
-        model (`str`):
-            Folder or hub name of the model that the step is made on.
-        training (`dict`), model_settings (`dict`):
-            Settings of [`TreePOConfig`] and of [`~trl.ModelConfig`] for the step.
-        number_type (`str`, *optional*):
-            What the recipe computes in; `None` without a recipe: then any type will do.
-        use_cpu (`bool`):
-            Whether the training is to run on the processor.
-        has_servers (`bool`):
-            Whether vLLM servers sample, and not this machine.
-        is_stand_in (`bool`):
-            Whether `model` is another one than the recipe's.
-    """
-
-    model: str
-    training: dict[str, Any] = field(default_factory=dict[str, Any])
-    model_settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    adapter: "PeftConfig | None" = None
+    tools: list[str] | None = None
+    environment: str | None = None
     number_type: NumberType | None = None
     use_cpu: bool = False
-    has_servers: bool = False
-    is_stand_in: bool = False
+    card_gib: float | None = None
 
     @property
-    def is_recipe(self) -> bool:
+    def is_given(self) -> bool:
         """Whether a recipe says what is needed. Else everything is."""
         return self.number_type is not None
 
@@ -111,61 +67,82 @@ class Needs:
         return torch.device("cuda" if torch.cuda.is_available() and not self.use_cpu else "cpu")
 
     @property
-    def for_step(self) -> list[str]:
-        """Packages without which the small step cannot be made."""
-        optional = {
-            "peft": self.model_settings["use_peft"],
-            "vllm": self.training["use_vllm"],
-            "bitsandbytes": self.model_settings.get("load_in_4bit"),
-        }
-        return [name for name, is_needed in optional.items() if is_needed]
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained, a new one or one that is given."""
+        return self.model.use_peft or self.adapter is not None
+
+    @property
+    def has_servers(self) -> bool:
+        """Whether vLLM servers sample, and not this machine."""
+        return self.training.use_vllm and self.training.vllm_mode == "server"
+
+    @property
+    def uses_vllm(self) -> bool:
+        """Whether vLLM samples in this process."""
+        return self.training.use_vllm and not self.has_servers
 
     @property
     def packages(self) -> list[str]:
         """Packages that must be installed."""
-        training, model = self.training, self.model_settings
-        of_bitsandbytes = any(word in str(training.get("optim", "")) for word in ("8bit", "bnb"))
-        engine_in_4bit = training.get("vllm_base_weights") == "quantized" or training.get("vllm_share_base_weights")
-        in_4bit = not self.is_recipe or (model.get("load_in_4bit") and engine_in_4bit)
+        training, model = self.training, self.model
+        in_4bit = model.load_in_4bit or not self.is_given
+        engine_in_4bit = training.vllm_base_weights == "quantized" or training.vllm_share_base_weights
+        has_8bit = model.load_in_8bit or any(word in str(training.optim) for word in ("8bit", "bnb"))
         optional = {
-            "peft": model["use_peft"],
-            "vllm": training["use_vllm"] or self.has_servers,  # which TRL wants beside its trainer too
-            "bitsandbytes": not self.is_recipe
-            or model.get("load_in_4bit")
-            or model.get("load_in_8bit")
-            or of_bitsandbytes,
-            "vllm-bnb-plugin": training["use_vllm"] and in_4bit,
+            "peft": self.has_adapter,
+            "vllm": training.use_vllm,  # with servers too: TRL wants it beside its trainer
+            "bitsandbytes": in_4bit or has_8bit,
+            "vllm-bnb-plugin": self.uses_vllm and in_4bit and (engine_in_4bit or not self.is_given),
         }
         return ["torch", "trl", "transformers", "accelerate", *(name for name, needed in optional.items() if needed)]
 
 
-def everything(model: str) -> Needs:
-    """Without a recipe: LoRA, vLLM and 4 bits, any number type."""
-    return Needs(model, {"use_vllm": True}, {"dtype": "auto", "use_peft": True, "lora_target_modules": ["all-linear"]})
-
-
-def of_recipe(model: str, recipe: Recipe, number_type: NumberType, use_cpu: bool) -> Needs:
+def read(parser: OptionsParser, argv: list[str]) -> Recipe:
     """
-    What a recipe needs.
+    The recipe of a command line; what needs everything, if it has no options of a training.
 
-    Args:
-        model (`str`):
-            What the step is made on.
-        recipe ([`Recipe`]):
-            The recipe.
-        number_type (`str`), use_cpu (`bool`):
-            What it says about them, which `recipe.training` may not: an unfit number type is refused there.
+    Raises:
+        ValueError: for options that a training would not take, or a model that is not there.
     """
-    training, model_settings = _values(recipe.training, _TRAINING_SETTINGS), _values(recipe.model, _MODEL_SETTINGS)
-    if recipe.adapter is not None:  # the step's model may be another one, and gets a new adapter that is like it
-        own = {option: getattr(recipe.adapter, name, None) for option, name in _OF_ADAPTERS.items()}
-        model_settings |= {"use_peft": True, **{option: value for option, value in own.items() if value is not None}}
-    has_servers = training["use_vllm"] and recipe.training.vllm_mode == "server"
-    training["use_vllm"] = training["use_vllm"] and not has_servers
-    is_stand_in = recipe.model.model_name_or_path != model
-    return Needs(model, training, model_settings, number_type, use_cpu, has_servers, is_stand_in)
+    words = split_words(argv)
+    file = config_of(parser, words)
+    in_file = {} if file is None else check_config(file)
+    start = len(words) if file is None else words.index("--config")
+    on_line = check_options(parser, words[:start] + words[start + 2 :])
+    is_given = file is not None or bool(on_line.keys() - {"model_name_or_path", "json", "card_gib"})
+    if "card_gib" in on_line and not is_given:
+        raise ValueError("`--card_gib` is for the plan of a recipe. Add `--config`, or leave it out.")
+    named = on_line.get("model_name_or_path")
+    step_model = require_model(str(named)) if named else small_model(default_folder())
+    number_type, use_cpu = _number_type(in_file | on_line)
+    on_cpu = use_cpu or not torch.cuda.is_available()
+    script_args, training, model, _, own = _parsed(parser, words if is_given else words + EVERYTHING, on_cpu)
+    model.model_name_or_path = in_file.get("model_name_or_path")  # that of the line is what the step is made on
+    adapter = starting_adapter(script_args, model)
+    model.model_name_or_path = model.model_name_or_path or step_model
+    turns = script_args.tools, script_args.environment
+    return Recipe(
+        step_model, training, model, adapter, *turns, number_type if is_given else None, use_cpu, own.card_gib
+    )
 
 
-def _values(settings: object, names: tuple[str, ...]) -> dict[str, Any]:
-    values = {name: getattr(settings, name) for name in names}
-    return {name: getattr(value, "value", value) for name, value in values.items()}  # `optim` is an enum
+def _parsed(parser: OptionsParser, words: list[str], on_cpu: bool) -> tuple[Any, ...]:
+    """The dataclasses of options, without a number type: one that does not work here is a finding, and no error."""
+    readable = [*words, "--bf16", "false", "--fp16", "false"]
+    without_card = [*readable, "--use_cpu", "true"]
+    try:
+        return parser.parse_args_and_config(without_card if on_cpu else readable)
+    except RuntimeError:  # of a card that no process can use: rows and checks say so, and the recipe is read without
+        return parser.parse_args_and_config(without_card)
+
+
+def _number_type(given: dict[str, object]) -> tuple[NumberType, bool]:
+    """What the training would compute in, and whether on the processor, by its settings as they were written."""
+    bf16, fp16, use_cpu = (
+        {"true": True, "false": False}.get(str(given.get(name)).lower()) for name in ("bf16", "fp16", "use_cpu")
+    )
+    if fp16 and bf16:
+        raise ValueError("`fp16` and `bf16` are both true. Set one of them to false: a training computes in one type.")
+    if fp16:
+        return "float16", bool(use_cpu)
+    return ("bfloat16" if bf16 is not False else "float32"), bool(use_cpu)  # TRL's default is bfloat16

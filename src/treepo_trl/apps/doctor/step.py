@@ -1,23 +1,22 @@
 """
-The child process of the small step: `python -m treepo_trl.apps.doctor.step NEEDS RESULTS`.
+The child process of the small step: `python -m treepo_trl.apps.doctor.step RECIPE RESULTS`.
 
 The trainer itself makes the step, with its engine, and with a difference between engine and policy as an error. A line
 is appended to RESULTS after each check, so that the parent knows in which one the process has ended.
 """
 
 import json
+import pickle
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig
 from trl import ModelConfig, get_quantization_config
 
-from treepo_trl.memory import GIB, plan_memory
 from treepo_trl.policy.starting_adapter import new_adapter_config
 from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.treepo_trainer import TreePOTrainer
@@ -25,81 +24,69 @@ from treepo_trl.treepo_trainer import TreePOTrainer
 from .checks import half_type
 from .child import step_names
 from .findings import BrokenError, CannotRunError, finding_of
-from .recipe import Needs
+from .recipe import Recipe
 from .remedies import engine_error
 from .versions import how_to_install
 
 
-PROMPTS = (
-    "Add the numbers and say how you did it: 3 + 4 + 5 =",
-    "The three largest rivers of the world, and where they begin:",
-    "A recipe for a soup of carrots and potatoes, step by step:",
-    "def median(values: list[float]) -> float:",
-)
+_PROMPT = "Add the numbers and say how you did it: 3 + 4 + 5 ="
 _NUM_LEAVES, _COMPLETION, _SEGMENT = 8, 32, 8
 _SHARE = 0.3  # of the card's memory, for the engine
 _CONTEXT = 512  # tokens that the engine can hold in one sequence
-_LARGEST_RATIO = 1.5  # measured over planned memory above which the plan misleads
 _LARGEST_ERROR = 0.02  # relative, of a 4-bit layer: rounding of 16-bit inputs
 
 
-class MeasuredTrainer(TreePOTrainer):
-    """[`TreePOTrainer`] that notes what a card's memory held before the update."""
+_TRAINING_SETTINGS = (
+    *("vllm_gpu_memory_utilization", "vllm_engine_kwargs", "vllm_lora_sync", "vllm_base_weights"),
+    *("vllm_share_base_weights", "vllm_enable_sleep_mode", "vllm_sleep_keeps_weights"),
+    *("tree_packing", "gradient_checkpointing", "optim"),
+)
+_MODEL_SETTINGS = (
+    *("dtype", "attn_implementation", "use_peft", "lora_r", "lora_alpha", "lora_target_modules", "use_dora"),
+    *("use_rslora", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"),
+)
+"""What of a recipe the step takes over. Layers in 8 bits round by what else is in the batch, so they are left out."""
+_OF_ADAPTERS = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
+"""Options of a new adapter, and what they are called in an adapter's config."""
 
-    before_update: int | None = None
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        if self.before_update is None and self.accelerator.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.before_update = torch.cuda.memory_allocated()
-        return super().compute_loss(*args, **kwargs)
-
-
-@dataclass
 class SmallStep:
-    """
-    One step as the trainer makes it, of eight leaves.
+    """One step of eight leaves as the trainer makes it; `folder` is for what the trainer writes."""
 
-    Attributes:
-        needs ([`Needs`]):
-            What is to be checked.
-        folder (`Path`):
-            For what the trainer writes.
-    """
-
-    needs: Needs
-    folder: Path
-    trainer: MeasuredTrainer | None = None
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.trainer: TreePOTrainer | None = None
 
     def check_engine(self) -> str:
         """Build the trainer, which loads the model and starts the engine."""
         started = time.perf_counter()
-        note = ""
+        settings, note = _model_settings(self.recipe), ""
         try:
             try:
-                self.trainer = _build(self.needs, self.folder)
+                self.trainer = _build(self.recipe, settings, self.folder)
             except ValueError as error:
-                if not (self.needs.is_stand_in and "Target modules" in str(error)):  # PEFT's words
+                is_stand_in = self.recipe.model.model_name_or_path != self.recipe.step_model
+                if not (is_stand_in and "Target modules" in str(error)):  # PEFT's words
                     raise
-                settings, wanted = self.needs.model_settings, self.needs.model_settings["lora_target_modules"]
+                wanted = settings["lora_target_modules"]
                 names = wanted if isinstance(wanted, str) else ", ".join(sorted(wanted))
                 note = f"; LoRA on all linear layers, as this model has no {names}"
-                self.needs = replace(self.needs, model_settings=settings | {"lora_target_modules": ["all-linear"]})
-                self.trainer = _build(self.needs, self.folder)
+                settings["lora_target_modules"] = ["all-linear"]
+                self.trainer = _build(self.recipe, settings, self.folder)
         except Exception as error:  # vLLM's own classes differ between its versions
-            raise engine_error(error, self.needs) from error
-        name = "vLLM" if self.needs.training["use_vllm"] else "the transformers engine"
+            raise engine_error(error, self.recipe) from error
+        name = "vLLM" if self.recipe.uses_vllm else "the transformers engine"
         return f"{name} started in {time.perf_counter() - started:.0f} s{note}"
 
     def check_step(self) -> str:
-        """Sample a tree, compare engine and policy, packed rows and plain ones, and update; on a card its memory."""
+        """Sample a tree, compare engine and policy, packed rows and plain ones, and update."""
         trainer = self.trainer
         if trainer is None:
             raise CannotRunError("there is no engine")
         try:
             trainer.train()
         except Exception as error:  # of torch, vLLM, bitsandbytes or the trainer
-            raise engine_error(error, self.needs) from error
+            raise engine_error(error, self.recipe) from error
         log = trainer.state.log_history[0]
         seen = f"a tree of {_NUM_LEAVES} leaves was sampled and trained on"
         if trainer._packed_forward is not None and trainer._packed_forward.checked:
@@ -107,40 +94,18 @@ class SmallStep:
             seen += f"; packed rows ({backends}) give what plain rows give"
         if "engine/logp_difference_mean" in log:
             seen += f"; engine and policy differ by {log['engine/logp_difference_mean']:.4f} nats per token"
-            has_adapter = self.needs.model_settings["use_peft"] and trainer.args.vllm_lora_sync == "adapter"
-            seen += ", and by rounding alone with a moved adapter" if has_adapter else ""
-        if trainer.before_update is not None:
-            measured = torch.cuda.max_memory_allocated() - trainer.before_update
-            seen += f"; {compared_memory(_planned(self.needs, trainer.args), measured)}"
+            travels = self.recipe.has_adapter and trainer.args.vllm_lora_sync == "adapter"
+            seen += ", and by rounding alone with a moved adapter" if travels else ""
         return seen
 
 
-def compared_memory(planned: float, measured: float) -> str:
-    """
-    Say how far a plan is from what was measured, both in bytes.
-
-    Raises:
-        BrokenError: if the step took much more than planned.
-    """
-    seen = f"the update added {measured / 2**20:.0f} MiB, planned were {planned / 2**20:.0f}"
-    if measured > _LARGEST_RATIO * planned:
-        remedy = "Leave as much more room on the card than `treepo-trl plan` says, and report it."
-        raise BrokenError(f"{seen[:1].upper()}{seen[1:]}.", remedy)
-    return seen
-
-
-def _planned(needs: Needs, args: TreePOConfig) -> float:
-    """Bytes that an update adds to the weights, by the plan."""
-    config = AutoConfig.from_pretrained(needs.model)
-    policy = plan_memory(config, args, _model_config(needs), 80.0 * GIB).policy
-    return policy["gradients"] + policy["optimizer"] + policy["activations"]
-
-
-def _build(needs: Needs, folder: Path) -> MeasuredTrainer:
-    """A trainer with the settings that matter here, on few prompts."""
+def _build(recipe: Recipe, model_settings: dict[str, Any], folder: Path) -> TreePOTrainer:
+    """A trainer with the settings that matter here, on one prompt."""
+    model = ModelConfig(recipe.step_model, **model_settings)
     args = TreePOConfig(
         str(folder),
-        **_settings(needs),
+        **_training_settings(recipe),
+        model_init_kwargs={"dtype": model.dtype, "attn_implementation": model.attn_implementation},
         per_device_train_batch_size=_NUM_LEAVES,
         num_generations=_NUM_LEAVES,
         max_completion_length=_COMPLETION,
@@ -153,38 +118,41 @@ def _build(needs: Needs, folder: Path) -> MeasuredTrainer:
         disable_tqdm=True,
         seed=0,
     )
-    model_args = _model_config(needs)
-    args.model_init_kwargs = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
-    return MeasuredTrainer(
-        model=needs.model,
+    return TreePOTrainer(
+        model=recipe.step_model,
         reward_funcs=_share_of_different_tokens,
         args=args,
-        train_dataset=Dataset.from_dict({"prompt": list(PROMPTS)}),
-        quantization_config=get_quantization_config(model_args),
-        peft_config=new_adapter_config(model_args),
+        train_dataset=Dataset.from_dict({"prompt": [_PROMPT]}),
+        quantization_config=get_quantization_config(model),
+        peft_config=new_adapter_config(model),
     )
 
 
-def _settings(needs: Needs) -> dict[str, Any]:
+def _training_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that are asked for, as this machine and a small model can have them."""
-    settings = {"vllm_gpu_memory_utilization": _SHARE, "gradient_checkpointing": False, **needs.training}
+    settings: dict[str, Any] = {name: getattr(recipe.training, name) for name in _TRAINING_SETTINGS}
+    settings["use_vllm"] = recipe.uses_vllm
     if settings["vllm_gpu_memory_utilization"] == "auto":  # planned for the recipe's model, and this one is small
         settings["vllm_gpu_memory_utilization"] = _SHARE
-    if settings["use_vllm"]:
-        settings |= {"vllm_mode": "colocate", "vllm_max_model_length": _CONTEXT}
-    if needs.device.type == "cpu":
-        settings.pop("optim", None)  # those of 8 bits are for cards
+    if not recipe.is_given:
+        settings |= {"vllm_gpu_memory_utilization": _SHARE, "gradient_checkpointing": False}
+        settings["vllm_enable_sleep_mode"] = recipe.device.type == "cuda"
+    if recipe.uses_vllm:
+        settings["vllm_max_model_length"] = _CONTEXT
+    if recipe.device.type == "cpu":
+        del settings["optim"]  # those of 8 bits are for cards
         return {**settings, "bf16": False, "fp16": False, "use_cpu": True}
-    if settings["use_vllm"] and not needs.is_recipe:
-        settings["vllm_enable_sleep_mode"] = True
-    number_type = needs.number_type or half_type(needs.device)
-    return {**settings, "bf16": number_type == "bfloat16", "fp16": number_type == "float16", "use_cpu": False}
+    number_type = recipe.number_type or half_type(recipe.device)
+    return {**settings, "bf16": number_type == "bfloat16", "fp16": number_type == "float16"}
 
 
-def _model_config(needs: Needs) -> ModelConfig:
-    # 8-bit layers round by what else is in the batch, so engine and policy would differ without a fault.
-    settings = {name: value for name, value in needs.model_settings.items() if name != "load_in_8bit"}
-    return ModelConfig(needs.model, lora_dropout=0.0, **settings)  # with dropout the policy is not what the engine has
+def _model_settings(recipe: Recipe) -> dict[str, Any]:
+    """Settings of the model and of a new adapter, which is like the one that a recipe goes on from."""
+    settings: dict[str, Any] = {name: getattr(recipe.model, name) for name in _MODEL_SETTINGS}
+    own = {option: getattr(recipe.adapter, name, None) for option, name in _OF_ADAPTERS.items()}
+    settings |= {option: value for option, value in own.items() if value is not None}
+    # With dropout the policy would not be what the engine has.
+    return {**settings, "use_peft": recipe.has_adapter, "lora_dropout": 0.0}
 
 
 def _share_of_different_tokens(completion_ids: list[list[int]], **_: object) -> list[float | None]:
@@ -215,19 +183,19 @@ def check_four_bit(device: torch.device) -> str:
     return f"an NF4 layer of bitsandbytes computes forward and backward on {device.type}"
 
 
-def main(needs: Needs, results: Path) -> None:
+def main(recipe: Recipe, results: Path) -> None:
     """Run the checks and write their findings."""
-    step = SmallStep(needs, results.parent / "training")
+    step = SmallStep(recipe, results.parent / "training")
     checks = {
         "engine": step.check_engine,
         "small step": step.check_step,
-        "4-bit": lambda: check_four_bit(needs.device),
+        "4-bit": lambda: check_four_bit(recipe.device),
     }
-    for name in step_names(needs):
+    for name in step_names(recipe):
         found = finding_of(name, checks[name], "Look for this error in the issues of the library that raised it.")
         with results.open("a") as file:
             file.write(json.dumps(asdict(found)) + "\n")
 
 
 if __name__ == "__main__":
-    main(Needs(**json.loads(sys.argv[1])), Path(sys.argv[2]))
+    main(pickle.loads(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2]))
