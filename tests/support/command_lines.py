@@ -155,7 +155,7 @@ def parsers_that_stop(method: str = "parse_args") -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((argparse.ArgumentParser, method), (trl.TrlParser, "parse_args_and_config")):
             patch.setattr(owner, name, _stopping(getattr(owner, name)))
-        patch.setattr("treepo_trl.apps.doctor.command.small_model", str)  # it would be written to the user's cache
+        patch.setattr("treepo_trl.apps.doctor.recipe.small_model", str)  # it would be written to the user's cache
         patch.setattr("treepo_trl.apps.doctor.command.examine", _stop)
         try:
             yield rest
