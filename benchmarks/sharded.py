@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from benchmarks import memory
 from benchmarks.common import make_parser, print_result, small_model_folder
-from treepo_trl.doctor.findings import in_words
+from treepo_trl.apps.doctor.findings import in_words
 from treepo_trl.policy.gathered_adapter import gathered_adapter
 
 

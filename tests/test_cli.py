@@ -35,7 +35,7 @@ def test_a_command_gets_the_arguments_after_its_name(
     (tmp_path / "options.yaml").write_text("env: {}")
     arguments = ["bash"] if command == "completion" else ["--config", str(tmp_path / "options.yaml")]
     calls: list[list[str]] = []
-    monkeypatch.setattr(importlib.import_module(f"treepo_trl.commands.{COMMANDS[command][1]}"), "main", calls.append)
+    monkeypatch.setattr(importlib.import_module(COMMANDS[command][1]), "main", calls.append)
     main([command, *arguments])
     assert calls == [arguments]
 

@@ -28,8 +28,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("memory",),
     ("treepo_trainer",),
     ("quickstart",),
-    ("doctor",),
     ("commands",),
+    ("apps",),
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -22,7 +22,7 @@ from typing import Any, Required, TypedDict, cast
 import psutil
 
 from benchmarks.common import OUTPUTS
-from treepo_trl.doctor.findings import CannotRunError, in_words, last_line
+from treepo_trl.apps.doctor.findings import CannotRunError, in_words, last_line
 
 from .cases import Case, as_cell
 

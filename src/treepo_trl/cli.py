@@ -1,4 +1,4 @@
-"""The command line `treepo-trl`: which command runs. Each command is a file in `commands`."""
+"""The command line `treepo-trl`: which command runs. `COMMANDS` says in which file each is."""
 
 import argparse
 import importlib
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _module(command: str) -> ModuleType:
-    return importlib.import_module(f"treepo_trl.commands.{COMMANDS[command][1]}")
+    return importlib.import_module(COMMANDS[command][1])
 
 
 def _parsers(command: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:

@@ -25,7 +25,7 @@ from benchmarks.report.processes import Outcome, Processes, _descendants
 from benchmarks.report.stages import STAGES
 from benchmarks.report.stages.trainings import architecture_of, recipe_gib
 from tests.support.paths import ROOT
-from treepo_trl.doctor.findings import CannotRunError
+from treepo_trl.apps.doctor.findings import CannotRunError
 
 
 def measures(record: Any, value: float) -> None:

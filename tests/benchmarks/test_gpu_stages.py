@@ -12,7 +12,7 @@ from benchmarks.common import ProcessFailed
 from benchmarks.report.stages import servers as servers_stage
 from benchmarks.report.stages import sharded
 from tests.support.vllm_servers import VLLMServer
-from treepo_trl.doctor.findings import CannotRunError
+from treepo_trl.apps.doctor.findings import CannotRunError
 
 
 def see_cards(monkeypatch: pytest.MonkeyPatch, count: int) -> None:

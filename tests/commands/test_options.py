@@ -66,7 +66,7 @@ def options() -> dict[str, dict[str, argparse.Action]]:
     """Each option by the commands that have it."""
     found: dict[str, dict[str, argparse.Action]] = {}
     for command, (_, module) in COMMANDS.items():
-        parser = importlib.import_module(f"treepo_trl.commands.{module}").command_parser()
+        parser = importlib.import_module(module).command_parser()
         for action in parser._actions:
             found.setdefault(action.dest, {})[command] = action
     return found

@@ -9,10 +9,11 @@ import yaml
 from tests.support.fake_vllm import VLLM_VERSION
 from tests.support.models import make_tokenizer
 from tests.support.policy_fake import LORA, PolicyFake
+from tests.support.recipes import recipe_of
+from treepo_trl.apps.doctor.findings import BrokenError
+from treepo_trl.apps.doctor.servers import check_each, check_servers
 from treepo_trl.commands.engine import build_engine, use_adapter
 from treepo_trl.commands.engine_arguments import EngineArguments
-from treepo_trl.doctor.findings import BrokenError
-from treepo_trl.doctor.servers import check_servers
 from treepo_trl.engines import SamplingOptions, SegmentRequest
 from treepo_trl.policy.servers.checks import ServerNeeds
 
@@ -94,13 +95,13 @@ def test_a_server_with_the_weights_of_a_training_is_refused(tiny_model_dir: str)
 def test_the_doctor_names_server_and_flag() -> None:
     needs = ServerNeeds("/models/base", make_tokenizer(), num_adapters=2, adapter_rank=4)
     with PolicyFake() as other, PolicyFake() as server:
-        assert f"2 servers of vLLM {VLLM_VERSION} in float32: 16 requests" in check_servers(
+        assert f"2 servers of vLLM {VLLM_VERSION} in float32: 16 requests" in check_each(
             [other.url, server.url], needs
         )
     with pytest.raises(BrokenError, match=f"No vLLM server answers at {server.url}"):
-        check_servers([server.url], needs)
+        check_each([server.url], needs)
     with PolicyFake({}) as server, pytest.raises(BrokenError, match="serves no adapters") as error:
-        check_servers([server.url], needs)
+        check_each([server.url], needs)
     assert "--enable-lora --max-loras 2" in error.value.remedy
     with (
         PolicyFake() as first,
@@ -109,21 +110,18 @@ def test_the_doctor_names_server_and_flag() -> None:
             BrokenError, match=f"different number types: {first.url} in float32, {second.url} in float16"
         ) as error,
     ):
-        check_servers([first.url, second.url], needs)
+        check_each([first.url, second.url], needs)
     assert "`--dtype`" in error.value.remedy
 
 
 def test_the_doctor_reads_the_servers_of_a_recipe(tiny_model_dir: str, tmp_path: Path) -> None:
-    from treepo_trl.commands import doctor
-
     recipe = tmp_path / "recipe.yaml"
     with PolicyFake(serving(tiny_model_dir) | {"lora_config": {"max_loras": 2, "max_lora_rank": 16}}) as server:
         settings = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url, "use_peft": True}
         settings |= {"model_name_or_path": tiny_model_dir, "bf16": False, "use_cpu": True}
         recipe.write_text(yaml.safe_dump(settings))
-        needs, _, servers, _ = doctor._recipe(["--config", str(recipe)], tiny_model_dir)
-        assert servers is not None
-        assert servers().startswith("1 server of vLLM")
-    assert needs.has_servers
-    assert not needs.uses_vllm
-    assert "vllm" in needs.packages
+        read = recipe_of(recipe, tiny_model_dir)
+        assert check_servers(read).startswith("1 server of vLLM")
+    assert read.has_servers
+    assert not read.uses_vllm
+    assert "vllm" in read.packages

@@ -44,7 +44,7 @@ def asked(command: str, *argv: str) -> None:
     """What `treepo-trl` asks before it imports the command."""
 
     def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-        module = importlib.import_module(f"treepo_trl.commands.{COMMANDS[command][1]}")
+        module = importlib.import_module(COMMANDS[command][1])
         parser = module.command_parser()
         return getattr(module, "help_parser", lambda: parser)(), parser
 

@@ -14,7 +14,7 @@ from treepo_trl.preflight.option_table import as_data, as_parser, load_table, sa
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_that_of_the_parser(command: str) -> None:
-    module = importlib.import_module(f"treepo_trl.commands.{COMMANDS[command][1]}")
+    module = importlib.import_module(COMMANDS[command][1])
     for name in ("command_parser", "help_parser"):
         if hasattr(module, name):
             parser = getattr(module, name)()
@@ -42,7 +42,7 @@ TRIED: list[list[str]] = [["none"], ["null"], ["1"], ["0.5"], ["a"], ["1", "2"],
 @pytest.mark.parametrize("command", ["train", "plan", "sample", "eval", "doctor"])
 def test_what_the_parser_takes_is_taken(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """`none` unsets a number, a switch takes a value or none, a list many."""
-    parser = importlib.import_module(f"treepo_trl.commands.{COMMANDS[command][1]}").command_parser()
+    parser = importlib.import_module(COMMANDS[command][1]).command_parser()
     kept = as_parser(json.loads(json.dumps(as_data(parser))))
     num_taken = 0
     for action in parser._actions:

@@ -91,7 +91,7 @@ def check_treepo_trl(argv: list[str]) -> None:
         argv = [*argv, *ON_A_PROCESSOR]
     assert argv[0] in COMMANDS, f"`treepo-trl {argv[0]}`: no such command"
     with parsers_that_stop():
-        importlib.import_module(f"treepo_trl.commands.{COMMANDS[argv[0]][1]}").main(argv[1:])
+        importlib.import_module(COMMANDS[argv[0]][1]).main(argv[1:])
 
 
 HAND_ON = {"benchmarks.quickstart"}
@@ -155,8 +155,8 @@ def parsers_that_stop(method: str = "parse_args") -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((argparse.ArgumentParser, method), (trl.TrlParser, "parse_args_and_config")):
             patch.setattr(owner, name, _stopping(getattr(owner, name)))
-        patch.setattr("treepo_trl.commands.doctor.small_model", str)  # it would be written to the user's cache
-        patch.setattr("treepo_trl.commands.doctor.examine", _stop)
+        patch.setattr("treepo_trl.apps.doctor.recipe.small_model", str)  # it would be written to the user's cache
+        patch.setattr("treepo_trl.apps.doctor.command.examine", _stop)
         try:
             yield rest
         except ParsedError as end:

@@ -6,14 +6,15 @@ from benchmarks.report.cases import Case, Record, Stage
 def checks(record: Record, smoke: bool) -> None:
     """A row for each check. At toy size only those that load no model: doctor has tests of its own."""
     from benchmarks.common import small_model_folder
-    from treepo_trl.doctor.environment import environment
-    from treepo_trl.doctor.examination import examine
-    from treepo_trl.doctor.needs import everything
+    from treepo_trl.apps.doctor.command import command_parser, examine
+    from treepo_trl.apps.doctor.environment import environment
+    from treepo_trl.apps.doctor.recipe import read
 
     if smoke:
         record("environment", f"{len(environment())} rows")
         return
-    for finding in examine(everything(small_model_folder())).findings:
+    recipe = read(command_parser(), ["--model_name_or_path", small_model_folder()])
+    for finding in examine(recipe).findings:
         record(finding.check, " ".join(f"{finding.status}: {finding.detail}".replace("|", "/").split()))
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.report.cases import Case, Record, Stage, require_card
-from treepo_trl.doctor.findings import CannotRunError
+from treepo_trl.apps.doctor.findings import CannotRunError
 
 
 LORA = "qwen2.5-1.5b"

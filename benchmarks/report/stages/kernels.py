@@ -1,7 +1,7 @@
 """The update's forward and backward pass: plain rows, and packed rows with either attention."""
 
 from benchmarks.report.cases import Case, Record, Stage, as_cell
-from treepo_trl.doctor.findings import CannotRunError, in_words
+from treepo_trl.apps.doctor.findings import CannotRunError, in_words
 
 
 def passes(record: Record, model: str, unique: int, options: list[str]) -> None:

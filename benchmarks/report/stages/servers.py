@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.report.cases import Case, Record, Stage
-from treepo_trl.doctor.findings import CannotRunError
+from treepo_trl.apps.doctor.findings import CannotRunError
 
 
 WAYS = {"in-process": "in process", "one": "one server", "two": "two servers"}

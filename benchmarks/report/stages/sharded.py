@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.common import ROOT, ProcessFailed
 from benchmarks.report.cases import Case, Record, Stage
-from treepo_trl.doctor.findings import CannotRunError
+from treepo_trl.apps.doctor.findings import CannotRunError
 
 
 if TYPE_CHECKING:

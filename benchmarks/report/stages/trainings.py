@@ -8,7 +8,7 @@ import yaml
 
 from benchmarks.common import ROOT
 from benchmarks.report.cases import Case, Record, Stage, alternating
-from treepo_trl.doctor.findings import CannotRunError
+from treepo_trl.apps.doctor.findings import CannotRunError
 
 
 RECIPE, ARCHITECTURE = "qwen2.5-1.5b-lora-12gb", "qwen2.5-1.5b"

@@ -46,7 +46,7 @@ def _all_commands() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="Print the version.")
     subparsers = parser.add_subparsers()
     for name, (line, module) in COMMANDS.items():
-        options = importlib.import_module(f".{module}", __package__).command_parser()
+        options = importlib.import_module(module).command_parser()
         for action in options._actions:
             _prepare(action)
         subparsers.add_parser(name, parents=[options], add_help=False, help=line, conflict_handler="resolve")

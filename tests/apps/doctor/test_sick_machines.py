@@ -1,6 +1,5 @@
 """Machines that do not answer: what is not known is said in its row, and the rest of the report is there."""
 
-import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.doctor.test_recipes import run, written
-from treepo_trl.commands import doctor
-from treepo_trl.doctor import environment
+from tests.doctor.test_recipes import written
+from treepo_trl.apps.doctor import environment
 
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a card")
@@ -70,14 +68,10 @@ def test_a_driver_that_does_not_start(full_card: None, tmp_path: Path, monkeypat
     assert environment.environment()["driver"].startswith("unknown: OSError: ")
 
 
-def test_the_report_of_a_recipe_on_a_full_card(
-    full_card: None, small_model_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    file = written(tmp_path, model_name_or_path=small_model_dir)
-    monkeypatch.setattr(doctor, "small_model", lambda folder: small_model_dir)
-    run(["--json", "--config", str(file)], monkeypatch)
-    report = json.loads(capsys.readouterr().out)
-    assert report["environment"]["memory"].startswith("unknown: ")
-    (memory,) = [check for check in report["checks"] if check["check"] == "memory"]
-    assert memory["status"] == "cannot run"
-    assert memory["detail"] == "the card's memory cannot be read: AcceleratorError: CUDA error: out of memory"
+def test_a_recipe_is_read_on_a_full_card(full_card: None, small_model_dir: str, tmp_path: Path) -> None:
+    recipe = recipe_of(written(tmp_path, model_name_or_path=small_model_dir), small_model_dir)
+    with pytest.raises(CannotRunError) as error:
+        check_memory(recipe)
+    cause = "the card's memory cannot be read: AcceleratorError: CUDA error: out of memory"
+    assert str(error.value) == cause
+    assert everything(small_model_dir).uses_vllm

@@ -76,7 +76,7 @@ def excluded_pairs(needed: Sequence[str]) -> Iterator[tuple[str, str]]:
             other = installed_as(requirement.name)
             if other is None:
                 continue
-            found, wanted = _public(version(other)), _without_local(requirement)
+            found, wanted = Version(version(other)).public, _without_local(requirement)
             if not wanted.specifier.contains(found, prereleases=True):
                 yield (
                     f"{package} {version(name)} wants {wanted.name}{wanted.specifier}, installed is {version(other)}.",
@@ -117,11 +117,6 @@ def _requirements(name: str, others: set[str]) -> Iterator[Requirement]:
         applies = requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras)
         if requirement.name in PACKAGES and requirement.name in others and applies:
             yield requirement
-
-
-def _public(text: str) -> str:
-    """A version without the build: 2.13.0 of 2.13.0+cpu."""
-    return Version(text).public
 
 
 def _without_local(requirement: Requirement) -> Requirement:

@@ -2,7 +2,7 @@
 
 import json
 
-from treepo_trl.doctor.findings import BrokenError, CannotRunError, Finding, Report, finding_of
+from treepo_trl.apps.doctor.findings import BrokenError, CannotRunError, Finding, Report, finding_of
 
 
 def raising(error: Exception) -> str:

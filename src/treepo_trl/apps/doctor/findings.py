@@ -16,15 +16,7 @@ _LONGEST_LINE = 400  # characters of an error of a library
 
 
 class BrokenError(Exception):
-    """
-    What was checked does not work.
-
-    Args:
-        cause (`str`):
-            What is wrong, in a sentence.
-        remedy (`str`):
-            What to set or to install.
-    """
+    """What was checked does not work: what is wrong in a sentence, and what to set or to install."""
 
     def __init__(self, cause: str, remedy: str) -> None:
         super().__init__(cause)
@@ -59,17 +51,7 @@ class Finding:
 
 
 def finding_of(name: str, check: Check, remedy: str) -> Finding:
-    """
-    Run one check. Whatever it raises becomes its finding.
-
-    Args:
-        name (`str`):
-            Name of the check.
-        check (`Callable`):
-            The check.
-        remedy (`str`):
-            What to do about an error that the check does not know.
-    """
+    """Run one check. Whatever it raises becomes its finding; `remedy` is for an error that the check does not know."""
     started = time.perf_counter()
     status: Status = "ok"
     advice = None
@@ -85,15 +67,10 @@ def finding_of(name: str, check: Check, remedy: str) -> Finding:
 
 
 def in_words(error: Exception) -> str:
-    """The kind of an error, and the line of it that says what is wrong."""
-    return f"{type(error).__name__}: {line_of(error)}"
-
-
-def line_of(error: Exception) -> str:
-    """The last line of an error; of CUDA's the first, which stands before advice for developers."""
+    """The kind of an error, and its last line; of CUDA's the first, which stands before advice for developers."""
     text = str(error)
     first = text.partition("\n")[0]
-    return last_line(first if "CUDA error" in first else text)
+    return f"{type(error).__name__}: {last_line(first if 'CUDA error' in first else text)}"
 
 
 def last_line(text: str) -> str:
@@ -104,13 +81,7 @@ def last_line(text: str) -> str:
 
 @dataclass
 class Report:
-    """
-    Attributes:
-        environment (`dict[str, str]`):
-            Rows of the table: name and value.
-        findings (`list[Finding]`):
-            In the order of the checks.
-    """
+    """Rows of the environment, and findings in the order of their checks."""
 
     environment: Mapping[str, str]
     findings: list[Finding] = field(default_factory=list[Finding])
@@ -134,14 +105,9 @@ class Report:
             lines.append(f"{finding.check:{width}}  {finding.status}: {finding.detail}")
             if finding.remedy is not None:
                 lines.append(f"{'':{width}}  -> {finding.remedy}")
-        return "\n".join([*lines, "", self._verdict()])
-
-    def _verdict(self) -> str:
-        names = {
-            status: [finding.check for finding in self.findings if finding.status == status]
+        broken, unknown = (
+            ", ".join(finding.check for finding in self.findings if finding.status == status)
             for status in ("broken", "cannot run")
-        }
-        unknown = f" Not shown here: {', '.join(names['cannot run'])}." if names["cannot run"] else ""
-        if names["broken"]:
-            return f"Broken: {', '.join(names['broken'])}.{unknown}"
-        return f"Nothing is broken.{unknown}"
+        )
+        verdict = f"Broken: {broken}." if broken else "Nothing is broken."
+        return "\n".join([*lines, "", f"{verdict} Not shown here: {unknown}." if unknown else verdict])

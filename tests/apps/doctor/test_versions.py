@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.broken_environments import hide, pretend_version
-from treepo_trl.doctor.environment import environment
-from treepo_trl.doctor.findings import BrokenError
-from treepo_trl.doctor.needs import everything
-from treepo_trl.doctor.versions import check_versions, vllm_window
+from treepo_trl.apps.doctor.environment import PACKAGES, environment
+from treepo_trl.apps.doctor.findings import BrokenError
+from treepo_trl.apps.doctor.versions import check_versions, vllm_window
 
 
 pytestmark = pytest.mark.needs_vllm
 
-ALL = everything("any").packages
+ALL = list(PACKAGES)
 
 
 def test_this_environment_goes_together() -> None:

@@ -1,11 +1,12 @@
 """The environment as a table: card, driver, memory, and versions of what a training stands on."""
 
 import platform
-import shutil
 import subprocess
 from collections.abc import Callable
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions, version
+
+import psutil
+import torch
 
 from treepo_trl import __version__
 
@@ -25,15 +26,7 @@ def installed_as(package: str) -> str | None:
 
 def installed_builds(package: str) -> list[str]:
     """Names of all distributions that bring a package. Of several, each has written over files of the others."""
-    return [name for name in _BUILDS.get(package, (package,)) if _is_installed(name)]
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        version(distribution)
-    except PackageNotFoundError:
-        return False
-    return True
+    return [name for name in _BUILDS.get(package, (package,)) if any(True for _ in distributions(name=name))]
 
 
 def environment() -> dict[str, str]:
@@ -47,25 +40,21 @@ def environment() -> dict[str, str]:
 
 
 def _device() -> dict[str, str]:
-    import torch
-
     if not torch.cuda.is_available():
-        import psutil
-
         memory = psutil.virtual_memory()
         cuda = torch.version.cuda or "torch is built without it"
         return {
             "CUDA": cuda,
             "card": "none that torch sees",
-            "memory": f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free (of the processor)",
+            "memory": f"{_free(memory.available, memory.total)} (of the processor)",
         }
     rows: dict[str, Callable[[], str]] = {
         "CUDA": lambda: torch.version.cuda or f"ROCm {torch.version.hip}",
         "driver": _driver,
         "card": lambda: f"{torch.cuda.get_device_properties(0).name} (the first of {torch.cuda.device_count()})",
-        "compute capability": _capability,
+        "compute capability": lambda: "{0.major}.{0.minor}".format(torch.cuda.get_device_properties(0)),
         "shared memory": _shared_memory,
-        "memory": _card_memory,
+        "memory": lambda: _free(*torch.cuda.mem_get_info(0)),
     }
     return {name: _or_unknown(read) for name, read in rows.items()}
 
@@ -78,42 +67,23 @@ def _or_unknown(read: Callable[[], str]) -> str:
         return f"unknown: {in_words(error)}"
 
 
-def _capability() -> str:
-    import torch
-
-    properties = torch.cuda.get_device_properties(0)
-    return f"{properties.major}.{properties.minor}"
+def _free(free: float, total: float) -> str:
+    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
 
 
 def _shared_memory() -> str:
-    import torch
-
     properties = torch.cuda.get_device_properties(0)
     shared = getattr(properties, "shared_memory_per_block_optin", None)  # of AMD's cards torch does not say it
     return "unknown" if shared is None else f"{shared / 1024:.0f} KiB per block"
 
 
-def _card_memory() -> str:
-    import torch
-
-    free, total = torch.cuda.mem_get_info(0)
-    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-
-
 def _driver() -> str:
     """Version of NVIDIA's driver. torch does not say it."""
-    if shutil.which("nvidia-smi") is None:
-        return "unknown (no nvidia-smi)"
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        said = process.communicate(timeout=_DRIVER_TIMEOUT)[0]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=_DRIVER_TIMEOUT, check=False).stdout
+    except FileNotFoundError:
+        return "unknown (no nvidia-smi)"
     except subprocess.TimeoutExpired:
-        process.kill()
-        with suppress(subprocess.TimeoutExpired):  # in the driver a process does not end, and waits for no signal
-            process.wait(timeout=1)
         return f"unknown: nvidia-smi has not answered for {_DRIVER_TIMEOUT} seconds"
-    finally:
-        if process.stdout is not None:
-            process.stdout.close()
     return said.partition("\n")[0].strip() or "unknown"
