@@ -50,7 +50,7 @@ from benchmarks.common import (
 )
 from benchmarks.random_models import MODELS, random_checkpoint
 from treepo_trl import TreePOConfig, TreePOTrainer
-from treepo_trl.commands import arguments as command_arguments
+from treepo_trl.command_line import arguments as command_arguments
 from treepo_trl.memory import plan_memory
 
 

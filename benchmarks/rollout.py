@@ -46,9 +46,9 @@ from benchmarks.common import (
 )
 from benchmarks.report.stages.speculation import NGRAM, SUFFIX
 from treepo_trl import TreeSampler, TreeSamplingConfig
-from treepo_trl.commands.cost_table import RolloutReport, report, sample_independent
-from treepo_trl.commands.engine import EngineArguments, build_engine, load_tokenizer
-from treepo_trl.commands.prompts import prompt_token_ids
+from treepo_trl.apps.sample.cost_table import RolloutReport, report, sample_independent
+from treepo_trl.command_line.engine import EngineArguments, build_engine, load_tokenizer
+from treepo_trl.command_line.prompts import prompt_token_ids
 from treepo_trl.engines import SamplingOptions, SegmentEngine, SegmentRequest, SegmentResult
 from treepo_trl.quickstart import addition_tasks
 from treepo_trl.sampling.branching import BranchSchedule

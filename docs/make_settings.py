@@ -18,9 +18,9 @@ from trl import GRPOConfig
 from trl.scripts.grpo import GRPOScriptArguments
 
 from treepo_trl import TreePOConfig, TreeSamplingConfig
-from treepo_trl.commands.arguments import PlanArguments, SampleArguments, TreePOScriptArguments
-from treepo_trl.commands.engine import EngineArguments
-from treepo_trl.commands.export import ExportArguments
+from treepo_trl.apps.export.command import ExportArguments
+from treepo_trl.command_line.arguments import PlanArguments, SampleArguments, TreePOScriptArguments
+from treepo_trl.command_line.engine import EngineArguments
 from treepo_trl.engines import SamplingOptions
 
 

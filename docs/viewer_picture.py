@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from tests.support.browser import start_browser, wait_for
-from treepo_trl.commands.view import main as view
+from treepo_trl.apps.view.command import main as view
 
 
 PICTURE = Path(__file__).with_name("tree-viewer.png")

@@ -11,9 +11,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gc
+import io
+import json
 import random
+import sys
 from collections.abc import Generator, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import cast
 
 import hypothesis
@@ -22,6 +26,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from tests.support.models import make_model, make_tokenizer
 from tests.support.paths import ROOT
+from tests.support.sample_runs import PROMPTS
+from tests.support.train_runs import write_files
 from tests.support.vllm_servers import LORA_FLAGS, VLLMServer, vllm_servers
 
 
@@ -48,6 +54,27 @@ def chat_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     make_chat_model().save_pretrained(folder)
     make_chat_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def prompts_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's working folder with a dataset of prompts; nothing on standard input."""
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": 1}) + "\n" for p in PROMPTS))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+
+
+@pytest.fixture
+def training_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A user's working folder: a dataset, a module of rewards, and no package."""
+    write_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    for name in ("my_rewards", "my_game"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="session")

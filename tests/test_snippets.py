@@ -14,8 +14,8 @@ import yaml
 from tests.support.command_lines import ON_A_PROCESSOR, check_command, check_treepo_trl, commands_of
 from tests.support.pages import BLOCKS, PAGES, Block, blocks_of, name_of
 from tests.support.paths import ROOT
-from treepo_trl.commands.arguments import make_parser
-from treepo_trl.commands.examples import EXAMPLES
+from treepo_trl.command_line.arguments import make_parser
+from treepo_trl.command_line.examples import EXAMPLES
 
 
 def of(language: str) -> list[Any]:

@@ -18,8 +18,8 @@ Full fine-tuning on several GPUs:
     accelerate launch examples/scripts/treepo.py --config examples/cli_configs/paper-qwen2.5-7b.yaml
 """
 
-from treepo_trl.commands.arguments import make_parser
-from treepo_trl.commands.train import train
+from treepo_trl.apps.train.command import train
+from treepo_trl.command_line.arguments import make_parser
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from contextlib import nullcontext
 from types import ModuleType
 
 from . import __version__
-from .commands import COMMANDS
-from .commands.errors import tracebacks, user_errors
+from .apps import COMMANDS
+from .command_line.errors import tracebacks, user_errors
 from .preflight import answer, quiet_terminal
 
 

@@ -154,7 +154,7 @@ class TreePOTrainer(GRPOTrainer):
         self._source = tree_source(host, self.sampler, self.policy_engine, self._turns)
         self._reward_watch, self._evaluation_metrics = RewardWatch(host), EvaluationMetrics(host)
         self._rewards = BatchRewards(host, self._reward_watch, self._turns, self._source)
-        self._packed_forward = packed_forward_or_none(self.model, args, self.accelerator, self.aux_loss_enabled)
+        self.packed_forward = packed_forward_or_none(self.model, args, self.accelerator, self.aux_loss_enabled)
         self._batch = TreeBatch(step=-1)  # under way, or the last one: GRPOTrainer's methods cannot hand it on
         self._resume_point = ResumePoint(host, self._source)
         self.add_callback(self._resume_point)
@@ -300,7 +300,7 @@ class TreePOTrainer(GRPOTrainer):
     # The update
 
     def _prepare_inputs(self, generation_batch: Rows) -> dict[str, torch.Tensor]:
-        if self._packed_forward is None:
+        if self.packed_forward is None:
             return super()._prepare_inputs(generation_batch)
         with seams.row_shuffle(partial(shuffle_trees, num_generations=self.num_generations)):
             return super()._prepare_inputs(generation_batch)
@@ -319,9 +319,9 @@ class TreePOTrainer(GRPOTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         plain = super()._get_per_token_logps_and_entropies
         rows, wanted = (model, input_ids, attention_mask, logits_to_keep), (compute_entropy, compute_aux_loss)
-        if self._packed_forward is None or any(value is not None for value in multimodal_inputs.values()):
+        if self.packed_forward is None or any(value is not None for value in multimodal_inputs.values()):
             return plain(*rows, batch_size, *wanted, **multimodal_inputs)
-        logps, entropies, aux_loss, log = self._packed_forward(*rows, batch_size or len(input_ids), *wanted, plain)
+        logps, entropies, aux_loss, log = self.packed_forward(*rows, batch_size or len(input_ids), *wanted, plain)
         self._host.log(log, "train" if self.model.training else "eval")
         return logps, entropies, aux_loss
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.paths import ROOT
 from tests.support.tree_logs import logged_line, small_tree, write_run
-from treepo_trl.commands.view import main
+from treepo_trl.apps.view.command import main
 from treepo_trl.health import Examination, logs_of_run
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.architectures import QWEN3_4B, QWEN25_1_5B, QWEN25_7B
 from tests.support.paths import ROOT
-from treepo_trl.commands.arguments import make_parser
+from treepo_trl.command_line.arguments import make_parser
 from treepo_trl.memory import GIB, plan_memory
 
 

@@ -14,8 +14,8 @@ import pytest
 from datasets import Dataset
 from huggingface_hub import constants
 
+from treepo_trl.apps import COMMANDS
 from treepo_trl.cli import main
-from treepo_trl.commands import COMMANDS
 from treepo_trl.preflight import answer
 from treepo_trl.preflight.data_files import columns_of
 

@@ -23,7 +23,7 @@ def test_help_is_that_of_the_parser(command: str) -> None:
 
 
 def test_numbers_and_choices_are_checked_as_the_parser_checks_them(capsys: pytest.CaptureFixture[str]) -> None:
-    from treepo_trl.commands.train import command_parser
+    from treepo_trl.apps.train.command import command_parser
 
     parser = command_parser()
     kept = as_parser(as_data(parser))
@@ -61,7 +61,7 @@ def test_what_the_parser_takes_is_taken(command: str, capsys: pytest.CaptureFixt
 
 
 def test_a_table_is_kept_and_a_broken_one_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from treepo_trl.commands.view import command_parser
+    from treepo_trl.apps.view.command import command_parser
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     file = table_file("view")
@@ -92,7 +92,7 @@ def test_other_versions_have_other_tables(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    from treepo_trl.commands.completion import command_parser
+    from treepo_trl.apps.completion.command import command_parser
 
     def no_home(*_: object) -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -105,7 +105,7 @@ def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_folder_that_cannot_be_written_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from treepo_trl.commands.completion import command_parser
+    from treepo_trl.apps.completion.command import command_parser
 
     (tmp_path / "treepo-trl").touch()  # a file where the folder would be
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -102,7 +102,7 @@ def test_the_small_model_needs_no_library_of_the_tasks() -> None:
 
 @pytest.mark.parametrize("package", ["evaluate", "reasoning_gym", "peft"])
 def test_without_its_extra_the_command_says_what_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("treepo_trl.commands.quickstart", "treepo_trl.quickstart.accuracy"):
+    for module in ("treepo_trl.quickstart.command", "treepo_trl.quickstart.accuracy"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(SystemExit, match=rf'error: The quickstart needs {package}: run `pip install "treepo-trl'):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.config import make
 from treepo_trl import TreePOConfig, TreeSamplingConfig
-from treepo_trl.commands.engine_arguments import EXCLUSIONS, EngineArguments
+from treepo_trl.command_line.engine_arguments import EXCLUSIONS, EngineArguments
 from treepo_trl.settings import OF_TRAINING, OF_TREES, Exclusion
 from treepo_trl.settings.arguments import check_arguments
 from treepo_trl.settings.exclusions import OF_TRAINER

@@ -25,8 +25,8 @@ from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig
 from tests.support.sample_runs import as_flags
 from treepo_trl import TreePOConfig, TreeSamplingConfig
 from treepo_trl.cli import main
-from treepo_trl.commands.arguments import PlanArguments, SampleArguments, TreePOScriptArguments
-from treepo_trl.commands.engine_arguments import EngineArguments
+from treepo_trl.command_line.arguments import PlanArguments, SampleArguments, TreePOScriptArguments
+from treepo_trl.command_line.engine_arguments import EngineArguments
 from treepo_trl.engines import SamplingOptions
 
 
@@ -156,7 +156,7 @@ def changed_in(folder: Path) -> str:
 def test_a_command_line_is_parsed_or_refused_in_one_line(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(f"treepo_trl.commands.{BEHIND_THE_PARSER[command]}", stop)
+    monkeypatch.setattr(f"treepo_trl.apps.{BEHIND_THE_PARSER[command]}", stop)
     rng = random.Random(0)
     kinds = kinds_of(*COMMANDS[command])
     base = (

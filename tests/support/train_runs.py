@@ -1,4 +1,4 @@
-"""Trainings by the command: their flags, and what is in a user's working folder, which commands/conftest.py makes."""
+"""Trainings by the command: their flags, and what is in a user's working folder, which conftest.py makes."""
 
 import json
 from pathlib import Path

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.doctor.test_recipes import written
+from tests.support.recipes import everything, recipe_of, written
 from treepo_trl.apps.doctor import environment
+from treepo_trl.apps.doctor.checks import check_memory
+from treepo_trl.apps.doctor.findings import CannotRunError
 
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a card")

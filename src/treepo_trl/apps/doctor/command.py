@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass, field
 from functools import partial
 
-from treepo_trl.commands.arguments import OptionsParser, PlanArguments, make_parser, options_parser
-from treepo_trl.commands.errors import user_errors
+from treepo_trl.command_line.arguments import OptionsParser, PlanArguments, make_parser, options_parser
+from treepo_trl.command_line.errors import user_errors
 from treepo_trl.preflight import check_options
 from treepo_trl.preflight.config_file import split_words
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from trl import ModelConfig
 
-from treepo_trl.commands.arguments import OptionsParser
-from treepo_trl.commands.train_adapter import starting_adapter
+from treepo_trl.apps.train.adapter import starting_adapter
+from treepo_trl.command_line.arguments import OptionsParser
 from treepo_trl.preflight import check_config, check_options, require_model
 from treepo_trl.preflight.config_file import config_of, split_words
 from treepo_trl.quickstart import small_model

@@ -89,8 +89,8 @@ class SmallStep:
             raise engine_error(error, self.recipe) from error
         log = trainer.state.log_history[0]
         seen = f"a tree of {_NUM_LEAVES} leaves was sampled and trained on"
-        if trainer._packed_forward is not None and trainer._packed_forward.checked:
-            backends = ", ".join(backend for _, backend in trainer._packed_forward.checked)
+        if trainer.packed_forward is not None and trainer.packed_forward.checked:
+            backends = ", ".join(backend for _, backend in trainer.packed_forward.checked)
             seen += f"; packed rows ({backends}) give what plain rows give"
         if "engine/logp_difference_mean" in log:
             seen += f"; engine and policy differ by {log['engine/logp_difference_mean']:.4f} nats per token"

@@ -1,0 +1,1 @@
+"""`treepo-trl completion`: a script that completes options."""

@@ -1,0 +1,1 @@
+"""`treepo-trl plan`: what a training would take of a card."""

@@ -1,0 +1,1 @@
+"""`treepo-trl sample`: trees of prompts, without a training, and what they cost."""

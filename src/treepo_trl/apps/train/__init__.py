@@ -1,0 +1,1 @@
+"""`treepo-trl train`: a training from a command line or a file."""

@@ -1,0 +1,3 @@
+"""
+What the commands share: options, prompts, engines, files of trees, errors.
+"""
