@@ -44,7 +44,7 @@ def test_the_wheel_holds_the_package_with_its_data(built: tuple[Path, Path]) -> 
         held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     files = [path for path in (ROOT / "src").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert held == {path.relative_to(ROOT / "src").as_posix() for path in files}
-    data = {"quickstart/recipe.yaml", "viewer/page.html", "viewer/style.css", "viewer/main.js", "py.typed"}
+    data = {"quickstart/recipe.yaml", "apps/view/page.html", "apps/view/style.css", "apps/view/main.js", "py.typed"}
     assert {f"treepo_trl/{name}" for name in data} <= held
 
 

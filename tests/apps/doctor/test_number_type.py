@@ -54,7 +54,7 @@ def test_a_4_bit_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = functional.dequantize_4bit
     with monkeypatch.context() as patch:
         patch.setattr(functional, "dequantize_4bit", lambda *given: 1.1 * weights(*given))
-        with pytest.raises(BrokenError, match="pass of a 4-bit layer is off by 0.09"):
+        with pytest.raises(BrokenError, match=r"pass of a 4-bit layer is off by 0\.09"):
             check_four_bit(device)
     hide(monkeypatch, "bitsandbytes", "bitsandbytes")
     with pytest.raises(BrokenError, match="No module named 'bitsandbytes") as error:

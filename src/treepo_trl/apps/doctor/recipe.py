@@ -87,7 +87,7 @@ class Recipe:
         training, model = self.training, self.model
         in_4bit = model.load_in_4bit or not self.is_given
         engine_in_4bit = training.vllm_base_weights == "quantized" or training.vllm_share_base_weights
-        has_8bit = model.load_in_8bit or any(word in str(training.optim) for word in ("8bit", "bnb"))
+        has_8bit = model.load_in_8bit or any(word in str(training.optim).lower() for word in ("8bit", "bnb"))
         optional = {
             "peft": self.has_adapter,
             "vllm": training.use_vllm,  # with servers too: TRL wants it beside its trainer
