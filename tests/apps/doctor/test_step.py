@@ -237,7 +237,8 @@ def test_a_check_that_takes_too_long_is_broken_unless_others_have_the_processors
 def test_a_healthy_machine_as_a_user_sees_it(mild_model_dir: str) -> None:
     command = [sys.executable, "-m", "treepo_trl.cli", "doctor", "--json", "--model_name_or_path", mild_model_dir]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
-    environment.pop("MASTER_PORT", None)  # an engine of this process has set and taken it
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)  # an engine of this process has set them, and taken the port
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     report = json.loads(done.stdout)
     assert done.returncode == 0, [check for check in report["checks"] if check["status"] == "broken"]
