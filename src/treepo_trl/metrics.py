@@ -32,9 +32,12 @@ def tree_totals(trees: list[SegmentTree], stats: SamplingStats, processes_per_en
     return {
         "trees": len(trees),
         "leaves": sum(len(tree.leaves) for tree in trees),
+        "single_leaves": sum(len(tree.leaves) == 1 for tree in trees),
         "mean_lengths": sum(tree.mean_length() for tree in trees),
         "depth": sum(tree.nodes[leaf].depth + 1 for tree in trees for leaf in tree.leaves),
         **{f"finish_{reason}": reasons[reason] for reason in get_args(FinishReason)},
+        "serial_segments": stats.num_serial_segments,
+        "longest_path": max((tree.nodes[leaf].depth + 1 for tree, leaf in leaves), default=0),
         "fallback_leaves": stats.num_fallback_leaves / processes_per_engine,
         "decoded_tokens": stats.num_decoded_tokens / processes_per_engine,
         "unique_tokens": sum(tree.num_unique_tokens for tree in trees),
@@ -68,6 +71,10 @@ def tree_metrics(totals: dict[str, float]) -> dict[str, float]:
     for reason in get_args(TokenReason):
         metrics[f"tree/finish_{reason}_frac"] = totals[f"finish_{reason}"] / leaves
     metrics["tree/fallback_frac"] = totals["fallback_leaves"] / leaves
+    metrics["tree/leaves_mean"] = leaves / totals["trees"]
+    metrics["tree/single_leaf_frac"] = totals["single_leaves"] / totals["trees"]
+    for name in ("serial_segments", "longest_path"):
+        metrics[f"tree/{name}"] = totals[name] / totals["processes"]
     for name in ("decoded_tokens", "unique_tokens", "leaf_tokens"):
         metrics[f"tree/{name}"] = totals[name]
     metrics["tree/leaf_unique_ratio"] = totals["leaf_tokens"] / totals["unique_tokens"]

@@ -62,8 +62,8 @@ class SampledLine(TypedDict):
 def tree_records(
     step: int,
     trees: list[SegmentTree],
-    rewards: list[float],
-    advantages: Sequence[float | list[float]],
+    rewards: list[list[float]],
+    advantages: Sequence[Sequence[float | list[float]]],
     decode: Callable[[list[int]], str],
 ) -> list[TreeLogLine]:
     """
@@ -73,18 +73,18 @@ def tree_records(
         step (`int`):
             Global step before which the trees were sampled.
         trees (`list[SegmentTree]`):
-            Whose leaves are the rows, depth-first.
-        rewards (`list[float]`):
-            Reward of each row, `nan` if it could not be scored.
-        advantages (`list[float]` or `list[list[float]]`):
-            Of each row, or of each of its tokens: the record has that of the last one.
+            Trees of the batch.
+        rewards (`list[list[float]]`):
+            Reward of each leaf of each tree, `nan` if it could not be scored.
+        advantages (sequence of sequences of `float` or `list[float]`):
+            Of each leaf of each tree, or of each of its tokens: the record has that of the last one.
         decode (`Callable[[list[int]], str]`):
             Text of a list of tokens.
     """
-    values = iter(zip(rewards, advantages, strict=True))
     records: list[TreeLogLine] = []
-    for tree in trees:
-        rows = [(tree.nodes[leaf].end, *next(values)) for leaf in tree.leaves]
+    for tree, *values in zip(trees, rewards, advantages, strict=True):
+        ends = [tree.nodes[leaf].end for leaf in tree.leaves]
+        rows = list(zip(ends, *values, strict=True))
         records.append(
             {
                 "step": step,

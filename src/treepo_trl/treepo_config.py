@@ -7,7 +7,7 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from .engines import SamplingOptions
 from .sampling.branching import BranchSchedule
-from .sampling.config import TreeSamplingConfig
+from .sampling.config import FallbackPolicy, TreeSamplingConfig
 from .settings import OF_TRAINING, Ranges, check_exclusions, check_fields, keep_credentials, server_urls
 from .settings.grpo import check_dictionary, check_grpo_fields, check_parsed
 from .turns import EnvironmentForking
@@ -56,6 +56,10 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         default="sqrt",  # lengths are known from the batch before, and a gradient has noise
         metadata=dict(TreeSamplingConfig.__dataclass_fields__["branch_schedule"].metadata),
     )
+    fallback_policy: FallbackPolicy = field(
+        default="none",  # a late path is decoded behind all others, and the update does without it
+        metadata=dict(TreeSamplingConfig.__dataclass_fields__["fallback_policy"].metadata),
+    )
     advantage_estimator: AdvantageEstimator = field(
         default="optimal_baseline",
         metadata={
@@ -69,7 +73,7 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
             "the node's value minus that of the leaves which are not below it, near relatives counting most. "
             "`optimal_baseline` weights these leaves by how unsure the model was: the sum of 1 - p over their "
             "tokens. It has less noise where right and wrong completions differ in that. With weighted leaves and "
-            "`fallback_policy='root'` the mean of `leave_one_out` is the policy gradient. That of "
+            "`fallback_policy='none'` the mean of `leave_one_out` is the policy gradient. That of "
             "`optimal_baseline` has the bias of a ratio beside it: none was seen with `sqrt`, up to 0.04 of the "
             "gradient with `early` and 3 to 8 leaves. Paper: `treepo`."
         },
@@ -289,6 +293,11 @@ class TreePOConfig(TreeSamplingConfig, GRPOConfig):
         if self.leaf_weighting == "auto":
             return self.advantage_estimator in EXACT_ESTIMATORS
         return self.leaf_weighting == "inverse_branching"
+
+    @property
+    def averages_rows(self) -> bool:
+        """Whether the loss averages over rows, and not over tokens."""
+        return self.loss_type in ("grpo", "dr_grpo", "sapo", "luspo")
 
     @property
     def chooses_prompts(self) -> str:

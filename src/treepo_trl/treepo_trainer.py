@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
@@ -20,13 +19,17 @@ from trl.trainer.grpo_trainer import GRPOTrainer, RewardFunc
 from trl.trainer.utils import get_config_model_id
 
 from .batch import (
+    ROWS_PER_LEAF,
     BatchRewards,
     EvaluationMetrics,
+    LeafRows,
     ResumePoint,
     RewardWatch,
     TrainerTurns,
     TreeBatch,
     check_interruptible,
+    generated,
+    judged,
     prompts_of_trees,
     shuffle_trees,
     tree_source,
@@ -44,13 +47,12 @@ from .sampling import SegmentTree, TreeSampler, text_decoder
 from .sampling.turns import TurnHandler
 from .settings.arguments import check_arguments, check_tools
 from .settings.data import NoStepIsAnError, check_datasets, check_rows, check_tokenizer
-from .tree_log import tree_records, write_trees
 from .treepo_config import TreePOConfig
 from .trl import seams
 from .trl.host import Host, Rows
 from .turns import TreeRollout
+from .update.filled_rows import Forwarded, forward_filled
 from .update.packable import packed_forward_or_none
-from .update.row_advantages import mean_advantages, row_advantages
 
 
 if TYPE_CHECKING:
@@ -153,9 +155,10 @@ class TreePOTrainer(GRPOTrainer):
         self._turns = TrainerTurns(host)
         self._source = tree_source(host, self.sampler, self.policy_engine, self._turns)
         self._reward_watch, self._evaluation_metrics = RewardWatch(host), EvaluationMetrics(host)
-        self._rewards = BatchRewards(host, self._reward_watch, self._turns, self._source)
+        self._rewards = BatchRewards(host, self._reward_watch, self._source)
         self.packed_forward = packed_forward_or_none(self.model, args, self.accelerator, self.aux_loss_enabled)
-        self._batch = TreeBatch(step=-1)  # under way, or the last one: GRPOTrainer's methods cannot hand it on
+        # Under way, or the last one: GRPOTrainer's methods cannot hand it on.
+        self._batch = TreeBatch(-1, self.num_generations, self.eos_token_ids[0])
         self._resume_point = ResumePoint(host, self._source)
         self.add_callback(self._resume_point)
 
@@ -170,7 +173,7 @@ class TreePOTrainer(GRPOTrainer):
         folder = checkpoint_to_resume(resume_from_checkpoint, str(args.output_dir))
         writes = args.save_strategy != "no" or args.enable_jit_checkpoint or args.log_trees
         with only_training_in(str(args.output_dir), writes and self.accelerator.is_main_process):
-            self._batch = TreeBatch(step=-1)
+            self._batch = TreeBatch(-1, self.num_generations, self.eos_token_ids[0])
             self.policy_engine.training_starts()
             try:
                 return super().train(self._resume_point.restore(folder), trial, ignore_keys_for_eval)
@@ -199,23 +202,12 @@ class TreePOTrainer(GRPOTrainer):
                 return score(inputs)
         batch = self._batch = self._batch.next(self.state.global_step)
         kept_rewards = seams.calculated_rewards(self, partial(self._rewards.kept_in, batch))
-        with batch.opened(), self._turns.opened(), kept_rewards:
+        masked_rows = seams.generated(self, partial(generated, self._host, batch))
+        with batch.opened(), self._turns.opened(), kept_rewards, masked_rows:
             output = score(self._source.rows_for(batch, inputs))
         rewards, divisors = self._rewards.combined(batch)
         self._host.log(self._metrics_of(batch, rewards / divisors, output))
-        args = self.args
-        if args.advantage_estimator != "grpo" or args.weights_leaves:
-            estimator = args.advantage_estimator, args.weights_leaves, args.subgroup_rejection
-            num_tokens = output["completion_ids"].size(1)
-            output["advantages"] = row_advantages(batch.trees, rewards, divisors, num_tokens, *estimator)
-            means = self.accelerator.gather(mean_advantages(batch.trees, output["advantages"]))
-            self._host.log_advantages(cast(torch.Tensor, means))
-        if args.log_trees:
-            values = rewards.tolist(), output["advantages"].tolist()
-            records = gather_object(tree_records(batch.step, batch.trees, *values, self._decode))
-            if self.accelerator.is_main_process:
-                write_trees(records, str(args.output_dir), batch.step, is_first=batch.number == 0)
-        return output
+        return judged(batch, output, rewards, divisors, self._host, self._decode)
 
     def _generate_single_turn(
         self,
@@ -235,7 +227,7 @@ class TreePOTrainer(GRPOTrainer):
         prompts = prompts_of_trees(prompt_ids, num_generations)
         batch = self._open_batch()
         batch.trees = self._source.trees_for(batch, prompts)
-        self._turns.sampled(batch.trees)
+        self._turns.sampled(batch)
         completion_ids, logprobs = batch.first_turns()
         return completion_ids, logprobs if self.policy_engine.gives_logprobs else None
 
@@ -252,7 +244,7 @@ class TreePOTrainer(GRPOTrainer):
         given = prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields
         if not self.model.training:
             return super()._tool_call_loop(*given)
-        batch, rows = self._batch, self._turns.rows(self._batch.trees)
+        batch, rows = self._batch, self._turns.rows(self._batch)
         sampled = batch.completion_ids(), None if logprobs is None else batch.logprobs()
         return rows.masks, rows.completions, *sampled, rows.num_calls, rows.num_failures, [[] for _ in rows.masks]
 
@@ -279,7 +271,9 @@ class TreePOTrainer(GRPOTrainer):
     def _calculate_rewards(
         self, inputs: Rows, prompts: list[object], completions: list[object], completion_ids_list: list[list[int]]
     ) -> torch.Tensor:
-        with seams.reward_funcs(self, self._reward_watch.functions(len(prompts))):
+        is_vacant = self._batch.is_vacant if self.model.training else []
+        rows = LeafRows(is_vacant if len(is_vacant) == len(prompts) else [False] * len(prompts))
+        with seams.reward_funcs(self, self._reward_watch.functions(rows)):
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     # The prompts of an epoch
@@ -305,6 +299,13 @@ class TreePOTrainer(GRPOTrainer):
         with seams.row_shuffle(partial(shuffle_trees, num_generations=self.num_generations)):
             return super()._prepare_inputs(generation_batch)
 
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """The loss of [`~trl.GRPOTrainer`], with a KL term that is no smaller for rows that stand for no leaf."""
+        with seams.kl_weight(self, self.beta * float(inputs.get(ROWS_PER_LEAF, 1.0))):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
     @profiling_decorator
     def _get_per_token_logps_and_entropies(
         self,
@@ -318,17 +319,25 @@ class TreePOTrainer(GRPOTrainer):
         **multimodal_inputs: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         plain = super()._get_per_token_logps_and_entropies
-        rows, wanted = (model, input_ids, attention_mask, logits_to_keep), (compute_entropy, compute_aux_loss)
-        if self.packed_forward is None or any(value is not None for value in multimodal_inputs.values()):
-            return plain(*rows, batch_size, *wanted, **multimodal_inputs)
-        logps, entropies, aux_loss, log = self.packed_forward(*rows, batch_size or len(input_ids), *wanted, plain)
-        self._host.log(log, "train" if self.model.training else "eval")
-        return logps, entropies, aux_loss
+        wanted = compute_entropy, compute_aux_loss
+
+        def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, batch_size: int | None) -> Forwarded:
+            rows = model, input_ids, attention_mask, logits_to_keep
+            if self.packed_forward is None or any(value is not None for value in multimodal_inputs.values()):
+                return plain(*rows, batch_size, *wanted, **multimodal_inputs)
+            found = self.packed_forward(*rows, batch_size or len(input_ids), *wanted, plain)
+            self._host.log(found[3], "train" if self.model.training else "eval")
+            return found[:3]
+
+        is_filled = attention_mask[:, -logits_to_keep:].any(1)
+        if self._batch.is_open and len(self._batch.is_vacant) == len(input_ids):
+            is_filled &= ~torch.tensor(self._batch.is_vacant, device=is_filled.device)
+        return forward_filled(forward, is_filled, input_ids, attention_mask, batch_size)
 
     def _metrics_of(
         self, batch: TreeBatch, scaled_rewards: torch.Tensor, output: dict[str, torch.Tensor]
     ) -> dict[str, float]:
         """What the batch has cost and shown, and how far the engine was from the policy."""
-        signal = signal_sums(batch.trees, scaled_rewards.view(len(batch.trees), -1).tolist())
+        signal = signal_sums(batch.trees, batch.by_tree(scaled_rewards.tolist()))
         shown = signal_metrics(sum_over_processes(signal, self.accelerator))
         return shown | self._source.metrics(batch, scaled_rewards) | self.policy_engine.compare(output)

@@ -90,7 +90,7 @@ class AheadSource(TreeSource):
             return
         check_rows(host.trainer, rows)
         prompts = prompts_of_trees(host.tokenized([row["prompt"] for row in rows]), host.num_generations)
-        self.pending = self._begin(TreeBatch(step), prompts)
+        self.pending = self._begin(TreeBatch(step, host.num_generations), prompts)
 
     def _begin(self, batch: TreeBatch, prompts: list[list[int]]) -> SamplingUnderWay:
         """

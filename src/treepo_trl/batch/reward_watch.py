@@ -22,6 +22,8 @@ from trl.trainer.utils import is_async_callable
 from treepo_trl.trl.host import Host
 from treepo_trl.update.rewards import LARGEST_REWARD, without_unusable
 
+from .vacant_rows import LeafRows
+
 
 logger = get_logger(__name__)
 
@@ -50,13 +52,14 @@ class RewardWatch:
 
     # The call of a function
 
-    def functions(self, num_rows: int) -> list[RewardFunc]:
-        """The trainer's reward functions for `num_rows` completions, each watched; reward models as they are."""
+    def functions(self, rows: LeafRows) -> list[RewardFunc]:
+        """The trainer's reward functions for the rows that are leaves, each watched; reward models are not."""
         functions = list(self._trainer.reward_funcs)
         for i, (function, name) in enumerate(zip(functions, self._trainer.reward_func_names, strict=True)):
+            called = cast("Callable[..., object]", function)
             if not isinstance(function, torch.nn.Module):
-                watched = self._watched(cast("Callable[..., object]", function), name, num_rows)
-                functions[i] = cast(RewardFunc, watched)
+                called = self._watched(called, name, len(rows))
+            functions[i] = cast(RewardFunc, rows.scored_by(called))
         return functions
 
     def _watched(self, function: Callable[..., object], name: str, num_rows: int) -> Callable[..., object]:

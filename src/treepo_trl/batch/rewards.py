@@ -10,7 +10,7 @@ from treepo_trl.update.rewards import combine_rewards
 from .reward_watch import RewardWatch
 from .source import TreeSource
 from .tree_batch import TreeBatch
-from .turns import TrainerTurns
+from .vacant_rows import without_missing
 
 
 class BatchRewards:
@@ -22,14 +22,12 @@ class BatchRewards:
             Says how rewards are combined.
         watch ([`RewardWatch`]):
             Knows rewards that no training can use.
-        turns ([`TrainerTurns`]):
-            Knows leaves that have lost their environment.
         source ([`TreeSource`]):
             May have scored the batch already.
     """
 
-    def __init__(self, host: Host, watch: RewardWatch, turns: TrainerTurns, source: TreeSource) -> None:
-        self._host, self._watch, self._turns, self._source = host, watch, turns, source
+    def __init__(self, host: Host, watch: RewardWatch, source: TreeSource) -> None:
+        self._host, self._watch, self._source = host, watch, source
 
     def kept_in(self, batch: TreeBatch, calculate_rewards: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """`calculate_rewards` whose result is usable and stays in the batch; not called for rewards that are there."""
@@ -38,7 +36,7 @@ class BatchRewards:
             rewards = self._source.rewards_for(batch)
             if rewards is None:
                 given = calculate_rewards(inputs, prompts, *args, **kwargs)
-                rewards = self._turns.without_lost(batch, self._watch.usable(given, prompts))
+                rewards = without_missing(batch, self._watch.usable(given, prompts), self._host)
             batch.rewards_per_func = rewards
             return rewards
 

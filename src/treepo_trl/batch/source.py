@@ -142,9 +142,8 @@ class TreeSource:
         if host.args.dynamic_sampling_rounds > 0:
             metrics["dynamic_sampling/discarded_tokens"] = totals["unique_tokens"] - totals["kept_tokens"]
         mean_length = metrics["tree/mean_length"]
-        return metrics | self._width_schedule.learn(
-            host.state, mean_length, batch.trees, scaled_rewards, host.accelerator
-        )
+        of_leaves = batch.by_tree(scaled_rewards.tolist())
+        return metrics | self._width_schedule.learn(host.state, mean_length, batch.trees, of_leaves, host.accelerator)
 
     # What the other sources do in addition
 

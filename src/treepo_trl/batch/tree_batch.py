@@ -1,12 +1,12 @@
 """The trees of a generation batch, or those to come, and the rows that `GRPOTrainer`, which knows no trees, takes."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -15,6 +15,7 @@ from treepo_trl.sampling import SamplingStats, SegmentTree
 from treepo_trl.turns.conversations import first_turn
 
 
+Value = TypeVar("Value")
 Sampled = tuple[list[SegmentTree], dict[str, float]]
 """Trees of this process, and what they have cost."""
 
@@ -24,11 +25,17 @@ class TreeBatch:
     """
     Trees of one process and rewards of all processes.
 
-    Rows are the leaves of the trees, depth-first, tree after tree: B of them on this process.
+    Rows are the leaves of the trees, depth-first, tree after tree: B of them on this process. `GRPOTrainer` takes
+    equally many for each prompt, so a tree with fewer leaves is followed by vacant rows. They hold one token that no
+    sum or mean counts.
     """
 
     step: int
     """Global step before which the batch was sampled."""
+    width: int
+    """Rows of each tree: `num_generations`."""
+    filler: int = 0
+    """The token of a vacant row: one that ends a completion, so that none counts as cut off."""
     number: int = 0
     """How many samplings came before it at the same step."""
     trees: list[SegmentTree] = field(default_factory=list)
@@ -44,7 +51,8 @@ class TreeBatch:
 
     def next(self, step: int) -> "TreeBatch":
         """The empty batch that comes after this one, sampled at a global step."""
-        return TreeBatch(step, self.number + max(self.num_sampled, 1) if step == self.step else 0)
+        number = self.number + max(self.num_sampled, 1) if step == self.step else 0
+        return TreeBatch(step, self.width, self.filler, number)
 
     @property
     def name(self) -> str:
@@ -66,22 +74,34 @@ class TreeBatch:
         self.num_sampled += 1
         self.totals.append(tree_totals(trees, SamplingStats(sum(tree.num_unique_tokens for tree in trees))))
 
-    def leaves(self) -> Iterator[tuple[SegmentTree, int]]:
-        """Tree and node id of each row."""
-        return ((tree, leaf) for tree in self.trees for leaf in tree.leaves)
+    def rows(self) -> Iterator[tuple[SegmentTree, int | None]]:
+        """Tree and leaf of each row; a vacant row has no leaf."""
+        for tree in self.trees:
+            for i in range(self.width):
+                yield tree, tree.leaves[i] if i < len(tree.leaves) else None
+
+    @property
+    def is_vacant(self) -> list[bool]:
+        """Whether a row is vacant, for each row."""
+        return [leaf is None for _, leaf in self.rows()]
+
+    def by_tree(self, values: Sequence[Value]) -> list[list[Value]]:
+        """Values of the rows as those of the leaves of each tree."""
+        return [list(values[i * self.width :][: len(tree.leaves)]) for i, tree in enumerate(self.trees)]
 
     def first_turns(self) -> tuple[list[list[int]], list[list[float]]]:
         """Tokens and log-probabilities of the first turn of each row, which TRL reads as one message."""
-        turns = [first_turn(tree, leaf) for tree, leaf in self.leaves()]
+        vacant = [self.filler], [0.0]
+        turns = [vacant if leaf is None else first_turn(tree, leaf) for tree, leaf in self.rows()]
         return [token_ids for token_ids, _ in turns], [logprobs for _, logprobs in turns]
 
     def completion_ids(self) -> list[list[int]]:
         """Completion tokens of each row."""
-        return [tree.completion_ids(leaf) for tree, leaf in self.leaves()]
+        return [[self.filler] if leaf is None else tree.completion_ids(leaf) for tree, leaf in self.rows()]
 
     def logprobs(self) -> list[list[float]]:
         """The engine's log-probability of each completion token of each row."""
-        return [tree.logprobs(leaf) for tree, leaf in self.leaves()]
+        return [[0.0] if leaf is None else tree.logprobs(leaf) for tree, leaf in self.rows()]
 
     def summed_totals(self) -> dict[str, float]:
         """What all samplings have cost, and the unique tokens of the trees that the batch has kept."""

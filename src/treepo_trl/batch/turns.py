@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
-import torch
 from accelerate.logging import get_logger
 
-from treepo_trl.sampling import SegmentTree
 from treepo_trl.sampling.nodes import Message
 from treepo_trl.trl.host import Host
 from treepo_trl.trl.seams import environment_pools
@@ -167,28 +165,20 @@ class TrainerTurns:
             return text
         return f"{tokenizer.decode(token_ids[:limit])} [cut off]"
 
-    def sampled(self, trees: Sequence[SegmentTree]) -> None:
+    def sampled(self, batch: TreeBatch) -> None:
         """Give `GRPOTrainer` the environments at the ends of the trees' paths, which its reward functions read."""
         if self._pools:
+            environments = [each.environment for each in self._conversations for _ in range(batch.width)]
             self._host.row_environments = [
-                cast(EnvironmentTree, conversation.environment).leaf_environment(tree, leaf)
-                for tree, conversation in zip(trees, self._conversations, strict=True)
-                for leaf in tree.leaves
+                cast(EnvironmentTree, own).leaf_environment(tree, tree.leaves[0] if leaf is None else leaf)
+                for own, (tree, leaf) in zip(environments, batch.rows(), strict=True)
             ]
 
-    def rows(self, trees: Sequence[SegmentTree]) -> Rows:
-        """The leaves of the trees that were sampled for rows, with their masks and messages."""
+    def rows(self, batch: TreeBatch) -> Rows:
+        """The rows of a batch of trees, with their masks and messages."""
         handler = self.handler(self._conversations)
         assert handler is not None, "GRPOTrainer asks only where there are tools"
-        return handler.rows(trees)
-
-    def without_lost(self, batch: TreeBatch, rewards: torch.Tensor) -> torch.Tensor:
-        """Rewards of all processes' rows in which leaves that have lost their environment have none (`nan`)."""
-        if self._args.tool_timeout is None or not self._pools:
-            return rewards
-        is_lost = [tree.nodes[leaf].finish_reason == "timeout" for tree, leaf in batch.leaves()]
-        lost = self._host.accelerator.gather(torch.tensor(is_lost, device=rewards.device))
-        return rewards.masked_fill(cast(torch.Tensor, lost)[:, None], torch.nan)
+        return handler.rows(batch.trees, batch.width)
 
     def totals(self) -> dict[str, float]:
         """What the environments of the last batch have cost; nothing where there are none."""

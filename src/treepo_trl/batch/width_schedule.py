@@ -3,7 +3,6 @@
 import math
 from typing import cast
 
-import torch
 from accelerate import Accelerator
 from transformers import TrainerState
 
@@ -46,7 +45,7 @@ class WidthSchedule:
         state: TrainerState,
         mean_length: float,
         trees: list[SegmentTree],
-        rewards: torch.Tensor,
+        rewards: list[list[float]],
         accelerator: Accelerator,
     ) -> dict[str, float]:
         """
@@ -59,7 +58,7 @@ class WidthSchedule:
                 Mean tokens of the batch's completions, over all processes.
             trees (`list[SegmentTree]`):
                 Trees of this process.
-            rewards (`torch.Tensor` of shape `(rows,)`):
+            rewards (`list[list[float]]`):
                 Reward of each of their leaves over what its advantage is divided by; `nan` if it could not be scored.
             accelerator ([`~accelerate.Accelerator`]):
                 Adds up the processes.
@@ -70,7 +69,7 @@ class WidthSchedule:
         saved_values(state)[_EXPECTED_LENGTH] = max(round(mean_length), 1)
         depth = self.args.max_tree_depth
         own = DepthStatistics.of_depth(depth)
-        for tree, values in zip(trees, rewards.view(len(trees), -1).tolist(), strict=True):
+        for tree, values in zip(trees, rewards, strict=True):
             own.add(tree, [None if value != value else value for value in values])
         now = DepthStatistics.from_flat(sum_over_processes(own.flat(), accelerator), depth)
         before = self._seen(state)

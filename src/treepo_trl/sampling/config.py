@@ -140,18 +140,19 @@ class TreeSamplingConfig:
     fallback_policy: FallbackPolicy = field(
         default="root",
         metadata={
-            "help": "Where a tree grows again when no path is live and leaves are missing. `root`: at the prompt, "
-            "which keeps the gradient's direction exact. `random`: at a random segment boundary of a finished path, "
-            "as in the paper. `low_prob`: in front of that path's least likely segment. `none`: nowhere, so trees may "
-            "have fewer leaves, which training refuses. Set `random` if completions are so long that a fresh one "
-            "costs too much."
+            "help": "Where a tree grows again when no path is live and leaves are missing. Default: `none` in "
+            "training, `root` for sampling alone. `none`: nowhere, so a tree may have fewer leaves, and nothing is "
+            "decoded behind the longest path. `root`: at the prompt, which keeps the gradient's direction exact. "
+            "`random`: at a random segment boundary of a finished path, as in the paper. `low_prob`: in front of that "
+            "path's least likely segment. Set one of these where `num_generations` completions are needed whatever "
+            "they cost: a late one is decoded when the others are done."
         },
     )
     fallback_candidates: FallbackCandidates = field(
         default="finished",
         metadata={
-            "help": "Which paths a fallback may cut; `root` cuts none. `finished`: those that ended by EOS or "
-            "`stop_pattern`; if there is none, the tree grows from the prompt, as in the paper. `finished_first`: "
+            "help": "Which paths a fallback may cut; `root` and `none` cut none. `finished`: those that ended by EOS "
+            "or `stop_pattern`; if there is none, the tree grows from the prompt, as in the paper. `finished_first`: "
             "those, and any other path only if there is none. `all`: every path. Set `finished_first` with "
             "`fallback_policy='random'` if most paths end at `max_completion_length`."
         },

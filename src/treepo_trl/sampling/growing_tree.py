@@ -58,6 +58,8 @@ class GrowingTree:
     """Parents of the level's segments."""
     num_taken: int = 0
     """Segments of the level that were handed out to be sampled."""
+    num_levels: int = 0
+    """Levels so far: segments that were decoded one after the other."""
     num_fallback_leaves: int = 0
     """Leaves that a fallback asked for."""
     num_decoded_tokens: int = 0
@@ -144,6 +146,7 @@ class GrowingTree:
     def advance(self) -> int:
         """Store the complete level and decide the next one; returns the number of paths that ended."""
         tree = self.tree
+        self.num_levels += 1
         num_leaves = len(tree.leaves)
         counts = Counter(self.level)
         nodes = [self._store(position) for position in range(len(self.level))]

@@ -33,6 +33,8 @@ class SamplingStats:
     """Requests sent to the engine."""
     num_fallback_leaves: int = 0
     """Leaves that a fallback added."""
+    num_serial_segments: int = 0
+    """Segments that the tree which took most had to decode one after the other."""
     num_prompt_tokens: int = 0
     """Tokens of all requests together: prompts, and paths that were continued."""
     num_cached_tokens: int = 0
@@ -211,6 +213,7 @@ class TreeSampler:
             raise
         self.stats.num_decoded_tokens = sum(grown.num_decoded_tokens for grown in run.trees)
         self.stats.num_fallback_leaves = sum(grown.num_fallback_leaves for grown in run.trees)
+        self.stats.num_serial_segments = max((grown.num_levels for grown in run.trees), default=0)
         self.stats.num_prompt_tokens = engine.num_prompt_tokens - num_prompt_tokens
         self.stats.num_cached_tokens = engine.num_cached_tokens - num_cached_tokens
         self.stats.seconds = time.perf_counter() - started

@@ -78,11 +78,6 @@ def of_this_process(on_servers: Conditions, defaults: Mapping[str, object]) -> t
 
 _SERVERS: Conditions = {"use_vllm": True, "vllm_mode": "server"}
 _WITH_SUBGROUPS = ("treepo", "treepo_size_weighted", "treepo_segment")
-_INCOMPLETE = (
-    " can leave a tree with fewer than `num_generations` completions, which training cannot use: it is for offline "
-    "sampling with `TreeSamplingConfig`. Leave it out."
-)
-
 OF_TREES = (
     *(
         Exclusion(
@@ -94,9 +89,9 @@ OF_TREES = (
         for name, default in (("branching_factor", 2), ("initial_branching_factor", None))
     ),
     Exclusion(
-        {"fallback_policy": "root"},
-        "`fallback_candidates` is {0.fallback_candidates!r}, but `fallback_policy='root'` cuts no path. Leave it out, "
-        "or set `fallback_policy='random'`, as in the paper.",
+        {"fallback_policy": one_of("root", "none")},
+        "`fallback_candidates` is {0.fallback_candidates!r}, but `fallback_policy={0.fallback_policy!r}` cuts no "
+        "path. Leave it out, or set `fallback_policy='random'`, as in the paper.",
         needs={"fallback_candidates": "finished"},
     ),
 )
@@ -114,8 +109,11 @@ OF_TRAINING = (
         "`stop_pattern` and `mask_truncated_completions=True` exclude each other: a path that the pattern ended has "
         "no EOS token, so its completion would be masked as truncated. Unset one of them.",
     ),
-    Exclusion({"fallback_policy": "none"}, f"`fallback_policy='none'`{_INCOMPLETE}"),
-    Exclusion({"max_tree_tokens": is_given}, f"`max_tree_tokens={{0.max_tree_tokens}}`{_INCOMPLETE}"),
+    Exclusion(
+        {"max_tree_tokens": is_given},
+        "`max_tree_tokens={0.max_tree_tokens}` cuts paths for what others have cost, which would tilt the gradient: "
+        "it is for offline sampling with `TreeSamplingConfig`. Leave it out.",
+    ),
     Exclusion(
         {"max_tokens_per_micro_batch": is_given, "tree_packing": "off"},
         "`max_tokens_per_micro_batch={0.max_tokens_per_micro_batch}` counts tokens of packed rows, but `tree_packing` "

@@ -41,6 +41,10 @@ class Host:
 
     # What never changes
 
+    def gathered(self, own: torch.Tensor) -> torch.Tensor:
+        """A tensor of this process with those of all others before and behind it, along the first dimension."""
+        return cast(torch.Tensor, self.accelerator.gather(own.to(self.accelerator.device)))
+
     @property
     def args(self) -> TreePOConfig:
         """Settings of the training."""
@@ -142,6 +146,34 @@ class Host:
         """Let the next log have the mean of these values and others of the same name."""
         for name, values in metrics.items():
             self.trainer._metrics[mode][name].extend([values] if isinstance(values, int | float) else values)
+
+    def log_again(self, metrics: Mapping[str, float]) -> None:
+        """Put these values in place of those that were logged last, in training."""
+        for name, value in metrics.items():
+            self.trainer._metrics["train"][name][-1] = value
+
+    def last_logged(self, name: str) -> float | None:
+        """The value that was logged last under a name in training, if there is one."""
+        return next(reversed(self.trainer._metrics["train"][name]), None)
+
+    def count_tokens(self, number: int) -> None:
+        """Add to the tokens that the training has seen."""
+        self.state.num_input_tokens_seen += number
+        self.trainer._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
+
+    def forget_rows(self, is_forgotten: Sequence[bool]) -> None:
+        """Take rows out of the table of completions, among as many rows of all processes that it has last."""
+        logs = self.trainer._logs
+        for column in (
+            logs["prompt"],
+            logs["completion"],
+            logs["advantages"],
+            *logs["rewards"].values(),
+            *logs["extra"].values(),
+        ):
+            last = [column.pop() for _ in range(min(len(is_forgotten), len(column)))][::-1]
+            flags = is_forgotten[len(is_forgotten) - len(last) :]
+            column.extend(value for value, forgotten in zip(last, flags, strict=True) if not forgotten)
 
     @property
     def extra_columns(self) -> dict[str, list[object]]:

@@ -87,6 +87,28 @@ def calculated_rewards(
     return replaced(trainer, "_calculate_rewards", wrap(trainer._calculate_rewards))
 
 
+def generated(
+    trainer: GRPOTrainer, wrap: Callable[[Callable[..., tuple[object, ...]]], Callable[..., tuple[object, ...]]]
+) -> AbstractContextManager[None]:
+    """
+    What `GRPOTrainer._generate_and_score_completions` calls as `_generate`: that method, wrapped.
+
+    Why: it logs lengths of all rows, and rows that stand for no leaf are none of them.
+    Ends with groups of different sizes in TRL; no upstream request is open.
+    """
+    return replaced(trainer, "_generate", wrap(trainer._generate))
+
+
+def kl_weight(trainer: GRPOTrainer, beta: float) -> AbstractContextManager[None]:
+    """
+    The weight of the KL term in `GRPOTrainer._compute_loss`.
+
+    Why: some losses average over rows, those that stand for no leaf included.
+    Ends with groups of different sizes in TRL; no upstream request is open.
+    """
+    return replaced(trainer, "beta", beta)
+
+
 def reward_funcs(trainer: GRPOTrainer, functions: list[RewardFunc]) -> AbstractContextManager[None]:
     """
     The reward functions that `GRPOTrainer._calculate_rewards` calls.

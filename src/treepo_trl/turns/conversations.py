@@ -165,8 +165,8 @@ class ToolTurns:
         """End the calls that run."""
         self._runner.end()
 
-    def rows(self, trees: Sequence[SegmentTree]) -> Rows:
-        """The leaves of trees, which are those of the conversations, as rows."""
+    def rows(self, trees: Sequence[SegmentTree], width: int) -> Rows:
+        """The leaves of trees, which are those of the conversations, as `width` rows each, the last ones vacant."""
         found = Rows()
         for tree, conversation in zip(trees, self.conversations, strict=True):
             for leaf in tree.leaves:
@@ -180,6 +180,9 @@ class ToolTurns:
                 found.completions.append(copy.deepcopy(messages))
                 found.num_calls += sum(node.num_calls for node in nodes)
                 found.num_failures += sum(node.num_failures for node in nodes)
+            for _ in range(width - len(tree.leaves)):
+                found.masks.append([0])
+                found.completions.append([{"role": "assistant", "content": ""}])
         return found
 
 

@@ -12,17 +12,17 @@ ROW_KEYS = ("prompt_ids", "completion_ids", "logprobs")
 Columns = dict[str, object]
 
 
-def rows_of_trees(trees: Sequence[SegmentTree]) -> Columns:
-    """Leaves as the columns that TRL takes from a `rollout_func`."""
-    leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves]
+def rows_of_trees(trees: Sequence[SegmentTree], width: int, filler: int) -> Columns:
+    """Leaves as the columns that TRL takes from a `rollout_func`; a tree with fewer than `width` has vacant rows."""
+    rows = [(tree, leaf) for tree in trees for leaf in [*tree.leaves, *[None] * (width - len(tree.leaves))]]
     has_logprobs = all(node.logprobs is not None for tree in trees for node in tree.nodes if node.is_sampled)
     columns: Columns = {
-        "prompt_ids": [tree.prompt_ids for tree, _ in leaves],
-        "completion_ids": [tree.completion_ids(leaf) for tree, leaf in leaves],
-        "logprobs": [tree.logprobs(leaf) for tree, leaf in leaves] if has_logprobs else None,
+        "prompt_ids": [tree.prompt_ids for tree, _ in rows],
+        "completion_ids": [[filler] if leaf is None else tree.completion_ids(leaf) for tree, leaf in rows],
+        "logprobs": [[0.0] if leaf is None else tree.logprobs(leaf) for tree, leaf in rows] if has_logprobs else None,
     }
     if any(not node.is_sampled for tree in trees for node in tree.nodes):
-        columns["env_mask"] = [tree.sampled_mask(leaf) for tree, leaf in leaves]
+        columns["env_mask"] = [[0] if leaf is None else tree.sampled_mask(leaf) for tree, leaf in rows]
     return columns
 
 
@@ -83,8 +83,10 @@ class TreeRollout:
         group_size = cast(int, trainer.num_generations if is_training else trainer.num_generations_eval)
         trees = cast("list[SegmentTree] | None", columns.pop("trees", None))
         if trees is not None:
-            _check_trees(trees, len(prompts) // group_size, group_size)
-            columns = rows_of_trees(trees) | columns
+            may_lack = is_training and trainer.args.fallback_policy == "none"
+            _check_trees(trees, len(prompts) // group_size, group_size, 1 if may_lack else group_size)
+            own = {name: _per_row(column, trees, group_size) for name, column in columns.items()}
+            columns = rows_of_trees(trees, group_size, trainer.eos_token_ids[0]) | own
         elif all(name in columns for name in ROW_KEYS):
             trees = trees_of_rows(columns, group_size)
         else:  # TRL says what is missing
@@ -100,10 +102,19 @@ class TreeRollout:
         return columns
 
 
-def _check_trees(trees: Sequence[SegmentTree], num_prompts: int, group_size: int) -> None:
+def _per_row(column: object, trees: Sequence[SegmentTree], width: int) -> object:
+    """A column with a value per leaf as one with a value per row; anything else as it is."""
+    if not isinstance(column, list) or len(column) != sum(len(tree.leaves) for tree in trees):
+        return column
+    rest = iter(cast("list[object]", column))
+    return [next(rest) if i < len(tree.leaves) else None for tree in trees for i in range(width)]
+
+
+def _check_trees(trees: Sequence[SegmentTree], num_prompts: int, group_size: int, fewest: int) -> None:
     sizes = [len(tree.leaves) for tree in trees]
-    if sizes != [group_size] * num_prompts:
+    if len(sizes) != num_prompts or not all(fewest <= size <= group_size for size in sizes):
+        span = f"{group_size}" if fewest == group_size else f"{fewest} to {group_size}"
         raise ValueError(
             f"`rollout_func` has returned trees of {', '.join(map(str, sizes)) or 'no'} leaves. Return "
-            f"{num_prompts} trees, one per different prompt, with {group_size} leaves each."
+            f"{num_prompts} trees, one per different prompt, with {span} leaves each."
         )

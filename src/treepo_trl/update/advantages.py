@@ -282,22 +282,23 @@ ESTIMATORS: dict[str, Callable[[_Groups], torch.Tensor]] = {
 """The choices of `advantage_estimator`: `(T, W, D)` advantages of each tree's leaves and their segments."""
 
 
-def leaf_paths(trees: list[SegmentTree]) -> tuple[torch.Tensor, torch.Tensor]:
+def leaf_paths(trees: list[SegmentTree], width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Node ids and lengths in tokens of the segments on each leaf's path, leaves in the trees' order.
 
     An answer is no decision: its tokens count with the segment that called for it.
 
-    Two int64 tensors `(num_trees, num_leaves, max_tree_depth)`: -1 and 0 past the leaf. All trees have as many leaves.
+    Two int64 tensors `(num_trees, width, max_tree_depth)`: -1 and 0 past the leaf, and for what a tree lacks of
+    `width` leaves. By default that is the most that one of the trees has.
     """
+    width = width or max(len(tree.leaves) for tree in trees)
     answers = [answers_of(tree) for tree in trees]
-    paths = [
-        [node for node in tree.path(leaf) if node not in own]
-        for tree, own in zip(trees, answers, strict=True)
-        for leaf in tree.leaves
-    ]
+    paths: list[list[int]] = []
+    for tree, own in zip(trees, answers, strict=True):
+        paths += [[node for node in tree.path(leaf) if node not in own] for leaf in tree.leaves]
+        paths += [[] for _ in range(width - len(tree.leaves))]
     depth = max(map(len, paths))
-    ids = torch.tensor([path + [-1] * (depth - len(path)) for path in paths]).view(len(trees), -1, depth)
+    ids = torch.tensor([path + [-1] * (depth - len(path)) for path in paths]).view(len(trees), width, depth)
     sizes: list[list[int]] = []
     for tree, own in zip(trees, answers, strict=True):
         sizes.append([len(node.token_ids) for node in tree.nodes])
@@ -327,13 +328,14 @@ def answers_of(tree: SegmentTree) -> dict[int, int]:
     return found
 
 
-def leaf_scores(trees: list[SegmentTree]) -> torch.Tensor:
+def leaf_scores(trees: list[SegmentTree], width: int | None = None) -> torch.Tensor:
     """
-    `(num_trees, num_leaves)`: sum of 1 - p over the sampled tokens of each leaf.
+    `(num_trees, width)`: sum of 1 - p over the sampled tokens of each leaf; 0 for what a tree lacks of `width` leaves.
 
     Its expectation is that of the squared norm of the score in the space of the logits, `sum (1 - p_t)`. Segments that
     were stored without log-probabilities count their tokens.
     """
+    width = width or max(len(tree.leaves) for tree in trees)
     scores: list[list[float]] = []
     for tree in trees:
         totals: list[float] = []
@@ -342,7 +344,7 @@ def leaf_scores(trees: list[SegmentTree]) -> torch.Tensor:
             if node.logprobs is not None:
                 own -= float(torch.tensor(node.logprobs, dtype=torch.float64).exp().sum())
             totals.append(own + (0.0 if node.parent is None else totals[node.parent]))
-        scores.append([max(totals[leaf], 1e-6) for leaf in tree.leaves])
+        scores.append([max(totals[leaf], 1e-6) for leaf in tree.leaves] + [0.0] * (width - len(tree.leaves)))
     return torch.tensor(scores)
 
 

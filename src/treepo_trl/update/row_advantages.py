@@ -8,6 +8,8 @@ segments that they share with them. Behind its stem such a path is a fresh sampl
 alone, and earlier paths are judged without it.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -24,13 +26,15 @@ def row_advantages(
     estimator: str,
     weights_leaves: bool,
     subgroup_rejection: bool = False,
+    leaves_per_tree: float | None = None,
 ) -> torch.Tensor:
     """
     Tree advantages of each row's tokens.
 
     Args:
         trees (`list[SegmentTree]`):
-            Whose leaves are the B rows, depth-first.
+            Whose leaves are the B rows, depth-first; equally many rows for each tree, the last of them vacant where it
+            has fewer leaves.
         rewards (`torch.Tensor` of shape `(B,)`), divisors (`torch.Tensor` of shape `(B,)`):
             Reward of each row, and what its advantage is divided by.
         num_tokens (`int`):
@@ -39,13 +43,16 @@ def row_advantages(
             As in [`tree_advantages`].
         weights_leaves (`bool`):
             Whether leaves count by their weight; see [`weighted_advantages`].
+        leaves_per_tree (`float`, *optional*):
+            Mean leaves of the trees of all processes, of which a weight is a multiple: the loss averages over leaves,
+            so that a weight of 1 / `leaves_per_tree` is neutral. By default the rows of a tree.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)` on the device of the rewards; 0 past a row's end.
+        `torch.Tensor` of shape `(B, T)` on the device of the rewards; 0 past a row's end and in vacant rows.
     """
     # Small tensors and a few dozen operations: not on the device.
-    ids, lengths = leaf_paths(trees)
-    shape = ids.shape[:2]
+    shape = len(trees), len(rewards) // len(trees)
+    ids, lengths = leaf_paths(trees, shape[1])
     of_leaves = rewards.cpu().view(shape)
     if weights_leaves or estimator in EXACT_ESTIMATORS:
         # Their baselines are differences of sums, of which one unsure completion may have nearly all. The others
@@ -53,9 +60,9 @@ def row_advantages(
         of_leaves = of_leaves.double()
     if weights_leaves:
         advantages = weighted_advantages(trees, ids, of_leaves, estimator, subgroup_rejection)
-        advantages = advantages * shape[1]  # the loss averages over leaves, so a weight of 1/W is neutral
+        advantages = advantages * (leaves_per_tree or shape[1])
     else:
-        scores = leaf_scores(trees) if estimator == "optimal_baseline" else None
+        scores = leaf_scores(trees, shape[1]) if estimator == "optimal_baseline" else None
         advantages = tree_advantages(
             of_leaves, ids, estimator, subgroup_rejection=subgroup_rejection, leaf_scores=scores
         )
@@ -63,10 +70,10 @@ def row_advantages(
     return expand_to_tokens(advantages, lengths, num_tokens).to(rewards)
 
 
-def mean_advantages(trees: list[SegmentTree], advantages: torch.Tensor) -> torch.Tensor:
-    """Mean `(B,)` of advantages `(B, T)` over the sampled tokens of each row."""
+def mean_advantages(rows: Iterable[tuple[SegmentTree, int | None]], advantages: torch.Tensor) -> torch.Tensor:
+    """Mean `(B,)` of advantages `(B, T)` over the sampled tokens of each row, given its tree and its leaf, if any."""
     # TRL clears the completion mask of truncated completions, whose advantages are logged all the same.
-    masks = [torch.tensor(tree.sampled_mask(leaf)) for tree in trees for leaf in tree.leaves]
+    masks = [torch.tensor([0] if leaf is None else tree.sampled_mask(leaf)) for tree, leaf in rows]
     mask = torch.nn.functional.pad(pad_sequence(masks, batch_first=True), (0, advantages.size(1)))
     is_sampled = mask[:, : advantages.size(1)].to(advantages.device)
     return (advantages * is_sampled).sum(1) / is_sampled.sum(1).clamp(min=1)
@@ -89,7 +96,7 @@ def weighted_advantages(
 
     Args:
         trees (`list[SegmentTree]`):
-            T trees with W leaves each.
+            T trees with up to W leaves each.
         ids (`torch.Tensor` of shape `(T, W, D)`):
             Node id of each leaf's ancestor per depth, -1 past the leaf; see [`leaf_paths`].
         rewards (`torch.Tensor` of shape `(T, W)`):
@@ -100,11 +107,13 @@ def weighted_advantages(
     Returns:
         `torch.Tensor` of shape `(T, W, D)`: 0 past the leaf, for unscorable leaves, and on the stem of a fallback.
     """
-    weights = torch.tensor([tree.leaf_weights() for tree in trees], dtype=rewards.dtype)
-    scores = leaf_scores(trees) if estimator == "optimal_baseline" else None
+    width = ids.size(1)
+    given = [tree.leaf_weights() for tree in trees]
+    weights = torch.tensor([each + [0.0] * (width - len(each)) for each in given], dtype=rewards.dtype)
+    scores = leaf_scores(trees, width) if estimator == "optimal_baseline" else None
     node_waves = values_at(ids, [[node.wave for node in tree.nodes] for tree in trees])
     waves = node_waves.amax(-1)  # along a path they never fall
-    weights = torch.where(waves > 0, 1 / waves.size(1), weights)
+    weights = torch.where(waves > 0, 1 / width, weights)
     result = torch.zeros(ids.shape, dtype=rewards.dtype)
     for wave in range(int(waves.max()) + 1):
         seen = rewards.masked_fill(waves > wave, torch.nan)  # whether there are later ones depends on this one
