@@ -22,6 +22,7 @@ from .batch import (
     ROWS_PER_LEAF,
     BatchRewards,
     EvaluationMetrics,
+    ImportanceRatio,
     LeafRows,
     ResumePoint,
     RewardWatch,
@@ -159,6 +160,7 @@ class TreePOTrainer(GRPOTrainer):
         self.packed_forward = packed_forward_or_none(self.model, args, self.accelerator, self.aux_loss_enabled)
         # Under way, or the last one: GRPOTrainer's methods cannot hand it on.
         self._batch = TreeBatch(-1, self.num_generations, self.eos_token_ids[0])
+        self._ratio = ImportanceRatio(host, self.policy_engine)
         self._resume_point = ResumePoint(host, self._source)
         self.add_callback(self._resume_point)
 
@@ -203,11 +205,13 @@ class TreePOTrainer(GRPOTrainer):
         batch = self._batch = self._batch.next(self.state.global_step)
         kept_rewards = seams.calculated_rewards(self, partial(self._rewards.kept_in, batch))
         masked_rows = seams.generated(self, partial(generated, self._host, batch))
-        with batch.opened(), self._turns.opened(), kept_rewards, masked_rows:
+        with batch.opened(), self._turns.opened(), kept_rewards, masked_rows, self._ratio.scoring():
             output = score(self._source.rows_for(batch, inputs))
         rewards, divisors = self._rewards.combined(batch)
         self._host.log(self._metrics_of(batch, rewards / divisors, output))
-        return judged(batch, output, rewards, divisors, self._host, self._decode)
+        output = judged(batch, output, rewards, divisors, self._host, self._decode)
+        self._ratio.scored(output)
+        return output
 
     def _generate_single_turn(
         self,
@@ -303,7 +307,7 @@ class TreePOTrainer(GRPOTrainer):
         self, model: torch.nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """The loss of [`~trl.GRPOTrainer`], with a KL term that is no smaller for rows that stand for no leaf."""
-        with seams.kl_weight(self, self.beta * float(inputs.get(ROWS_PER_LEAF, 1.0))):
+        with seams.kl_weight(self, self.beta * float(inputs.get(ROWS_PER_LEAF, 1.0))), self._ratio.filled_in(inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     @profiling_decorator
@@ -332,7 +336,9 @@ class TreePOTrainer(GRPOTrainer):
         is_filled = attention_mask[:, -logits_to_keep:].any(1)
         if self._batch.is_open and len(self._batch.is_vacant) == len(input_ids):
             is_filled &= ~torch.tensor(self._batch.is_vacant, device=is_filled.device)
-        return forward_filled(forward, is_filled, input_ids, attention_mask, batch_size)
+        found = forward_filled(forward, is_filled, input_ids, attention_mask, batch_size)
+        self._ratio.see(found[0])
+        return found
 
     def _metrics_of(
         self, batch: TreeBatch, scaled_rewards: torch.Tensor, output: dict[str, torch.Tensor]

@@ -289,6 +289,7 @@ def train(
     folder: Path, model: str, data: str | Dataset | IterableDataset, rewards: Any = reward_by_kind, **changes: Any
 ) -> Any:
     """A training with dynamic sampling that is done; `data` is a dataset or the kinds of its prompts."""
-    config = make_config(folder, **{"max_steps": 3, "dynamic_sampling_rounds": 4, **changes})
+    whole = {"fallback_policy": "root"}  # each prompt has as many completions as the rewards by kind count on
+    config = make_config(folder, **{"max_steps": 3, "dynamic_sampling_rounds": 4, **whole, **changes})
     dataset = labelled(data) if isinstance(data, str) else data
     return trained(RecordingTrainer, model, config, train_dataset=dataset, reward_funcs=rewards)

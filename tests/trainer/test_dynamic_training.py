@@ -105,6 +105,7 @@ def test_with_nothing_to_replace_it_is_the_run_without(
     runs = []
     for rounds in (0, 3):
         settings = {"max_steps": 3, "dynamic_sampling_rounds": rounds, "log_trees": True, "log_completions": True}
+        settings["fallback_policy"] = "root"  # a tree of one leaf would be replaced
         config = make_config(tmp_path / str(rounds), **{**settings, **changes})
         runs.append(trained(RecordingTrainer, tiny_model_dir, config))
     without, dynamic = runs
@@ -171,7 +172,8 @@ def test_async_and_model_rewards_with_chat_prompts_and_lora(tmp_path: Path, tiny
 
     sampled = []
     for weight in (1.0, 0.0):
-        config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1, reward_weights=[1.0, weight])
+        settings = {"fallback_policy": "root", "reward_weights": [1.0, weight]}
+        config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1, **settings)
         trainer = trained(
             RecordingTrainer,
             tiny_model_dir,
@@ -235,7 +237,8 @@ def test_a_failed_batch_leaves_nothing_behind(tmp_path: Path, tiny_model_dir: st
         return [float(i % 2) for i in range(len(completion_ids))]
 
     failed: list[bool] = []
-    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1, log_completions=True)
+    settings = {"fallback_policy": "root", "log_completions": True}
+    config = make_config(tmp_path, max_steps=1, dynamic_sampling_rounds=1, **settings)
     trainer = build(RecordingTrainer, tiny_model_dir, config, reward_funcs=fails_once)
     with pytest.raises(RuntimeError, match="judge is down"):
         trainer.train()

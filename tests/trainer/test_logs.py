@@ -34,7 +34,14 @@ def hand_trees() -> list[SegmentTree]:
     return [first, second]
 
 
-STATS = SamplingStats(num_decoded_tokens=20, num_segments=8, num_fallback_leaves=2, seconds=3.0, engine_seconds=2.5)
+STATS = SamplingStats(
+    num_decoded_tokens=20,
+    num_segments=8,
+    num_fallback_leaves=2,
+    seconds=3.0,
+    engine_seconds=2.5,
+    num_serial_segments=4,
+)
 
 
 def test_metrics_by_hand() -> None:
@@ -48,6 +55,10 @@ def test_metrics_by_hand() -> None:
             "tree/finish_repetition_frac": 1 / 6,
             "tree/finish_length_frac": 1 / 6,
             "tree/fallback_frac": 2 / 6,
+            "tree/leaves_mean": 6 / 2,
+            "tree/single_leaf_frac": 1 / 2,
+            "tree/serial_segments": 4,
+            "tree/longest_path": 3,
             "tree/decoded_tokens": 20,
             "tree/unique_tokens": (2 + 1 + 1 + 3 + 1 + 1 + 1) + 2,
             "tree/leaf_tokens": (1 + 3 + 3 + 6 + 6) + 2,

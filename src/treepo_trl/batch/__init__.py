@@ -11,6 +11,7 @@ from treepo_trl.trl.host import Host
 from .ahead import AheadSource
 from .dynamic import DynamicSource
 from .evaluation import EvaluationMetrics
+from .importance_ratio import ImportanceRatio
 from .judged import ROWS_PER_LEAF, judged
 from .resume_point import ResumePoint
 from .reward_watch import RewardWatch, check_interruptible
@@ -32,6 +33,7 @@ __all__ = [
     "ROWS_PER_LEAF",
     "BatchRewards",
     "EvaluationMetrics",
+    "ImportanceRatio",
     "LeafRows",
     "ResumePoint",
     "RewardWatch",

@@ -99,6 +99,16 @@ def generated(
     return replaced(trainer, "_generate", wrap(trainer._generate))
 
 
+def no_correction(trainer: GRPOTrainer) -> AbstractContextManager[None]:
+    """
+    Whether `GRPOTrainer._generate_and_score_completions` compares the policy with vLLM.
+
+    Why: it forwards the batch for that, and the update forwards it again with the same policy.
+    Ends where TRL takes the ratio from the update's log-probabilities, as it does for the old ones without vLLM.
+    """
+    return replaced(trainer, "vllm_importance_sampling_correction", False)
+
+
 def kl_weight(trainer: GRPOTrainer, beta: float) -> AbstractContextManager[None]:
     """
     The weight of the KL term in `GRPOTrainer._compute_loss`.
