@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 from tests.support.models import make_tokenizer
 from tests.support.trainers import RecordingTrainer, build, logs_of, make_config, tables_of, trained, watch_loss
 from treepo_trl import SegmentTree
-from treepo_trl.batch.judged import ROWS_PER_LEAF
+from treepo_trl.batch.outcome import ROWS_PER_LEAF
 from treepo_trl.batch.tree_batch import TreeBatch
 from treepo_trl.batch.vacant_rows import LeafRows
 from treepo_trl.settings.grpo import CHOICES
@@ -234,8 +234,8 @@ def test_a_tree_of_a_rollout_must_have_its_leaves_where_a_fallback_fills_them(
     tmp_path: Path, tiny_model_dir: str
 ) -> None:
     given = {"reward_funcs": rewards_of, "rollout_func": rollout(4, 2)}
-    with pytest.raises(ValueError, match="trees of 4, 2 leaves. Return 2 trees, .* with 4 leaves each"):
+    with pytest.raises(ValueError, match=r"trees of 4, 2 leaves\. Return 2 trees, .* with 4 leaves each"):
         trained(RecordingTrainer, tiny_model_dir, make_config(tmp_path, fallback_policy="root"), **given)
     trainer = build(RecordingTrainer, tiny_model_dir, make_config(tmp_path), **given | {"rollout_func": rollout(4, 0)})
-    with pytest.raises(ValueError, match="trees of 4, 0 leaves. Return 2 trees, .* with 1 to 4 leaves each"):
+    with pytest.raises(ValueError, match=r"trees of 4, 0 leaves\. Return 2 trees, .* with 1 to 4 leaves each"):
         trainer.train()

@@ -26,9 +26,8 @@ ARGUMENTS = ("tools", "rollout_func", "environment_factory")
 CONFLICTS: list[tuple[dict[str, Any], str]] = [
     ({"branching_factor": 4}, "`branch_schedule='sqrt'` sets the widths"),
     ({"initial_branching_factor": [2, 4]}, "`branch_schedule='sqrt'` sets the widths"),
-    ({"fallback_candidates": "all"}, "`fallback_policy='root'` cuts no path"),
-    ({"fallback_policy": "none"}, "fewer than `num_generations`"),
-    ({"max_tree_tokens": 5000}, "fewer than `num_generations`"),
+    ({"fallback_candidates": "all"}, "`fallback_policy='none'` cuts no path"),
+    ({"max_tree_tokens": 5000}, "for offline sampling"),
     ({"max_tokens_per_micro_batch": 99, "tree_packing": "off"}, "Set `tree_packing='auto'`"),
     ({"subgroup_rejection": True, "advantage_estimator": "grpo"}, "Choose `treepo`"),
     ({"stop_pattern": "x", "mask_truncated_completions": True}, "Unset one of them"),

@@ -113,7 +113,11 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "plan": (TreePOScriptArguments, TreePOConfig, ModelConfig, DatasetMixtureConfig, PlanArguments),
     "sample": (SampleArguments, EngineArguments, SamplingOptions, TreeSamplingConfig),
 }
-BEHIND_THE_PARSER = {"train": "train.train", "plan": "plan.plan_training", "sample": "sample.load_tokenizer"}
+BEHIND_THE_PARSER = {
+    "train": "train.command.train",
+    "plan": "plan.command.plan_training",
+    "sample": "sample.command.load_tokenizer",
+}
 
 
 class Parsed(BaseException):
@@ -156,7 +160,7 @@ def changed_in(folder: Path) -> str:
 def test_a_command_line_is_parsed_or_refused_in_one_line(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(f"treepo_trl.apps.{BEHIND_THE_PARSER[command]}", stop)
+    monkeypatch.setattr(f"treepo_trl.apps.{command}.command.{BEHIND_THE_PARSER[command]}", stop)
     rng = random.Random(0)
     kinds = kinds_of(*COMMANDS[command])
     base = (

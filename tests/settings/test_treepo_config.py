@@ -81,7 +81,7 @@ def test_defaults(tmp_path: Path) -> None:
             assert getattr(config, field.name) == getattr(stock, field.name), field.name
     assert config.segment_length == math.ceil(config.max_completion_length / 14)
     assert (config.branching_factor, config.branching_policy, config.branch_schedule) == (2, "uniform", "sqrt")
-    assert (config.fallback_policy, config.stop_pattern) == ("root", None)
+    assert (config.fallback_policy, config.stop_pattern) == ("none", None)
     assert (config.advantage_estimator, config.tree_packing) == ("optimal_baseline", "auto")
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 from tests.support.trainers import build, labelled, make_config, reward_by_kind
-from treepo_trl import TreePOTrainer, treepo_trainer
+from treepo_trl import TreePOTrainer
+from treepo_trl.batch import outcome
 from treepo_trl.policy import temporary_folder
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
 from treepo_trl.policy.temporary_folder import TemporaryFolder
@@ -178,7 +179,7 @@ def _killed(part: Callable[[Any], Any], name: str, when: str) -> Plan:
 def _killed_logging(trainer: Any) -> None:
     """Kill the process when half of the third step's tree log is there."""
     path = Path(trainer.args.output_dir) / f"trees/trees_{LAST_SAVED:06d}.jsonl"
-    around(trainer, treepo_trainer, "write_trees", LAST_SAVED, after=lambda *_: _die_with_half_of(path))
+    around(trainer, outcome, "write_trees", LAST_SAVED, after=lambda *_: _die_with_half_of(path))
 
 
 def _killed_saving(owner: Any, name: str, file: str) -> Plan:

@@ -48,6 +48,7 @@ SIGNATURES = {
     "_save_checkpoint": "self, model, trial",
     "_save": "self, output_dir=None, state_dict=None",
     "_load_from_checkpoint": "self, resume_from_checkpoint, model=None",
+    "compute_loss": "self, model, inputs, return_outputs=False, num_items_in_batch=None",
     "get_train_dataloader": "self",
     "get_batch_samples": "self, epoch_iterator, num_batches, device",
     "train": "self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None",

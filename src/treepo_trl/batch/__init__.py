@@ -12,7 +12,7 @@ from .ahead import AheadSource
 from .dynamic import DynamicSource
 from .evaluation import EvaluationMetrics
 from .importance_ratio import ImportanceRatio
-from .judged import ROWS_PER_LEAF, judged
+from .outcome import ROWS_PER_LEAF, judged
 from .resume_point import ResumePoint
 from .reward_watch import RewardWatch, check_interruptible
 from .rewards import BatchRewards

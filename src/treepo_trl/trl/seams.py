@@ -104,7 +104,7 @@ def no_correction(trainer: GRPOTrainer) -> AbstractContextManager[None]:
     Whether `GRPOTrainer._generate_and_score_completions` compares the policy with vLLM.
 
     Why: it forwards the batch for that, and the update forwards it again with the same policy.
-    Ends where TRL takes the ratio from the update's log-probabilities, as it does for the old ones without vLLM.
+    Ends with a ratio from the update's log-probabilities in TRL, as it has the old ones without vLLM.
     """
     return replaced(trainer, "vllm_importance_sampling_correction", False)
 

@@ -57,9 +57,9 @@ def test_metrics_and_completions_reach_the_loggers(training_folder: Path, tiny_m
     (written,) = wandb.glob("*.wandb")
     assert [name for name in names if name.encode() not in written.read_bytes()] == []  # names are plain text in it
     logged = [json.loads(file.read_text()) for file in wandb.glob("files/media/table/completions_*.table.json")]
-    assert {len(table["data"]) for table in logged} == {8}
+    assert all(1 < len(table["data"]) <= 8 for table in logged)  # a tree may lack leaves
     assert {"completion", "advantage"} <= set(logged[0]["columns"])
 
     tables = [pd.read_parquet(file) for file in sorted((tmp_path / "out/completions").iterdir())]
-    assert [len(table) for table in tables] == [8, 8]
+    assert all(1 < len(table) <= 8 for table in tables)
     assert {"prompt", "completion", "even", "advantage"} <= set(tables[0].columns)
