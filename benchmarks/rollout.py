@@ -13,12 +13,14 @@ Values of `--lengths`, the length of a completion:
 
 Values of `--ways`; `independent` always runs too, with one request per completion and all submitted at once:
 
-- `early`, `sqrt`, `spread`: trees with that schedule.
+- `early`, `sqrt`, `spread`: trees with that schedule, which may lack leaves, as in a training.
+- `sqrt+root`: missing leaves start again at the prompt when all others are done.
 - `early+barrier`, `spread+barrier`: all trees wait for each other after each segment.
 - `early+unaligned`, `spread+unaligned`: segments end anywhere in a block of the engine's cache.
 - `spread+cap`: the branches of ragged lengths are spread over the cap instead of the mean.
 
-Ways take turns. Prints a Markdown table with medians of the repeats.
+Widths of `sqrt` are those that the samplings before have shown, a first one that is not timed among them. Ways take
+turns. Prints a Markdown table with medians of the repeats.
 """
 
 import math
@@ -35,6 +37,8 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from unittest.mock import patch
 
 import torch
+from accelerate import Accelerator
+from transformers import TrainerState
 
 from benchmarks.common import (
     device_name,
@@ -45,8 +49,9 @@ from benchmarks.common import (
     table_row,
 )
 from benchmarks.report.stages.speculation import NGRAM, SUFFIX
-from treepo_trl import TreeSampler, TreeSamplingConfig
+from treepo_trl import SegmentTree, TreePOConfig, TreeSampler
 from treepo_trl.apps.sample.cost_table import RolloutReport, report, sample_independent
+from treepo_trl.batch.width_schedule import WidthSchedule
 from treepo_trl.command_line.engine import EngineArguments, build_engine, load_tokenizer
 from treepo_trl.command_line.prompts import prompt_token_ids
 from treepo_trl.engines import SamplingOptions, SegmentEngine, SegmentRequest, SegmentResult
@@ -158,42 +163,85 @@ class RaggedEngine(Wrapped):
         return results
 
 
+class Sampling(NamedTuple):
+    """What one sampling of all prompts has cost, and what serial work was in it."""
+
+    cost: RolloutReport
+    serial_segments: int = 1
+    longest_path: int = 1
+
+
+class Lengths:
+    """Lengths that the samplings of a way have shown so far, for the widths of its next trees."""
+
+    def __init__(self, config: TreePOConfig) -> None:
+        self._schedule, self._state = WidthSchedule(config), TrainerState()
+
+    def widths(self) -> list[float] | None:
+        return self._schedule.widths(self._state)
+
+    def learn(self, trees: list[SegmentTree]) -> None:
+        """Rewards are not known, and the widths are of the lengths alone."""
+        mean = statistics.mean(tree.mean_length() for tree in trees)
+        unknown = [[math.nan] * len(tree.leaves) for tree in trees]
+        self._schedule.learn(self._state, mean, trees, unknown, Accelerator(cpu=True))
+
+
 def sample(
-    way: str, engine: SegmentEngine, prompts: list[list[int]], args: Namespace, eos: list[int], seed: int
-) -> RolloutReport:
+    way: str,
+    engine: SegmentEngine,
+    prompts: list[list[int]],
+    args: Namespace,
+    eos: list[int],
+    seed: int,
+    lengths: dict[str, Lengths],
+) -> Sampling:
     """Sample all prompts in one of the ways."""
     engine.reset_prefix_cache()
     schedule, _, change = way.partition("+")
-    config = TreeSamplingConfig(
+    config = TreePOConfig(
+        output_dir="unused",
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        per_device_train_batch_size=args.width,
         num_generations=args.width,
         max_completion_length=args.length,
         segment_length=args.segment_length,
         branch_schedule=cast(BranchSchedule, "early" if schedule == "independent" else schedule),
         branching_policy=args.policy,
+        fallback_policy="root" if change == "root" else "none",
         stop_repetition=False,
     )
     if schedule == "independent":
-        return report(*sample_independent(engine, prompts, config))
+        return Sampling(report(*sample_independent(engine, prompts, config)))
     expected = args.length // 2 if isinstance(engine, RaggedEngine) and change != "cap" else None
     if change in ("barrier", "unaligned"):
         engine = {"barrier": BarrierEngine, "unaligned": UnalignedEngine}[change](engine)
-    sampler = TreeSampler(engine, config, eos)
-    trees = sampler.sample(prompts, seed, expected_length=expected)
-    return report(trees, sampler.stats)
+    sampler, known = TreeSampler(engine, config, eos), lengths.setdefault(way, Lengths(config))
+    trees = sampler.sample(prompts, seed, expected_length=expected, widths=known.widths())
+    known.learn(trees)
+    longest = max(tree.nodes[leaf].depth + 1 for tree in trees for leaf in tree.leaves)
+    return Sampling(report(trees, sampler.stats), sampler.stats.num_serial_segments, longest)
 
 
-def print_table(runs: dict[str, list[RolloutReport]]) -> None:
+def print_table(runs: dict[str, list[Sampling]]) -> None:
     """Medians of each way, and what they are of independent sampling."""
-    names = "trajectories/s", "of independent", "decoded/trajectory", "of independent", "of what tokens allow"
-    print(table_head("way", *names))
-    base_speed = statistics.median(r.leaves_per_second for r in runs["independent"])
-    base_tokens = statistics.median(r.decoded_tokens_per_leaf for r in runs["independent"])
-    for way, reports in runs.items():
-        speeds = [r.leaves_per_second for r in reports]
-        speed, tokens = statistics.median(speeds), statistics.median(r.decoded_tokens_per_leaf for r in reports)
-        ratio, share = speed / base_speed, tokens / base_tokens
-        cells = f"{ratio:.2f}", f"{tokens:.0f}", f"{share:.3f}", f"{ratio * share:.2f}"
-        print(table_row(way, median_and_range(speeds), *cells))
+    names = "seconds", "of independent", "decoded tokens", "of independent", "leaves per prompt", "serial segments"
+    print(table_head("way", *names, "longest path"))
+
+    def medians(samplings: list[Sampling]) -> tuple[float, float]:
+        costs = [each.cost for each in samplings]
+        return statistics.median(c.seconds for c in costs), statistics.median(c.decoded_tokens for c in costs)
+
+    base_seconds, base_tokens = medians(runs["independent"])
+    for way, samplings in runs.items():
+        seconds, tokens = medians(samplings)
+        leaves = statistics.mean(each.cost.leaves / each.cost.prompts for each in samplings)
+        serial = [statistics.mean(each[i] for each in samplings) for i in (1, 2)]
+        cells = f"{seconds / base_seconds:.2f}", f"{tokens:.0f}", f"{tokens / base_tokens:.2f}", f"{leaves:.1f}"
+        spread = median_and_range([each.cost.seconds for each in samplings])
+        print(table_row(way, spread, *cells, *(f"{each:.1f}" for each in serial)))
 
 
 def parse_options(arguments: list[str] | None = None) -> Namespace:
@@ -209,7 +257,7 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     parser.add_argument("--segment_length", type=int, help="default: a sixteenth of the cap")
     parser.add_argument("--policy", default="uniform", choices=["uniform", "low_prob", "high_prob", "entropy"])
     parser.add_argument("--lengths", nargs="+", default=["fixed", "ragged"], choices=["fixed", "ragged", "model"])
-    parser.add_argument("--ways", nargs="+", default=["early", "spread", "spread+barrier", "spread+unaligned"])
+    parser.add_argument("--ways", nargs="+", default=["sqrt", "sqrt+root", "early", "spread"])
     parser.add_argument("--max_num_seqs", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--speculation", choices=["ngram", "suffix"], help="vLLM guesses tokens, of all ways")
@@ -287,17 +335,18 @@ def build(args: Namespace) -> Bench:
     return Bench(base, eos, by_lengths)
 
 
-def compare(bench: Bench, lengths: str, args: Namespace) -> Iterator[tuple[str, RolloutReport]]:
+def compare(bench: Bench, lengths: str, args: Namespace) -> Iterator[tuple[str, Sampling]]:
     """Reports of every way, which take turns, independent sampling first."""
     engine, prompts = bench.by_lengths[lengths]
     bench.engine.eos_token_ids = frozenset([bench.eos] if lengths == "model" else [])
     eos = [] if lengths == "fixed" else [bench.eos]
-    sample(args.ways[0], engine, prompts[:2], args, eos, seed=99)  # warm-up
-    for repeat in range(args.repeats):
+    known: dict[str, Lengths] = {}
+    for repeat in range(args.repeats + 1):
         for way in ["independent", *args.ways]:
-            result = sample(way, engine, prompts, args, eos, repeat)
-            print(f"{lengths} {way}: {result.seconds:.1f} s", file=sys.stderr)
-            yield way, result
+            result = sample(way, engine, prompts, args, eos, repeat, known)
+            print(f"{lengths} {way}: {result.cost.seconds:.1f} s", file=sys.stderr)
+            if repeat:  # the first one warms up
+                yield way, result
 
 
 def main() -> None:
@@ -305,7 +354,7 @@ def main() -> None:
     args = parse_options()
     bench = build(args)
     for lengths in args.lengths:
-        runs: dict[str, list[RolloutReport]] = {}
+        runs: dict[str, list[Sampling]] = {}
         for way, result in compare(bench, lengths, args):
             runs.setdefault(way, []).append(result)
         print(

@@ -13,16 +13,19 @@ def sample(record: Record, model: str, label: str, prompts: int, options: list[s
     base = None
     for lengths in args.lengths:
         for way, result in rollout.compare(bench, lengths, args):
-            prefix = f"{label}, {in_words(prompts)}, {lengths}, {way}"
+            prefix, cost = f"{label}, {in_words(prompts)}, {lengths}, {way}", result.cost
             if way == "independent":
-                base = result
+                base = cost
             elif base is not None:
-                speed = result.leaves_per_second / base.leaves_per_second
-                tokens = result.decoded_tokens_per_leaf / base.decoded_tokens_per_leaf
-                record(f"{prefix}: speed over independent", speed)
-                record(f"{prefix}: of what its tokens allow", speed * tokens)
-            record(f"{prefix}: trajectories/s", result.leaves_per_second)
-            record(f"{prefix}: tokens decoded/trajectory", result.decoded_tokens_per_leaf)
+                seconds, tokens = cost.seconds / base.seconds, cost.decoded_tokens / base.decoded_tokens
+                record(f"{prefix}: seconds over independent", seconds)
+                record(f"{prefix}: of what its tokens allow", tokens / seconds)
+                record(
+                    f"{prefix}: serial segments over the longest path", result.serial_segments / result.longest_path
+                )
+            record(f"{prefix}: seconds", cost.seconds)
+            record(f"{prefix}: tokens decoded", cost.decoded_tokens)
+            record(f"{prefix}: trajectories", cost.leaves)
 
 
 def in_words(prompts: int) -> str:
@@ -37,7 +40,7 @@ def cases(smoke: bool) -> list[Case]:
         toy += ["--ways", "sqrt"]
         return [Case("tiny, 2 prompts", sample, {"label": "tiny", "prompts": 2, "options": toy}, "tiny")]
     options = ["--length", "512", "--segment_length", "64", "--repeats", "2"]
-    options += ["--ways", "early", "sqrt", "spread", "spread+cap"]
+    options += ["--ways", "early", "sqrt", "sqrt+root", "spread"]
     sizes = [("0.5B", 1), ("0.5B", 8), ("0.5B", 64), ("1.5B", 8), ("7B", 8)]
     return [
         Case(
