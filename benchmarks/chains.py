@@ -7,11 +7,11 @@ A completion walks through states: undecided, on the right track, lost, ended. T
 track. `late`, `errors` and `early` differ in how soon a completion is decided and how often it changes sides. With
 unequal norms a lost path draws each token from four that are alike, as a model is unsure where it errs.
 
-Columns are noise per decoded token over that of 16 independent completions under leave-one-out. Noise is the variance
-of one tree's estimate over the squared part of its mean along the true gradient, which is in brackets where it is not
-1. `constant` subtracts the mean reward, `value` the true value of the prefix. Trees have no fallback, and leaves count
-by `inverse_branching` unless the estimator is biased anyway. The rows `all` are for a batch whose prompts are drawn
-from hard, middle and easy ones: the noise between prompts comes on top, which no tree takes away.
+Columns are noise per decoded token over that of as many independent completions under leave-one-out. Noise is the
+variance of one tree's estimate over the squared part of its mean along the true gradient, which is in brackets where it
+is not 1. `constant` subtracts the mean reward, `value` the true value of the prefix. Trees have no fallback, and leaves
+count by `inverse_branching` unless the estimator is biased anyway. The rows `all` are for a batch whose prompts are
+drawn from hard, middle and easy ones: the noise between prompts comes on top, which no tree takes away.
 """
 
 import statistics
@@ -28,7 +28,7 @@ from treepo_trl.sampling.widths import square_root_widths
 from treepo_trl.update.advantages import leaf_paths, leaf_scores, tree_advantages
 
 
-WIDTH, SEGMENT, CAP = 16, 8, 160
+SEGMENT, CAP = 8, 160
 END, UNDECIDED, RIGHT, LOST = range(4)
 CHAINS = {"late": (0.03, 0.15, 0.02), "errors": (0.3, 0.02, 0.03), "early": (0.18, 0.04, 0.002)}
 """How soon a path decides, ends, and changes sides, per token."""
@@ -77,13 +77,13 @@ class Chain:
         completions = [[UNDECIDED, *tree.completion_ids(leaf)] for leaf in tree.leaves]
         return [float(tokens[-1] == END and tokens[-2] == RIGHT) for tokens in completions]
 
-    def trees(self, schedule: str, num: int, seed: int) -> list[SegmentTree]:
+    def trees(self, schedule: str, num: int, seed: int, width: int) -> list[SegmentTree]:
         """Trees of a schedule; `sqrt` takes its lengths from 400 trees before."""
         engine = MarkovEngine(0, seed)
         engine.TRANSITIONS = self.rows  # pyright: ignore
         names = {"independent": "early"}
         config = TreeSamplingConfig(
-            num_generations=WIDTH,
+            num_generations=width,
             max_completion_length=CAP,
             segment_length=SEGMENT,
             branching_factor=1 if schedule == "independent" else 2,
@@ -105,7 +105,7 @@ class Chain:
             statistics_ = statistics_.then(now)
             length = round(statistics.mean(tree.mean_length() for tree in trees))
             if schedule != "spread":
-                widths = square_root_widths(*statistics_.shape(), WIDTH)
+                widths = square_root_widths(*statistics_.shape(), width)
         return sampler.sample(prompts, seed, widths=widths, expected_length=length)
 
     def estimate(self, tree: SegmentTree, estimator: str) -> torch.Tensor:
@@ -157,9 +157,9 @@ class Cell:
         return self.along[estimator] if estimator in ("grpo", "treepo") else 1.0
 
 
-def measured(chain: Chain, schedule: str, num: int) -> Cell:
+def measured(chain: Chain, schedule: str, num: int, width: int) -> Cell:
     """Trees of a prompt, and what each estimator makes of them."""
-    trees, exact = chain.trees(schedule, num, 1), chain.gradient()
+    trees, exact = chain.trees(schedule, num, 1, width), chain.gradient()
     cell = Cell(
         statistics.mean(tree.num_unique_tokens for tree in trees),
         statistics.mean(len(tree.leaves) for tree in trees),
@@ -185,6 +185,7 @@ def main() -> None:
     """Print the table."""
     parser = make_parser(__doc__)
     parser.add_argument("--trees", type=int, default=400)
+    parser.add_argument("--width", type=int, default=16, help="leaves of a tree at most")
     parser.add_argument("--chains", nargs="+", default=list(CHAINS), choices=CHAINS)
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), choices=SCHEDULES)
     options = parser.parse_args()
@@ -194,7 +195,7 @@ def main() -> None:
             chains = {prompt: Chain(*CHAINS[name], share, num_lost) for prompt, share in SHARES.items()}
             exact = {prompt: chain.gradient() for prompt, chain in chains.items()}
             cells = {
-                (prompt, schedule): measured(chain, schedule, options.trees)
+                (prompt, schedule): measured(chain, schedule, options.trees, options.width)
                 for prompt, chain in chains.items()
                 for schedule in options.schedules
             }
