@@ -8,10 +8,10 @@ track. `late`, `errors` and `early` differ in how soon a completion is decided a
 unequal norms a lost path draws each token from four that are alike, as a model is unsure where it errs.
 
 Columns are noise per decoded token over that of as many independent completions under leave-one-out. Noise is the
-variance of one tree's estimate over the squared part of its mean along the true gradient, which is in brackets where it
-is not 1. `constant` subtracts the mean reward, `value` the true value of the prefix. Trees have no fallback, and leaves
-count by `inverse_branching` unless the estimator is biased anyway. The rows `all` are for a batch whose prompts are
-drawn from hard, middle and easy ones: the noise between prompts comes on top, which no tree takes away.
+variance of one tree's estimate over the squared part of its mean along the true gradient, which is in brackets where
+it is not 1. `constant` subtracts the mean reward, `value` the true value of the prefix. Trees have no fallback, and
+leaves count by `inverse_branching` unless the estimator is biased anyway. The rows `all` are for a batch whose prompts
+are drawn from hard, middle and easy ones: the noise between prompts comes on top, which no tree takes away.
 """
 
 import statistics

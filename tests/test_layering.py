@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trl",),
     ("policy", "metrics", "tree_log", "settings.arguments", "settings.data"),
     ("batch", "health"),
+    ("scoring",),
     ("memory",),
     ("treepo_trainer",),
     ("quickstart",),

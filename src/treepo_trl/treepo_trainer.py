@@ -18,27 +18,9 @@ from trl.extras.profiling import profiling_decorator
 from trl.trainer.grpo_trainer import GRPOTrainer, RewardFunc
 from trl.trainer.utils import get_config_model_id
 
-from .batch import (
-    ROWS_PER_LEAF,
-    BatchRewards,
-    EvaluationMetrics,
-    ImportanceRatio,
-    LeafRows,
-    ResumePoint,
-    RewardWatch,
-    TrainerTurns,
-    TreeBatch,
-    check_interruptible,
-    generated,
-    judged,
-    prompts_of_trees,
-    shuffle_trees,
-    tree_source,
-)
+from .batch import ResumePoint, TrainerTurns, TreeBatch, prompts_of_trees, shuffle_trees, tree_source
 from .checkpoints import checkpoint_to_resume, only_training_in
 from .health.callback import HealthCallback
-from .health.reward_signal import signal_metrics, signal_sums
-from .metrics import sum_over_processes
 from .model_card import PAPER
 from .policy.for_training import policy_engine_for
 from .policy.four_bit_base import write_quantization
@@ -46,6 +28,7 @@ from .policy.half_precision import keep_master_weights
 from .policy.starting_adapter import adapter_resumed_too, match_reference
 from .sampling import SegmentTree, TreeSampler, text_decoder
 from .sampling.turns import TurnHandler
+from .scoring import BatchScoring, check_interruptible
 from .settings.arguments import check_arguments, check_tools
 from .settings.data import NoStepIsAnError, check_datasets, check_rows, check_tokenizer
 from .treepo_config import TreePOConfig
@@ -151,16 +134,13 @@ class TreePOTrainer(GRPOTrainer):
             args.dataloader_pin_memory = False  # there is nothing to pin it for, and torch would say so
         host = self._host = Host(self)
         self.policy_engine.connect(host)
-        self._decode = text_decoder(self._tokenizer)
-        self.sampler = TreeSampler(self.policy_engine.engine, args, self.eos_token_ids, self._decode)
+        decode = text_decoder(self._tokenizer)
+        self.sampler = TreeSampler(self.policy_engine.engine, args, self.eos_token_ids, decode)
         self._turns = TrainerTurns(host)
         self._source = tree_source(host, self.sampler, self.policy_engine, self._turns)
-        self._reward_watch, self._evaluation_metrics = RewardWatch(host), EvaluationMetrics(host)
-        self._rewards = BatchRewards(host, self._reward_watch, self._source)
+        self._scoring = BatchScoring(host, self._source, self._turns, self.policy_engine, decode)
         self.packed_forward = packed_forward_or_none(self.model, args, self.accelerator, self.aux_loss_enabled)
-        # Under way, or the last one: GRPOTrainer's methods cannot hand it on.
-        self._batch = TreeBatch(-1, self.num_generations, self.eos_token_ids[0])
-        self._ratio = ImportanceRatio(host, self.policy_engine)
+        self._batch = self._before_first()  # under way, or the last one: GRPOTrainer's methods cannot hand it on
         self._resume_point = ResumePoint(host, self._source)
         self.add_callback(self._resume_point)
 
@@ -175,7 +155,7 @@ class TreePOTrainer(GRPOTrainer):
         folder = checkpoint_to_resume(resume_from_checkpoint, str(args.output_dir))
         writes = args.save_strategy != "no" or args.enable_jit_checkpoint or args.log_trees
         with only_training_in(str(args.output_dir), writes and self.accelerator.is_main_process):
-            self._batch = TreeBatch(-1, self.num_generations, self.eos_token_ids[0])
+            self._batch = self._before_first()
             self.policy_engine.training_starts()
             try:
                 return super().train(self._resume_point.restore(folder), trial, ignore_keys_for_eval)
@@ -200,18 +180,9 @@ class TreePOTrainer(GRPOTrainer):
         check_rows(self, filter(None, inputs))  # with dynamic sampling they are empty placeholders
         score = super()._generate_and_score_completions
         if not self.model.training:
-            with seams.calculated_rewards(self, self._evaluation_metrics.logging):
-                return score(inputs)
-        batch = self._batch = self._batch.next(self.state.global_step)
-        kept_rewards = seams.calculated_rewards(self, partial(self._rewards.kept_in, batch))
-        masked_rows = seams.generated(self, partial(generated, self._host, batch))
-        with batch.opened(), self._turns.opened(), kept_rewards, masked_rows, self._ratio.scoring():
-            output = score(self._source.rows_for(batch, inputs))
-        rewards, divisors = self._rewards.combined(batch)
-        self._host.log(self._metrics_of(batch, rewards / divisors, output))
-        output = judged(batch, output, rewards, divisors, self._host, self._decode)
-        self._ratio.scored(output)
-        return output
+            return self._scoring.evaluated(inputs, score)
+        self._batch = self._batch.next(self.state.global_step)
+        return self._scoring.trained_on(self._batch, inputs, score)
 
     def _generate_single_turn(
         self,
@@ -267,6 +238,9 @@ class TreePOTrainer(GRPOTrainer):
     def _take_rollout(self, trees: list[SegmentTree]) -> None:
         self._open_batch().adopt(trees)
 
+    def _before_first(self) -> TreeBatch:
+        return TreeBatch(-1, self.num_generations, self.eos_token_ids[0])
+
     def _open_batch(self) -> TreeBatch:
         if not self._batch.is_open:  # a subclass or a user samples on their own
             self._batch = self._batch.next(self.state.global_step)
@@ -275,9 +249,7 @@ class TreePOTrainer(GRPOTrainer):
     def _calculate_rewards(
         self, inputs: Rows, prompts: list[object], completions: list[object], completion_ids_list: list[list[int]]
     ) -> torch.Tensor:
-        is_vacant = self._batch.is_vacant if self.model.training else []
-        rows = LeafRows(is_vacant if len(is_vacant) == len(prompts) else [False] * len(prompts))
-        with seams.reward_funcs(self, self._reward_watch.functions(rows)):
+        with self._scoring.watched_functions(self._batch, len(prompts)):
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     # The prompts of an epoch
@@ -307,7 +279,7 @@ class TreePOTrainer(GRPOTrainer):
         self, model: torch.nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """The loss of [`~trl.GRPOTrainer`], with a KL term that is no smaller for rows that stand for no leaf."""
-        with seams.kl_weight(self, self.beta * float(inputs.get(ROWS_PER_LEAF, 1.0))), self._ratio.filled_in(inputs):
+        with self._scoring.loss_of(inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     @profiling_decorator
@@ -333,17 +305,7 @@ class TreePOTrainer(GRPOTrainer):
             self._host.log(found[3], "train" if self.model.training else "eval")
             return found[:3]
 
-        is_filled = attention_mask[:, -logits_to_keep:].any(1)
-        if self._batch.is_open and len(self._batch.is_vacant) == len(input_ids):
-            is_filled &= ~torch.tensor(self._batch.is_vacant, device=is_filled.device)
+        is_filled = self._scoring.is_filled(self._batch, attention_mask[:, -logits_to_keep:])
         found = forward_filled(forward, is_filled, input_ids, attention_mask, batch_size)
-        self._ratio.see(found[0])
+        self._scoring.ratio.see(found[0])
         return found
-
-    def _metrics_of(
-        self, batch: TreeBatch, scaled_rewards: torch.Tensor, output: dict[str, torch.Tensor]
-    ) -> dict[str, float]:
-        """What the batch has cost and shown, and how far the engine was from the policy."""
-        signal = signal_sums(batch.trees, batch.by_tree(scaled_rewards.tolist()))
-        shown = signal_metrics(sum_over_processes(signal, self.accelerator))
-        return shown | self._source.metrics(batch, scaled_rewards) | self.policy_engine.compare(output)

@@ -111,7 +111,7 @@ def test_tokens_that_a_reward_samples_are_counted_once_for_a_chosen_batch(tmp_pa
 
 
 def test_samplings_are_counted_for_each_step() -> None:
-    batch = TreeBatch(step=3)
+    batch = TreeBatch(3, 4)
     assert [batch.next(3).number, batch.next(4).number] == [1, 0]
     batch.adopt([])
     batch.adopt([])
@@ -124,7 +124,7 @@ def test_a_record_has_the_advantage_of_each_rows_last_token() -> None:
     tree.add(None, [2, 3, 4], None, "stop")
     rewards = [math.nan, 1.0]
     for advantages in ([[1.0, 0.0, 0.0], [2.0, 3.0, 4.0]], [1.0, 4.0]):
-        (record,) = tree_records(3, [tree], rewards, advantages, str)
+        (record,) = tree_records(3, [tree], [rewards], [advantages], str)
         assert (record["advantages"], record["rewards"], record["step"]) == ([1.0, 4.0], [None, 1.0], 3)
 
 

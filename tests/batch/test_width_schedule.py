@@ -1,5 +1,6 @@
 """Widths that a training learns from its batches."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +37,7 @@ def schedule(folder: Path, **changes: Any) -> WidthSchedule:
 def test_widths_are_those_of_the_lengths_that_were_seen(tmp_path: Path) -> None:
     state, widths = TrainerState(), schedule(tmp_path)
     assert widths.widths(state) is None
-    rewards = torch.tensor([1.0, 0.0, 0.0, torch.nan] * 2)
+    rewards = [[1.0, 0.0, 0.0, math.nan]] * 2
     metrics = widths.learn(state, 3.5, [two_levels(4), two_levels(4)], rewards, Accelerator(cpu=True))
     # Three tokens of all paths, one of half of them; a path that lives has decoded 3 and 4 tokens. Half of the leaves
     # end at each depth, and there are W = 4 of them in the mean.
@@ -52,7 +53,7 @@ def test_widths_are_those_of_the_lengths_that_were_seen(tmp_path: Path) -> None:
 
 def test_what_was_seen_with_other_segments_is_forgotten(tmp_path: Path) -> None:
     state, widths = TrainerState(), schedule(tmp_path)
-    widths.learn(state, 4, [two_levels(4)], torch.zeros(4), Accelerator(cpu=True))
+    widths.learn(state, 4, [two_levels(4)], [[0.0] * 4], Accelerator(cpu=True))
     assert schedule(tmp_path).widths(state) is not None
     other = WidthSchedule(make_config(tmp_path, max_completion_length=6, segment_length=2, branch_schedule="sqrt"))
     assert other.widths(state) is None
@@ -61,7 +62,7 @@ def test_what_was_seen_with_other_segments_is_forgotten(tmp_path: Path) -> None:
 def test_trees_of_all_processes_count(tmp_path: Path) -> None:
     state, widths = TrainerState(), schedule(tmp_path)
     three: Any = SimpleNamespace(device="cpu", gather=lambda own: torch.cat([own] * 3))
-    widths.learn(state, 4, [two_levels(4)], torch.zeros(4), three)
+    widths.learn(state, 4, [two_levels(4)], [[0.0] * 4], three)
     flat: Any = saved_values(state)["treepo_depths"]
     assert DepthStatistics.from_flat(flat, 2).num_trees == 3
 

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from tests.support.trainers import SpyTrainer, build, make_config
-from treepo_trl.batch.evaluation import answers_of, group_metrics
+from treepo_trl.scoring.evaluation import answers_of, group_metrics
 
 
 def test_hand_arithmetic_over_two_prompts() -> None:

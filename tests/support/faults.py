@@ -19,10 +19,10 @@ from transformers import TrainerState
 
 from tests.support.trainers import build, labelled, make_config, reward_by_kind
 from treepo_trl import TreePOTrainer
-from treepo_trl.batch import outcome
 from treepo_trl.policy import temporary_folder
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
 from treepo_trl.policy.temporary_folder import TemporaryFolder
+from treepo_trl.scoring import outcome
 
 
 STEPS = 4

@@ -21,8 +21,8 @@ from tests.support.fake_vllm import until
 from tests.support.models import make_model
 from tests.support.trainers import build, change, logs_of, make_config, parity_reward, plain_prompts, trained
 from treepo_trl import TreePOTrainer
-from treepo_trl.batch import reward_watch
-from treepo_trl.batch.reward_watch import TimeIsUpError, checked_rewards, ended_after, told_while_running
+from treepo_trl.scoring import reward_watch
+from treepo_trl.scoring.reward_watch import TimeIsUpError, checked_rewards, ended_after, told_while_running
 
 
 # What a function returns

@@ -10,16 +10,10 @@ from treepo_trl.trl.host import Host
 
 from .ahead import AheadSource
 from .dynamic import DynamicSource
-from .evaluation import EvaluationMetrics
-from .importance_ratio import ImportanceRatio
-from .outcome import ROWS_PER_LEAF, judged
 from .resume_point import ResumePoint
-from .reward_watch import RewardWatch, check_interruptible
-from .rewards import BatchRewards
 from .source import TreeSource
 from .tree_batch import TreeBatch, prompts_of_trees, shuffle_trees
 from .turns import TrainerTurns
-from .vacant_rows import LeafRows, generated
 
 
 def tree_source(host: Host, sampler: TreeSampler, engine: PolicyEngine, turns: TrainerTurns) -> TreeSource:
@@ -30,19 +24,10 @@ def tree_source(host: Host, sampler: TreeSampler, engine: PolicyEngine, turns: T
 
 
 __all__ = [
-    "ROWS_PER_LEAF",
-    "BatchRewards",
-    "EvaluationMetrics",
-    "ImportanceRatio",
-    "LeafRows",
     "ResumePoint",
-    "RewardWatch",
     "TrainerTurns",
     "TreeBatch",
     "TreeSource",
-    "check_interruptible",
-    "generated",
-    "judged",
     "prompts_of_trees",
     "shuffle_trees",
     "tree_source",

@@ -20,7 +20,6 @@ from .prompt_selection import PassRates, Saved, SelectedPrompts
 from .prompt_stream import EndlessPlaceholders, Placeholders, PromptStream
 from .source import PASS_RATES, PROMPTS_DRAWN, TreeSource
 from .tree_batch import TreeBatch
-from .vacant_rows import without_missing
 
 
 logger = get_logger(__name__)
@@ -97,7 +96,7 @@ class DynamicSource(TreeSource):
         num_tokens_seen = host.state.num_input_tokens_seen
         completion_ids, completions = host.generated(prompts)
         rewards = host.rewards(self._rows(candidates), prompts, completions, completion_ids)
-        rewards = without_missing(batch, rewards, host)
+        rewards = batch.without_missing(rewards, host.accelerator)
         host.state.num_input_tokens_seen = num_tokens_seen  # the chosen ones are counted when they are trained on
         for i, candidate in enumerate(candidates):
             if candidate in missing:  # the others fill up the number of candidates; their rewards are there

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from accelerate import Accelerator
 
 from treepo_trl.metrics import add_totals, tree_totals
 from treepo_trl.sampling import SamplingStats, SegmentTree
@@ -88,6 +89,12 @@ class TreeBatch:
     def by_tree(self, values: Sequence[Value]) -> list[list[Value]]:
         """Values of the rows as those of the leaves of each tree."""
         return [list(values[i * self.width :][: len(tree.leaves)]) for i, tree in enumerate(self.trees)]
+
+    def without_missing(self, rewards: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+        """Rewards of all processes' rows, `nan` for vacant ones and for leaves that have lost their environment."""
+        own = [leaf is None or tree.nodes[leaf].finish_reason == "timeout" for tree, leaf in self.rows()]
+        missing = cast(torch.Tensor, accelerator.gather(torch.tensor(own, device=accelerator.device)))
+        return rewards.masked_fill(missing[:, None].to(rewards.device), torch.nan)
 
     def first_turns(self) -> tuple[list[list[int]], list[list[float]]]:
         """Tokens and log-probabilities of the first turn of each row, which TRL reads as one message."""

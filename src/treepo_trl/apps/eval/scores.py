@@ -8,9 +8,9 @@ from typing import Any, cast
 
 from trl.trainer.utils import is_async_callable
 
-from treepo_trl.batch.reward_watch import checked_rewards
 from treepo_trl.evaluation import Judgement, majority_at_k, mean_score, pass_at_k, subtrees_of
 from treepo_trl.sampling import SegmentTree, TreeSamplingConfig
+from treepo_trl.scoring.reward_watch import checked_rewards
 
 from .data import EvalSet
 

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from tests.support.trainers import SETTINGS, ReplayTrainer, assert_same_logs, assert_same_run, build, make_config
 from treepo_trl import SegmentTree, TreePOTrainer
-from treepo_trl.batch.importance_ratio import ImportanceRatio
+from treepo_trl.scoring.importance_ratio import ImportanceRatio
 from treepo_trl.settings.grpo import CHOICES
 
 

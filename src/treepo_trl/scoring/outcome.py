@@ -5,11 +5,10 @@ from collections.abc import Callable
 import torch
 from accelerate.utils import gather_object
 
+from treepo_trl.batch import TreeBatch
 from treepo_trl.tree_log import tree_records, write_trees
 from treepo_trl.trl.host import Host
 from treepo_trl.update.row_advantages import mean_advantages, row_advantages
-
-from .tree_batch import TreeBatch
 
 
 ROWS_PER_LEAF = "rows_per_leaf"

@@ -12,9 +12,9 @@ from trl import GRPOTrainer
 from tests.support.models import make_tokenizer
 from tests.support.trainers import RecordingTrainer, build, logs_of, make_config, tables_of, trained, watch_loss
 from treepo_trl import SegmentTree
-from treepo_trl.batch.outcome import ROWS_PER_LEAF
 from treepo_trl.batch.tree_batch import TreeBatch
-from treepo_trl.batch.vacant_rows import LeafRows
+from treepo_trl.scoring.outcome import ROWS_PER_LEAF
+from treepo_trl.scoring.vacant_rows import LeafRows
 from treepo_trl.settings.grpo import CHOICES
 from treepo_trl.update.filled_rows import forward_filled
 from treepo_trl.update.row_advantages import row_advantages

@@ -4,13 +4,11 @@ from collections.abc import Callable
 
 import torch
 
+from treepo_trl.batch import TreeBatch, TreeSource
 from treepo_trl.trl.host import Host
 from treepo_trl.update.rewards import combine_rewards
 
 from .reward_watch import RewardWatch
-from .source import TreeSource
-from .tree_batch import TreeBatch
-from .vacant_rows import without_missing
 
 
 class BatchRewards:
@@ -36,7 +34,7 @@ class BatchRewards:
             rewards = self._source.rewards_for(batch)
             if rewards is None:
                 given = calculate_rewards(inputs, prompts, *args, **kwargs)
-                rewards = without_missing(batch, self._watch.usable(given, prompts), self._host)
+                rewards = batch.without_missing(self._watch.usable(given, prompts), self._host.accelerator)
             batch.rewards_per_func = rewards
             return rewards
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
+from treepo_trl.batch import TreeBatch
 from treepo_trl.trl.host import Host
-
-from .tree_batch import TreeBatch
 
 
 class LeafRows:
@@ -120,9 +119,3 @@ def _log_leaves(host: Host, rows: torch.Tensor) -> None:
     if calls is not None:
         metrics["tools/call_frequency"] = calls * len(rows) / int(is_leaf.sum())
     host.log_again(metrics)
-
-
-def without_missing(batch: TreeBatch, rewards: torch.Tensor, host: Host) -> torch.Tensor:
-    """Rewards of all processes' rows, `nan` for vacant ones and for leaves that have lost their environment."""
-    own = [leaf is None or tree.nodes[leaf].finish_reason == "timeout" for tree, leaf in batch.rows()]
-    return rewards.masked_fill(host.gathered(torch.tensor(own))[:, None].to(rewards.device), torch.nan)
