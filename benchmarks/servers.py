@@ -39,8 +39,8 @@ from benchmarks.common import (
 )
 from treepo_trl import TreeSampler, TreeSamplingConfig
 from treepo_trl.engines import SegmentEngine
-from treepo_trl.engines.server_connection import ServerConnection
-from treepo_trl.engines.vllm_server import VLLMServerEngine
+from treepo_trl.servers.connection import ServerConnection
+from treepo_trl.servers.engine import VLLMServerEngine
 
 
 SEGMENTS_PER_PATH = 6

@@ -32,11 +32,11 @@ from .batch import (
     tree_source,
 )
 from .checkpoints import checkpoint_to_resume, only_training_in
+from .engine_choice import policy_engine_for
 from .health.callback import HealthCallback
 from .health.reward_signal import signal_metrics, signal_sums
 from .metrics import sum_over_processes
 from .model_card import PAPER
-from .policy.for_training import policy_engine_for
 from .policy.four_bit_base import write_quantization
 from .policy.half_precision import keep_master_weights
 from .policy.starting_adapter import adapter_resumed_too, match_reference

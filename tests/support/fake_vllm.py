@@ -18,9 +18,9 @@ from aiohttp import web
 
 from tests.support.fakes import EOS, FakeEngine, MarkovEngine, memoryless
 from treepo_trl.engines import SegmentRequest, SegmentResult
-from treepo_trl.engines.server_connection import ServerConnection
-from treepo_trl.engines.vllm_server import VLLMServerEngine
-from treepo_trl.policy.servers.checks import installed_vllm
+from treepo_trl.servers.checks import installed_vllm
+from treepo_trl.servers.connection import ServerConnection
+from treepo_trl.servers.engine import VLLMServerEngine
 
 
 VLLM_VERSION = installed_vllm() or "0.31.0"

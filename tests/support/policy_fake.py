@@ -14,10 +14,10 @@ from aiohttp import web
 from tests.support.fake_vllm import VLLM_VERSION, FakeVLLM
 from tests.support.models import make_tokenizer
 from treepo_trl.engines import SegmentRequest
-from treepo_trl.engines.vllm_server import VLLMServerEngine
-from treepo_trl.policy.servers.checks import ServerNeeds
-from treepo_trl.policy.servers.policy_servers import PolicyServers
-from treepo_trl.policy.servers.weights import AdapterVersions
+from treepo_trl.servers.checks import ServerNeeds
+from treepo_trl.servers.engine import VLLMServerEngine
+from treepo_trl.servers.policy_servers import PolicyServers
+from treepo_trl.servers.versions import AdapterVersions
 
 
 LORA: dict[str, dict[str, Any]] = {"lora_config": {"max_loras": 2, "max_lora_rank": 8}}

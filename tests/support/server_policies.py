@@ -13,9 +13,9 @@ from tests.support.models import make_tokenizer
 from tests.support.trainers import parameters_of
 from tests.support.vllm_policies import config, different_words
 from treepo_trl import TreePOTrainer
-from treepo_trl.policy.servers.generation import ServerGeneration
-from treepo_trl.policy.servers.policy_servers import probe_logprobs
-from treepo_trl.policy.servers.server_policy import policy_logprobs
+from treepo_trl.servers.generation import ServerGeneration
+from treepo_trl.servers.policy import policy_logprobs
+from treepo_trl.servers.policy_servers import probe_logprobs
 
 
 def trainer_on(model: str, urls: str, folder: Path, adapter: bool = True, **changes: Any) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from treepo_trl.engines.server_connection import ServerConnection
+from treepo_trl.servers.connection import ServerConnection
 
 
 FLAGS = [

@@ -24,7 +24,7 @@ from tests.support.paths import ROOT
 from tests.support.trainers import make_config
 from treepo_trl import TreePOConfig, TreePOTrainer
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
-from treepo_trl.policy.servers.generation import ServerGeneration
+from treepo_trl.servers.generation import ServerGeneration
 from treepo_trl.settings.grpo import CHOICES
 from treepo_trl.trl import seams
 from treepo_trl.trl.generation import OwnGeneration

@@ -8,9 +8,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
 from treepo_trl.engines import SamplingOptions
-from treepo_trl.engines.server_connection import ServerConnection, ServerLostError, ServerRefusedError
-from treepo_trl.engines.vllm_server import VLLMServerEngine
 from treepo_trl.preflight import require_model
+from treepo_trl.servers.connection import ServerConnection, ServerLostError, ServerRefusedError
+from treepo_trl.servers.engine import VLLMServerEngine
 from treepo_trl.settings import server_urls
 
 from .engine_arguments import EngineArguments
@@ -56,8 +56,8 @@ def server_engine(
     Raises:
         ValueError: for a server that is not up in time, or does not fit, naming the flag to start it with.
     """
-    from treepo_trl.policy.servers.checks import ServerNeeds, check_server
-    from treepo_trl.policy.servers.policy_servers import wait_for_server
+    from treepo_trl.servers.checks import ServerNeeds, check_server
+    from treepo_trl.servers.policy_servers import wait_for_server
 
     timeout = arguments.vllm_server_timeout
     servers = [ServerConnection(url, timeout) for url in server_urls(arguments.vllm_server_base_url, "", 0)]
@@ -110,7 +110,7 @@ def _check_base(server: ServerConnection) -> None:
 
 
 def _load(server: ServerConnection, name: str, adapter: str) -> None:
-    from treepo_trl.policy.servers.weights import LOAD_TIMEOUT
+    from treepo_trl.servers.versions import LOAD_TIMEOUT
 
     path = os.path.abspath(adapter) if os.path.isdir(adapter) else adapter
     try:

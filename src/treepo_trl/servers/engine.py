@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from .base import SamplingOptions, SegmentEngine, SegmentEngineError, SegmentRequest, SegmentResult
-from .server_connection import GENERATE, ServerConnection, ServerLostError, ServerRefusedError, http_loop
-from .server_facts import ServerFacts
-from .server_pool import ServerPool
-from .vllm_sampling import NUM_TOP_LOGPROBS, entropies_of_answer, sampling_fields
+from treepo_trl.engines.base import SamplingOptions, SegmentEngine, SegmentEngineError, SegmentRequest, SegmentResult
+from treepo_trl.engines.vllm_sampling import NUM_TOP_LOGPROBS, entropies_of_answer, sampling_fields
+
+from .connection import GENERATE, ServerConnection, ServerLostError, ServerRefusedError, http_loop
+from .facts import ServerFacts
+from .pool import ServerPool
 
 
 _MOST_FAILURES = 5  # of one request, each of which has cost a server

@@ -11,10 +11,10 @@ from aiohttp import web
 
 from tests.support.fake_vllm import scripted, until
 from tests.support.policy_fake import PolicyFake, engine_over, give, opened, sample, write_version
-from treepo_trl.engines.server_connection import ServerLostError
-from treepo_trl.engines.vllm_server import VLLMServerEngine
-from treepo_trl.policy.servers import weights
-from treepo_trl.policy.servers.weights import AdapterVersions, WeightVersions
+from treepo_trl.servers import versions as weights
+from treepo_trl.servers.connection import ServerLostError
+from treepo_trl.servers.engine import VLLMServerEngine
+from treepo_trl.servers.versions import AdapterVersions, WeightVersions
 
 
 pytestmark = pytest.mark.usefixtures("lost_servers_are_asked_often")

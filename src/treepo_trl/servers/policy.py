@@ -9,11 +9,11 @@ import torch
 from trl.extras.profiling import profiling_context
 
 from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
-from treepo_trl.engines.server_connection import ServerConnection, ServerLostError
 from treepo_trl.policy.adapter_probe import PROBE_TOKENS, probe_adapter, probe_prompts
 from treepo_trl.policy.engine import PolicyEngine, Sampled
 from treepo_trl.policy.engine_check import EngineWatch, computing_dtype, dropout_of, logprob_difference
 from treepo_trl.policy.shared_base import SHARDED
+from treepo_trl.servers.connection import ServerConnection, ServerLostError
 from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.trl.host import Host
 from treepo_trl.trl.seams import vllm_generation_class
@@ -26,7 +26,7 @@ from .policy_servers import PolicyServers, bound_of_probe, check_policy
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from treepo_trl.engines.vllm_server import VLLMServerEngine
+    from treepo_trl.servers.engine import VLLMServerEngine
 
 
 class _NoEngine(SegmentEngine):
@@ -86,7 +86,7 @@ class ServerPolicy(PolicyEngine):
         )
 
     def _engine(self, eos_token_ids: list[int]) -> SegmentEngine:
-        from treepo_trl.engines.vllm_server import VLLMServerEngine
+        from treepo_trl.servers.engine import VLLMServerEngine
 
         with_entropies, servers = self.args.branching_policy == "entropy", self._generation.servers
         if servers is None:
@@ -194,7 +194,7 @@ class ServerPolicy(PolicyEngine):
 
     def _plain_engine(self) -> "VLLMServerEngine":
         """An engine that draws at temperature 1 from all tokens, over the servers that are there."""
-        from treepo_trl.engines.vllm_server import VLLMServerEngine
+        from treepo_trl.servers.engine import VLLMServerEngine
 
         servers, engine = cast(PolicyServers, self._generation.servers), cast(VLLMServerEngine, self.engine)
 

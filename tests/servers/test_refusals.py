@@ -9,9 +9,9 @@ from tests.support.fakes import EOS
 from tests.support.sampling import prompts_of, trees_of
 from treepo_trl import TreeSampler
 from treepo_trl.engines import SegmentEngineError
-from treepo_trl.engines.vllm_server import VLLMServerEngine
+from treepo_trl.servers.engine import VLLMServerEngine
 
-from .test_server_faults import CONFIG, requests_of, same_trees
+from .test_faults import CONFIG, requests_of, same_trees
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import torch
 
 from tests.support.models import make_tokenizer
 from tests.support.policy_fake import LORA, NEEDS, PolicyFake, give, opened, write_version
-from treepo_trl.engines.server_connection import ServerConnection, ServerLostError
-from treepo_trl.policy.servers import policy_servers
-from treepo_trl.policy.servers.checks import ServerNeeds, check_server
-from treepo_trl.policy.servers.policy_servers import PolicyServers, bound_of_probe, check_policy
-from treepo_trl.policy.servers.weights import AdapterVersions, WeightVersions
+from treepo_trl.servers import policy_servers
+from treepo_trl.servers.checks import ServerNeeds, check_server
+from treepo_trl.servers.connection import ServerConnection, ServerLostError
+from treepo_trl.servers.policy_servers import PolicyServers, bound_of_probe, check_policy
+from treepo_trl.servers.versions import AdapterVersions, WeightVersions
 
 
 def changed(section: str, **values: Any) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from tests.support.fake_vllm import Act, FakeVLLM, at_random, engine_of, fake_se
 from tests.support.fakes import EOS, FakeEngine, memoryless
 from tests.support.sampling import fingerprint, make_config, prompts_of, trees_of
 from treepo_trl import SegmentTree, TreeSampler
-from treepo_trl.engines import SegmentEngineError, SegmentRequest, SegmentResult, server_connection
-from treepo_trl.engines.server_connection import GENERATE, MOST_DEADLINES, ServerConnection, ServerLostError
-from treepo_trl.engines.vllm_server import VLLMServerEngine
+from treepo_trl.engines import SegmentEngineError, SegmentRequest, SegmentResult
+from treepo_trl.servers import connection as server_connection
+from treepo_trl.servers.connection import GENERATE, MOST_DEADLINES, ServerConnection, ServerLostError
+from treepo_trl.servers.engine import VLLMServerEngine
 
 
 CONFIG = make_config(8, max_completion_length=40, segment_length=8)

@@ -9,11 +9,11 @@ from typing import TypeVar
 
 import torch
 
-from treepo_trl.engines.server_connection import ServerConnection, ServerLostError, ServerRefusedError
-from treepo_trl.engines.server_facts import ServerFacts
+from treepo_trl.servers.connection import ServerConnection, ServerLostError, ServerRefusedError
+from treepo_trl.servers.facts import ServerFacts
 
 from .checks import ServerNeeds, check_server
-from .weights import PolicyVersions
+from .versions import PolicyVersions
 
 
 logger = logging.getLogger(__name__)  # also where nothing is accelerated

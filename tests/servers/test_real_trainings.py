@@ -15,8 +15,8 @@ from tests.support.server_policies import trainer_on, watch
 from tests.support.trainers import assert_same_parameters, watch_loss
 from tests.support.vllm_policies import logged
 from tests.support.vllm_servers import VLLMServer
-from treepo_trl.engines import server_pool
-from treepo_trl.engines.server_connection import ServerConnection
+from treepo_trl.servers import pool as server_pool
+from treepo_trl.servers.connection import ServerConnection
 
 
 pytestmark = pytest.mark.vllm

@@ -15,8 +15,8 @@ from tests.support.segments import EOS, GREEDY, PROMPTS, complete, drain, full_l
 from tests.support.vllm_servers import VLLMServer
 from treepo_trl import TreeSamplingConfig
 from treepo_trl.engines import SamplingOptions, SegmentEngineError, SegmentRequest
-from treepo_trl.engines.server_connection import ServerConnection
-from treepo_trl.engines.vllm_server import VLLMServerEngine
+from treepo_trl.servers.connection import ServerConnection
+from treepo_trl.servers.engine import VLLMServerEngine
 
 
 pytestmark = pytest.mark.vllm

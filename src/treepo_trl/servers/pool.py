@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from .server_connection import ServerConnection, ServerLostError
-from .server_facts import ServerFacts
+from .connection import ServerConnection, ServerLostError
+from .facts import ServerFacts
 
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import aiohttp
 
 from treepo_trl.settings import place_and_headers
 
-from .server_facts import ServedModel, ServerFacts, facts_from
+from .facts import ServedModel, ServerFacts, facts_from
 
 
 logger = logging.getLogger(__name__)

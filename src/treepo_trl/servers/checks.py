@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, cast, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from treepo_trl.engines.server_connection import ServerConnection, ServerRefusedError
-from treepo_trl.engines.server_facts import ServerFacts
+from treepo_trl.servers.connection import ServerConnection, ServerRefusedError
+from treepo_trl.servers.facts import ServerFacts
 
 
 if TYPE_CHECKING:

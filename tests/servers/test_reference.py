@@ -13,10 +13,10 @@ import torch
 from tests.support.config import make
 from tests.support.fake_vllm import until
 from tests.support.policy_fake import LORA, NEEDS, PolicyFake, computed, opened, sample, write_version
-from treepo_trl.engines.server_connection import ServerConnection
-from treepo_trl.policy.servers.generation import ServerGeneration
-from treepo_trl.policy.servers.policy_servers import PolicyServers
-from treepo_trl.policy.servers.server_policy import ServerPolicy
+from treepo_trl.servers.connection import ServerConnection
+from treepo_trl.servers.generation import ServerGeneration
+from treepo_trl.servers.policy import ServerPolicy
+from treepo_trl.servers.policy_servers import PolicyServers
 from treepo_trl.trl.host import Host
 
 

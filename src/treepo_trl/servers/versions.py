@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from treepo_trl.engines.server_connection import ServerConnection, ServerLostError, ServerRefusedError
+from treepo_trl.servers.connection import ServerConnection, ServerLostError, ServerRefusedError
 
 
 LOAD_TIMEOUT = 600.0  # seconds until a server has all of a model

@@ -9,9 +9,9 @@ import pytest
 
 from tests.support.fake_vllm import VLLM_VERSION, FakeVLLM, scripted, until
 from treepo_trl.engines import SegmentRequest
-from treepo_trl.engines.server_connection import GENERATE, ServerConnection, ServerLostError, ServerRefusedError
-from treepo_trl.engines.server_facts import ServedModel, ServerFacts
-from treepo_trl.engines.vllm_server import VLLMServerEngine
+from treepo_trl.servers.connection import GENERATE, ServerConnection, ServerLostError, ServerRefusedError
+from treepo_trl.servers.engine import VLLMServerEngine
+from treepo_trl.servers.facts import ServedModel, ServerFacts
 
 
 BODY = {"token_ids": [1], "sampling_params": {"max_tokens": 1}}

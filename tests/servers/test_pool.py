@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from treepo_trl.engines import server_pool
-from treepo_trl.engines.server_connection import ServerLostError
-from treepo_trl.engines.server_pool import ServerPool
+from treepo_trl.servers import pool as server_pool
+from treepo_trl.servers.connection import ServerLostError
+from treepo_trl.servers.pool import ServerPool
 
 
 class Connection:

@@ -15,7 +15,6 @@ from accelerate.utils import gather_object, is_peft_model
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
-from treepo_trl.engines.server_facts import ServerFacts
 from treepo_trl.policy.four_bit_base import is_4bit
 from treepo_trl.policy.gathered_adapter import (
     bytes_of,
@@ -25,6 +24,7 @@ from treepo_trl.policy.gathered_adapter import (
     write_adapter,
 )
 from treepo_trl.policy.temporary_folder import shared_folder
+from treepo_trl.servers.facts import ServerFacts
 from treepo_trl.settings import server_urls
 from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.trl.generation import OwnGeneration
@@ -32,7 +32,7 @@ from treepo_trl.trl.generation import OwnGeneration
 from .checks import ServerNeeds
 from .main_process import from_main_process
 from .policy_servers import PolicyServers
-from .weights import AdapterVersions, WeightVersions, write_weights
+from .versions import AdapterVersions, WeightVersions, write_weights
 
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class ServerGeneration(OwnGeneration):
             Whether the policy's adapter alone travels.
 
     Attributes:
-        facts ([`~treepo_trl.engines.server_connection.ServerFacts`]):
+        facts ([`~treepo_trl.servers.connection.ServerFacts`]):
             Of the first server.
         servers ([`PolicyServers`], *optional*):
             In the main process.
@@ -141,7 +141,7 @@ class ServerGeneration(OwnGeneration):
 
     def _take_version(self) -> None:
         """Let the engine's requests ask for the current version."""
-        from treepo_trl.engines.vllm_server import VLLMServerEngine
+        from treepo_trl.servers.engine import VLLMServerEngine
 
         assert self.servers is not None
         assert isinstance(self.engine, VLLMServerEngine)
