@@ -5,13 +5,13 @@ from contextlib import ExitStack
 
 import pytest
 
-from treepo_trl.servers import pool as server_pool
+from treepo_trl.servers import fleet
 
 
 @pytest.fixture
 def lost_servers_are_asked_often(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_FIRST_WAIT", "_LONGEST_WAIT"):
-        monkeypatch.setattr(server_pool, name, 0.05)
+        monkeypatch.setattr(fleet, name, 0.05)
 
 
 @pytest.fixture

@@ -6,20 +6,6 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A line of `GET /v1/models`: the base, or an adapter that is loaded."""
-
-    id: str
-    """Name to ask for."""
-    root: str
-    """Folder or hub id of its weights."""
-    parent: str | None
-    """Name of the base, for an adapter."""
-    max_model_len: int | None
-    """Longest sequence, for the base."""
-
-
-@dataclass(frozen=True, slots=True)
 class ServerFacts:
     """How a server was started."""
 
@@ -55,6 +41,11 @@ class ServerFacts:
     """Adapters that it holds at once; 0 without LoRA."""
     max_lora_rank: int
     """Highest rank of an adapter; 0 without LoRA."""
+
+    @property
+    def number_type(self) -> str:
+        """What it computes in, in words."""
+        return " with ".join(filter(None, (self.dtype, self.quantization)))
 
 
 def facts_from(version: str, config: Mapping[str, Any]) -> ServerFacts:

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, cast
 from transformers import AutoTokenizer
 
 from treepo_trl.policy.starting_adapter import new_adapter_config
-from treepo_trl.servers.checks import ServerNeeds, check_server
+from treepo_trl.servers.checks import ServerNeeds, check_number_types, check_server
 from treepo_trl.servers.connection import ServerConnection, ServerLostError
-from treepo_trl.servers.policy_servers import check_number_types
 from treepo_trl.servers.versions import AdapterVersions
 from treepo_trl.settings import server_urls
 
