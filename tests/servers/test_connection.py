@@ -72,7 +72,6 @@ def test_facts_and_models(server: FakeVLLM) -> None:
         version=VLLM_VERSION,
         model="/models/base",
         model_name="first",
-        tokenizer="/models/base",
         context_length=4096,
         dtype="float32",
         quantization=None,

@@ -187,17 +187,10 @@ def test_limits_are_sums_and_blocks_must_agree() -> None:
         assert engine_of([*servers, other]).num_cache_tokens is None
 
 
-@pytest.mark.parametrize(
-    ("options", "changes", "words"),
-    [
-        ({"with_entropies": True}, {"model_config": {"max_logprobs": 5}}, "gives at most 5.*--max-logprobs 20"),
-        ({"generation_kwargs": {"logit_bias": {1: math.inf}}}, {}, "`generation_kwargs` cannot be sent"),
-        ({"generation_kwargs": {"bad_words": {"a", "b"}}}, {}, "`generation_kwargs` cannot be sent"),
-    ],
-)
-def test_what_cannot_be_served_is_refused_at_once(options: Any, changes: Any, words: str) -> None:
-    with fake_servers(1, changes=changes) as servers, pytest.raises(ValueError, match=words):
-        engine_of(servers, **options)
+@pytest.mark.parametrize("options", [{"logit_bias": {1: math.inf}}, {"bad_words": {"a", "b"}}])
+def test_what_cannot_be_sent_is_refused_at_once(options: Any) -> None:
+    with fake_servers(1) as servers, pytest.raises(ValueError, match="`generation_kwargs` cannot be sent"):
+        engine_of(servers, generation_kwargs=options)
 
 
 def test_a_server_without_token_ids_is_refused_at_once() -> None:

@@ -228,7 +228,6 @@ class FakeVLLM:
             "model_config": {
                 "model": "/models/base",
                 "served_model_name": "base",
-                "tokenizer": "/models/base",
                 "max_model_len": 4096,
                 "dtype": "torch.float32",
                 "quantization": None,

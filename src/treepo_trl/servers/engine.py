@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from treepo_trl.engines.base import SamplingOptions, SegmentEngine, SegmentEngineError, SegmentRequest, SegmentResult
-from treepo_trl.engines.vllm_sampling import NUM_TOP_LOGPROBS, entropies_of_answer, sampling_fields
+from treepo_trl.engines.vllm_sampling import entropies_of_answer, sampling_fields
 
 from .connection import ServerLostError, ServerRefusedError, http_loop, run_in_loop
 from .facts import ServerFacts
@@ -59,14 +59,15 @@ class VLLMServerEngine(SegmentEngine):
         generation_kwargs (`dict`, *optional*):
             Further fields of [`vllm.SamplingParams`]; they win over `options`.
         with_entropies (`bool`, *optional*, defaults to `False`):
-            Whether results carry the entropy of each token's distribution, from vLLM's 20 largest log-probabilities.
+            Whether results carry the entropy of each token's distribution, from vLLM's 20 largest log-probabilities;
+            `ServerNeeds` say whether servers give as many.
 
     Attributes:
         num_resent (`int`):
             Requests that were sent again, because their server was lost.
 
     Raises:
-        ValueError: for options that cannot be sent, or servers that give too few log-probabilities.
+        ValueError: for options that cannot be sent.
     """
 
     def __init__(
@@ -89,8 +90,6 @@ class VLLMServerEngine(SegmentEngine):
             options or SamplingOptions(), eos_token_ids, generation_kwargs or {}, with_entropies
         )
         _check_json(self._fields)
-        if with_entropies:
-            _check_entropies(fleet)
         self._tasks: dict[_Open, asyncio.Task[None]] = {}  # touched in the event loop only
         self._num_in_flight = 0
         self._done: queue.SimpleQueue[_Answer | Exception] = queue.SimpleQueue()
@@ -240,16 +239,6 @@ class VLLMServerEngine(SegmentEngine):
         ended: Literal["stop", "length"] = "stop" if token_ids[-1] in self.eos_token_ids else "length"
         entropies = entropies_of_answer(content) if self.reports_entropies else None
         return _Answer(SegmentResult(request.request_id, token_ids, logprobs, ended, entropies), *counts)
-
-
-def _check_entropies(fleet: Fleet) -> None:
-    for server in fleet.servers:
-        if 0 <= server.facts.max_logprobs < NUM_TOP_LOGPROBS:
-            raise ValueError(
-                f"Entropies need {NUM_TOP_LOGPROBS} log-probabilities per token, and {server.url} gives at most "
-                f"{server.facts.max_logprobs}. Start it with `--max-logprobs {NUM_TOP_LOGPROBS}`, or without that "
-                "flag."
-            )
 
 
 def _check_json(fields: Mapping[str, object]) -> None:

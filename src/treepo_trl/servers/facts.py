@@ -15,8 +15,6 @@ class ServerFacts:
     """Folder or hub id of the base."""
     model_name: str
     """Name to ask for the base: the folder or hub id, if no other was given."""
-    tokenizer: str
-    """Folder or hub id of the tokenizer."""
     context_length: int
     """Tokens of the longest sequence."""
     dtype: str
@@ -63,7 +61,6 @@ def facts_from(version: str, config: Mapping[str, Any]) -> ServerFacts:
         version=version,
         model=model["model"],
         model_name=names if isinstance(names, str) else names[0],
-        tokenizer=model["tokenizer"],
         context_length=model["max_model_len"],
         dtype=str(model["dtype"]).removeprefix("torch."),
         quantization=model["quantization"],
