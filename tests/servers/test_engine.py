@@ -1,4 +1,4 @@
-"""The engine over servers: trees, placement, what is sent, limits, entropies. Faults: `test_server_faults.py`."""
+"""The engine over servers: trees, placement, what is sent, limits, entropies. Faults: `test_faults.py`."""
 
 import math
 import resource

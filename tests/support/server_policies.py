@@ -74,7 +74,7 @@ def train_and_write(model: str, urls: str, folder: str) -> None:
     rank = trainer.accelerator.process_index
     sampled: list[int] = []
     got: list[list[list[int]]] = []
-    sample, batch_sample = trainer.sampler.sample, trainer._batch_sampler.sample
+    sample, batch_sample = trainer.sampler.sample, trainer._source.sample
 
     def counting(prompts: Any, *args: Any, **kwargs: Any) -> Any:
         sampled.append(len(prompts))
@@ -86,7 +86,7 @@ def train_and_write(model: str, urls: str, folder: str) -> None:
         got.append(prompts)
         return trees
 
-    trainer.sampler.sample, trainer._batch_sampler.sample = counting, looking
+    trainer.sampler.sample, trainer._source.sample = counting, looking
     trainer.train()
     logs = [
         {name: value for name, value in log.items() if "runtime" not in name and "second" not in name}
