@@ -34,7 +34,7 @@ gpu-report: setup
 	$(BIN)/python -m benchmarks.gpu_report --render
 
 # Two halves side by side, as each test computes in one thread; what the first half says comes last.
-FIRST_HALF = tests/trainer tests/batch tests/checkpoints tests/policy tests/engines tests/apps/doctor
+FIRST_HALF = tests/trainer tests/batch tests/checkpoints tests/policy tests/servers tests/engines tests/apps/doctor
 test: setup
 	@mkdir -p build; \
 	$(BIN)/python -m pytest -m "not slow" $(FIRST_HALF) > build/test-first-half.log 2>&1 & first=$$!; \

@@ -39,8 +39,8 @@ from benchmarks.common import (
 )
 from treepo_trl import TreeSampler, TreeSamplingConfig
 from treepo_trl.engines import SegmentEngine
-from treepo_trl.engines.server_connection import ServerConnection
-from treepo_trl.engines.vllm_server import VLLMServerEngine
+from treepo_trl.servers.engine import VLLMServerEngine
+from treepo_trl.servers.fleet import Fleet
 
 
 SEGMENTS_PER_PATH = 6
@@ -107,7 +107,7 @@ def reach(args: Namespace) -> None:
     print(table_head("servers", "segment", "trees/s", "segments/s", "client CPU, ms/segment", "most segments/s"))
     for count in args.servers:
         with servers_without_a_model(count) as urls:
-            engine = VLLMServerEngine([ServerConnection(url) for url in urls], [NEVER])
+            engine = VLLMServerEngine(Fleet(urls), [NEVER])
             for segment_length in args.segments:
                 prompts = prompts_of(args.reach_trees)
                 sampler = TreeSampler(engine, config_of(segment_length), [NEVER])
@@ -183,7 +183,7 @@ def on_servers(model: str, count: int) -> Iterator[tuple[SegmentEngine, list[int
         tempfile.TemporaryDirectory() as folder,
         vllm_servers(count, model, Path(folder), server_flags(), cards()) as servers,
     ):
-        engine = VLLMServerEngine([ServerConnection(server.url) for server in servers], [NEVER])
+        engine = VLLMServerEngine(Fleet([server.url for server in servers]), [NEVER])
         yield engine, [server.process.pid for server in servers if server.process is not None]
         engine.close()
 

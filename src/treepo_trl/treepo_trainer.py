@@ -20,9 +20,9 @@ from trl.trainer.utils import get_config_model_id
 
 from .batch import ResumePoint, TrainerTurns, TreeBatch, prompts_of_trees, shuffle_trees, tree_source
 from .checkpoints import checkpoint_to_resume, only_training_in
+from .engine_choice import policy_engine_for
 from .health.callback import HealthCallback
 from .model_card import PAPER
-from .policy.for_training import policy_engine_for
 from .policy.four_bit_base import write_quantization
 from .policy.half_precision import keep_master_weights
 from .policy.starting_adapter import adapter_resumed_too, match_reference

@@ -1,23 +1,6 @@
-"""Fixtures of the tests with the real vLLM engine, and with servers."""
-
-from collections.abc import Iterator
-from contextlib import ExitStack
+"""Fixtures of the tests with the real vLLM engine."""
 
 import pytest
-
-from treepo_trl.engines import server_pool
-
-
-@pytest.fixture
-def lost_servers_are_asked_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_FIRST_WAIT", "_LONGEST_WAIT"):
-        monkeypatch.setattr(server_pool, name, 0.05)
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.config import make
-from treepo_trl.engines.server_connection import ServerConnection
+from treepo_trl.servers.connection import ServerConnection
 from treepo_trl.settings import server_urls
 
 

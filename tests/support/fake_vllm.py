@@ -12,15 +12,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from aiohttp import web
 
 from tests.support.fakes import EOS, FakeEngine, MarkovEngine, memoryless
 from treepo_trl.engines import SegmentRequest, SegmentResult
-from treepo_trl.engines.server_connection import ServerConnection
-from treepo_trl.engines.vllm_server import VLLMServerEngine
-from treepo_trl.policy.servers.checks import installed_vllm
+from treepo_trl.servers.checks import installed_vllm
+from treepo_trl.servers.engine import VLLMServerEngine
+from treepo_trl.servers.fleet import Fleet
+from treepo_trl.servers.versions import ServedPolicy
 
 
 VLLM_VERSION = installed_vllm() or "0.31.0"
@@ -71,7 +72,7 @@ class FakeVLLM:
         num_resets (`int`):
             How often the prefix cache was reset.
         num_health (`int`):
-            How often `/health` was asked: once before a late answer comes.
+            How often `/health` was asked: a late answer comes after the next time.
         health (`int`):
             Status of `/health`.
     """
@@ -114,7 +115,7 @@ class FakeVLLM:
         """Close the port and all connections, as a killed process does."""
         self._wait(self._die())
 
-    def __enter__(self) -> "FakeVLLM":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -174,7 +175,8 @@ class FakeVLLM:
             self._loop.create_task(self._die())
         if act in ("close", "die", "silence"):
             await asyncio.sleep(3600)
-        while act == "late" and self.num_health < 1:
+        asked_before = self.num_health
+        while act == "late" and self.num_health == asked_before:
             await asyncio.sleep(0.01)
         if act == "no json":
             return web.Response(text="<html>a gateway of somebody's</html>")
@@ -226,7 +228,6 @@ class FakeVLLM:
             "model_config": {
                 "model": "/models/base",
                 "served_model_name": "base",
-                "tokenizer": "/models/base",
                 "max_model_len": 4096,
                 "dtype": "torch.float32",
                 "quantization": None,
@@ -251,9 +252,22 @@ def fake_servers(count: int, answer: Answerer = at_once, **options: Any) -> Iter
         yield [stack.enter_context(FakeVLLM(answer, **options)) for _ in range(count)]
 
 
-def engine_of(servers: list[FakeVLLM], eos: int = EOS, **options: Any) -> VLLMServerEngine:
+def engine_of(
+    servers: list[FakeVLLM],
+    eos: int = EOS,
+    policy: ServedPolicy | None = None,
+    model: str | None = None,
+    timeout: float = 240.0,
+    **options: Any,
+) -> VLLMServerEngine:
     """An engine over fake servers."""
-    return VLLMServerEngine([ServerConnection(server.url) for server in servers], [eos], **options)
+    return VLLMServerEngine(Fleet([s.url for s in servers], None, policy, timeout, model=model), [eos], **options)
+
+
+def set_deadline(engine: VLLMServerEngine, seconds: float) -> None:
+    """Of requests that are sent from now on."""
+    for server in engine.fleet.servers:
+        server.connection.timeout = seconds
 
 
 def scripted(*acts: Act, then: Act = "answer") -> Script:

@@ -11,8 +11,8 @@ from tests.support.fakes import FakeEngine, memoryless
 from treepo_trl import TreePOConfig, treepo_trainer
 from treepo_trl.engines import SegmentEngine
 from treepo_trl.policy.engine import PolicyEngine, Sampled
-from treepo_trl.policy.servers.generation import gathered_rows
-from treepo_trl.policy.servers.main_process import from_main_process
+from treepo_trl.servers.generation import gathered_rows
+from treepo_trl.servers.main_process import from_main_process
 
 
 class FakePolicy(PolicyEngine):

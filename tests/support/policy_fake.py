@@ -14,10 +14,12 @@ from aiohttp import web
 from tests.support.fake_vllm import VLLM_VERSION, FakeVLLM
 from tests.support.models import make_tokenizer
 from treepo_trl.engines import SegmentRequest
-from treepo_trl.engines.vllm_server import VLLMServerEngine
-from treepo_trl.policy.servers.checks import ServerNeeds
-from treepo_trl.policy.servers.policy_servers import PolicyServers
-from treepo_trl.policy.servers.weights import AdapterVersions
+from treepo_trl.servers.checks import ServerNeeds
+from treepo_trl.servers.connection import ServerLostError, run_in_loop
+from treepo_trl.servers.engine import VLLMServerEngine
+from treepo_trl.servers.fleet import Fleet
+from treepo_trl.servers.reference import Reference
+from treepo_trl.servers.versions import AdapterVersions, PolicyVersions
 
 
 LORA: dict[str, dict[str, Any]] = {"lora_config": {"max_loras": 2, "max_lora_rank": 8}}
@@ -147,15 +149,23 @@ def write_version(folder: str) -> str:
     return folder
 
 
-def opened(stack: ExitStack, folder: Path, count: int = 1, **options: Any) -> tuple[PolicyServers, list[PolicyFake]]:
-    """Fakes that end with the stack, and the servers of a training over them."""
+def opened(stack: ExitStack, folder: Path, count: int = 1, **options: Any) -> tuple[Fleet, list[PolicyFake]]:
+    """Fakes that end with the stack, and the fleet of a training over them."""
     changes = options.pop("changes", LORA)
     fakes = [stack.enter_context(PolicyFake(changes)) for _ in range(count)]
     versions = options.pop("versions", AdapterVersions)(str(folder), "run")
-    is_probed, timeout = options.pop("is_probed", True), options.pop("timeout", 60.0)
-    servers = PolicyServers([fake.url for fake in fakes], NEEDS, versions, timeout, is_probed)
-    servers.open()
-    return servers, fakes
+    fleet = fleet_of([fake.url for fake in fakes], versions, **options)
+    stack.callback(fleet.close)
+    return fleet, fakes
+
+
+def fleet_of(urls: list[str], versions: PolicyVersions, timeout: float = 60.0, is_probed: bool = True) -> Fleet:
+    return Fleet(urls, NEEDS, versions, timeout, model="base", reference=Reference(NEEDS, is_probed))
+
+
+def versions_of(fleet: Fleet) -> PolicyVersions:
+    assert isinstance(fleet.policy, PolicyVersions)
+    return fleet.policy
 
 
 def computed(version: str) -> float:
@@ -163,32 +173,33 @@ def computed(version: str) -> float:
     return sum(map(ord, version)) / 100
 
 
-def give(servers: PolicyServers, step: int) -> None:
+def give(fleet: Fleet, step: int) -> None:
     """As a synchronization does."""
-    servers.versions.write(step, write_version)
-    servers.distribute()
-    if servers.needs_reference:
-        count = len(servers.probe_ids()) - 1
-        servers.take_reference(torch.full((count,), computed(str(servers.versions.name)), dtype=torch.float64))
+    versions = versions_of(fleet)
+    versions.write(step, write_version)
+    probe = fleet.distribute()
+    if probe is not None:
+        fleet.take_reference(torch.full((len(probe) - 1,), computed(str(versions.name)), dtype=torch.float64))
 
 
-def engine_over(stack: ExitStack, servers: PolicyServers, timeout: float = 60.0) -> VLLMServerEngine:
-    engine = VLLMServerEngine(
-        servers.servers,
-        [0],
-        model=servers.versions.model,
-        timeout=timeout,
-        on_connect=servers.admit,
-        check_idle=servers.check_idle,
-    )
-    servers.on_lost = engine.lose
+def admit(fleet: Fleet, position: int) -> None:
+    run_in_loop(fleet.admit(fleet.servers[position]))
+
+
+def lose(fleet: Fleet, position: int) -> None:
+    async def lose() -> None:
+        fleet.lose(fleet.servers[position].places[0], ServerLostError("gone"))
+
+    run_in_loop(lose())
+
+
+def engine_over(stack: ExitStack, fleet: Fleet) -> VLLMServerEngine:
+    engine = VLLMServerEngine(fleet, [0])
     stack.callback(engine.close)
     return engine
 
 
-def sample(engine: VLLMServerEngine, servers: PolicyServers) -> None:
+def sample(engine: VLLMServerEngine) -> None:
     """A batch of the current version, on all servers that are there."""
-    if servers.versions.model is not None:
-        engine.model = servers.versions.model
     assert len(list(engine.complete([SegmentRequest(i, [5, 6], 3, tree=i) for i in range(6)]))) == 6
     engine.abort()

@@ -13,9 +13,9 @@ from tests.support.models import make_tokenizer
 from tests.support.trainers import parameters_of
 from tests.support.vllm_policies import config, different_words
 from treepo_trl import TreePOTrainer
-from treepo_trl.policy.servers.generation import ServerGeneration
-from treepo_trl.policy.servers.policy_servers import probe_logprobs
-from treepo_trl.policy.servers.server_policy import policy_logprobs
+from treepo_trl.servers.connection import run_in_loop
+from treepo_trl.servers.generation import ServerGeneration
+from treepo_trl.servers.reference import policy_logprobs, probe_logprobs
 
 
 def trainer_on(model: str, urls: str, folder: Path, adapter: bool = True, **changes: Any) -> Any:
@@ -53,12 +53,14 @@ def watch(trainer: Any) -> list[tuple[int, torch.Tensor, dict[str, torch.Tensor]
 
     def sync_and_look() -> None:
         sync()
-        servers = generation.servers
-        assert servers is not None
-        ids = servers.probe_ids()
-        name = servers.versions.model or trainer.model.name_or_path
+        fleet = generation.fleet
+        assert fleet is not None
+        assert fleet.reference is not None
+        ids = fleet.reference.token_ids
         policy = policy_logprobs(trainer.accelerator.unwrap_model(trainer.model), ids, trainer.accelerator.device)
-        theirs = {s.url: probe_logprobs(s, name, ids) for s in servers.servers if s.is_healthy()}
+        connections = [server.connection for server in fleet.servers]
+        healthy = [each for each in connections if run_in_loop(each.is_healthy())]
+        theirs = {each.url: run_in_loop(probe_logprobs(each, fleet.model, ids)) for each in healthy}
         found.append((trainer.state.global_step, policy, theirs))
 
     generation.sync_weights = sync_and_look
@@ -72,7 +74,7 @@ def train_and_write(model: str, urls: str, folder: str) -> None:
     rank = trainer.accelerator.process_index
     sampled: list[int] = []
     got: list[list[list[int]]] = []
-    sample, batch_sample = trainer.sampler.sample, trainer._batch_sampler.sample
+    sample, batch_sample = trainer.sampler.sample, trainer._source.sample
 
     def counting(prompts: Any, *args: Any, **kwargs: Any) -> Any:
         sampled.append(len(prompts))
@@ -84,7 +86,7 @@ def train_and_write(model: str, urls: str, folder: str) -> None:
         got.append(prompts)
         return trees
 
-    trainer.sampler.sample, trainer._batch_sampler.sample = counting, looking
+    trainer.sampler.sample, trainer._source.sample = counting, looking
     trainer.train()
     logs = [
         {name: value for name, value in log.items() if "runtime" not in name and "second" not in name}

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from treepo_trl.engines.server_connection import ServerConnection
+from treepo_trl.servers.connection import ServerConnection, run_in_loop
 
 
 FLAGS = [
@@ -75,11 +75,10 @@ class VLLMServer:
         assert self.process is not None
         connection = ServerConnection(self.url)
         end = time.monotonic() + seconds
-        while not connection.is_healthy():
+        while not run_in_loop(connection.is_healthy()):
             assert self.process.poll() is None, f"the server has ended:\n{self.log.read_text()[-3000:]}"
             assert time.monotonic() < end, f"the server does not answer:\n{self.log.read_text()[-3000:]}"
             time.sleep(0.25)
-        connection.close()
 
     def is_running(self) -> bool:
         """Whether its process has not ended."""

@@ -24,7 +24,7 @@ from tests.support.paths import ROOT
 from tests.support.trainers import make_config
 from treepo_trl import TreePOConfig, TreePOTrainer
 from treepo_trl.policy.adapter_sync import AdapterVLLMGeneration
-from treepo_trl.policy.servers.generation import ServerGeneration
+from treepo_trl.servers.generation import ServerGeneration
 from treepo_trl.settings.grpo import CHOICES
 from treepo_trl.trl import seams
 from treepo_trl.trl.generation import OwnGeneration
@@ -253,10 +253,10 @@ def rows_below(sentence: str, text: str = CODE_MAP) -> list[list[str]]:
     return [[cell.strip().strip("`") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table[2:]]
 
 
-def overrides_in_policy() -> set[tuple[str, str]]:
+def overrides_around_the_engine() -> set[tuple[str, str]]:
     """Class and method of everything around the engine that stands in for a class of TRL or vLLM."""
     classes, foreign = {}, set()
-    for path in (path for room in ("trl", "policy") for path in (PACKAGE / room).rglob("*.py")):
+    for path in (path for room in ("trl", "policy", "servers") for path in (PACKAGE / room).rglob("*.py")):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("trl", "vllm"):
@@ -288,14 +288,14 @@ def test_each_replaced_name_has_a_reason_and_an_end() -> None:
 def test_overrides_around_the_engine_are_listed() -> None:
     classes = {OwnGeneration: VLLMGeneration, AdapterVLLMGeneration: OwnGeneration, ServerGeneration: OwnGeneration}
     own = {name for cls, base in classes.items() for name in vars(cls) if not hasattr(base, name)}
-    overrides = {(name, method) for name, method in overrides_in_policy() if method not in {"__init__", *own}}
+    overrides = {(name, method) for name, method in overrides_around_the_engine() if method not in {"__init__", *own}}
     assert ("KeepWeightsWorker", "_maybe_get_memory_pool_context") in overrides
-    assert {(name, method) for name, method, _, _ in rows_below("`policy/` overrides methods")} == overrides
+    assert {(name, method) for name, method, _, _ in rows_below("override methods around the engine")} == overrides
 
 
 def test_each_seam_has_an_end() -> None:
     rows = [
         *rows_below("is the only file that overrides private methods"),
-        *rows_below("`policy/` overrides methods"),
+        *rows_below("override methods around the engine"),
     ]
     assert all(cell for row in rows for cell in row)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from treepo_trl.engines import SamplingOptions, SegmentEngine
 from treepo_trl.preflight import require_model
+from treepo_trl.settings import server_urls
 
 from .engine_arguments import EngineArguments
 
@@ -105,12 +106,26 @@ def build_engine(
     if not adapters and arguments.adapter_name_or_path is not None:
         adapters = [arguments.adapter_name_or_path]
     if arguments.vllm_mode == "server":
-        from .server_engine import server_engine
-
-        return server_engine(arguments, load_tokenizer(arguments), eos_ids, options, with_entropies, adapters)
+        return _server_engine(arguments, eos_ids, options, with_entropies, adapters)
     if uses_vllm(arguments):
         return _vllm_engine(arguments, eos_ids, options, with_entropies, seed, adapters)
     return _transformers_engine(arguments, eos_ids, options, with_entropies, seed, adapters)
+
+
+def _server_engine(
+    arguments: EngineArguments,
+    eos_ids: list[int],
+    options: SamplingOptions,
+    with_entropies: bool,
+    adapters: Sequence[str],
+) -> SegmentEngine:
+    from treepo_trl.servers.checks import ServerNeeds
+    from treepo_trl.servers.fixed_adapters import server_engine
+
+    model, tokenizer = require_model(arguments.model_name_or_path), load_tokenizer(arguments)
+    needs = ServerNeeds(model, tokenizer, with_entropies=with_entropies)
+    urls = server_urls(arguments.vllm_server_base_url, "", 0)
+    return server_engine(urls, arguments.vllm_server_timeout, needs, eos_ids, options, adapters)
 
 
 def _vllm_engine(
@@ -210,8 +225,7 @@ def use_adapter(engine: SegmentEngine, adapters: Sequence[str], position: int | 
     """
     from treepo_trl.engines.own_model import OwnModelEngine
     from treepo_trl.engines.vllm import VLLMEngine
-
-    from .server_engine import ServedAdapters
+    from treepo_trl.servers.fixed_adapters import ServedAdapters
 
     if isinstance(engine, ServedAdapters):
         engine.use(position)

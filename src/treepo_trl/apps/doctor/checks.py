@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from treepo_trl.apps.plan.command import no_share, plan_training
+from treepo_trl.engine_choice import policy_engine_for
 from treepo_trl.memory import GIB, NotPlannedError
-from treepo_trl.policy.for_training import policy_engine_for
 from treepo_trl.policy.starting_adapter import new_adapter_config
 from treepo_trl.settings.arguments import check_arguments
 from treepo_trl.treepo_config import TreePOConfig

@@ -4,11 +4,10 @@ from typing import TYPE_CHECKING, cast
 
 from transformers import AutoTokenizer
 
-from treepo_trl.engines.server_connection import ServerConnection, ServerLostError
-from treepo_trl.policy.servers.checks import ServerNeeds, check_server
-from treepo_trl.policy.servers.policy_servers import check_number_types
-from treepo_trl.policy.servers.weights import AdapterVersions
 from treepo_trl.policy.starting_adapter import new_adapter_config
+from treepo_trl.servers.checks import ServerNeeds, check_number_types, check_server
+from treepo_trl.servers.connection import ServerConnection, ServerLostError
+from treepo_trl.servers.versions import AdapterVersions
 from treepo_trl.settings import server_urls
 
 from .findings import BrokenError
@@ -16,7 +15,7 @@ from .recipe import Recipe
 
 
 if TYPE_CHECKING:
-    from treepo_trl.engines.server_facts import ServerFacts
+    from treepo_trl.servers.facts import ServerFacts
 
 
 _SECONDS = 10.0

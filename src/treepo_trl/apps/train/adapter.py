@@ -76,7 +76,7 @@ def check_starting_adapter(
     Raises:
         ValueError: naming layers and the adapter's base, or the setting.
     """
-    from treepo_trl.policy.for_training import policy_engine_for  # with vLLM behind it
+    from treepo_trl.engine_choice import policy_engine_for  # with vLLM behind it
 
     base = require_model(model_args.model_name_or_path)
     policy_engine_for(training_args, base, peft_config)

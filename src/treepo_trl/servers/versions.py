@@ -1,24 +1,25 @@
 """
-Versions of a policy in folders, and how vLLM servers load them.
+What vLLM servers are given to sample from: versions of a policy in folders, and how servers load them.
 
 A version has a folder of its own, which appears under its name when all of it is written. vLLM's prefix cache knows
 an adapter by name and folder, so states of an older one are never taken for its own. Loading in place under one name
 would do just that.
 """
 
+import asyncio
 import json
 import os
 import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from treepo_trl.engines.server_connection import ServerConnection, ServerLostError, ServerRefusedError
+from .connection import ServerConnection, ServerLostError, ServerRefusedError
 
 
 LOAD_TIMEOUT = 600.0  # seconds until a server has all of a model
@@ -26,7 +27,39 @@ _QUESTION_TIMEOUT = 30.0  # seconds until an engine tells the version of its wei
 _BYTES_PER_FILE = 2**31  # of a model's weights: what the processor's memory holds of them at a time
 
 
-class PolicyVersions(ABC):
+class ServedPolicy(ABC):
+    """What servers are given before they sample. Its coroutines run in `http_loop`."""
+
+    name: str | None = None
+    """The current version; `None` before the first, and where there are none."""
+    model: str | None = None
+    """What requests for it ask for; `None` for a server's own model."""
+
+    @abstractmethod
+    async def load(self, server: ServerConnection) -> None:
+        """
+        Give a server what it is to sample from, if it does not have it.
+
+        Raises:
+            ValueError: if it cannot, saying what to do.
+            ServerLostError: if it cannot be reached, or gives no answer in time.
+        """
+
+    async def check_has(self, server: ServerConnection, name: str | None) -> None:
+        """
+        Raise unless a server has the version that it was given: that goes with a restart.
+
+        Raises:
+            ServerLostError: if it does not, or cannot be reached.
+        """
+        return
+
+    async def remove_old(self, servers: Iterable[ServerConnection]) -> None:
+        """Let the servers forget all but the last versions, and remove their folders."""
+        return
+
+
+class PolicyVersions(ServedPolicy):
     """
     The versions of one training's policy. Lives in the process that talks to the servers.
 
@@ -41,18 +74,17 @@ class PolicyVersions(ABC):
             Versions whose folders are there, the current one last.
     """
 
+    kept = 1
+    """Versions whose folders stay: a server that is started anew loads the current one."""
+
     def __init__(self, folder: str, run: str) -> None:
         self._folder = folder
         self._prefix = f"treepo-{run}-"  # of all names that this training gives
         self._num_written: Counter[int] = Counter()
         self.names: list[str] = []
 
-    kept = 1
-    """Versions whose folders stay: a server that is started anew loads the current one."""
-
     @property
-    def name(self) -> str | None:
-        """The current version; `None` before the first."""
+    def name(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.names[-1] if self.names else None
 
     @property
@@ -70,7 +102,8 @@ class PolicyVersions(ABC):
             write (`Callable`):
                 Writes into a folder, and returns the one below it or itself that a server is to load.
         """
-        name = self._new_name(step)
+        again = self._num_written[step]  # a probe has several at one step
+        name = f"{self._prefix}{step}" + (f".{again}" if again else "")
         being_written = os.path.join(self._folder, f".{name}")
         shutil.rmtree(being_written, ignore_errors=True)
         os.makedirs(being_written)
@@ -78,62 +111,41 @@ class PolicyVersions(ABC):
         _let_all_read(written)
         os.rename(written, os.path.join(self._folder, name))
         shutil.rmtree(being_written, ignore_errors=True)
-        self._add(step, name)
-
-    def _new_name(self, step: int) -> str:
-        again = self._num_written[step]
-        return f"{self._prefix}{step}" + (f".{again}" if again else "")  # a probe has several at one step
-
-    def _add(self, step: int, name: str) -> None:
         self._num_written[step] += 1
         self.names.append(name)
 
-    def remove_old(self, servers: Iterable[ServerConnection]) -> None:
-        """Let the servers forget all but the last versions, and remove their folders."""
+    async def load(self, server: ServerConnection) -> None:
+        if self.names:
+            name = self.names[-1]  # a new version may be written meanwhile
+            await self._load(server, name, os.path.join(self._folder, name))
+
+    async def check_has(self, server: ServerConnection, name: str | None) -> None:
+        try:
+            is_there = name is None or name in await self._loaded(server)
+        except (ServerRefusedError, ValueError) as error:
+            raise ServerLostError(f"{server.url} is another server than before: {error}") from error
+        if not is_there:
+            raise ServerLostError(f"{server.url} was started anew: it has lost the policy.")
+
+    async def remove_old(self, servers: Iterable[ServerConnection]) -> None:
         servers = list(servers)
         while len(self.names) > self.kept:
             name = self.names.pop(0)
             for server in servers:
                 with suppress(ServerLostError, ServerRefusedError):  # it was started anew since
-                    self._forget(server, name)
-            shutil.rmtree(os.path.join(self._folder, name), ignore_errors=True)
-
-    @property
-    @abstractmethod
-    def model(self) -> str | None:
-        """What requests ask for; `None` for a server's own model."""
-
-    def check_has(self, server: ServerConnection, names: Collection[str]) -> None:
-        """
-        Raise unless a server has one of these versions: what it was given goes with a restart.
-
-        Raises:
-            ServerLostError: if it has none of them, or cannot be reached.
-        """
-        try:
-            has = self._loaded(server) & set(names)
-        except (ServerRefusedError, ValueError) as error:
-            raise ServerLostError(f"{server.url} is another server than before: {error}") from error
-        if not has:
-            raise ServerLostError(f"{server.url} was started anew: it has lost the policy.")
+                    await self._forget(server, name)
+            await asyncio.to_thread(shutil.rmtree, os.path.join(self._folder, name), ignore_errors=True)
 
     @abstractmethod
-    def _loaded(self, server: ServerConnection) -> set[str]:
+    async def _load(self, server: ServerConnection, name: str, path: str) -> None:
+        """Give a server the version in a folder; as `load`."""
+
+    @abstractmethod
+    async def _loaded(self, server: ServerConnection) -> Iterable[str]:
         """Names of what a server has now, of other trainings too."""
 
-    @abstractmethod
-    def load(self, server: ServerConnection) -> None:
-        """
-        Give a server the current version, if it does not have it.
-
-        Raises:
-            ValueError: if it cannot, saying what to do.
-            ServerLostError: if it cannot be reached, or gives no answer in time.
-        """
-
-    def _forget(self, server: ServerConnection, name: str) -> None:
+    async def _forget(self, server: ServerConnection, name: str) -> None:
         """Let a server forget a version."""
-        return
 
     def _unreadable(self, server: ServerConnection, path: str, answer: str) -> ValueError:
         return ValueError(
@@ -148,23 +160,21 @@ class AdapterVersions(PolicyVersions):
     kept = 2  # a request of the version before may still run
 
     @property
-    def model(self) -> str | None:
+    def model(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.name
 
-    def _loaded(self, server: ServerConnection) -> set[str]:
-        return {model.id for model in server.models()}
+    async def _loaded(self, server: ServerConnection) -> Iterable[str]:
+        return await server.models()
 
-    def load(self, server: ServerConnection) -> None:
-        name = self.names[-1]  # a new version may be written meanwhile
-        path = os.path.join(self._folder, name)
+    async def _load(self, server: ServerConnection, name: str, path: str) -> None:
         try:
-            server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, LOAD_TIMEOUT)
+            await server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, LOAD_TIMEOUT)
         except ServerLostError as error:
-            if server.has_answered(error):
+            if await server.has_answered(error):
                 raise self._unreadable(server, path, str(error)) from error
             raise
         except ServerRefusedError as error:
-            if any(model.id == name and model.root == path for model in server.models()):
+            if (await server.models()).get(name) == path:
                 return  # it has this version already
             if error.status == 404 and "Not Found" in error.body:  # no such endpoint, unlike a folder not found
                 raise ValueError(
@@ -173,45 +183,39 @@ class AdapterVersions(PolicyVersions):
                 ) from error
             raise self._unreadable(server, path, error.body) from error
 
-    def _forget(self, server: ServerConnection, name: str) -> None:
-        server.post("/v1/unload_lora_adapter", {"lora_name": name})
+    async def _forget(self, server: ServerConnection, name: str) -> None:
+        await server.post("/v1/unload_lora_adapter", {"lora_name": name})
 
 
 class WeightVersions(PolicyVersions):
     """All weights: a server puts them in the place of its own."""
 
-    @property
-    def model(self) -> str | None:
-        return None
+    async def _loaded(self, server: ServerConnection) -> Iterable[str]:
+        return [(await server.get("/weight_info", _QUESTION_TIMEOUT))["weight_version"]]
 
-    def _loaded(self, server: ServerConnection) -> set[str]:
-        return {server.get("/weight_info", _QUESTION_TIMEOUT)["weight_version"]}
-
-    def load(self, server: ServerConnection) -> None:
-        name = self.names[-1]  # a new version may be written meanwhile
-        path = os.path.join(self._folder, name)
-        if name in self._loaded(server):
-            self._resume(server)  # it may not have heard that the last time
+    async def _load(self, server: ServerConnection, name: str, path: str) -> None:
+        if name in await self._loaded(server):
+            await self._resume(server)  # it may not have heard that the last time
             return
         try:
-            server.post("/pause?mode=wait")  # which also empties the prefix cache
-            self._reload(server, path)
-            server.post("/update_weight_version", {"new_version": name})
+            await server.post("/pause?mode=wait")  # which also empties the prefix cache
+            await self._reload(server, path)
+            await server.post("/update_weight_version", {"new_version": name})
         finally:
-            self._resume(server)
+            await self._resume(server)
 
-    def _reload(self, server: ServerConnection, path: str) -> None:
+    async def _reload(self, server: ServerConnection, path: str) -> None:
         call = {"method": "reload_weights", "kwargs": {"weights_path": path}, "timeout": LOAD_TIMEOUT}
         try:
-            server.post("/collective_rpc", call, LOAD_TIMEOUT)
+            await server.post("/collective_rpc", call, LOAD_TIMEOUT)
         except ServerLostError as error:
-            if server.has_answered(error):
+            if await server.has_answered(error):
                 raise self._unreadable(server, path, f"{error} Restart it: its weights are gone.") from error
             raise
 
-    def _resume(self, server: ServerConnection) -> None:
+    async def _resume(self, server: ServerConnection) -> None:
         with suppress(ServerLostError):
-            server.post("/resume")
+            await server.post("/resume")
 
 
 def _let_all_read(folder: str) -> None:

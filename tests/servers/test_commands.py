@@ -15,7 +15,7 @@ from treepo_trl.apps.doctor.servers import check_each, check_servers
 from treepo_trl.command_line.engine import build_engine, use_adapter
 from treepo_trl.command_line.engine_arguments import EngineArguments
 from treepo_trl.engines import SamplingOptions, SegmentRequest
-from treepo_trl.policy.servers.checks import ServerNeeds
+from treepo_trl.servers.checks import ServerNeeds
 
 
 def adapter_in(folder: Path, rank: int = 4) -> str:

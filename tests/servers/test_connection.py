@@ -1,6 +1,5 @@
 """One server over HTTP: what an answer or its lack becomes, what is told of a server, and what is never told."""
 
-import asyncio
 import logging
 import traceback
 from collections.abc import Iterator
@@ -9,9 +8,10 @@ import pytest
 
 from tests.support.fake_vllm import VLLM_VERSION, FakeVLLM, scripted, until
 from treepo_trl.engines import SegmentRequest
-from treepo_trl.engines.server_connection import GENERATE, ServerConnection, ServerLostError, ServerRefusedError
-from treepo_trl.engines.server_facts import ServedModel, ServerFacts
-from treepo_trl.engines.vllm_server import VLLMServerEngine
+from treepo_trl.servers.connection import GENERATE, ServerConnection, ServerLostError, ServerRefusedError, run_in_loop
+from treepo_trl.servers.engine import VLLMServerEngine
+from treepo_trl.servers.facts import ServerFacts
+from treepo_trl.servers.fleet import Fleet
 
 
 BODY = {"token_ids": [1], "sampling_params": {"max_tokens": 1}}
@@ -37,27 +37,27 @@ def server() -> Iterator[FakeVLLM]:
 )
 def test_what_an_answer_becomes(server: FakeVLLM, act: int | str, error: type[Exception], words: str) -> None:
     connection = ServerConnection(server.url)
-    assert connection.post(GENERATE, BODY)["choices"][0]["token_ids"] == [1]
+    assert run_in_loop(connection.post(GENERATE, BODY))["choices"][0]["token_ids"] == [1]
     server.script = scripted(act)  # pyright: ignore[reportArgumentType]
     with pytest.raises(error, match=words) as caught:
-        connection.post(GENERATE, BODY, timeout=0.2 if act == "silence" else None)
+        run_in_loop(connection.post(GENERATE, BODY, timeout=0.2 if act == "silence" else None))
     assert server.url in str(caught.value)
     if isinstance(caught.value, ServerRefusedError):
         assert caught.value.status in (200, 404)
     if act != "die":
-        assert connection.post(GENERATE, BODY)["choices"][0]["token_ids"] == [1]
+        assert run_in_loop(connection.post(GENERATE, BODY))["choices"][0]["token_ids"] == [1]
 
 
 def test_where_nobody_listens(server: FakeVLLM) -> None:
     connection = ServerConnection(server.url)
-    assert connection.is_healthy()
+    assert run_in_loop(connection.is_healthy())
     server.die()
-    assert not connection.is_healthy()
+    assert not run_in_loop(connection.is_healthy())
     for ask in (connection.facts, connection.models, connection.can_generate):
         with pytest.raises(ServerLostError, match="gives no answer"):
-            ask()
+            run_in_loop(ask())
     server.start()
-    assert connection.is_healthy()
+    assert run_in_loop(connection.is_healthy())
 
 
 def test_facts_and_models(server: FakeVLLM) -> None:
@@ -67,12 +67,11 @@ def test_facts_and_models(server: FakeVLLM) -> None:
         "lora_config": {"max_loras": 3, "max_lora_rank": 16},
     }
     connection = ServerConnection(server.url + "/")
-    assert connection.models() == [ServedModel("base", "/models/base", None, 4096)]
-    assert connection.facts() == ServerFacts(
+    assert run_in_loop(connection.models()) == {"base": "/models/base"}
+    assert run_in_loop(connection.facts()) == ServerFacts(
         version=VLLM_VERSION,
         model="/models/base",
         model_name="first",
-        tokenizer="/models/base",
         context_length=4096,
         dtype="float32",
         quantization=None,
@@ -90,64 +89,29 @@ def test_facts_and_models(server: FakeVLLM) -> None:
 
 def test_what_a_server_lacks_is_named_with_its_flag(server: FakeVLLM) -> None:
     connection = ServerConnection(server.url)
-    assert connection.can_generate()
+    assert run_in_loop(connection.can_generate())
     server.has_scale_out = server.has_dev_mode = False
-    assert not connection.can_generate()
+    assert not run_in_loop(connection.can_generate())
     with pytest.raises(ValueError, match="VLLM_SERVER_DEV_MODE=1"):
-        connection.facts()
+        run_in_loop(connection.facts())
     with pytest.raises(ValueError, match=f"What answers at {server.url}/elsewhere is no vLLM server"):
-        ServerConnection(server.url + "/elsewhere").facts()
+        run_in_loop(ServerConnection(server.url + "/elsewhere").facts())
     with pytest.raises(ValueError, match="is no vLLM server"):
-        ServerConnection(server.url + "/elsewhere").models()
+        run_in_loop(ServerConnection(server.url + "/elsewhere").models())
     server.changes = {"cache_config": {"block_size": 16}}
     server.has_dev_mode = True
     server._config = dict  # another form
     with pytest.raises(ValueError, match=r"vLLM 0\.31\.0, describes itself in another form"):
-        connection.facts()
+        run_in_loop(connection.facts())
 
 
 def test_a_cache_that_was_not_emptied_is_an_error(server: FakeVLLM) -> None:
     connection = ServerConnection(server.url)
-    connection.reset_prefix_cache()
+    run_in_loop(connection.reset_prefix_cache())
     assert server.num_resets == 1
     server.resets = False
     with pytest.raises(RuntimeError, match="has not emptied its prefix cache"):
-        connection.reset_prefix_cache()
-
-
-class Patient(ServerConnection):
-    """Answers once `/health` was asked; that is done later, and fails if `is_healthy_then` is false."""
-
-    def __init__(self, is_healthy_then: bool) -> None:
-        super().__init__("http://nowhere:1")
-        self.is_healthy_then = is_healthy_then
-        self.num_questions = 0
-        self.asked, self.answered = asyncio.Event(), asyncio.Event()
-
-    async def ask(self, method: str, path: str, *args: object, **options: object) -> object:
-        if path != "/health":
-            await self.asked.wait()
-            self.answered.set()
-            return "here it is"
-        self.num_questions += 1
-        for _ in range(1000):  # until all have come to ask
-            await asyncio.sleep(0)
-        self.asked.set()
-        await self.answered.wait()
-        if not self.is_healthy_then:
-            raise ServerLostError("It is not healthy.")
-        return None
-
-
-@pytest.mark.parametrize("is_healthy_then", [True, False])
-def test_requests_that_wait_together_ask_once_and_take_an_answer_that_comes_meanwhile(is_healthy_then: bool) -> None:
-    async def ask_all() -> list[object]:
-        asking = (connection.ask_patiently("POST", GENERATE, BODY, {}, 0.0) for _ in range(50))
-        return await asyncio.gather(*asking)
-
-    connection = Patient(is_healthy_then)
-    assert asyncio.run(ask_all()) == ["here it is"] * 50
-    assert connection.num_questions == 1
+        run_in_loop(connection.reset_prefix_cache())
 
 
 @pytest.mark.parametrize(
@@ -172,22 +136,21 @@ def test_an_address_that_is_none_is_refused_without_its_password(url: str) -> No
 def test_proxies_of_the_environment_are_ignored(server: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    assert ServerConnection(server.url).is_healthy()
+    assert run_in_loop(ServerConnection(server.url).is_healthy())
 
 
 def test_a_password_is_sent_and_never_shown(server: FakeVLLM, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    connection = ServerConnection(server.url.replace("//", "//me:s%40cret@"), timeout=60.0)
-    assert connection.is_healthy()
+    engine = VLLMServerEngine(Fleet([server.url.replace("//", "//me:s%40cret@")], timeout=60.0), [0])
+    connection = engine.fleet.servers[0].connection
+    assert run_in_loop(connection.is_healthy())
     assert server.authorizations == {"Basic bWU6c0BjcmV0"}  # me:s@cret
     told = [repr(connection), connection.url, str(vars(connection).get("url"))]
-    engine = VLLMServerEngine([connection], [0], timeout=0.2)
-    engine.timeout = 60.0
     for act in (404, 500, "silence", "close", "no json", "other json", "die"):
         server.script = scripted(act)  # pyright: ignore[reportArgumentType]
         connection.timeout = 0.2 if act == "silence" else 60.0
         for fail in (
-            lambda: connection.post(GENERATE, BODY),
+            lambda: run_in_loop(connection.post(GENERATE, BODY)),
             lambda: list(engine.complete([SegmentRequest(0, [1], 1)])),
         ):
             try:
@@ -198,18 +161,10 @@ def test_a_password_is_sent_and_never_shown(server: FakeVLLM, caplog: pytest.Log
         if act == "die":
             break
         server.script = None
-        until(engine.living_servers)  # it has found the server again
+        until(engine.fleet.living)  # it has found the server again
     engine.close()
     text = "".join([*told, *(record.getMessage() for record in caplog.records)])
     assert "scripted 404" in text
     assert "is lost" in text
     for secret in ("s@cret", "s%40cret", "bWU6"):
         assert secret not in text
-
-
-def test_connections_can_be_closed_and_opened_again(server: FakeVLLM) -> None:
-    connection = ServerConnection(server.url)
-    for _ in range(2):
-        assert connection.is_healthy()
-        connection.close()
-    connection.close()

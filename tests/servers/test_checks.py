@@ -9,12 +9,22 @@ import pytest
 import torch
 
 from tests.support.models import make_tokenizer
-from tests.support.policy_fake import LORA, NEEDS, PolicyFake, give, opened, write_version
-from treepo_trl.engines.server_connection import ServerConnection, ServerLostError
-from treepo_trl.policy.servers import policy_servers
-from treepo_trl.policy.servers.checks import ServerNeeds, check_server
-from treepo_trl.policy.servers.policy_servers import PolicyServers, bound_of_probe, check_policy
-from treepo_trl.policy.servers.weights import AdapterVersions, WeightVersions
+from tests.support.policy_fake import (
+    LORA,
+    NEEDS,
+    PolicyFake,
+    admit,
+    fleet_of,
+    give,
+    opened,
+    versions_of,
+    write_version,
+)
+from treepo_trl.servers import checks
+from treepo_trl.servers.checks import ServerNeeds, check_server
+from treepo_trl.servers.connection import ServerConnection, ServerLostError, run_in_loop
+from treepo_trl.servers.reference import Reference, bound_of_probe
+from treepo_trl.servers.versions import AdapterVersions, WeightVersions
 
 
 def changed(section: str, **values: Any) -> dict[str, Any]:
@@ -74,12 +84,11 @@ def test_the_same_folder_by_another_name_is_the_same_model(tmp_path: Path) -> No
 
 
 def test_an_address_where_nothing_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy_servers, "_AGAIN", 0.01)
+    monkeypatch.setattr(checks, "_AGAIN", 0.01)
     with PolicyFake() as server:
         url = server.url.replace("//", "//somebody:secret@")
-    servers = PolicyServers([url], NEEDS, AdapterVersions(str(tmp_path), "run"), 0.1, is_probed=True)
     with pytest.raises(ValueError, match=r"No vLLM server answers at http://127\.0\.0\.1:") as error:
-        servers.open()
+        fleet_of([url], AdapterVersions(str(tmp_path), "run"), 0.1)
     assert "`vllm_server_timeout`" in str(error.value)
     assert "secret" not in str(error.value)
     assert "somebody" not in str(error.value)
@@ -90,9 +99,8 @@ def test_an_address_where_something_else_answers(tmp_path: Path, status: int) ->
     """At once: a start would wait for minutes."""
     with PolicyFake() as server:
         server.health = status
-        servers = PolicyServers([server.url], NEEDS, AdapterVersions(str(tmp_path), "run"), 1e6, is_probed=True)
         with pytest.raises(ValueError, match=rf"status {status}.*no vLLM server.*https://user:password@host") as error:
-            servers.open()
+            fleet_of([server.url], AdapterVersions(str(tmp_path), "run"), 1e6)
         assert server.url in str(error.value)
 
 
@@ -101,17 +109,15 @@ def test_a_server_that_does_not_come_up_tells_why(tmp_path: Path, status: int) -
     """A gateway may answer so while a server starts."""
     with PolicyFake() as server:
         server.health = status
-        servers = PolicyServers([server.url], NEEDS, AdapterVersions(str(tmp_path), "run"), 0.0, is_probed=True)
         with pytest.raises(ValueError, match=rf"No vLLM server answers at .*The last try: .*status {status}"):
-            servers.open()
+            fleet_of([server.url], AdapterVersions(str(tmp_path), "run"), 0.0)
 
 
 def test_credentials_are_not_shown_by_a_server_that_does_not_fit(tmp_path: Path) -> None:
     with PolicyFake({}) as server:
         url = server.url.replace("//", "//somebody:secret@")
-        servers = PolicyServers([url], NEEDS, AdapterVersions(str(tmp_path), "run"), 1.0, is_probed=True)
         with pytest.raises(ValueError, match="--enable-lora") as error:
-            servers.open()
+            fleet_of([url], AdapterVersions(str(tmp_path), "run"), 1.0)
         assert server.url in str(error.value)
         assert "secret" not in str(error.value)
         assert server.authorizations != {None}
@@ -125,7 +131,7 @@ def test_each_version_has_a_name_and_a_folder_and_old_ones_go(tmp_path: Path) ->
         servers, fakes = opened(stack, tmp_path, 2)
         for step in (0, 0, 1, 2):
             give(servers, step)
-            names = servers.versions.names
+            names = versions_of(servers).names
             for fake in fakes:
                 assert fake.adapters == {name: str(tmp_path / name) for name in names}
             assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
@@ -149,7 +155,7 @@ def test_a_folder_appears_under_its_name_when_it_is_whole(tmp_path: Path) -> Non
 def test_a_folder_that_the_server_cannot_read(tmp_path: Path) -> None:
     with ExitStack() as stack:
         servers, (fake,) = opened(stack, tmp_path)
-        servers.versions.write(0, lambda folder: folder)
+        versions_of(servers).write(0, lambda folder: folder)
         with pytest.raises(ValueError, match=r"No adapter found.*`vllm_server_adapter_dir`") as error:
             servers.distribute()
         assert fake.url in str(error.value)
@@ -164,7 +170,7 @@ def test_an_adapter_that_a_living_server_fails_on_is_no_lost_server(tmp_path: Pa
             give(servers, 0)
         fake.die()
         with pytest.raises(ServerLostError):
-            servers.versions.load(servers.servers[0])
+            run_in_loop(versions_of(servers).load(servers.servers[0].connection))
 
 
 def test_a_version_can_be_read_by_everybody(tmp_path: Path) -> None:
@@ -201,11 +207,15 @@ def test_a_server_with_an_old_adapter_is_refused(tmp_path: Path) -> None:
 
 
 def test_all_servers_with_another_model_than_the_policy_are_refused() -> None:
-    check_policy(0.09, 0.1, is_quantized=False)
-    check_policy(5.0, 0.1, is_quantized=True)  # by design; each batch is compared
+    reference, zeros = Reference(NEEDS, is_compared=True), torch.zeros(2)
+    assert not reference.check_policy(zeros)
+    reference.set("treepo-run-0", zeros)
+    assert reference.check_policy(zeros + 0.09)
     for difference in (0.15, float("nan")):
         with pytest.raises(ValueError, match="another model than the policy"):
-            check_policy(difference, 0.1, is_quantized=False)
+            reference.check_policy(zeros + difference)
+    reference.is_quantized = True
+    reference.check_policy(zeros + 5.0)  # by design; each batch is compared
 
 
 def test_the_rounding_of_16_bits_is_no_other_model(tmp_path: Path) -> None:
@@ -228,14 +238,12 @@ def test_the_rounding_of_16_bits_is_no_other_model(tmp_path: Path) -> None:
 def test_a_server_that_comes_back_gets_the_current_version(tmp_path: Path) -> None:
     with ExitStack() as stack:
         servers, fakes = opened(stack, tmp_path, 2)
-        lost: list[str] = []
-        servers.on_lost = lambda server, error: lost.append(server.url)
         give(servers, 0)
         fakes[1].die()
         give(servers, 1)
-        assert lost == [fakes[1].url]
+        assert [server.is_up for server in servers.servers] == [True, False]
         fakes[1].restart()
-        servers.admit(servers.servers[1])
+        admit(servers, 1)
         assert fakes[1].adapters == {"treepo-run-1": str(tmp_path / "treepo-run-1")}
         give(servers, 2)
         assert list(fakes[1].adapters) == ["treepo-run-1", "treepo-run-2"]
@@ -250,10 +258,10 @@ def test_a_server_that_comes_back_as_another_one_is_refused(tmp_path: Path) -> N
         fake.offset = 0.2
         fake.restart()
         with pytest.raises(ValueError, match="than before it was started anew"):
-            servers.admit(servers.servers[0])
+            admit(servers, 0)
         fake.offset, fake.version = 0.0, "0.30.0"
         with pytest.raises(ValueError, match=r"is vLLM 0\.30\.0"):
-            servers.admit(servers.servers[0])
+            admit(servers, 0)
 
 
 # All weights
@@ -268,19 +276,19 @@ def test_all_weights_have_a_version_on_the_server(tmp_path: Path) -> None:
             assert [path.name for path in tmp_path.iterdir()] == [f"treepo-run-{step}"]
         fake.die()
         fake.restart()
-        servers.admit(servers.servers[0])
+        admit(servers, 0)
         assert fake.weights == "treepo-run-1"
 
 
 def test_weights_written_while_a_server_loads_others_are_not_taken_for_loaded(tmp_path: Path) -> None:
     with ExitStack() as stack:
         servers, (fake,) = opened(stack, tmp_path, versions=WeightVersions)
-        servers.versions.write(0, write_version)
-        fake.while_reloading = lambda: servers.versions.write(1, write_version)
-        servers.versions.load(servers.servers[0])
+        versions_of(servers).write(0, write_version)
+        fake.while_reloading = lambda: versions_of(servers).write(1, write_version)
+        run_in_loop(versions_of(servers).load(servers.servers[0].connection))
         assert fake.weights == "treepo-run-0"
         fake.while_reloading = lambda: None
-        servers.versions.load(servers.servers[0])
+        run_in_loop(versions_of(servers).load(servers.servers[0].connection))
         assert fake.weights == "treepo-run-1"
 
 
@@ -290,12 +298,12 @@ def test_a_server_that_was_not_heard_to_go_on_is_told_again(tmp_path: Path) -> N
         fake.fails = {"/resume"}
         give(servers, 0)
         fake.fails, fake.calls = set(), []
-        servers.admit(servers.servers[0])
+        admit(servers, 0)
         assert fake.calls == ["/resume"]  # it has the weights
         fake.fails, fake.calls = {"/pause"}, []
-        servers.versions.write(1, write_version)
+        versions_of(servers).write(1, write_version)
         with pytest.raises(ServerLostError, match="/pause"):
-            servers.versions.load(servers.servers[0])
+            run_in_loop(versions_of(servers).load(servers.servers[0].connection))
         assert fake.calls == ["/pause", "/resume"]  # a pause that failed may have begun
 
 
@@ -307,4 +315,4 @@ def test_weights_that_the_server_cannot_read(tmp_path: Path) -> None:
             give(servers, 0)
         fake.die()
         with pytest.raises(ServerLostError):
-            servers.versions.load(servers.servers[0])
+            run_in_loop(versions_of(servers).load(servers.servers[0].connection))

@@ -11,11 +11,11 @@ from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from accelerate.utils import gather_object, is_peft_model
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedTokenizerBase
 
 from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
-from treepo_trl.engines.server_facts import ServerFacts
 from treepo_trl.policy.four_bit_base import is_4bit
 from treepo_trl.policy.gathered_adapter import (
     bytes_of,
@@ -28,11 +28,14 @@ from treepo_trl.policy.temporary_folder import shared_folder
 from treepo_trl.settings import server_urls
 from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.trl.generation import OwnGeneration
+from treepo_trl.trl.host import Host
 
 from .checks import ServerNeeds
+from .facts import ServerFacts
+from .fleet import Fleet
 from .main_process import from_main_process
-from .policy_servers import PolicyServers
-from .weights import AdapterVersions, WeightVersions, write_weights
+from .reference import Reference, policy_logprobs
+from .versions import AdapterVersions, WeightVersions, write_weights
 
 
 if TYPE_CHECKING:
@@ -53,31 +56,28 @@ class ServerGeneration(OwnGeneration):
     [`~trl.generation.vllm_generation.VLLMGeneration`] over servers that are given the policy.
 
     Args:
-        args ([`TreePOConfig`]):
-            Settings of the training.
+        settings ([`TreePOConfig`]):
+            Of the training.
         loads_adapter (`bool`):
             Whether the policy's adapter alone travels.
 
     Attributes:
-        facts ([`~treepo_trl.engines.server_connection.ServerFacts`]):
+        facts ([`ServerFacts`]):
             Of the first server.
-        servers ([`PolicyServers`], *optional*):
-            In the main process.
+        fleet ([`Fleet`], *optional*):
+            The servers, in the main process.
+        host ([`Host`], *optional*):
+            The trainer, once it is there.
         engine ([`~treepo_trl.engines.SegmentEngine`]):
-            Over them, once it is there.
-        state ([`~transformers.TrainerState`], *optional*):
-            Of the training, once it is there.
-        on_given (`Callable`):
-            Called by all processes together when the servers were given the policy.
+            Over the servers, once it is there.
     """
 
     engine: SegmentEngine
 
     def __init__(self, *args: Any, settings: TreePOConfig, loads_adapter: bool, **kwargs: Any) -> None:
         self._settings, self._loads_adapter = settings, loads_adapter
-        self.servers: PolicyServers | None = None
-        self.state: TrainerState | None = None
-        self.on_given: Callable[[], None] = lambda: None
+        self.fleet: Fleet | None = None
+        self.host: Host | None = None
         super().__init__(*args, **kwargs)
 
     def start(self) -> None:
@@ -95,71 +95,67 @@ class ServerGeneration(OwnGeneration):
 
     def _open(self) -> ServerFacts:
         settings, adapter = self._settings, cast("PeftModel", self.model) if self._loads_adapter else None
-        rank = 0 if adapter is None else cast("LoraConfig", adapter.active_peft_config).r
         needs = ServerNeeds(
             cast(str, self.model.name_or_path),
             cast(PreTrainedTokenizerBase, getattr(self.processing_class, "tokenizer", self.processing_class)),
             settings.vllm_max_model_length or settings.max_completion_length + 1,
             settings.branching_policy == "entropy",
-            AdapterVersions.kept if self._loads_adapter else 0,
-            rank,
-            all_weights=not self._loads_adapter,
+            0 if adapter is None else AdapterVersions.kept,
+            0 if adapter is None else cast("LoraConfig", adapter.active_peft_config).r,
+            all_weights=adapter is None,
         )
         size = bytes_of(self.model.parameters()) if adapter is None else num_bytes(adapter)
         self._folder = shared_folder("policy", settings.vllm_server_adapter_dir, size)
-        kind = AdapterVersions if self._loads_adapter else WeightVersions
-        self.servers = PolicyServers(
+        kind = WeightVersions if adapter is None else AdapterVersions
+        self._versions = kind(self._folder.path, uuid.uuid4().hex[:8])
+        self.fleet = Fleet(
             server_urls(settings.vllm_server_base_url, settings.vllm_server_host, settings.vllm_server_port),
             needs,
-            kind(self._folder.path, uuid.uuid4().hex[:8]),
+            self._versions,
             settings.vllm_server_timeout,
-            is_probed=settings.engine_check != "off",
+            reference=Reference(needs, is_compared=settings.engine_check != "off"),
         )
-        return self.servers.open()
+        return self.fleet.servers[0].facts
 
     def sync_weights(self) -> None:
         """Give the servers the policy as it is. All processes call it together."""
-        step = 0 if self.state is None else self.state.global_step
         failed: Exception | None = None
         try:
-            self._write(step)
+            self._write(0 if self.host is None else self.host.state.global_step)
         except Exception as error:  # told to all processes below, which wait there
             failed = error
 
-        def distribute() -> None:
+        def distribute() -> list[int] | None:
             if failed is not None:
                 raise failed
-            assert self.servers is not None, "of the main process"
-            self.servers.distribute()
+            assert self.fleet is not None, "of the main process"
+            return self.fleet.distribute()
 
-        from_main_process(self.accelerator, distribute)
+        probe = from_main_process(self.accelerator, distribute)
         if failed is not None:  # in this process alone
             raise failed
-        if self.servers is not None and hasattr(self, "engine"):
-            self._take_version()
-        self.on_given()
+        if probe is not None and self.host is not None:
+            logprobs = self.policy_logprobs(probe)
+            if self.fleet is not None:
+                self.fleet.take_reference(logprobs)
 
-    def _take_version(self) -> None:
-        """Let the engine's requests ask for the current version."""
-        from treepo_trl.engines.vllm_server import VLLMServerEngine
-
-        assert self.servers is not None
-        assert isinstance(self.engine, VLLMServerEngine)
-        if self.servers.versions.model is not None:
-            self.engine.model = self.servers.versions.model
+    def policy_logprobs(self, token_ids: list[int]) -> torch.Tensor:
+        """What the policy computes for the tokens of a probe. All processes call it together."""
+        assert self.host is not None
+        return policy_logprobs(self.host.wrapped_model, token_ids, self.accelerator.device)
 
     def _write(self, step: int) -> None:
         """Write the policy in the main process. What processes share is gathered by all of them."""
         if self._loads_adapter:
             model = cast("PeftModel", self.model)
             weights = gathered_adapter(model, self.accelerator)
-            if self.servers is not None:
-                self.servers.versions.write(step, partial(write_adapter, model, weights))
+            if self.fleet is not None:
+                self._versions.write(step, partial(write_adapter, model, weights))
             return
         weights = self.weights()
         try:
-            if self.servers is not None:
-                self.servers.versions.write(step, partial(write_weights, weights))
+            if self.fleet is not None:
+                self._versions.write(step, partial(write_weights, weights))
         finally:
             for _ in weights:  # the others, and an error here, must not leave a gathering half done
                 pass

@@ -10,18 +10,28 @@ import pytest
 from aiohttp import web
 
 from tests.support.fake_vllm import scripted, until
-from tests.support.policy_fake import PolicyFake, engine_over, give, opened, sample, write_version
-from treepo_trl.engines.server_connection import ServerLostError
-from treepo_trl.engines.vllm_server import VLLMServerEngine
-from treepo_trl.policy.servers import weights
-from treepo_trl.policy.servers.weights import AdapterVersions, WeightVersions
+from tests.support.policy_fake import (
+    PolicyFake,
+    admit,
+    engine_over,
+    give,
+    lose,
+    opened,
+    sample,
+    versions_of,
+    write_version,
+)
+from treepo_trl.servers import versions
+from treepo_trl.servers.connection import ServerLostError
+from treepo_trl.servers.engine import VLLMServerEngine
+from treepo_trl.servers.versions import AdapterVersions, WeightVersions
 
 
 pytestmark = pytest.mark.usefixtures("lost_servers_are_asked_often")
 
 
 def error_of(engine: VLLMServerEngine, position: int) -> str:
-    return engine._pool.servers[position].error
+    return engine.fleet.servers[position].error
 
 
 @pytest.mark.parametrize("kind", [AdapterVersions, WeightVersions])
@@ -32,18 +42,18 @@ def test_no_batch_is_sampled_from_old_weights(stack: ExitStack, tmp_path: Path, 
     engine = engine_over(stack, servers)
     for step in range(3):
         fakes[0].forget()
-        sample(engine, servers)  # of the version before, as an evaluation is
-        until(lambda: len(engine.living_servers()) == count)
-        sample(engine, servers)
+        sample(engine)  # of the version before, as an evaluation is
+        until(lambda: len(engine.fleet.living()) == count)
+        sample(engine)
         fakes[-1].forget()
         give(servers, step + 1)
-        sample(engine, servers)
-        until(lambda: len(engine.living_servers()) == count)
-        sample(engine, servers)
+        sample(engine)
+        until(lambda: len(engine.fleet.living()) == count)
+        sample(engine)
         for fake in fakes:
             assert fake.served == {f"treepo-run-{step}", f"treepo-run-{step + 1}"}
             fake.served.discard(f"treepo-run-{step}")
-    assert engine.num_lost == 6
+    assert engine.fleet.num_lost == 6
 
 
 def wrong_model(fake: PolicyFake) -> None:
@@ -107,30 +117,30 @@ def test_a_server_that_was_started_wrongly_is_kept_out(
     give(servers, 1)
     until(lambda: reason in error_of(engine, position))
     give(servers, 2)  # a version that it may have loaded makes it no member of the training
-    sample(engine, servers)
+    sample(engine)
     assert (wrong.served, right.served) == (set(), {"treepo-run-2"})
     assert reason in error_of(engine, position)
 
     vars(wrong).update({name: good[name] for name in SETTINGS})
-    until(lambda: len(engine.living_servers()) == 2)
-    sample(engine, servers)
+    until(lambda: len(engine.fleet.living()) == 2)
+    sample(engine)
     assert wrong.served == {"treepo-run-2"}
 
 
-def test_a_server_that_was_admitted_wrongly_for_another_engine_is_kept_out(stack: ExitStack, tmp_path: Path) -> None:
+def test_a_server_that_one_engine_has_lost_is_kept_out_of_the_other(stack: ExitStack, tmp_path: Path) -> None:
     """It has loaded the version by then, and has nothing open that its restart would have closed."""
     servers, fakes = opened(stack, tmp_path, 2)
     give(servers, 0)
-    engine = engine_over(stack, servers)
+    first, second = engine_over(stack, servers), engine_over(stack, servers)
     fakes[1].forget()
     fakes[1].offset = 0.2
-    with pytest.raises(ValueError, match="computes another model"):
-        servers.admit(servers.servers[1])
-    sample(engine, servers)
+    sample(first)
+    until(lambda: "computes another model" in error_of(first, 1))
+    sample(second)
     assert [fake.served for fake in fakes] == [{"treepo-run-0"}, set()]
     fakes[1].offset = 0.0
-    until(lambda: len(engine.living_servers()) == 2)
-    sample(engine, servers)
+    until(lambda: len(servers.living()) == 2)
+    sample(second)
     assert fakes[1].served == {"treepo-run-0"}
 
 
@@ -138,7 +148,7 @@ def test_a_server_that_was_admitted_wrongly_for_another_engine_is_kept_out(stack
 def test_without_another_server_the_reasons_are_told(stack: ExitStack, tmp_path: Path) -> None:
     servers, fakes = opened(stack, tmp_path, 2)
     give(servers, 0)
-    engine = engine_over(stack, servers, timeout=0.1)
+    engine, servers.timeout = engine_over(stack, servers), 0.1
     for fake, change in zip(fakes, (wrong_model, wrong_version), strict=True):
         fake.forget()
         change(fake)
@@ -146,7 +156,7 @@ def test_without_another_server_the_reasons_are_told(stack: ExitStack, tmp_path:
     reasons = ("serves '/models/other'", "is vLLM 0.30.2")
     until(lambda: all(reason in error_of(engine, position) for position, reason in enumerate(reasons)))
     with pytest.raises(RuntimeError, match=r"No vLLM server has answered for 0\.1 s") as error:
-        sample(engine, servers)
+        sample(engine)
     for fake, reason in zip(fakes, reasons, strict=True):
         assert fake.url in str(error.value)
         assert reason in str(error.value)
@@ -159,10 +169,10 @@ def test_a_version_that_one_server_cannot_load(stack: ExitStack, tmp_path: Path)
     fakes[0].can_load = False
     give(servers, 1)
     assert "rank 64 is too large" in error_of(engine, 0)
-    sample(engine, servers)
+    sample(engine)
     assert [fake.served for fake in fakes] == [set(), {"treepo-run-1"}]
     fakes[0].can_load = True
-    until(lambda: len(engine.living_servers()) == 2)
+    until(lambda: len(engine.fleet.living()) == 2)
     fakes[0].can_load = fakes[1].can_load = False
     with pytest.raises(ValueError, match="rank 64 is too large"):
         give(servers, 2)
@@ -194,13 +204,11 @@ def test_a_version_that_one_server_cannot_load_while_the_other_goes_away_is_an_e
 def test_a_server_that_is_started_anew_between_loading_and_probing_is_lost(stack: ExitStack, tmp_path: Path) -> None:
     servers, fakes = opened(stack, tmp_path, 2)
     give(servers, 0)
-    lost: list[str] = []
-    servers.on_lost = lambda server, error: lost.append(f"{server.url}: {error}")
     fakes[0]._load = lambda name, folder: web.Response(text="")  # and has forgotten it
     give(servers, 1)
-    (told,) = lost
-    assert told.startswith(f"{fakes[0].url}: The answer of {fakes[0].url} to POST")
-    assert "status 404" in told
+    (lost,) = (server for server in servers.servers if not server.is_up)
+    assert lost.error.startswith(f"The answer of {fakes[0].url} to POST")
+    assert "status 404" in lost.error
 
 
 LOADS: list[tuple[Any, str]] = [(AdapterVersions, "/v1/load_lora_adapter"), (WeightVersions, "/collective_rpc")]
@@ -225,10 +233,10 @@ def test_a_server_that_hangs_while_it_loads_keeps_nobody_waiting(
                 until(given[-1].done)
             finally:
                 fakes[0].hangs = set()
-        until(lambda: len(engine.living_servers()) == 2)
+        until(lambda: len(engine.fleet.living()) == 2)
         for fake in fakes:
             fake.served.clear()
-        sample(engine, servers)
+        sample(engine)
         assert [fake.served for fake in fakes] == [{f"treepo-run-{3 * step + 2}"}] * 2
 
 
@@ -240,19 +248,18 @@ def test_a_load_without_an_answer_is_a_lost_server(
     servers, (fake, _) = opened(stack, tmp_path, 2, versions=kind)
     give(servers, 0)
     fake.hangs = {path}
-    post = servers.servers[0].post
+    connection = servers.servers[0].connection
+    post = connection.post
 
-    def post_impatiently(where: str, json: Any = None, timeout: float | None = None) -> Any:
-        return post(where, json, 0.1 if timeout == weights.LOAD_TIMEOUT else timeout)
+    async def post_impatiently(where: str, json: Any = None, timeout: float | None = None) -> Any:
+        return await post(where, json, 0.1 if timeout == versions.LOAD_TIMEOUT else timeout)
 
-    monkeypatch.setattr(servers.servers[0], "post", post_impatiently)  # the other server has its time
-    lost: list[str] = []
-    servers.on_lost = lambda server, error: lost.append(f"{server.url}: {error}")
+    monkeypatch.setattr(connection, "post", post_impatiently)  # the other server has its time
     give(servers, 1)
-    (told,) = lost
-    assert told.startswith(f"{fake.url}: {fake.url} has not answered POST {path} for 0.1 s")
+    (lost,) = (server for server in servers.servers if not server.is_up)
+    assert lost.error.startswith(f"{fake.url} has not answered POST {path} for 0.1 s")
     with pytest.raises(ServerLostError, match="has not answered POST"):
-        servers.admit(servers.servers[0])
+        admit(servers, 0)
 
 
 @pytest.mark.parametrize("is_probed", [True, False])
@@ -264,12 +271,11 @@ def test_a_server_that_generates_nothing_is_not_admitted(
     servers, (fake,) = opened(stack, tmp_path, is_probed=is_probed)
     if is_given:
         give(servers, 0)
-    fake.script, servers.servers[0].timeout = scripted(then="silence"), 0.1
+    fake.script, servers.servers[0].connection.timeout = scripted(then="silence"), 0.1
     with pytest.raises(ServerLostError, match=r"has not answered POST /inference/v1/generate for 0\.1 s"):
-        servers.admit(servers.servers[0])
-    fake.script, servers.servers[0].timeout = None, 60.0
-    servers.admit(servers.servers[0])
-    servers.check_idle(servers.servers[0])
+        admit(servers, 0)
+    fake.script, servers.servers[0].connection.timeout = None, 60.0
+    admit(servers, 0)
 
 
 @pytest.mark.parametrize("is_probed", [True, False])
@@ -279,14 +285,13 @@ def test_a_version_that_a_returning_server_got_first_is_no_restart(
     """Nor is it compared with what the others have computed with the version before: it waits for them."""
     servers, fakes = opened(stack, tmp_path, 2, is_probed=is_probed)
     give(servers, 0)
-    lost: list[str] = []
-    servers.on_lost = lambda server, error: lost.append(server.url)
     fakes[0].die()
+    lose(servers, 0)
+    versions_of(servers).write(5000, write_version)  # far in nats from the one before
     fakes[0].restart()
-    servers.versions.write(5000, write_version)  # far in nats from the one before
     with pytest.raises(ServerLostError, match="nothing to compare it with yet") if is_probed else nullcontext():
-        servers.admit(servers.servers[0])  # between the writing and the giving
+        admit(servers, 0)  # between the writing and the giving
     servers.distribute()
-    assert lost == []
-    servers.admit(servers.servers[0])
+    assert servers.num_lost == 1
+    admit(servers, 0)
     assert all("treepo-run-5000" in fake.adapters for fake in fakes)

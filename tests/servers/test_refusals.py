@@ -9,9 +9,9 @@ from tests.support.fakes import EOS
 from tests.support.sampling import prompts_of, trees_of
 from treepo_trl import TreeSampler
 from treepo_trl.engines import SegmentEngineError
-from treepo_trl.engines.vllm_server import VLLMServerEngine
+from treepo_trl.servers.engine import VLLMServerEngine
 
-from .test_server_faults import CONFIG, requests_of, same_trees
+from .test_faults import CONFIG, requests_of, same_trees
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_what_a_server_refuses_is_named_and_not_repeated(act: Act, words: str) -
         assert server.url in str(error.value)
         (note,) = error.value.__notes__
         assert note.startswith("While sampling prompt 2 of 4")
-        assert engine.num_lost == engine.num_resent == 0
+        assert engine.fleet.num_lost == engine.num_resent == 0
         # The engine is usable: nothing of the batch is left in it.
         server.script = None
         assert len(trees_of(engine, CONFIG, 2)) == 2
@@ -77,7 +77,7 @@ def test_abort_closes_the_connections_and_leaves_the_engine_usable() -> None:
         for server in servers:
             server.script = None
         assert same_trees(trees_of(engine, CONFIG, 4))
-        assert engine.num_lost == 0
+        assert engine.fleet.num_lost == 0
 
 
 def test_abort_without_a_server_returns() -> None:
@@ -85,7 +85,7 @@ def test_abort_without_a_server_returns() -> None:
         engine = engine_of([server])
         server.die()
         engine.submit(requests_of(3))
-        until(lambda: engine.num_lost == 1)
+        until(lambda: engine.fleet.num_lost == 1)
         engine.abort()
         assert engine.collect() == []
         engine.close()

@@ -12,11 +12,10 @@ import torch
 
 from tests.support.config import make
 from tests.support.fake_vllm import until
-from tests.support.policy_fake import LORA, NEEDS, PolicyFake, computed, opened, sample, write_version
-from treepo_trl.engines.server_connection import ServerConnection
-from treepo_trl.policy.servers.generation import ServerGeneration
-from treepo_trl.policy.servers.policy_servers import PolicyServers
-from treepo_trl.policy.servers.server_policy import ServerPolicy
+from tests.support.policy_fake import LORA, NEEDS, PolicyFake, computed, opened, sample, versions_of, write_version
+from treepo_trl.servers.fleet import Fleet
+from treepo_trl.servers.generation import ServerGeneration
+from treepo_trl.servers.policy import ServerPolicy
 from treepo_trl.trl.host import Host
 
 
@@ -35,11 +34,16 @@ class Uniform(torch.nn.Module):
         return SimpleNamespace(logits=torch.zeros(*input_ids.shape, VOCABULARY))
 
 
+def logprobs_of(fleet: Fleet) -> torch.Tensor | None:
+    assert fleet.reference is not None
+    return fleet.reference.logprobs
+
+
 def as_the_policy(fake: PolicyFake) -> None:
     fake.offset = -math.log(VOCABULARY) - computed("treepo-run-0")
 
 
-def server_policy(stack: ExitStack, servers: PolicyServers, fake: PolicyFake, folder: Path) -> Any:
+def server_policy(stack: ExitStack, servers: Fleet, fake: PolicyFake, folder: Path) -> Any:
     """A `ServerPolicy` at step 0 that is connected to a trainer, and has sent nothing yet."""
     generation: Any = ServerGeneration.__new__(ServerGeneration)
     accelerator = SimpleNamespace(
@@ -60,9 +64,9 @@ def server_policy(stack: ExitStack, servers: PolicyServers, fake: PolicyFake, fo
         eos_token_ids=[0],
         _last_loaded_step=-1,
     )
-    generation.servers, generation.facts = servers, ServerConnection(fake.url).facts()
+    generation.fleet, generation.facts = servers, servers.servers[0].facts
     generation.accelerator = accelerator
-    generation._write = lambda step: servers.versions.write(step, write_version)
+    generation._write = lambda step: versions_of(servers).write(step, write_version)
     policy: Any = ServerPolicy(trainer.args, loads_adapter=False)
     policy.connect(Host(trainer))
     stack.callback(policy.engine.close)
@@ -88,11 +92,11 @@ def test_a_wrong_server_is_not_compared_with_itself(stack: ExitStack, tmp_path: 
         fake.forget()
         fake.offset += 5.0  # another revision of the model
     go_to(policy, 1)
-    until(lambda: all("computes another model" in server.error for server in engine._pool.servers))
+    until(lambda: all("computes another model" in server.error for server in servers.servers))
     for fake in fakes:
         as_the_policy(fake)
-    until(lambda: len(engine.living_servers()) == count)
-    sample(engine, servers)
+    until(lambda: len(engine.fleet.living()) == count)
+    sample(engine)
     assert all(fake.served == {"treepo-run-1"} for fake in fakes)
 
 
@@ -100,10 +104,10 @@ def test_a_first_batch_without_a_server_is_compared_too(stack: ExitStack, tmp_pa
     servers, (fake,) = opened(stack, tmp_path)
     policy = server_policy(stack, servers, fake, tmp_path)
     fake.die()
-    servers.versions.write(0, write_version)  # the first was given at the start of the training
+    versions_of(servers).write(0, write_version)  # the first was given at the start of the training
     go_to(policy, 1)
     torch.testing.assert_close(
-        servers.reference, torch.full((62,), -math.log(VOCABULARY), dtype=torch.float64), atol=1e-5, rtol=0
+        logprobs_of(servers), torch.full((62,), -math.log(VOCABULARY), dtype=torch.float64), atol=1e-5, rtol=0
     )
     assert policy._is_probed  # whoever comes back is compared with that
 
@@ -113,18 +117,18 @@ def test_a_quantized_server_is_compared_with_servers_alone(stack: ExitStack, tmp
     servers, (fake,) = opened(stack, tmp_path, changes=QUANTIZED)
     policy = server_policy(stack, servers, fake, tmp_path)
     engine = policy.engine
-    servers.versions.write(0, write_version)
+    versions_of(servers).write(0, write_version)
     fake.die()
     go_to(policy, 1)
-    assert servers.reference is None
+    assert logprobs_of(servers) is None
     assert not policy._is_probed  # nothing was compared
     fake.restart()
-    until(lambda: engine.living_servers())
-    sample(engine, servers)
+    until(lambda: engine.fleet.living())
+    sample(engine)
     go_to(policy, 2)
     assert policy._is_probed
     torch.testing.assert_close(
-        servers.reference, torch.full((62,), computed("treepo-run-2"), dtype=torch.float64), atol=1e-5, rtol=0
+        logprobs_of(servers), torch.full((62,), computed("treepo-run-2"), dtype=torch.float64), atol=1e-5, rtol=0
     )
 
 
@@ -135,7 +139,7 @@ def test_a_probe_leaves_out_a_server_that_is_gone(stack: ExitStack, tmp_path: Pa
     fakes[0].die()  # which nobody knows yet
     assert [result.request_id for result in policy._plain_segments([[5, 6], [7, 8]])] == [0, 1]
     assert len(fakes[1].bodies) == 3  # one was the comparison of the servers
-    assert policy.engine.living_servers() == servers.servers[1:]
+    assert policy.engine.fleet.living() == servers.servers[1:]
 
 
 def test_a_probe_waits_for_a_server(stack: ExitStack, tmp_path: Path) -> None:
@@ -145,7 +149,7 @@ def test_a_probe_waits_for_a_server(stack: ExitStack, tmp_path: Path) -> None:
     fake.die()
     with ThreadPoolExecutor(1) as thread:
         results = thread.submit(policy._plain_segments, [[5, 6]])
-        until(lambda: not policy.engine.living_servers() or results.done())
+        until(lambda: not policy.engine.fleet.living() or results.done())
         fake.restart()
         assert len(results.result()) == 1
     assert fake.served == {"treepo-run-0"}

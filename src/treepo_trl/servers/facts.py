@@ -6,20 +6,6 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A line of `GET /v1/models`: the base, or an adapter that is loaded."""
-
-    id: str
-    """Name to ask for."""
-    root: str
-    """Folder or hub id of its weights."""
-    parent: str | None
-    """Name of the base, for an adapter."""
-    max_model_len: int | None
-    """Longest sequence, for the base."""
-
-
-@dataclass(frozen=True, slots=True)
 class ServerFacts:
     """How a server was started."""
 
@@ -29,8 +15,6 @@ class ServerFacts:
     """Folder or hub id of the base."""
     model_name: str
     """Name to ask for the base: the folder or hub id, if no other was given."""
-    tokenizer: str
-    """Folder or hub id of the tokenizer."""
     context_length: int
     """Tokens of the longest sequence."""
     dtype: str
@@ -56,6 +40,11 @@ class ServerFacts:
     max_lora_rank: int
     """Highest rank of an adapter; 0 without LoRA."""
 
+    @property
+    def number_type(self) -> str:
+        """What it computes in, in words."""
+        return " with ".join(filter(None, (self.dtype, self.quantization)))
+
 
 def facts_from(version: str, config: Mapping[str, Any]) -> ServerFacts:
     """
@@ -72,7 +61,6 @@ def facts_from(version: str, config: Mapping[str, Any]) -> ServerFacts:
         version=version,
         model=model["model"],
         model_name=names if isinstance(names, str) else names[0],
-        tokenizer=model["tokenizer"],
         context_length=model["max_model_len"],
         dtype=str(model["dtype"]).removeprefix("torch."),
         quantization=model["quantization"],

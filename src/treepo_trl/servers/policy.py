@@ -1,7 +1,7 @@
 """The policy on vLLM servers: it is sent there before a batch, and the main process samples for all."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -9,7 +9,6 @@ import torch
 from trl.extras.profiling import profiling_context
 
 from treepo_trl.engines import SegmentEngine, SegmentRequest, SegmentResult
-from treepo_trl.engines.server_connection import ServerConnection, ServerLostError
 from treepo_trl.policy.adapter_probe import PROBE_TOKENS, probe_adapter, probe_prompts
 from treepo_trl.policy.engine import PolicyEngine, Sampled
 from treepo_trl.policy.engine_check import EngineWatch, computing_dtype, dropout_of, logprob_difference
@@ -18,15 +17,15 @@ from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.trl.host import Host
 from treepo_trl.trl.seams import vllm_generation_class
 
+from .engine import VLLMServerEngine
+from .fleet import Fleet
 from .generation import ServerGeneration, complete, gathered_rows
 from .main_process import from_main_process
-from .policy_servers import PolicyServers, bound_of_probe, check_policy
+from .reference import Reference, bound_of_probe
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-    from treepo_trl.engines.vllm_server import VLLMServerEngine
 
 
 class _NoEngine(SegmentEngine):
@@ -68,16 +67,15 @@ class ServerPolicy(PolicyEngine):
         return vllm_generation_class(partial(ServerGeneration, settings=self.args, loads_adapter=self._loads_adapter))
 
     def connect(self, host: Host) -> None:
-        self._host, trainer = host, host.trainer
-        self.samples_here = trainer.accelerator.is_main_process
-        self._generation = cast(ServerGeneration, trainer.vllm_generation)
-        self._generation.state = trainer.state
-        self._generation.on_given = self._refer_to_policy
-        self.engine = self._generation.engine = self._engine(trainer.eos_token_ids)
-        policy, facts = trainer.accelerator.unwrap_model(host.model), self._generation.facts
+        self._host = host
+        self.samples_here = host.accelerator.is_main_process
+        self._generation = cast(ServerGeneration, host.trainer.vllm_generation)
+        self._generation.host = host
+        self.engine = self._generation.engine = self._engine(host.trainer.eos_token_ids)
+        policy, facts = host.accelerator.unwrap_model(host.model), self._generation.facts
         dtypes = computing_dtype(policy, host.accelerator), getattr(torch, facts.dtype)
-        if self._generation.servers is not None:
-            self._generation.servers.bound = bound_of_probe(*dtypes)
+        if self._generation.fleet is not None and self._generation.fleet.reference is not None:
+            self._generation.fleet.reference.bound = bound_of_probe(*dtypes)
         self._watch = EngineWatch(
             self.args.engine_check,
             *dtypes,
@@ -86,29 +84,16 @@ class ServerPolicy(PolicyEngine):
         )
 
     def _engine(self, eos_token_ids: list[int]) -> SegmentEngine:
-        from treepo_trl.engines.vllm_server import VLLMServerEngine
-
-        with_entropies, servers = self.args.branching_policy == "entropy", self._generation.servers
-        if servers is None:
+        with_entropies, fleet = self.args.branching_policy == "entropy", self._generation.fleet
+        if fleet is None:
             return _NoEngine(with_entropies)
-        engine = VLLMServerEngine(
-            servers.servers,
-            eos_token_ids,
-            self.args.sampling_options(),
-            self.args.generation_options(),
-            with_entropies,
-            model=servers.versions.model,
-            timeout=self.args.vllm_server_timeout,
-            on_connect=servers.admit,
-            check_idle=servers.check_idle,
+        return VLLMServerEngine(
+            fleet, eos_token_ids, self.args.sampling_options(), self.args.generation_options(), with_entropies
         )
-        servers.on_lost = engine.lose
-        return engine
 
     @contextmanager
     def ready(self, seed: str, prompts: list[list[int]], in_batch: bool = False) -> Iterator[None]:
         trainer = self._host.trainer
-        self._generation.state = trainer.state  # a training makes its own
         if not self._host.is_loaded:
             with profiling_context(trainer, "sync_weights"):
                 self._generation.sync_weights()
@@ -133,23 +118,6 @@ class ServerPolicy(PolicyEngine):
         difference = logprob_difference(output, self._host.accelerator)
         return self._watch.batch(difference, is_older=self.args.rollout_ahead > 0)
 
-    def _policy_logprobs(self, token_ids: list[int]) -> torch.Tensor:
-        model = self._host.wrapped_model
-        return policy_logprobs(model, token_ids, self._host.accelerator.device)
-
-    def _refer_to_policy(self) -> None:
-        """If no server has taken the policy, those that come back are compared with its own numbers."""
-        servers = self._generation.servers
-
-        def wanted() -> list[int] | None:
-            return servers.probe_ids() if servers is not None and servers.needs_reference else None
-
-        probe = from_main_process(self._host.accelerator, wanted)
-        if probe is not None:
-            logprobs = self._policy_logprobs(probe)
-            if servers is not None:
-                servers.take_reference(logprobs)
-
     def _compare_policy(self) -> bool:
         """
         Raise if the servers compute another model than the policy: another base, or an old version.
@@ -160,19 +128,14 @@ class ServerPolicy(PolicyEngine):
         Raises:
             ValueError: whatever `engine_check` says, unless it is `"off"`.
         """
-        servers, accelerator = self._generation.servers, self._host.accelerator
-        probe = from_main_process(accelerator, lambda: cast(PolicyServers, servers).probe_ids())
-        policy = self._policy_logprobs(probe)
+        accelerator = self._host.accelerator
+        probe = from_main_process(accelerator, lambda: self._reference().token_ids)
+        logprobs = self._generation.policy_logprobs(probe)
+        return from_main_process(accelerator, lambda: self._reference().check_policy(logprobs))
 
-        def check() -> bool:
-            theirs = cast(PolicyServers, servers).reference
-            if theirs is not None:
-                difference = float((policy - theirs).abs().mean())
-                is_quantized = self._generation.facts.quantization is not None
-                check_policy(difference, cast(PolicyServers, servers).bound, is_quantized)
-            return theirs is not None
-
-        return from_main_process(accelerator, check)
+    def _reference(self) -> Reference:
+        """What the servers compute, in the main process."""
+        return cast(Reference, cast(Fleet, self._generation.fleet).reference)
 
     def _probe(self, prompts: list[list[int]]) -> None:
         """Compare policy and servers with an adapter that is not zero, where each process holds all of it."""
@@ -192,52 +155,6 @@ class ServerPolicy(PolicyEngine):
         )
         self._watch.probed(found)
 
-    def _plain_engine(self) -> "VLLMServerEngine":
-        """An engine that draws at temperature 1 from all tokens, over the servers that are there."""
-        from treepo_trl.engines.vllm_server import VLLMServerEngine
-
-        servers, engine = cast(PolicyServers, self._generation.servers), cast(VLLMServerEngine, self.engine)
-
-        def is_there(server: ServerConnection) -> bool:
-            try:
-                servers.check_idle(server)
-                server.facts()
-            except ServerLostError as error:
-                engine.lose(server, error)
-                return False
-            return True
-
-        while True:
-            there = [server for server in engine.wait_for_servers() if is_there(server)]
-            with suppress(ServerLostError):  # since then
-                if there:
-                    return VLLMServerEngine(
-                        there,
-                        [],
-                        model=servers.versions.model,
-                        timeout=self.args.vllm_server_timeout,
-                        on_connect=servers.admit,
-                        check_idle=servers.check_idle,
-                    )
-
     def _plain_segments(self, rows: list[list[int]]) -> list[SegmentResult]:
-        """Segments by an engine of its own: the trainer's draws as settings say."""
-        engine = self._plain_engine()
-        try:
-            return complete(engine, rows, lambda _: PROBE_TOKENS)
-        finally:
-            engine.close()
-
-
-def policy_logprobs(model: torch.nn.Module, token_ids: list[int], device: torch.device) -> torch.Tensor:
-    """Log-probabilities of all tokens but the first by the policy without dropout. All processes call it together."""
-    is_training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            ids = torch.tensor([token_ids], device=device)
-            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-    finally:
-        for module, mode in is_training:
-            module.training = mode
-    return logits.float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].double().cpu()
+        """Segments at temperature 1 from all tokens: the trainer's engine draws as settings say."""
+        return complete(VLLMServerEngine(cast(Fleet, self._generation.fleet), []), rows, lambda _: PROBE_TOKENS)

@@ -6,12 +6,12 @@ from accelerate.utils import is_peft_model
 
 from treepo_trl.treepo_config import TreePOConfig
 
-from .adapter_sync import check_adapter
-from .engine import PolicyEngine, TransformersPolicy, VLLMPolicy
-from .engine_check import check_dropout
-from .engine_options import check_engine_options
-from .servers.server_policy import ServerPolicy
-from .starting_adapter import check_given_adapter
+from .policy.adapter_sync import check_adapter
+from .policy.engine import PolicyEngine, TransformersPolicy, VLLMPolicy
+from .policy.engine_check import check_dropout
+from .policy.engine_options import check_engine_options
+from .policy.starting_adapter import check_given_adapter
+from .servers.policy import ServerPolicy
 
 
 if TYPE_CHECKING:

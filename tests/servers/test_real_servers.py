@@ -15,8 +15,9 @@ from tests.support.segments import EOS, GREEDY, PROMPTS, complete, drain, full_l
 from tests.support.vllm_servers import VLLMServer
 from treepo_trl import TreeSamplingConfig
 from treepo_trl.engines import SamplingOptions, SegmentEngineError, SegmentRequest
-from treepo_trl.engines.server_connection import ServerConnection
-from treepo_trl.engines.vllm_server import VLLMServerEngine
+from treepo_trl.servers.connection import ServerConnection, run_in_loop
+from treepo_trl.servers.engine import VLLMServerEngine
+from treepo_trl.servers.fleet import Fleet
 
 
 pytestmark = pytest.mark.vllm
@@ -28,7 +29,7 @@ def reference(tiny_model_dir: str) -> PreTrainedModel:
 
 
 def engine_of(servers: list[VLLMServer], options: SamplingOptions | None = None, **kwargs: bool) -> VLLMServerEngine:
-    return VLLMServerEngine([ServerConnection(server.url) for server in servers], [EOS], options, **kwargs)
+    return VLLMServerEngine(Fleet([server.url for server in servers]), [EOS], options, **kwargs)
 
 
 def counted(servers: list[VLLMServer], name: str) -> float:
@@ -112,20 +113,22 @@ def test_what_a_server_refuses(servers: list[VLLMServer]) -> None:
         with pytest.raises(SegmentEngineError, match=words) as error:
             drain(engine, [SegmentRequest(7, token_ids, 4)])
         assert error.value.request_id == 7
-    engine.model = "treepo-7"
+    engine.fleet.model = "treepo-7"
     with pytest.raises(SegmentEngineError, match=r"status 404.*`treepo-7` does not exist"):
         drain(engine, [SegmentRequest(0, [5], 4)])
 
 
 def test_abort_leaves_nothing_in_the_servers(servers: list[VLLMServer]) -> None:
-    engine = VLLMServerEngine([ServerConnection(server.url) for server in servers], [])  # nothing ends a segment
+    engine = VLLMServerEngine(Fleet([server.url for server in servers]), [])  # nothing ends a segment
     requests = [SegmentRequest(i, [5 + i % 50, 5 + i // 50], 500 if i else 2, tree=i) for i in range(512)]
     engine.submit(requests[:64])  # as many as the servers run at once
     engine.collect()
     others = [ServerConnection(server.url) for server in servers]
     try:
         for other in others:
-            other.post("/pause?mode=keep")  # so that nothing ends before the abort, however slow this process is
+            run_in_loop(
+                other.post("/pause?mode=keep")
+            )  # so that nothing ends before the abort, however slow this process is
         before = counted(servers, r"generation_tokens_total\{")
         engine.submit(requests[64:])
         until(lambda: num_connections(servers) >= 448)
@@ -133,7 +136,7 @@ def test_abort_leaves_nothing_in_the_servers(servers: list[VLLMServer]) -> None:
         until(lambda: num_connections(servers) < 64)
     finally:
         for other in others:
-            other.post("/resume")
+            run_in_loop(other.post("/resume"))
     assert len(drain(engine, [SegmentRequest(0, [5], 2)])[0].token_ids) <= 2
     until(lambda: not counted(servers, r"num_requests_(?:running|waiting)\{"))
     assert counted(servers, r"generation_tokens_total\{") - before < 448 * 500 / 4
@@ -158,7 +161,7 @@ def test_kill_of_one_of_two_servers_in_mid_batch(servers: list[VLLMServer], refe
     prompts = [[5 + i, *range(5, 25)] for i in range(24)]
     threading.Timer(0.5, servers[0].kill).start()
     trees = trees_of(engine, config, prompts)
-    while engine.num_lost == 0:  # a fast machine needs further batches until then
+    while engine.fleet.num_lost == 0:  # a fast machine needs further batches until then
         trees = trees_of(engine, config, prompts)
     assert [len(tree.leaves) for tree in trees] == [8] * 24
     for tree in trees[::6]:
@@ -166,5 +169,5 @@ def test_kill_of_one_of_two_servers_in_mid_batch(servers: list[VLLMServer], refe
         expected = full_logprobs(reference, tree.prompt_ids, completion)
         torch.testing.assert_close(torch.tensor(tree.logprobs(tree.leaves[-1])), expected, atol=1e-3, rtol=0)
     assert engine.num_resent > 0
-    assert [server.url for server in engine.living_servers()] == [servers[1].url]
+    assert [server.url for server in engine.fleet.living()] == [servers[1].url]
     engine.close()

@@ -15,8 +15,8 @@ from tests.support.server_policies import trainer_on, watch
 from tests.support.trainers import assert_same_parameters, watch_loss
 from tests.support.vllm_policies import logged
 from tests.support.vllm_servers import VLLMServer
-from treepo_trl.engines import server_pool
-from treepo_trl.engines.server_connection import ServerConnection
+from treepo_trl.servers import fleet
+from treepo_trl.servers.connection import ServerConnection, run_in_loop
 
 
 pytestmark = pytest.mark.vllm
@@ -33,6 +33,10 @@ train_and_write(*sys.argv[1:])
 @pytest.fixture(scope="module")
 def model(tiny_model_dir: str) -> str:
     return tiny_model_dir
+
+
+def versions_of(trainer: Any) -> Any:
+    return trainer.vllm_generation.fleet.policy
 
 
 def urls_of(servers: list[VLLMServer]) -> str:
@@ -62,13 +66,13 @@ def test_an_adapter_reaches_the_servers_at_each_step(model: str, servers: list[V
     assert max(logged(trainer, "engine/logp_difference_mean")) < 1e-3
     assert all(log["eval_reward"] > 0 for log in trainer.state.log_history if "eval_reward" in log)
     (folder,) = shared.iterdir()
-    names = trainer.vllm_generation.servers.versions.names
+    names = versions_of(trainer).names
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)
     assert len(names) == 2  # older ones are gone, here and on the servers
-    loaded = {each.id for each in ServerConnection(servers[0].url).models() if each.parent is not None}
+    loaded = set(run_in_loop(ServerConnection(servers[0].url).models()))
     assert set(names) == {name for name in loaded if name.startswith(names[0].rsplit("-", 1)[0])}
     in_16_bits = trainer_on(model, urls_of(servers), tmp_path / "16", bf16=True)
-    assert in_16_bits.vllm_generation.servers.bound > trainer.vllm_generation.servers.bound
+    assert in_16_bits.vllm_generation.fleet.reference.bound > trainer.vllm_generation.fleet.reference.bound
 
 
 def test_all_weights_reach_the_servers_at_each_step(model: str, servers: list[VLLMServer], tmp_path: Path) -> None:
@@ -77,8 +81,8 @@ def test_all_weights_reach_the_servers_at_each_step(model: str, servers: list[VL
     trainer.train()
     trainer.vllm_generation.sync_weights()
     assert_followed(found, [0, 1, 2])
-    versions = {ServerConnection(server.url).get("/weight_info")["weight_version"] for server in servers}
-    assert versions == {trainer.vllm_generation.servers.versions.name}
+    versions = {run_in_loop(ServerConnection(server.url).get("/weight_info"))["weight_version"] for server in servers}
+    assert versions == {versions_of(trainer).name}
     # An adapter on this base would be trained on samples of another model than the policy.
     other = trainer_on(model, urls_of(servers), tmp_path, max_steps=1, engine_check="warn")
     with pytest.raises(ValueError, match="another model than the policy"):
@@ -89,8 +93,8 @@ def test_all_weights_reach_the_servers_at_each_step(model: str, servers: list[VL
 def give_the_base_back(model: str, servers: list[VLLMServer]) -> None:
     for server in servers:
         call = {"method": "reload_weights", "kwargs": {"weights_path": model}}
-        ServerConnection(server.url).post("/collective_rpc", call)
-        ServerConnection(server.url).reset_prefix_cache()
+        run_in_loop(ServerConnection(server.url).post("/collective_rpc", call))
+        run_in_loop(ServerConnection(server.url).reset_prefix_cache())
 
 
 @pytest.mark.slow
@@ -148,7 +152,7 @@ def test_a_server_is_killed_and_comes_back(
     model: str, servers: list[VLLMServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of a batch: the other one takes over; the next step is on the right adapter, on both."""
-    monkeypatch.setattr(server_pool, "_LONGEST_WAIT", 0.25)
+    monkeypatch.setattr(fleet, "_LONGEST_WAIT", 0.25)
     trainer = trainer_on(model, urls_of(servers), tmp_path, max_steps=4)
     found, engine = watch(trainer), trainer.policy_engine.engine
     submit, told = engine.submit, []
@@ -161,13 +165,13 @@ def test_a_server_is_killed_and_comes_back(
         if trainer.state.global_step == 2 and len(told) == 1:  # in the middle of a batch too
             servers[0].start()
             servers[0].wait()
-            until(lambda: len(engine.living_servers()) == 2)
+            until(lambda: len(engine.fleet.living()) == 2)
             told.append("back")
 
     engine.submit = submit_and_kill
     trainer.train()
     assert told == ["killed", "back"]
-    assert engine.num_lost == 1
+    assert engine.fleet.num_lost == 1
     last = {step: (policy, theirs) for step, policy, theirs in found}
     assert [len(theirs) for _, theirs in last.values()] == [2, 2, 1, 2]
     for policy, theirs in last.values():
