@@ -57,10 +57,8 @@ HEAVY_ALLOWED = {
     "evaluation.estimators": set(),
     "evaluation.intervals": {"numpy"},
     "health": {"transformers"},
-    "health.history": set(),
     "health.examination": set(),
     "health.rules": set(),
-    "health.signs": set(),
     "health.reward_signal": set(),
     "health.runs": set(),
 }
@@ -169,7 +167,6 @@ def test_rooms_without_a_model_name_no_heavy_package(room: str) -> None:
         ("treepo_trl.turns", set()),
         ("treepo_trl.engines", set()),
         ("treepo_trl.evaluation", set()),
-        ("treepo_trl.health.rules", set()),
         ("treepo_trl.update.advantages", {"torch"}),
         ("treepo_trl.update.packing", {"torch"}),
     ],
