@@ -41,8 +41,11 @@ def write_trees(folder: Path, steps: int) -> Path:
     return write_run(folder, lines)
 
 
+RUN_REWARDS: list[list[float | None]] = [[1.0, 0.0, 0.5], [0.0, 0.0, None]]
+
+
 def test_a_step_of_the_tree_log_by_hand(tmp_path: Path) -> None:
-    lines = [logged_line(small_tree(), "Question", rewards, 3) for rewards in ([1.0, 0.0, 0.5], [0.0, 0.0, None])]
+    lines = [logged_line(small_tree(), "Question", rewards, 3) for rewards in RUN_REWARDS]
     run = logs_of_run(str(write_run(tmp_path, {3: lines})))
     assert run.sources == ["the tree log from step 4 to 4"]
     (log,) = run.logs
