@@ -11,13 +11,11 @@ from pathlib import Path
 import httpx
 import huggingface_hub
 import pytest
-from datasets import Dataset
 from huggingface_hub import constants
 
 from treepo_trl.apps import COMMANDS
 from treepo_trl.cli import main
 from treepo_trl.preflight import answer
-from treepo_trl.preflight.data_files import columns_of
 
 
 @pytest.fixture(autouse=True)
@@ -99,33 +97,6 @@ def test_a_right_command_line_is_told_nothing(tmp_path: Path, capsys: pytest.Cap
     asked("view", str(tmp_path), str(tasks), "--health")
     asked("sample", "--model_name_or_path", "some/model", "--num_generations", "4")
     assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "columns"),
-    [
-        ("a.jsonl", '{"question": "x"}\n\n{"answer": 2}\n', ["question", "answer"]),
-        ("b.csv", '"question","answer, exact"\n1,2\n', ["question", "answer, exact"]),
-        ("bom.csv", "\ufeffprompt,answer\n1,2\n", ["prompt", "answer"]),
-        ("late.csv", "\n\nprompt,answer\n1,2\n", ["prompt", "answer"]),
-        ("c.txt", "a line\n", ["text"]),
-        ("d.jsonl", "no JSON\n", None),
-        ("e.json", '[\n{"question": "x"}\n]\n', None),  # `datasets` reads it
-        ("f.json", '[{"question": "x"}]\n', None),
-    ],
-)
-def test_columns_of_a_file(name: str, text: str, columns: list[str] | None, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(text)
-    assert columns_of(str(tmp_path / name)) == columns
-
-
-def test_a_training_needs_prompts(tmp_path: Path) -> None:
-    file = tmp_path / "tasks.parquet"
-    Dataset.from_dict({"question": ["x"], "answer": ["y"]}).to_parquet(str(file))
-    with pytest.raises(ValueError, match=r"no column 'prompt', only question, answer"):
-        asked("train", "--dataset_name", str(file))
-    asked("train", "--dataset_name", str(file), "--environment", "json:JSONDecoder")  # which may give the prompts
-    asked("eval", "--dataset_name", str(file))  # which names its columns by options
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ Standard library, YAML, and the hub's client where a name is one of the hub.
 
 from .answers import answer
 from .config_file import check_config, check_options
-from .data_files import BUILDERS, check_data_file, no_prompt_column, require_run
+from .data_files import BUILDERS, check_data_file, require_run
 from .import_paths import check_import_path
 from .models import require_model
 from .quiet import quiet_terminal
@@ -19,7 +19,6 @@ __all__ = [
     "check_data_file",
     "check_import_path",
     "check_options",
-    "no_prompt_column",
     "quiet_terminal",
     "require_model",
     "require_run",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import cast
 
 from .config_file import check_options, split_words
-from .data_files import check_data_file, columns_of, no_prompt_column, require_run
+from .data_files import check_data_file, require_run
 from .import_paths import check_import_path
 from .models import check_hub, require_model
 from .option_table import load_table, save_table, table_file
@@ -32,8 +32,8 @@ def answer(command: str, argv: list[str], parsers: Parsers) -> None:
             the cache.
 
     Raises:
-        ValueError: for an option that the command does not have, a file that is missing or lacks its prompts, a model
-            that is neither here nor can be loaded.
+        ValueError: for an option that the command does not have, a file that is missing, a model that is neither here
+            nor can be loaded.
     """
     file = table_file(command)
     kept = load_table(file)
@@ -58,9 +58,6 @@ def _check_names(command: str, given: dict[str, object]) -> None:
     data, model = None if given.get("datasets") else given.get("dataset_name"), given.get("model_name_or_path")
     if isinstance(data, str) and command in _READ_DATA:
         check_data_file(data)
-        columns = columns_of(data) if command == "train" and not given.get("environment") else None
-        if columns is not None and "prompt" not in columns:
-            raise no_prompt_column(columns)
     runs = given.get("runs", given.get("run"))  # of `view` and `export`
     for run in runs if isinstance(runs, list) else [runs]:
         if isinstance(run, str) and run:

@@ -8,7 +8,6 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from treepo_trl.preflight import no_prompt_column
 from treepo_trl.treepo_config import TreePOConfig
 from treepo_trl.trl.host import Host, tokenizes_as_trl
 
@@ -79,13 +78,20 @@ def _check_columns(dataset: object, has_environments: bool) -> None:
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":  # rows have the columns of a transform
         return
     if "prompt" not in columns and not has_environments:
-        raise no_prompt_column(columns)
+        raise _no_prompt_column(columns)
     images = sorted({"image", "images"} & set(columns))
     if images:
         raise ValueError(
             f"The dataset has the column '{images[0]}': image prompts are not supported yet by `TreePOTrainer`. "
             "Remove the column, or use `GRPOTrainer`."
         )
+
+
+def _no_prompt_column(columns: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"The dataset has no column 'prompt', only {', '.join(columns) or 'none at all'}. Rename the column "
+        "that holds the prompts, as text or as a list of messages, to 'prompt'."
+    )
 
 
 def _check_size(args: TreePOConfig, num_prompts: int) -> None:
@@ -185,7 +191,7 @@ def check_rows(trainer: GRPOTrainer, rows: Iterable[Mapping[str, object]]) -> No
         if "prompt" not in row:
             if trainer.environment_factories is not None:
                 continue
-            raise no_prompt_column(row)
+            raise _no_prompt_column(row)
         prompt = row["prompt"]
         if isinstance(prompt, str):
             if trainer.tools or trainer.environment_factories is not None:

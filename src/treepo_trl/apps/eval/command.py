@@ -21,7 +21,7 @@ from .adapters import check_adapters, labels_of, tell_of_tokenizers
 from .arguments import EvalArguments, checked_ks
 from .data import EvalSet, load_eval_set
 from .output import EvalFolder, opened_folder
-from .scores import Samples, Scorer, make_scorers, prompt_values
+from .scores import Scorer, make_scorers, prompt_values
 from .table import results_of, results_table
 
 
@@ -169,4 +169,4 @@ def scored(evaluation: Evaluation, trees: list[SegmentTree]) -> list[dict[str, f
     ]
     with_majority = evaluation.eval_set.answer_of is not None
     num_samples = evaluation.config.num_generations
-    return prompt_values(Samples(trees, texts), evaluation.scorers, evaluation.ks, num_samples, with_majority)
+    return prompt_values(trees, texts, evaluation.scorers, evaluation.ks, num_samples, with_majority)
