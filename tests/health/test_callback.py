@@ -50,11 +50,6 @@ def test_a_reward_function_that_scores_nothing(
     assert line.startswith("Health, step 2: completions get no reward: no reward function scored any completion")
 
 
-def test_a_learning_rate_of_nothing(tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture) -> None:
-    run(tmp_path, tiny_model_dir, learning_rate=0.0)
-    assert any("step 5: the policy does not move: the learning rate was 0" in line for line in warnings_of(caplog))
-
-
 # A word in six ends a path, so that completions are short and the cap is far.
 SHORT: dict[str, Any] = {
     "stop_pattern": r"w1\d",

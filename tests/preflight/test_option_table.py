@@ -91,7 +91,9 @@ def test_other_versions_have_other_tables(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(set(files)) == 5
 
 
-def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_there", [False, True])
+def test_without_a_folder_nothing_is_kept(is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no home, and where the folder cannot be written."""
     from treepo_trl.apps.completion.command import command_parser
 
     def no_home(*_: object) -> Path:
@@ -99,16 +101,9 @@ def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
-    file = table_file("completion")
-    save_table(file, command_parser(), command_parser())
-    assert load_table(file) is None
-
-
-def test_a_folder_that_cannot_be_written_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from treepo_trl.apps.completion.command import command_parser
-
-    (tmp_path / "treepo-trl").touch()  # a file where the folder would be
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if is_there:
+        (tmp_path / "treepo-trl").touch()  # a file where the folder would be
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     file = table_file("completion")
     save_table(file, command_parser(), command_parser())
     assert load_table(file) is None

@@ -51,11 +51,6 @@ def test_paths_that_are_alike_split_evenly_and_the_rest_by_chance() -> None:
     assert all(mean == pytest.approx(1.5, abs=0.15) for mean in means)
 
 
-def test_without_knowledge_the_width_is_the_square_root_of_the_depth() -> None:
-    widths = square_root_widths([1.0] * 9, [1.0] * 9, 15)
-    assert widths == pytest.approx([5 * math.sqrt(depth) for depth in range(1, 10)])
-
-
 def noise_times_price(widths: list[float], tokens: list[float], alive: list[float]) -> float:
     """Of widths by depth, where a depth resolves variance in proportion to its tokens."""
     lengths = list(itertools.accumulate(c / a for c, a in zip(tokens, alive, strict=True)))

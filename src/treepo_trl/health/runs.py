@@ -9,7 +9,7 @@ from typing import cast
 from treepo_trl.checkpoints import STATE_FILE
 from treepo_trl.metrics import tree_metrics, tree_totals
 from treepo_trl.sampling import SamplingStats, SegmentTree
-from treepo_trl.sampling.json_lines import COUNT, LIST, OBJECT, check_list, check_value, parse_line
+from treepo_trl.sampling.json_lines import COUNT, OBJECT, check_list, check_value, parse_line
 from treepo_trl.tree_log import TreeLogLine, logged_steps, read_trees
 
 from .reward_signal import signal_metrics, signal_sums
@@ -88,8 +88,7 @@ def _read_state(path: Path) -> tuple[int, list[Mapping[str, object]]]:
         check_value(state, "the file", OBJECT)
         fields = cast("dict[str, object]", state)
         check_value(fields.get("global_step"), "global_step", COUNT)
-        check_value(fields.get("log_history"), "log_history", LIST)
-        check_list(fields["log_history"], "log_history", OBJECT)
+        check_list(fields.get("log_history"), "log_history", OBJECT)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return cast(int, fields["global_step"]), cast("list[Mapping[str, object]]", fields["log_history"])
