@@ -11,7 +11,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,7 +33,6 @@ _FORMATTERS = {
     each.__name__: each for each in (DefaultsFormatter, argparse.RawDescriptionHelpFormatter, argparse.HelpFormatter)
 }
 _KINDS = {"_HelpAction": "help", "_StoreTrueAction": "store_true", "_StoreFalseAction": "store_false"}
-_TYPES: dict[str, Callable[[str], object]] = {"int": int, "float": float}
 _KEPT_SECONDS = 30 * 24 * 3600
 _STANDS_ON = ("treepo-trl", "trl", "transformers", "accelerate")  # whose dataclasses and parser have the options
 
@@ -48,7 +46,7 @@ def cache_folder() -> Path:
 
 
 def as_data(parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """A parser as JSON can hold it. Types other than numbers are left out, so their values are not checked."""
+    """A parser as JSON can hold it. Types are left out: the parser itself checks what it converts."""
     return {
         "prog": parser.prog,
         "usage": parser.usage,
@@ -68,25 +66,7 @@ def _action_as_data(action: argparse.Action) -> dict[str, Any]:
     if kind == "store":
         data |= {"nargs": action.nargs, "metavar": action.metavar}
         data["choices"] = None if action.choices is None else [str(choice) for choice in action.choices]
-        data["type"] = getattr(action.type, "__name__", None)
-        data["takes_none"] = _takes_none(action.type)
     return data
-
-
-def _takes_none(parse: object) -> bool:
-    """Whether a type of TRL's parser is that of an optional value, which `none` unsets."""
-    try:
-        return callable(parse) and parse("none") is None
-    except (ValueError, TypeError, argparse.ArgumentTypeError):
-        return False
-
-
-def _or_none(parse: Callable[[str], object]) -> Callable[[str], object]:
-    def parsed(text: str) -> object:
-        return None if text.lower() in ("none", "null") else parse(text)
-
-    parsed.__name__ = parse.__name__  # argparse names it in errors
-    return parsed
 
 
 def as_parser(data: dict[str, Any]) -> argparse.ArgumentParser:
@@ -105,9 +85,6 @@ def as_parser(data: dict[str, Any]) -> argparse.ArgumentParser:
         options["action"] = each["kind"]
         if options.get("default") == argparse.SUPPRESS:
             options["default"] = argparse.SUPPRESS  # which argparse knows by its identity
-        if each.get("type") in _TYPES and "choices" not in options:
-            parse = _TYPES[each["type"]]
-            options["type"] = _or_none(parse) if each.get("takes_none") else parse
         if each["names"]:
             options["dest"] = each["dest"]
         parser.add_argument(*(each["names"] or [each["dest"]]), **options)
