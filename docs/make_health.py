@@ -20,13 +20,13 @@ A training can go on for hours and learn nothing.
 `TreePOTrainer` reads its own logs and says in one line what is no longer usual:
 
 ```
-Health, step 5: prompts are too hard, or the reward never matches: in 100% of the prompts all completions had the same
-reward, over 5 logs, at a mean reward of 0. Usual: below 90% of the prompts. Look at the completions and what ...
+Health, step 5: most prompts teach nothing: in 100% of the prompts all completions had the same reward, over 5 logs,
+at a mean reward of 0. Usual: below 90% of the prompts. Look at the mean reward. If it is low: the completions and ...
 ```
 
 A line names what was seen, what is usual and where to look.
 It is a warning of the first process, and the training goes on unchanged.
-Each illness is told once, and again only when it has become twice as bad.
+Each illness is told once.
 A resumed training does not repeat what was told before its checkpoint.
 
 To switch it off:
@@ -57,10 +57,10 @@ With `logging_steps` above 1, a log is the mean of so many steps.
 CLOSING = """\
 ## What they cannot tell
 
-- The range of rewards is not known. It is guessed from means and deviations, with 0 as one of the rewards.
-  *Too hard* and *too easy* are told apart by its middle.
-- If all rewards of a training are 0, *too hard* is told, though 0 may be the best of penalties.
+- The range of rewards is not known, so *equal-rewards* does not say whether prompts are too hard or too easy. Its mean
+  reward does.
 - With few prompts a batch, the share of prompts with equal rewards is known late: it is averaged over 40 prompts.
+  A log without `tree/prompts` counts as one.
 - Five logs are few. A rule says what to look at, not what is wrong.
 - A rule is silent without its metrics: *engine* needs vLLM.
 - Jumps of gradient and KL, entropy, and a held-out reward that falls are not examined: what to do about them is no

@@ -164,11 +164,6 @@ def test_a_stream_goes_on_where_it_was() -> None:
     assert resumed.position == whole.position
 
 
-def test_an_empty_dataset_is_an_error_here_too() -> None:
-    with pytest.raises(ValueError, match="Pass 1 over the training dataset gave no example"):
-        stream_of(labelled(""), PassRates()).take(1)
-
-
 def test_a_row_without_a_hash_is_named_by_its_column() -> None:
     """A transform may give anything."""
     with pytest.raises(ValueError, match=r"the column 'words' cannot be hashed \(cannot pickle 'generator' object\)"):

@@ -35,13 +35,11 @@ def even_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 def test_a_reward_that_never_matches(tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture) -> None:
     run(tmp_path, tiny_model_dir, nothing_reward, learning_rate=1e-3, per_device_train_batch_size=8 * NUM_GENERATIONS)
-    told = [line for line in warnings_of(caplog) if "too hard" in line]
-    assert len(told) == 1
-    assert told[0].startswith(
-        "Health, step 5: prompts are too hard, or the reward never matches: in 100% of the prompts all completions "
-        "had the same reward, over 5 logs, at a mean reward of 0. Usual: "
+    (told,) = [line for line in warnings_of(caplog) if "cut off" not in line]  # nor is it told that nothing moves
+    assert told.startswith(
+        "Health, step 5: most prompts teach nothing: in 100% of the prompts all completions had the same reward, over "
+        "5 logs, at a mean reward of 0. Usual: "
     )
-    assert not any("does not move" in line for line in warnings_of(caplog))  # that is why the gradient is 0
 
 
 def test_a_reward_function_that_scores_nothing(
@@ -50,11 +48,6 @@ def test_a_reward_function_that_scores_nothing(
     run(tmp_path, tiny_model_dir, none_reward, steps=3)
     (line,) = warnings_of(caplog)
     assert line.startswith("Health, step 2: completions get no reward: no reward function scored any completion")
-
-
-def test_a_learning_rate_of_nothing(tmp_path: Path, tiny_model_dir: str, caplog: pytest.LogCaptureFixture) -> None:
-    run(tmp_path, tiny_model_dir, learning_rate=0.0)
-    assert any("step 5: the policy does not move: the learning rate was 0" in line for line in warnings_of(caplog))
 
 
 # A word in six ends a path, so that completions are short and the cap is far.

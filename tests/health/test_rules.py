@@ -1,9 +1,7 @@
 """Each illness by hand: a healthy training in which some metrics are changed, and what rewards say about prompts."""
 
 import math
-import random
 from collections.abc import Sequence
-from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -50,46 +48,23 @@ def findings_of(changes: dict[str, Values], without: Sequence[str] = ()) -> list
     return found
 
 
-SHORT = {"equal": "tree/equal_rewards_frac", "std": "reward_std"}
-
-
-def logs(**values: float | Values) -> dict[str, Values]:
-    """Metrics of rewards, the same in 20 logs where they are numbers."""
-    found = {name: [each] * 20 if isinstance(each, int | float) else each for name, each in values.items()}
-    return {SHORT.get(name, name): each for name, each in found.items()}
+def equal(reward: float, prompts: float | None = 8.0, count: int = 20) -> dict[str, Values]:
+    """Prompts all of whose completions have the same reward, in so many logs."""
+    return {"tree/equal_rewards_frac": [1.0] * count, "tree/prompts": [prompts] * count, "reward": [reward] * count}
 
 
 CASES: list[tuple[str, dict[str, Values], int, str]] = [
     # (4 * 0.85 + 1.0) / 5 = 0.88 in the window that ends at step 11, (3 * 0.85 + 2 * 1.0) / 5 = 0.91 in the next.
     (
-        "too-hard",
-        logs(equal=[0.85] * 10 + [1.0] * 10, reward=0.0, std=0.0),
+        "equal-rewards",
+        {"tree/equal_rewards_frac": [0.85] * 10 + [1.0] * 10, "reward": [0.0] * 20},
         12,
         "in 91% of the prompts all completions had the same reward, over 5 logs, at a mean reward of 0.",
     ),
-    ("too-hard", logs(equal=1.0, std=0.0, reward=-1.0), 5, "at a mean reward of -1."),
-    # Of rewards 0 and 1, one in 50: their deviation is (0.02 * 0.98) ** 0.5 = 0.14.
-    ("too-hard", logs(equal=0.95, reward=0.02, std=0.14), 5, "0.02."),
-    ("too-easy", logs(equal=1.0, std=0.0, reward=1.0), 5, "at a mean reward of 1."),
-    # Penalties: of rewards 0 and -1, one in 50, and all but one.
-    ("too-easy", logs(equal=0.95, reward=-0.02, std=0.14), 5, "-0.02."),
-    ("too-hard", logs(equal=0.95, reward=-0.98, std=0.14), 5, "-0.98."),
-    # 40 prompts are 20 logs of 2, and 40 of 1 that does not say so.
-    ("too-hard", {**logs(equal=1.0, std=0.0, reward=0.0), "tree/prompts": [2.0] * 20}, 20, "over 20 logs"),
-    (
-        "too-hard",
-        {**logs(equal=[1.0] * 40, reward=[0.0] * 40, std=[0.0] * 40), "tree/prompts": [None] * 40},
-        40,
-        "over 40 logs",
-    ),
-    ("all-or-nothing", {"tree/equal_rewards_frac": [0.97] * 20}, 5, "at a mean reward of 0.5, and prompts differ."),
-    # Learned first: at step 23, 18 of the last 20 logs are equal.
-    (
-        "too-easy",
-        logs(equal=[0.0] * 5 + [1.0] * 20, reward=[0.2] * 5 + [1.0] * 20, std=[0.4] * 5 + [0.0] * 20),
-        23,
-        "in 90% of the prompts all completions had the same reward, over 20 logs",
-    ),
+    ("equal-rewards", equal(-1.0), 5, "at a mean reward of -1."),
+    # 40 prompts are 20 logs of 2, and 40 of 1 or of a number that was not logged.
+    ("equal-rewards", equal(1.0, 2.0), 20, "over 20 logs, at a mean reward of 1."),
+    ("equal-rewards", equal(0.5, None, 40), 40, "over 40 logs, at a mean reward of 0.5."),
     ("unscored", {"reward": [0.5] * 10 + [None] * 10}, 12, "no reward function scored any completion"),
     ("unscored", {"reward": [math.nan] * 20}, 2, "no reward function scored any completion"),
     (
@@ -150,8 +125,7 @@ def test_every_rule_has_an_illness() -> None:
     [
         {},
         {"tree/equal_rewards_frac": [0.89] * 20, "reward": [0.0] * 20},
-        # Learned, and not for long.
-        logs(equal=[0.0] * 5 + [1.0] * 17, reward=[0.2] * 5 + [1.0] * 17, std=[0.4] * 5 + [0.0] * 17),
+        {"tree/equal_rewards_frac": [0.0, 1.0] * 10, "tree/prompts": [1.0] * 20},
         {"reward": [0.5, None] * 10},
         {"rewards/second/mean": [0.5, None, None, None, None] * 4},  # functions of rare tasks
         {"tree/finish_length_frac": [0.29] * 20},
@@ -174,53 +148,13 @@ def test_other_names_of_the_same_metrics() -> None:
     """Of stock GRPOTrainer, and of a run without the check of the engine."""
     trees = [name for name in HEALTHY if name.startswith(("tree/", "engine/"))]
     changes: dict[str, Values] = {
-        "frac_reward_zero_std": [1.0, 0.875] * 10,  # of 8 prompts, as the eighths show
-        "reward": [0.0] * 20,
-        "reward_std": [0.0] * 20,
+        "frac_reward_zero_std": [1.0, 0.875] * 20,
         "completions/clipped_ratio": [0.5] * 20,
         "sampling/sampling_logp_difference/mean": [0.7] * 20,
         "completions/mean_length": [10.0] * 10 + [20.0] * 10,
     }
-    assert [finding.rule.name for finding in findings_of(changes, trees)] == ["engine", "too-hard", "cut", "length"]
-
-
-# Few prompts
-
-
-def few_prompts(chance: random.Random, prompts: int, equal: float, is_told: bool) -> set[str]:
-    """Rules that fire in 300 steps: some prompts have equal rewards of 0 or of 1, the others both."""
-    examination, found = Examination(), set()
-    for step in range(300):
-        groups = [[chance.choice([0, 1])] * 8 if chance.random() < equal else [0, 1] * 4 for _ in range(prompts)]
-        rewards = [reward for group in groups for reward in group]
-        log = {
-            "step": step + 1,
-            "frac_reward_zero_std": fmean(len(set(group)) == 1 for group in groups),
-            "reward": fmean(rewards),
-            "reward_std": stdev(rewards),
-        }
-        found |= {
-            finding.rule.name for finding in examination.add(log | ({"tree/prompts": prompts} if is_told else {}))
-        }
-    return found
-
-
-@pytest.mark.parametrize(("prompts", "is_told"), [(1, False), (1, True), (4, False), (4, True), (8, False)])
-def test_few_prompts_a_batch(prompts: int, is_told: bool) -> None:
-    chance = random.Random(prompts)
-    assert [few_prompts(chance, prompts, 0.44, is_told) for _ in range(6)] == [set()] * 6
-    assert few_prompts(chance, prompts, 1.0, is_told) == {"all-or-nothing"}
-
-
-# Once, and again
-
-
-def test_an_illness_is_told_again_when_it_is_twice_as_bad() -> None:
-    distances = [0.2] * 5 + [0.39] * 5 + [0.41] * 5 + [0.9] * 5
-    found = findings_of({"engine/logp_difference_mean": distances})
-    # Means of three: 0.2 from step 3 on, (0.39 + 2 * 0.41) / 3 = 0.403 at step 12, and (0.41 + 2 * 0.9) / 3 = 0.737 is
-    # not yet twice as much.
-    assert [finding.step for finding in found] == [3, 12, 18]
+    found = [finding.rule.name for finding in findings_of(changes, trees)]
+    assert found == ["engine", "cut", "length", "equal-rewards"]
 
 
 def test_one_log_of_many_steps_may_be_an_overflow() -> None:

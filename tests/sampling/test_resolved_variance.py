@@ -7,7 +7,6 @@ import pytest
 
 from treepo_trl.sampling.resolved_variance import DepthStatistics
 from treepo_trl.sampling.tree import SegmentTree
-from treepo_trl.sampling.widths import square_root_widths
 
 
 def random_tree(rng: random.Random, deviations: list[float]) -> tuple[SegmentTree, list[float]]:
@@ -52,8 +51,8 @@ def test_by_hand() -> None:
             tree.add(parent, [4], finish_reason="stop")
     seen = DepthStatistics.of_depth(3)
     seen.add(tree, [1.0, 0.0, 0.0, 0.0])
-    # Second level: sample variances 1/2 and 0, of weight 1/2 each. First: values 1/2 and 0 differ by 1/8 of variance,
-    # which is what two leaves per value leave of a quarter.
+    # Second level: half squared differences 1/2 and 0, of weight 1/2 each. First: of the four pairs two differ by 1,
+    # which is a quarter, and all of that is what the second level resolves.
     assert seen.resolved() == [0.0, 0.25, None]
     assert (seen.alive, seen.tokens) == ([1.0, 1.0, 0.0], [1.5, 1.0, 0.0])
 
@@ -89,17 +88,24 @@ def test_numbers_go_to_a_flat_list_and_back() -> None:
         DepthStatistics.from_flat(seen.flat(), 5)
 
 
-def test_with_evidence_the_variance_is_the_measured_one_and_without_as_the_tokens() -> None:
-    rng, deviations = random.Random(1), [0.1, 0.1, 1.0, 1.0]
-    seen = DepthStatistics.of_depth(4)
-    for _ in range(3000):
-        seen.add(*random_tree(rng, deviations))
-    assert seen.resolved_by_paths() == pytest.approx([0.01, 0.01, 1, 1], abs=0.05)
-    assert square_root_widths(*seen.shape(), 16) == pytest.approx(square_root_widths([1.0] * 4, [1.0] * 4, 16))
-    seen.groups = [0.0] * 4
-    assert seen.resolved_by_paths() == pytest.approx([sum(seen.resolved()) / 4] * 4)
+def test_paths_that_have_ended_resolve_nothing_deeper(rng: random.Random) -> None:
+    """Half of the paths end with their first segment, and the others add a variance of 1 to its 4."""
+    seen = DepthStatistics.of_depth(2)
+    for _ in range(4000):
+        tree, rewards = SegmentTree([0]), list[float]()
+        for i in range(2):
+            first = rng.gauss(0, 2)
+            node = tree.add(None, [1], finish_reason="stop" if i else None)
+            rewards += [first] if i else [first + rng.gauss(0, 1) for _ in range(2)]
+            if not i:
+                for _ in range(2):
+                    tree.add(node, [1], finish_reason="stop")
+        tree.sort_leaves()
+        seen.add(tree, rewards)
+    assert seen.resolved() == pytest.approx([4, 1], abs=0.3)
+    assert seen.shape() == ([1, 0.5], [1, 0.5])
 
 
 def test_an_older_batch_counts_less() -> None:
-    seen = DepthStatistics(1.0, [2.0], [4.0], [1.0], [1.0], [0.5], [[0.0]])
+    seen = DepthStatistics(1.0, [2.0], [4.0], [1.0], [0.5])
     assert seen.then(seen).flat() == pytest.approx([1.97 * value for value in seen.flat()])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.support.fakes import EOS, MarkovEngine
 from tests.support.sampling import make_config
 from treepo_trl.sampling import TreeSampler
-from treepo_trl.sampling.widths import heaviest_first, predicted_noise, square_root_widths
+from treepo_trl.sampling.widths import heaviest_first, square_root_widths
 
 
 WEIGHTS = st.lists(st.sampled_from([0.05, 0.1, 0.2, 0.25, 0.4, 1.0]), min_size=1, max_size=4)
@@ -51,26 +51,26 @@ def test_paths_that_are_alike_split_evenly_and_the_rest_by_chance() -> None:
     assert all(mean == pytest.approx(1.5, abs=0.15) for mean in means)
 
 
-def test_without_knowledge_the_width_is_the_square_root_of_the_depth() -> None:
-    widths = square_root_widths([1.0] * 9, [1.0] * 9, 15)
-    assert widths == pytest.approx([5 * math.sqrt(depth) for depth in range(1, 10)])
+def noise_times_price(widths: list[float], tokens: list[float], alive: list[float]) -> float:
+    """Of widths by depth, where a depth resolves variance in proportion to its tokens."""
+    lengths = list(itertools.accumulate(c / a for c, a in zip(tokens, alive, strict=True)))
+    noise = sum(c * length / n for c, length, n in zip(tokens, lengths, widths, strict=True))
+    return noise * sum(c * n for c, n in zip(tokens, widths, strict=True))
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 2), st.floats(0.5, 1)), min_size=2, max_size=5), st.integers())
 def test_no_other_widths_have_less_noise_for_the_price(depths: list[tuple[float, float]], seed: int) -> None:
-    """Where a depth resolves in proportion to its tokens."""
     alive = list(itertools.accumulate((share for _, share in depths), lambda before, share: before * share))
     alive = [1.0, *alive[1:]]
     tokens = [c for c, _ in depths]
-    # At a large scale, so that no width is below one path.
-    widths = square_root_widths(tokens, alive, 10**6)
-    best = predicted_noise([n + 1 for n in widths], tokens, tokens, alive)
+    widths = square_root_widths(tokens, alive, 16)
+    best = noise_times_price(widths, tokens, alive)
     rng = random.Random(seed)
     for _ in range(50):
-        other = sorted(n * math.exp(rng.gauss(0, 0.3)) for n in widths)
-        assert best <= predicted_noise([n + 1 for n in other], tokens, tokens, alive) * (1 + 1e-4)
+        other = [n * math.exp(rng.gauss(0, 0.3)) for n in widths]
+        assert best <= noise_times_price(other, tokens, alive) * (1 + 1e-12)
     ending = [a - b for a, b in zip(alive, [*alive[1:], 0.0], strict=True)]
-    assert sum(n * share for n, share in zip(widths, ending, strict=True)) == pytest.approx(10**6)
+    assert sum(n * share for n, share in zip(widths, ending, strict=True)) == pytest.approx(16)
 
 
 def test_paths_that_have_ended_take_their_share_of_the_width_with_them() -> None:
@@ -89,30 +89,11 @@ def test_a_prompt_has_two_children_at_least(width: float, num_generations: int, 
     assert math.floor(number) <= len(tree.root_children) <= math.ceil(number)
 
 
-def test_widths_and_their_noise_by_hand() -> None:
-    """
-    Half of the weight ends with the first segment of 4 tokens; the others have another 4, so S = 4 and 8 tokens.
-
-    With the same variance v = 1 at both depths, at c = 4 and 0.5 * 4 tokens of all paths.
-    """
-    resolved, tokens, alive = [1.0, 1.0], [4.0, 2.0], [1.0, 0.5]
+def test_widths_by_hand() -> None:
+    """Half of the weight ends with the first segment of 4 tokens; the others have another 4, so S = 4 and 8 tokens."""
     # n ~ sqrt(4), sqrt(8); a tree of n, sqrt(2) n has n / 2 + sqrt(2) n / 2 leaves.
     first = 12 / (1 + math.sqrt(2))
-    assert square_root_widths(tokens, alive, 6) == pytest.approx([first, math.sqrt(2) * first])
-    # Noise and price of one path everywhere: 4 + 8 and 4 + 2.
-    assert predicted_noise([4, 8], resolved, tokens, alive) == pytest.approx(
-        (4 / 4 + 8 / 8) * (4 * 4 + 2 * 8) / (12 * 6)
-    )
-    # A width is a mean, so it counts with its fraction.
-    assert predicted_noise([1.5, 2.5], resolved, tokens, alive) == pytest.approx(
-        (4 / 1.5 + 8 / 2.5) * (4 * 1.5 + 2 * 2.5) / (12 * 6)
-    )
-    # Below one there is one path all the same: neither more noise nor fewer tokens than of one.
-    assert predicted_noise([0.25, 2], resolved, tokens, alive) == pytest.approx((4 + 8 / 2) * (4 + 2 * 2) / (12 * 6))
-
-
-def test_one_width_everywhere_is_as_noisy_as_independent_completions() -> None:
-    assert predicted_noise([16] * 3, [0.2, 0.1, 0.4], [8, 6, 2], [1, 0.8, 0.3]) == pytest.approx(1)
+    assert square_root_widths([4.0, 2.0], [1.0, 0.5], 6) == pytest.approx([first, math.sqrt(2) * first])
 
 
 def test_the_schedule_opens_as_many_paths_as_its_widths() -> None:

@@ -113,11 +113,7 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "plan": (TreePOScriptArguments, TreePOConfig, ModelConfig, DatasetMixtureConfig, PlanArguments),
     "sample": (SampleArguments, EngineArguments, SamplingOptions, TreeSamplingConfig),
 }
-BEHIND_THE_PARSER = {
-    "train": "train.command.train",
-    "plan": "plan.command.plan_training",
-    "sample": "sample.command.load_tokenizer",
-}
+BEHIND_THE_PARSER = {"train": "train", "plan": "plan_training", "sample": "load_tokenizer"}
 
 
 class Parsed(BaseException):

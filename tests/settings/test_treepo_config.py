@@ -193,18 +193,6 @@ def test_command_line(tmp_path: Path, values: dict[str, Any]) -> None:
     assert_parses(tmp_path, [word for pair in pairs for word in pair], {}, values)
 
 
-def test_command_line_takes_one_initial_branching_factor(tmp_path: Path) -> None:
-    arguments = ["--initial_branching_factor", "3", "--branch_schedule", "early"]
-    assert_parses(tmp_path, arguments, {}, {"initial_branching_factor": [3, 3], "branch_schedule": "early"})
-
-
-@pytest.mark.parametrize("flag", ["--branching_policy", "--advantage_estimator"])
-def test_command_line_refuses_unknown_choices(tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        assert_parses(tmp_path, [flag, "nonsense"], {}, {})
-    assert "nonsense" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("initial", "expected"), [(4, [4, 4]), ([2, 8], [2, 8]), ([3], [3, 3])])
 def test_yaml(tmp_path: Path, initial: Any, expected: list[int]) -> None:
     values = {**OTHER, "initial_branching_factor": initial}

@@ -1,6 +1,5 @@
 """The widths of a training's trees: learned from its batches, kept in its checkpoints."""
 
-import math
 from typing import cast
 
 from accelerate import Accelerator
@@ -10,7 +9,6 @@ from treepo_trl.checkpoints import saved_values
 from treepo_trl.metrics import sum_over_processes
 from treepo_trl.sampling import SegmentTree
 from treepo_trl.sampling.resolved_variance import DepthStatistics
-from treepo_trl.sampling.widths import predicted_noise
 from treepo_trl.treepo_config import TreePOConfig
 
 
@@ -64,7 +62,7 @@ class WidthSchedule:
                 Adds up the processes.
 
         Returns:
-            Metrics under `tree/`: resolved variance and width of each depth, and the noise that is predicted of them.
+            Metrics under `tree/`: resolved variance and width of each depth.
         """
         saved_values(state)[_EXPECTED_LENGTH] = max(round(mean_length), 1)
         depth = self.args.max_tree_depth
@@ -83,9 +81,6 @@ class WidthSchedule:
         widths = self._widths_after(seen)
         if widths is not None:
             metrics |= {f"tree/width/{i}": width for i, width in enumerate(widths)}
-            noise = predicted_noise(widths, seen.resolved_by_paths(), *seen.shape())
-            if not math.isnan(noise):
-                metrics["tree/predicted_noise"] = noise
         return metrics
 
     def _widths_after(self, seen: DepthStatistics) -> list[float] | None:
@@ -96,5 +91,5 @@ class WidthSchedule:
         flat = cast("list[float] | None", saved_values(state).get(_DEPTHS))
         try:
             return None if flat is None else DepthStatistics.from_flat(flat, self.args.max_tree_depth)
-        except ValueError:  # a checkpoint with other lengths of segments or completions
+        except ValueError:  # a checkpoint with other lengths of segments or completions, or of an older version
             return None

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from treepo_trl.model_support import without_adapter
 
 from .base import SamplingOptions, SegmentRequest, SegmentResult
-from .own_model import OwnModelEngine, Row, compare_with_plain_forward, no_cache_argument
+from .own_model import OwnModelEngine, Row, affordable_bytes, compare_with_plain_forward, no_cache_argument
 
 
 @dataclass(eq=False)
@@ -68,7 +68,7 @@ class ForkedCacheEngine(OwnModelEngine):
         if "logits_to_keep" not in arguments:
             raise ValueError(no_cache_argument(base))
         self._takes_positions = "position_ids" in arguments
-        affordable = _affordable_bytes(model.device)
+        affordable = affordable_bytes(model.device)
         self.max_batch_bytes = affordable if max_batch_bytes is None else max_batch_bytes
         self._states = _States(affordable if max_cached_bytes is None else max_cached_bytes)
         self._groups: list[_Group] = []
@@ -151,18 +151,14 @@ class ForkedCacheEngine(OwnModelEngine):
         if not self._has_compared:
             compare_with_plain_forward(self.model, group.rows[0].path, logits[0])
             self._has_compared = group.rows[0].position > 0  # a first token has no state before it
-        histories = [row.path for row in group.rows] if self._draw.reads_history else []
-        token_ids, logprobs, entropies = self._draw(logits, histories)
         results, running = [], []
-        for slot, row in enumerate(group.rows):
-            entropy = None if entropies is None else entropies[slot]
-            result = row.add(token_ids[slot], logprobs[slot], entropy, self.eos_token_ids)
+        for slot, result in enumerate(self._draw_next(group.rows, logits)):
             if result is None:
                 running.append(slot)
                 continue
             results.append(result)
             if result.finish_reason == "length":  # everything but the last token, which was never fed
-                self._states.keep(tuple(row.path[:-1]), _forked(group.cache, [slot]))
+                self._states.keep(tuple(group.rows[slot].path[:-1]), _forked(group.cache, [slot]))
         if not running:
             self._groups.remove(group)
         elif results:
@@ -258,7 +254,3 @@ def _joined(caches: list[DynamicCache]) -> DynamicCache:
 
 def _num_bytes(cache: DynamicCache) -> int:
     return sum(tensor.nbytes for layer in cache.layers for _, _, tensor in _tensors(layer))
-
-
-def _affordable_bytes(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).total_memory // 5 if device.type == "cuda" else 2**32

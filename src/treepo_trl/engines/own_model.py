@@ -1,7 +1,7 @@
 """What the engines over a model of this process share: what waits, its rows, the age of its weights, a comparison."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -114,11 +114,23 @@ class OwnModelEngine(SegmentEngine):
                 )
         self._pending.extend(requests)
 
+    def _draw_next(self, rows: Sequence[Row], logits: torch.Tensor) -> list[SegmentResult | None]:
+        """Sample a token for each row from its logits; gives the segments of the rows that are done with it."""
+        histories = [row.path for row in rows] if self._draw.reads_history else []
+        token_ids, logprobs, entropies = self._draw(logits, histories)
+        drawn = zip(rows, token_ids, logprobs, entropies or [None] * len(rows), strict=True)
+        return [row.add(token, logprob, entropy, self.eos_token_ids) for row, token, logprob, entropy in drawn]
+
     def _drop_stale_states(self) -> None:
         """Forget states that were computed with other weights."""
         if self._weights_version != (version := weights_version(self.model)):
             self._weights_version = version
             self.reset_prefix_cache()
+
+
+def affordable_bytes(device: torch.device) -> int:
+    """Memory that a batch, or what is kept for later, may take by default."""
+    return torch.cuda.get_device_properties(device).total_memory // 5 if device.type == "cuda" else 2**32
 
 
 def no_cache_argument(model: PreTrainedModel) -> str:

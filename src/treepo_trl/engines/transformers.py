@@ -23,7 +23,7 @@ from treepo_trl.model_support import (
 )
 
 from .base import SamplingOptions, SegmentRequest, SegmentResult
-from .own_model import OwnModelEngine, Row, compare_with_plain_forward
+from .own_model import OwnModelEngine, Row, affordable_bytes, compare_with_plain_forward
 from .row_states import ROW_ATTENTION, ROW_ATTENTION_WITHOUT_SOFTCAP, Block, BlockCache, SlotLayer
 
 
@@ -84,21 +84,16 @@ class TransformersEngine(OwnModelEngine):
         self._num_layers = config.num_hidden_layers
         self._num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        affordable = self._affordable_tokens()
+        bytes_per_token = 2 * self._num_layers * self._num_heads * self._head_dim * model.dtype.itemsize
+        affordable = affordable_bytes(model.device) // bytes_per_token
         self.max_batch_tokens = affordable if max_batch_tokens is None else max_batch_tokens
-        max_cached_tokens = affordable if max_cached_tokens is None else max_cached_tokens
-        self.num_cache_tokens: int | None = max_cached_tokens + self.max_batch_tokens
+        most_cached: int = affordable if max_cached_tokens is None else max_cached_tokens
+        self.num_cache_tokens: int | None = most_cached + self.max_batch_tokens
         self._reaches = layer_reaches(config)
         self._rows: list[_BlockRow] = []
         self._storage: torch.Tensor | None = None
-        self._blocks = BlockCache(max_cached_tokens)
+        self._blocks = BlockCache(most_cached)
         self._to_compare: tuple[list[int], torch.Tensor] | None = None
-
-    def _affordable_tokens(self) -> int:
-        bytes_per_token = 2 * self._num_layers * self._num_heads * self._head_dim * self.model.dtype.itemsize
-        device = self.model.device
-        memory = torch.cuda.get_device_properties(device).total_memory // 5 if device.type == "cuda" else 2**32
-        return memory // bytes_per_token
 
     def num_slots(self, length: int) -> int | None:
         """Rows of the batch that the token budget allows when the longest has `length` tokens."""
@@ -276,11 +271,8 @@ class TransformersEngine(OwnModelEngine):
         assert logits is not None, "asked for"
         if not self._has_compared:
             self._to_compare = self._rows[0].path, logits[0]
-        histories = [row.path for row in self._rows] if self._draw.reads_history else []
-        token_ids, logprobs, entropies = self._draw(logits, histories)
         results, finished = [], []
-        for slot, (row, token, logprob) in enumerate(zip(self._rows, token_ids, logprobs, strict=True)):
-            result = row.add(token, logprob, None if entropies is None else entropies[slot], self.eos_token_ids)
+        for slot, result in enumerate(self._draw_next(self._rows, logits)):
             if result is None:
                 continue
             results.append(result)

@@ -30,20 +30,6 @@ def math_verify_is_available() -> bool:
     return find_spec("math_verify") is not None
 
 
-def require_math_verify() -> None:
-    """
-    Raise unless math-verify is installed.
-
-    Raises:
-        ImportError: with the line that installs it.
-    """
-    if not math_verify_is_available():
-        raise ImportError(
-            "Answers are compared by math-verify, which is not installed. Run `pip install treepo-trl[math]`, or give "
-            "`--reward_funcs`."
-        )
-
-
 def judge_math(text: str, gold: str) -> Judgement:
     """The mathematical answer of a text, in LaTeX or as a plain number, and whether it equals a gold answer."""
     from math_verify import verify

@@ -14,9 +14,9 @@ class HealthCallback(TrainerCallback):
     """
     Warns in one line of each illness that the logged metrics show: docs/health.md lists them.
 
-    Each is told once, and again only when it has become twice as bad. The first process reads the logs that the
-    training has written anyway; nothing else is computed, and the training is not changed. [`TreePOTrainer`] has this
-    callback, and `trainer.remove_callback(HealthCallback)` ends it.
+    Each is told once. The first process reads the logs that the training has written anyway; nothing else is computed,
+    and the training is not changed. [`TreePOTrainer`] has this callback, and
+    `trainer.remove_callback(HealthCallback)` ends it.
     """
 
     def __init__(self) -> None:

@@ -3,12 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .history import History
-from .rules import RULES, Rule
-
-
-_MUCH_WORSE = 2.0
-"""How many times as large the severity must be before an illness is told of again."""
+from .rules import RULES, History, Rule
 
 
 @dataclass(frozen=True)
@@ -27,29 +22,20 @@ class Finding:
 
 
 class Examination:
-    """
-    Reads logs, and tells each illness once; again only when it has become twice as bad.
-
-    Attributes:
-        history ([`History`]):
-            What was read.
-    """
+    """Reads logs, and tells each illness once."""
 
     def __init__(self) -> None:
-        self.history = History()
-        self._told: dict[str, float] = {}
+        self._history = History()
+        self._told: set[str] = set()
 
     def add(self, log: Mapping[str, object]) -> list[Finding]:
         """Read the next log. Returns what is new."""
-        self.history.add(log)
-        found: list[Finding] = []
-        for rule in RULES:
-            sighting = rule.check(self.history)
-            if sighting is not None and sighting.severity > _MUCH_WORSE * self._told.get(rule.name, 0.0):
-                self._told[rule.name] = sighting.severity
-                found.append(Finding(rule, self.history.step, sighting.seen))
+        self._history.add(log)
+        seen = [(rule, rule.check(self._history)) for rule in RULES if rule.name not in self._told]
+        found = [Finding(rule, self._history.step, words) for rule, words in seen if words is not None]
+        self._told |= {finding.rule.name for finding in found}
         return found
 
     def without_data(self) -> list[Rule]:
         """The rules none of whose metrics was logged."""
-        return [rule for rule in RULES if not any(self.history.names(*name.split("*")) for name in rule.metrics)]
+        return [rule for rule in RULES if not any(self._history.names(*name.split("*")) for name in rule.metrics)]

@@ -1,15 +1,15 @@
 """The logs of a run on a disk: from the state of its training, and after that from its tree log."""
 
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import cast
 
 from treepo_trl.checkpoints import STATE_FILE
-from treepo_trl.sampling import SegmentTree
-from treepo_trl.sampling.json_lines import COUNT, LIST, OBJECT, check_list, check_value, parse_line
+from treepo_trl.metrics import tree_metrics, tree_totals
+from treepo_trl.sampling import SamplingStats, SegmentTree
+from treepo_trl.sampling.json_lines import COUNT, OBJECT, check_list, check_value, parse_line
 from treepo_trl.tree_log import TreeLogLine, logged_steps, read_trees
 
 from .reward_signal import signal_metrics, signal_sums
@@ -51,8 +51,10 @@ def logs_of_run(name: str) -> RunLogs:
     if state is not None:
         path, step, logs = state
         sources.append(f"{path.relative_to(folder)} up to step {step}")
-    of_trees = [log_of_trees(list(_lines(path))) for number, path in logged_steps(folder) if number >= step]
-    of_trees = [log for log in of_trees if log]
+    of_steps = [read_trees(path) for number, path in logged_steps(folder) if number >= step]
+    # The lines of `treepo-trl sample` have no step.
+    of_training = ([cast(TreeLogLine, line) for line in lines if "step" in line] for lines in of_steps)
+    of_trees = [log_of_trees(lines) for lines in of_training if lines]
     if of_trees:
         logs = logs + of_trees
         sources.append(f"the tree log from step {of_trees[0]['step']} to {of_trees[-1]['step']}")
@@ -69,16 +71,14 @@ def logs_of_run(name: str) -> RunLogs:
 
 def _newest_state(folder: Path) -> tuple[Path, int, list[Mapping[str, object]]] | None:
     """The state that has come furthest: that of the last checkpoint or of the folder itself."""
-    checkpoints = [(int(found[1]), path) for path in folder.glob("*") if (found := _checkpoint(path))]
-    paths = [path / STATE_FILE for _, path in sorted(checkpoints, reverse=True) if (path / STATE_FILE).is_file()][:1]
-    if (folder / STATE_FILE).is_file():
-        paths.append(folder / STATE_FILE)
-    states = [(path, *_read_state(path)) for path in paths]
-    return max(states, key=lambda state: state[1], default=None)
+    checkpoints = sorted(folder.glob(f"checkpoint-*/{STATE_FILE}"), key=_checkpoint_number)
+    paths = [*checkpoints[-1:], *folder.glob(STATE_FILE)]
+    return max(((path, *_read_state(path)) for path in paths), key=lambda state: state[1], default=None)
 
 
-def _checkpoint(path: Path) -> re.Match[str] | None:
-    return re.fullmatch(r"checkpoint-(\d+)", path.name)
+def _checkpoint_number(path: Path) -> int:
+    number = path.parent.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else -1
 
 
 def _read_state(path: Path) -> tuple[int, list[Mapping[str, object]]]:
@@ -88,8 +88,7 @@ def _read_state(path: Path) -> tuple[int, list[Mapping[str, object]]]:
         check_value(state, "the file", OBJECT)
         fields = cast("dict[str, object]", state)
         check_value(fields.get("global_step"), "global_step", COUNT)
-        check_value(fields.get("log_history"), "log_history", LIST)
-        check_list(fields["log_history"], "log_history", OBJECT)
+        check_list(fields.get("log_history"), "log_history", OBJECT)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return cast(int, fields["global_step"]), cast("list[Mapping[str, object]]", fields["log_history"])
@@ -98,36 +97,21 @@ def _read_state(path: Path) -> tuple[int, list[Mapping[str, object]]]:
 # The tree log
 
 
-def _lines(path: Path) -> Iterator[TreeLogLine]:
-    """The lines of a training: those of `treepo-trl sample` have no step."""
-    return (cast(TreeLogLine, line) for line in read_trees(path) if "step" in line)
-
-
 def log_of_trees(lines: list[TreeLogLine]) -> dict[str, float]:
     """
-    What the trainer logs about the trees of a step, as far as they tell it; nothing for no tree.
+    What the trainer logs about the trees of a step, as far as they tell it.
 
     The log has rewards before they are scaled, so that a correlation with them is not quite the trainer's.
     """
-    if not lines:
-        return {}
     trees = [SegmentTree.from_dict(line["tree"]) for line in lines]
-    leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves]
     rewards = [reward for line in lines for reward in line["rewards"] if reward is not None]
-    ends = Counter(tree.nodes[leaf].finish_reason for tree, leaf in leaves)
-    unique = sum(tree.num_unique_tokens for tree in trees)
     log = {
         "step": lines[0]["step"] + 1,  # the log of a step comes after it
-        "completions/mean_length": sum(tree.nodes[leaf].end for tree, leaf in leaves) / len(leaves),
-        "tree/mean_length": sum(tree.mean_length() for tree in trees) / len(trees),
-        "tree/finish_length_frac": ends["length"] / len(leaves),
-        "tree/finish_repetition_frac": ends["repetition"] / len(leaves),
-        "tree/leaf_unique_ratio": sum(tree.num_leaf_tokens for tree in trees) / unique,
+        **tree_metrics(tree_totals(trees, SamplingStats())),
         **signal_metrics(signal_sums(trees, [line["rewards"] for line in lines])),
     }
     if rewards:
-        mean = sum(rewards) / len(rewards)
-        log["reward"] = mean
-        if len(rewards) > 1:
-            log["reward_std"] = (sum((each - mean) ** 2 for each in rewards) / (len(rewards) - 1)) ** 0.5
+        log["reward"] = fmean(rewards)
+    if len(rewards) > 1:
+        log["reward_std"] = stdev(rewards)
     return log

@@ -64,31 +64,10 @@ def square_root_widths(tokens: Sequence[float], alive: Sequence[float], num_gene
         num_generations (`int`):
             W: leaves of a tree.
     """
-    shape = [math.sqrt(length) for length in _lengths(tokens, alive)]
+    lengths = accumulate(c / a if a > 0 else 0.0 for c, a in zip(tokens, alive, strict=True))  # S
+    shape = [math.sqrt(length) for length in lengths]
     num_ending = [a - b for a, b in zip(alive, [*alive[1:], 0.0], strict=True)]
     mean = sum(n * share for n, share in zip(shape, num_ending, strict=True))
     if mean <= 0:  # no tokens anywhere: nothing to choose by
         return [float(num_generations)] * len(shape)
     return [n * num_generations / mean for n in shape]
-
-
-def predicted_noise(
-    widths: Sequence[float], resolved: Sequence[float], tokens: Sequence[float], alive: Sequence[float]
-) -> float:
-    """
-    `noise * price` of these widths over that of independent completions: below 1 a decoded token teaches more.
-
-    Arguments as in [`square_root_widths`], and v: the variance that the segments of each depth resolve, over all
-    paths. `nan` where nothing is resolved.
-    """
-    terms = [max(v, 0.0) * length for v, length in zip(resolved, _lengths(tokens, alive), strict=True)]
-    independent = sum(terms) * sum(tokens)
-    if independent <= 0:
-        return math.nan
-    noise = sum(term / max(n, 1.0) for term, n in zip(terms, widths, strict=True))
-    return noise * sum(c * max(n, 1.0) for c, n in zip(tokens, widths, strict=True)) / independent
-
-
-def _lengths(tokens: Sequence[float], alive: Sequence[float]) -> list[float]:
-    """S: tokens up to each depth of a path that is still alive there."""
-    return list(accumulate(c / a if a > 0 else 0.0 for c, a in zip(tokens, alive, strict=True)))

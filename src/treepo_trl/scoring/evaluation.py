@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import cast
 
 import torch
@@ -107,7 +108,7 @@ def group_metrics(
         if not groups:
             continue
         for k in default_ks(num_generations):
-            metrics[f"{prefix}pass@{k}"] = math.fsum(pass_at_k(group, k) for group in groups) / len(groups)
+            metrics[f"{prefix}pass@{k}"] = fmean(pass_at_k(group, k) for group in groups)
             if answers is not None and k > 1:
-                metrics[f"{prefix}maj@{k}"] = math.fsum(majority_at_k(group, k) for group in groups) / len(groups)
+                metrics[f"{prefix}maj@{k}"] = fmean(majority_at_k(group, k, i) for i, group in enumerate(groups))
     return metrics

@@ -21,7 +21,7 @@ from .adapters import check_adapters, labels_of, tell_of_tokenizers
 from .arguments import EvalArguments, checked_ks
 from .data import EvalSet, load_eval_set
 from .output import EvalFolder, opened_folder
-from .scores import Samples, Scorer, make_scorers, prompt_values
+from .scores import Scorer, make_scorers, prompt_values
 from .table import results_of, results_table
 
 
@@ -103,7 +103,7 @@ def settings_of(evaluation: Evaluation) -> dict[str, object]:
 def sampler_of(evaluation: Evaluation, folder: EvalFolder | None) -> TreeSampler | None:
     """The sampler over an engine with the model loaded; `None` if no sample is missing."""
     arguments, total = evaluation.arguments, len(evaluation.columns) * len(evaluation.prompt_ids)
-    num_done = 0 if folder is None else sum(len(folder.done(column)) for column in evaluation.columns)
+    num_done = 0 if folder is None else sum(len(file.done) for file in folder.files.values())
     if num_done:
         print(f"{num_done} of {total} prompts are in {arguments.output} already.", file=sys.stderr)
     if num_done == total:
@@ -143,34 +143,22 @@ def sampled_column(
     """The trees of a column, one for each prompt; those that its file lacks are sampled and written."""
     trees = {} if folder is None else folder.trees(column)
     missing = [i for i in range(len(evaluation.prompt_ids)) if i not in trees]
-    if missing:
-        assert sampler is not None, "it is there if a prompt is missing"
-        _sample(evaluation, sampler, column, missing, trees, folder)
-    return [trees[i] for i in range(len(evaluation.prompt_ids))]
-
-
-def _sample(
-    evaluation: Evaluation,
-    sampler: TreeSampler,
-    column: str,
-    indices: list[int],
-    trees: dict[int, SegmentTree],
-    folder: EvalFolder | None,
-) -> None:
-    """Sample the prompts of these indices into `trees` and the folder."""
-    arguments, prompts = evaluation.arguments, [evaluation.prompt_ids[i] for i in indices]
 
     def keep(position: int, tree: SegmentTree) -> None:
-        trees[indices[position]] = tree
+        trees[missing[position]] = tree
         if folder is not None:
-            folder.write(column, indices[position], tree, evaluation.tokenizer)
+            folder.files[column].write(missing[position], tree, evaluation.tokenizer)
 
-    use_adapter(sampler.engine, arguments.adapters or [], evaluation.columns[column])
-    with progress_bar(len(prompts) * sampler.config.num_generations, column) as on_leaves:
-        if arguments.completions == "trees":
-            sampler.sample(prompts, f"{arguments.seed}/{column}", on_leaves=on_leaves, on_tree=keep)
-        else:
-            sample_independent(sampler.engine, prompts, sampler.config, on_leaves, keep)
+    if missing:
+        assert sampler is not None, "it is there if a prompt is missing"
+        arguments, prompts = evaluation.arguments, [evaluation.prompt_ids[i] for i in missing]
+        use_adapter(sampler.engine, arguments.adapters or [], evaluation.columns[column])
+        with progress_bar(len(prompts) * sampler.config.num_generations, column) as on_leaves:
+            if arguments.completions == "trees":
+                sampler.sample(prompts, f"{arguments.seed}/{column}", on_leaves=on_leaves, on_tree=keep)
+            else:
+                sample_independent(sampler.engine, prompts, sampler.config, on_leaves, keep)
+    return [trees[i] for i in range(len(evaluation.prompt_ids))]
 
 
 def scored(evaluation: Evaluation, trees: list[SegmentTree]) -> list[dict[str, float] | None]:
@@ -181,4 +169,4 @@ def scored(evaluation: Evaluation, trees: list[SegmentTree]) -> list[dict[str, f
     ]
     with_majority = evaluation.eval_set.answer_of is not None
     num_samples = evaluation.config.num_generations
-    return prompt_values(Samples(trees, texts), evaluation.scorers, evaluation.ks, num_samples, with_majority)
+    return prompt_values(trees, texts, evaluation.scorers, evaluation.ks, num_samples, with_majority)

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from treepo_trl.command_line.prompts import load_named_dataset, prompt_column, take_split
 from treepo_trl.evaluation import Judgement
-from treepo_trl.evaluation.answers import judge_math, math_answer, math_verify_is_available, require_math_verify
+from treepo_trl.evaluation.answers import judge_math, math_answer, math_verify_is_available
 
 from .arguments import EvalArguments
 
@@ -149,7 +149,11 @@ def _math_set(
     if has_rewards:
         can_be_told = math_verify_is_available() and all(math_answer(answer) is not None for answer in answers)
         return EvalSet(prompts, columns, answer_of=math_answer if can_be_told else None)
-    require_math_verify()
+    if not math_verify_is_available():
+        raise ImportError(
+            "Answers are compared by math-verify, which is not installed. Run `pip install treepo-trl[math]`, or give "
+            "`--reward_funcs`."
+        )
     for i, answer in enumerate(answers):
         if math_answer(answer) is None:
             raise ValueError(

@@ -5,10 +5,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
-
-from transformers import PreTrainedTokenizerBase
 
 from treepo_trl.command_line.tree_file import TreeFile, opened_output
 from treepo_trl.sampling import SegmentTree
@@ -21,36 +20,18 @@ from .arguments import EvalArguments
 _SETTINGS, _RESULTS = "settings.json", "results.json"
 
 
+@dataclass(frozen=True)
 class EvalFolder:
-    """
-    An output folder that this run alone writes to.
+    """An output folder that this run alone writes to."""
 
-    Args:
-        path (`Path`):
-            The folder.
-        files (mapping of `str` to [`TreeFile`]):
-            The open file of each column.
-    """
-
-    def __init__(self, path: Path, files: Mapping[str, TreeFile]) -> None:
-        self.path = path
-        self._files = files
-
-    def done(self, column: str) -> set[int]:
-        """Indices of the prompts that a column's file had at the start."""
-        return self._files[column].done
+    path: Path
+    files: Mapping[str, TreeFile]
+    """The open file of each column."""
 
     def trees(self, column: str) -> dict[int, SegmentTree]:
         """The trees that a column's file has, by the index of their prompt."""
-        file = self._files[column]
-        if not file.done:
-            return {}
-        lines = (cast(SampledLine, line) for line in read_trees(file.path))
+        lines = cast("Iterator[SampledLine]", read_trees(self.files[column].path))
         return {line["index"]: SegmentTree.from_dict(line["tree"]) for line in lines}
-
-    def write(self, column: str, index: int, tree: SegmentTree, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Append a tree to a column's file."""
-        self._files[column].write(index, tree, tokenizer)
 
     def write_results(self, results: Mapping[str, object]) -> None:
         """Write the results, in place of older ones."""
@@ -85,29 +66,25 @@ def opened_folder(
     is_used = path.is_dir() and any(file != _draft(path / _SETTINGS) for file in path.iterdir())
     if is_used and not arguments.resume:
         raise ValueError(f"`--output {path}` exists already. Remove it, name another folder, or add `--resume`.")
-    columns = ["base"] * arguments.base + labels_of(adapters)
-    of_adapters = {label: _of_adapter(each) for label, each in zip(labels_of(adapters), adapters, strict=True)}
+    labels = labels_of(adapters)
+    about = {"settings": settings, "adapters": dict(zip(labels, map(_of_adapter, adapters), strict=True))}
     if is_used:
-        of_adapters = _adapters_of_used(path, settings, of_adapters)
+        about["adapters"] = _adapters_of_used(path, about) | about["adapters"]
     path.mkdir(parents=True, exist_ok=True)
-    about = {"settings": settings, "adapters": of_adapters}
     if not is_used:  # before the samples: a run that is killed in between can be resumed
         _write_json(path / _SETTINGS, about)
     with ExitStack() as stack:
         files = {
             column: stack.enter_context(opened_output(str(path / f"{column}.jsonl"), arguments.resume, prompts))
-            for column in columns
+            for column in ["base"] * arguments.base + labels
         }
         if is_used:  # after the look at the samples: a run that is refused adds no adapters
             _write_json(path / _SETTINGS, about)
         yield EvalFolder(path, cast("dict[str, TreeFile]", files))
 
 
-_Adapter = dict[str, str | None]
-"""Folder or hub id, and the hash of its weights: training on in one folder makes another adapter of it."""
-
-
-def _of_adapter(name: str) -> _Adapter:
+def _of_adapter(name: str) -> dict[str, str | None]:
+    """Folder or hub id, and the hash of its weights: training on in one folder makes another adapter of it."""
     weights = next(iter(sorted(Path(name).glob("adapter_model.*"))), None)
     if weights is None:  # of the hub
         return {"name": name, "sha256": None}
@@ -115,36 +92,27 @@ def _of_adapter(name: str) -> _Adapter:
         return {"name": name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _adapters_of_used(path: Path, settings: dict[str, object], adapters: dict[str, _Adapter]) -> dict[str, _Adapter]:
-    """All adapters of a folder that is resumed, after a look whether its samples are of these settings."""
+def _adapters_of_used(path: Path, about: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
+    """The adapters of a folder that is resumed, after a look whether its samples are of the same settings."""
     file = path / _SETTINGS
     try:
         written = json.loads(file.read_bytes())
-        before, known = dict(written["settings"]), {label: dict(each) for label, each in written["adapters"].items()}
+        settings, adapters = dict(written["settings"]), dict(written["adapters"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"`--output {path}` is no folder of an evaluation: {file} cannot be read. Name another folder."
         ) from error
-    asked_for = json.loads(json.dumps(settings))
-    for name in sorted(before.keys() | asked_for.keys()):
-        if before.get(name) != asked_for.get(name):
+    # An adapter that is new, or that is not asked for again, has a file of its own.
+    both = adapters.keys() & about["adapters"].keys()
+    before = settings | {f"adapter {label}": adapters[label] for label in both}
+    now = json.loads(json.dumps(about["settings"])) | {f"adapter {label}": about["adapters"][label] for label in both}
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
             raise ValueError(
-                f"`--output {path}` was sampled with `{name}` {before.get(name)!r}, and now it is "
-                f"{asked_for.get(name)!r}. Set it as it was, or name another folder."
+                f"`--output {path}` was sampled with `{name}` {before.get(name)!r}, and now it is {now.get(name)!r}. "
+                "Set it as it was, or name another folder."
             )
-    for label, adapter in adapters.items():
-        other = known.get(label, adapter)
-        if other["name"] != adapter["name"]:
-            raise ValueError(
-                f"`--output {path}` has samples of {other['name']} as {label!r}, and now that is {adapter['name']}. "
-                "Name another folder."
-            )
-        if other["sha256"] != adapter["sha256"]:
-            raise ValueError(
-                f"`--output {path}` has samples of {adapter['name']}, whose weights have changed since. Name another "
-                "folder."
-            )
-    return known | adapters
+    return adapters
 
 
 def _draft(path: Path) -> Path:

@@ -3,7 +3,6 @@
 import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 from trl.trainer.utils import is_async_callable
@@ -19,15 +18,9 @@ Judgements = list[Judgement | None]
 """One for each completion; `None` for one that is not scored."""
 
 
-@dataclass
-class Samples:
-    """What one column of the table was made of: a tree for each prompt, and the texts of its leaves."""
-
-    trees: list[SegmentTree] = field(default_factory=list)
-    texts: list[list[str]] = field(default_factory=list)
-
-
-Scorer = Callable[[Samples], Judgements]
+Texts = Sequence[Sequence[str]]
+"""Those of the leaves of each prompt's tree."""
+Scorer = Callable[[Sequence[SegmentTree], Texts], Judgements]
 
 
 def make_scorers(
@@ -54,8 +47,8 @@ def make_scorers(
 
 
 def _judged_by(judge: Callable[[int, str], Judgement]) -> Scorer:
-    def score(samples: Samples) -> Judgements:
-        return [judge(i, text) for i, texts in enumerate(samples.texts) for text in texts]
+    def score(_: Sequence[SegmentTree], texts: Texts) -> Judgements:
+        return [judge(i, text) for i, own in enumerate(texts) for text in own]
 
     return score
 
@@ -77,8 +70,8 @@ def _check_columns(path: str, function: Callable[..., object], eval_set: EvalSet
 
 
 def _rewarded_by(function: Callable[..., Any], name: str, eval_set: EvalSet) -> Scorer:
-    def score(samples: Samples) -> Judgements:
-        rows = [(i, text) for i, texts in enumerate(samples.texts) for text in texts]
+    def score(trees: Sequence[SegmentTree], texts: Texts) -> Judgements:
+        rows = [(i, text) for i, own in enumerate(texts) for text in own]
         are_messages = [not isinstance(eval_set.prompts[i], str) for i, _ in rows]
         completions = [
             [{"role": "assistant", "content": text}] if is_messages else text
@@ -87,7 +80,7 @@ def _rewarded_by(function: Callable[..., Any], name: str, eval_set: EvalSet) -> 
         returned = function(
             prompts=[eval_set.prompts[i] for i, _ in rows],
             completions=completions,
-            completion_ids=[tree.completion_ids(leaf) for tree in samples.trees for leaf in tree.leaves],
+            completion_ids=[tree.completion_ids(leaf) for tree in trees for leaf in tree.leaves],
             **{column: [values[i] for i, _ in rows] for column, values in eval_set.columns.items()},
         )
         if is_async_callable(function):
@@ -103,13 +96,18 @@ def _rewarded_by(function: Callable[..., Any], name: str, eval_set: EvalSet) -> 
 
 
 def prompt_values(
-    samples: Samples, scorers: Mapping[str, Scorer], ks: Sequence[int], num_samples: int, with_majority: bool
+    trees: Sequence[SegmentTree],
+    texts: Texts,
+    scorers: Mapping[str, Scorer],
+    ks: Sequence[int],
+    num_samples: int,
+    with_majority: bool,
 ) -> list[dict[str, float] | None]:
     """
     What is averaged over prompts, for each prompt; `None` for one with a completion that is not scored.
 
     Args:
-        samples ([`Samples`]):
+        trees (sequence of [`SegmentTree`]), texts (sequence of sequences of `str`):
             Of one column.
         scorers (mapping of `str` to scorers):
             By their names in the table.
@@ -120,11 +118,11 @@ def prompt_values(
         with_majority (`bool`):
             Whether the answers are known that maj@k counts.
     """
-    values: list[dict[str, float] | None] = [{} for _ in samples.trees]
+    values: list[dict[str, float] | None] = [{} for _ in trees]
     for name, scorer in scorers.items():
-        judgements = iter(scorer(samples))
+        judgements = iter(scorer(trees, texts))
         prefix = f"{name} " if name else ""
-        for i, tree in enumerate(samples.trees):
+        for i, tree in enumerate(trees):
             own = [next(judgements) for _ in tree.leaves]
             so_far = values[i]
             if so_far is None or any(judgement is None for judgement in own):
@@ -136,7 +134,7 @@ def prompt_values(
             if with_majority:
                 so_far |= {f"{prefix}maj@{k}": majority_at_k(subtrees, k, f"{i}") for k in ks if k > 1}
             values[i] = so_far
-    for tree, of_prompt in zip(samples.trees, values, strict=True):
+    for tree, of_prompt in zip(trees, values, strict=True):
         if of_prompt is not None:
             weighted = list(zip(tree.leaves, tree.leaf_weights(), strict=True))
             of_prompt["tokens"] = tree.mean_length()
