@@ -38,8 +38,7 @@ from .metrics import sum_over_processes
 from .model_card import PAPER
 from .policy.for_training import policy_engine_for
 from .policy.four_bit_base import write_quantization
-from .policy.half_precision import keep_master_weights
-from .policy.starting_adapter import adapter_resumed_too, match_reference
+from .policy.starting_adapter import adapter_resumed_too, keep_master_weights, match_reference
 from .sampling import SegmentTree, TreeSampler, text_decoder
 from .sampling.turns import TurnHandler
 from .settings.arguments import check_arguments, check_tools
