@@ -24,8 +24,7 @@ from .engine_choice import policy_engine_for
 from .health.callback import HealthCallback
 from .model_card import PAPER
 from .policy.four_bit_base import write_quantization
-from .policy.half_precision import keep_master_weights
-from .policy.starting_adapter import adapter_resumed_too, match_reference
+from .policy.starting_adapter import adapter_resumed_too, keep_master_weights, match_reference
 from .sampling import SegmentTree, TreeSampler, text_decoder
 from .sampling.turns import TurnHandler
 from .scoring import BatchScoring, check_interruptible

@@ -16,8 +16,7 @@ from tests.support.paths import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Files that are themselves imported by what has found its extra, or by vLLM.
 OF_AN_EXTRA = {
-    "policy/keep_weights_worker.py": {"vllm"},
-    "policy/lora_llm.py": {"vllm"},
+    "policy/vllm_classes.py": {"vllm"},
     "quickstart/accuracy.py": {"evaluate"},
 }
 

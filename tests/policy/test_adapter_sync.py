@@ -171,7 +171,7 @@ def test_an_adapter_travels_through_memory_where_it_fits_twice(
 # An engine that sleeps without its cache alone
 
 
-KEEPS_WEIGHTS = {"worker_cls": "treepo_trl.policy.keep_weights_worker.KeepWeightsWorker"}
+KEEPS_WEIGHTS = {"worker_cls": "treepo_trl.policy.vllm_classes.KeepWeightsWorker"}
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_whose_weights_stay(
 
 def test_weights_lie_outside_the_memory_that_sleep_frees(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_worker = pytest.importorskip("vllm.v1.worker.gpu_worker")
-    from treepo_trl.policy.keep_weights_worker import KeepWeightsWorker
+    from treepo_trl.policy.vllm_classes import KeepWeightsWorker
 
     monkeypatch.setattr(gpu_worker.Worker, "_maybe_get_memory_pool_context", lambda self, tag: ("pool", tag))
     worker = object.__new__(KeepWeightsWorker)

@@ -73,7 +73,7 @@ def test_an_engine_that_keeps_its_cache_is_an_error(monkeypatch: pytest.MonkeyPa
 def test_trls_calls_reach_an_engine_with_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL builds it with options of its own, lets it sleep at level 2, and generates without an adapter."""
     vllm = pytest.importorskip("vllm")
-    from treepo_trl.policy.lora_llm import LoraLLM
+    from treepo_trl.policy.vllm_classes import LoraLLM
 
     calls: list[Any] = []
     for name in ("__init__", "sleep", "generate"):

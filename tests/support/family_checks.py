@@ -214,7 +214,7 @@ def serve(family: Family, folder: Path, has_adapter: bool) -> Served:
 
     from treepo_trl.engines.vllm import VLLMEngine, cache_options
     from treepo_trl.policy.adapter_sync import lora_engine_options
-    from treepo_trl.policy.own_classes import give_classes_back
+    from treepo_trl.policy.vllm_classes import give_classes_back
 
     dtype = getattr(torch, family.served_in)
     model = family.model().to(dtype).float()

@@ -15,7 +15,7 @@ from tests.support.models import make_model
 from tests.support.rows import ready_model, trees
 from tests.support.trainers import build, make_config
 from treepo_trl import TreePOTrainer
-from treepo_trl.policy.half_precision import keep_master_weights
+from treepo_trl.policy.starting_adapter import keep_master_weights
 from treepo_trl.settings.arguments import check_number_type
 from treepo_trl.update.packed_forward import PackedForward
 

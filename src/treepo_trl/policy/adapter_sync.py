@@ -28,14 +28,14 @@ from .temporary_folder import TemporaryFolder, place_for
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
 
-    from .lora_llm import LoraLLM
+    from .vllm_classes import LoraLLM, PolicyLLM
 
 
 logger = get_logger(__name__)
 
 _ADAPTER_NAME = "policy"
 _ADAPTER_ID = 1
-_KEEPS_WEIGHTS = "treepo_trl.policy.keep_weights_worker.KeepWeightsWorker"
+_KEEPS_WEIGHTS = "treepo_trl.policy.vllm_classes.KeepWeightsWorker"
 _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -258,8 +258,8 @@ class AdapterVLLMGeneration(OwnGeneration):
             )
 
 
-def _lora_llm_class(engine_options: dict[str, object]) -> "type[LoraLLM]":
+def _lora_llm_class(engine_options: dict[str, object]) -> "type[PolicyLLM]":
     """`LoraLLM` with these options, to stand in where TRL builds its engine."""
-    from .lora_llm import LoraLLM
+    from .vllm_classes import LoraLLM, with_options
 
-    return type("PolicyLLM", (LoraLLM,), {"engine_options": engine_options})
+    return with_options(LoraLLM, engine_options)

@@ -26,7 +26,6 @@ from .adapter_sync import AdapterVLLMGeneration
 from .engine_check import EngineWatch, computing_dtype, different_tokens, dropout_of, logprob_difference
 from .engine_options import engine_options
 from .gathered_adapter import check_own_forward
-from .own_classes import give_classes_back
 from .shared_base import SHARDED
 
 
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
 
     from treepo_trl.engines.own_model import OwnModelEngine
     from treepo_trl.engines.vllm import VLLMEngine
-
-    from .lora_llm import PolicyLLM
 
 
 Sampled = TypeVar("Sampled")
@@ -182,7 +179,9 @@ class VLLMPolicy(PolicyEngine):
     def construction(self) -> AbstractContextManager[None]:
         options = engine_options(self.args)
         if not self._loads_adapter:
-            return engine_class(_plain_llm_class(options)) if options else nullcontext()
+            from .vllm_classes import PolicyLLM, with_options
+
+            return engine_class(with_options(PolicyLLM, options)) if options else nullcontext()
         return vllm_generation_class(
             partial(
                 AdapterVLLMGeneration,
@@ -195,6 +194,8 @@ class VLLMPolicy(PolicyEngine):
 
     def connect(self, host: Host) -> None:
         from treepo_trl.engines.vllm import VLLMEngine
+
+        from .vllm_classes import give_classes_back
 
         self._host = host
         self._generation: VLLMGeneration = host.trainer.vllm_generation
@@ -272,10 +273,3 @@ class VLLMPolicy(PolicyEngine):
         wanted = probe_prompts(prompts, self.engine.context_length, self.engine.block_size)
         found = probe_adapter(policy, generation.sync_weights, sample, wanted, bound=self._watch.bound)
         self._watch.probed(found)
-
-
-def _plain_llm_class(options: dict[str, object]) -> "type[PolicyLLM]":
-    """The engine of all weights with these options, to stand in where TRL builds it."""
-    from .lora_llm import PolicyLLM
-
-    return type("PolicyLLM", (PolicyLLM,), {"engine_options": options})

@@ -1,5 +1,6 @@
 """
-A training that goes on from an adapter: whether it fits the base, how it is loaded, and the reference that it leaves.
+The adapter that a training starts from: whether it fits the base, how it is loaded and in which number type it is
+trained, and the reference that it leaves.
 
 With `beta` above 0 `GRPOTrainer` keeps a copy of the adapter under the name `ref`: the KL term then pulls to the
 policy as it was at the start, and not to the bare base.
@@ -219,6 +220,27 @@ def match_reference(model: torch.nn.Module) -> None:
         if f".{_ADAPTER}." in name:
             reference = model.get_parameter(name.replace(f".{_ADAPTER}.", f".{_REFERENCE}."))
             reference.data = parameter.data.clone()
+
+
+def keep_master_weights(model: "PreTrainedModel | PeftModel") -> None:
+    """
+    Put an adapter's weights into float32, in place.
+
+    TRL puts those of a 4-bit model into bfloat16, which old cards do not have. The gradient scaler takes no gradients
+    in 16 bits: small steps would be lost in such weights, and the scaled gradients are out of their range.
+
+    Raises:
+        ValueError: if the model itself is trained in 16 bits.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    halves = [parameter for parameter in trained if parameter.dtype in (torch.float16, torch.bfloat16)]
+    if halves and not is_peft_model(model):
+        raise ValueError(
+            f"`fp16=True` trains weights of a model in {halves[0].dtype}, whose gradients the scaler does not take. "
+            "Load it in float32 (`--dtype float32`), or train an adapter (`--use_peft`)."
+        )
+    for parameter in halves:
+        parameter.data = parameter.data.float()
 
 
 @contextmanager

