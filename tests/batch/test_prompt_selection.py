@@ -54,6 +54,8 @@ def test_chances_by_hand() -> None:
     assert rates_of([0.0] * 2).chance(WRONG) == pytest.approx(0.5)  # two completions say little
     assert rates_of([0.0] * 16).chance(WRONG) == LEAST_CHANCE  # 2 x 1 / 18 is less
     assert rates_of([0.0, 1.0, 2.0, 3.0]).chance(WRONG) == 1
+    for seen in ([0.0, 1.0], [0.0] * 4, [1.0]):  # rows that a tree lacks say nothing
+        assert rates_of([*seen, nan, nan, nan]).chance(WRONG) == rates_of(seen).chance(WRONG)
 
 
 def test_no_more_is_known_than_was_seen() -> None:

@@ -252,6 +252,7 @@ def test_two_processes_agree_on_what_is_lost(tmp_path: Path, tiny_model_dir: str
     [
         '{"name": "',
         b"\xff",
+        '{"name": "2/0", "prompts": [], "totals": {"trees": 1}, "trees": []}',  # of a version that counts less
         *(pytest.param(each, marks=pytest.mark.slow) for each in ("[]", "{}", '{"trees": [[]], "totals": {}}')),
     ],
     ids=str,

@@ -62,7 +62,7 @@ class PassRates:
             examples (`list[dict]`):
                 Rows of the dataset. One may occur several times, with a group of completions each.
             rewards (`torch.Tensor` of shape `(len(examples), num_generations)`):
-                Those that are not finite do not count, and differ from none.
+                Those that are not finite do not count, but where none is: that counts as rewards that do not differ.
         """
         visits: dict[str, list[torch.Tensor]] = defaultdict(list)
         for example, row in zip(examples, rewards, strict=True):
@@ -70,8 +70,10 @@ class PassRates:
         prompts = dict(self._prompts)
         for key, rows in visits.items():
             differing, count = (_KEPT * each for each in prompts.get(key, (0.0, 0.0)))
-            differing += sum(len(row) * differing_pairs(row) for row in rows)
-            prompts[key] = [differing, count + sum(map(len, rows))]
+            # A row without any reward says that the prompt cannot be scored; rows that a tree lacks say nothing.
+            sizes = [int(row.isfinite().sum()) or len(row) for row in rows]
+            differing += sum(size * differing_pairs(row) for size, row in zip(sizes, rows, strict=True))
+            prompts[key] = [differing, count + sum(sizes)]
         for key in sorted(prompts)[_MOST_PROMPTS:]:
             del prompts[key]
         self._prompts = prompts

@@ -183,6 +183,8 @@ class SamplingUnderWay:
             OSError, ValueError, KeyError or TypeError: if it is not that.
         """
         record = json.loads(path.read_text())
+        if record["totals"].keys() != tree_totals([], SamplingStats()).keys():
+            raise ValueError("it counts other things than this version does")
         done: Future[Sampled] = Future()
         done.set_result(([SegmentTree.from_dict(tree) for tree in record["trees"]], record["totals"]))
         return cls(record["name"], record["prompts"], done, lambda result: result(), ExitStack())
