@@ -30,6 +30,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("dataset_split", "help"): _OTHER_DATA,
     ("dtype", "default"): "TRL trains in float32; without training the checkpoint's own type serves",
     ("dtype", "help"): "export writes weights, the others load them; TRL's has its default in its text",
+    ("fallback_policy", "default"): "a training does without late leaves, sampling gives as many as it is asked for",
     ("load_in_4bit", "help"): _OF_THE_PAST,
     ("max_prompts", "help"): "`eval` makes 64 tasks where there is no end of them",
     ("model_name_or_path", "help"): "the base of an adapter, the model of checks, or the model",

@@ -148,7 +148,7 @@ def _change(**changes: Any) -> Callable[..., dict[str, Any]]:
         (lambda prompts, trainer: {"prompt_ids": [], "logprobs": []}, "must return keys"),  # TRL's error
         (
             lambda prompts, trainer: {"trees": [SegmentTree.from_rows([5], [[6], [7]])]},
-            "has returned trees of 2 leaves. Return 2 trees, one per different prompt, with 4 leaves each",
+            "has returned trees of 2 leaves. Return 2 trees, one per different prompt, with 1 to 4 leaves each",
         ),
     ],
 )
